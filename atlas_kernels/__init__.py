@@ -1,0 +1,27 @@
+"""Fused kernels for fast adversarial training: CUDA C++, Triton and CPU, with autograd, behind plain functions.
+
+``import atlas_kernels as ak``; the operators are in ``ak.perturb``, the attacks in ``ak.attacks``, and
+``python -m atlas_kernels`` says what was built and what can run on this machine.
+"""
+
+from __future__ import annotations
+
+from .attacks import FGSM, PGD, AttackResult
+from .backends import BackendUnavailable, backend
+from .noise import noise_key
+from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FGSM",
+    "PGD",
+    "AttackResult",
+    "BackendUnavailable",
+    "backend",
+    "noise_key",
+    "pgd_step",
+    "pgd_step_neighbours",
+    "random_start",
+    "sample_neighbours",
+]

@@ -1,0 +1,134 @@
+"""Which code runs an operator.
+
+CPU tensors: the native CPU kernels. CUDA tensors: the native CUDA kernels where they were built, else Triton. Any other
+device: the plain PyTorch reference, with one warning. ``with backend("triton")`` or the environment variable
+``ATLAS_BACKEND`` force one; a forced backend that is missing raises and says why and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..schema import NAMESPACE, OPERATORS, define
+
+BACKENDS = ("reference", "native", "triton")
+
+_forced: ContextVar[str | None] = ContextVar("atlas_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot run here; the message says why and what to do."""
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend {name!r} is unknown: choose from {', '.join(BACKENDS)}{hint}")
+    return name
+
+
+_from_environment = os.environ.get("ATLAS_BACKEND") or None
+if _from_environment is not None:
+    _known(_from_environment)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on the backend ``name``: "reference", "native" or "triton".
+
+    Raises ``ValueError`` for an unknown name, and ``BackendUnavailable`` at the operator's call if the backend cannot
+    run on the tensors' device.
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def unavailable_reason(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot run on tensors of ``device_type`` ("cpu", "cuda"), or None if it can."""
+    if _known(name) == "reference":
+        return None
+    module = importlib.import_module(f"{__name__}.{name}")
+    reason: str | None = module.unavailable_reason(device_type)
+    return reason
+
+
+def default_for(device_type: str) -> str:
+    """The backend that runs tensors of ``device_type`` when none is forced."""
+    if device_type == "cpu":
+        return "native"
+    if device_type == "cuda":
+        return "native" if unavailable_reason("native", "cuda") is None else "triton"
+    return "reference"
+
+
+def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
+    name = forced or default_for(device_type)
+    reason = unavailable_reason(name, device_type)
+    if reason is not None:
+        raise BackendUnavailable(f"the {name} backend cannot run on {device_type} tensors: {reason}")
+    if name == "reference" and forced is None:
+        warnings.warn(f"no kernels for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
+    return importlib.import_module(f"{__name__}.{name}.{stem}")
+
+
+def _implementation(stem: str, name: str) -> Callable[..., None]:
+    written = [i for i, argument in enumerate(OPERATORS[stem][name].split(",")) if "!" in argument]
+    chosen: dict[tuple[str | None, str], Callable[..., None]] = {}
+
+    def run(*args: Any) -> None:
+        here = _forced.get() or _from_environment, args[0].device.type
+        function = chosen.get(here)
+        if function is None:
+            function = chosen[here] = getattr(_choose(here[0], stem, here[1]), name)
+        function(*args)
+        for i in written:
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+
+    return run
+
+
+_functorch_level = torch._C._functorch.maybe_current_level
+_library = torch.library.Library(NAMESPACE, "DEF")  # the operators live as long as this does
+_implementations: dict[str, Callable[..., None]] = {}
+
+
+def register() -> None:
+    """Define every operator of the schema table and its implementations."""
+    define(_library)
+    for stem, operators in OPERATORS.items():
+        for name in operators:
+            _implementations[name] = _implementation(stem, name)
+            for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+                _library.impl(name, _implementations[name], key)
+
+
+def caller(name: str) -> Callable[..., None]:
+    """The operator ``name`` for a public function: through PyTorch's dispatcher where somebody listens there (tracing,
+    dispatch modes, tensor subclasses), else straight to the implementation, which saves 3 us a call."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    implementation = _implementations[name]
+    compiling, modes, level = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, _functorch_level
+    plain = {torch.Tensor, float, int, bool, type(None)}.issuperset
+
+    def call(*args: Any) -> None:
+        if compiling() or modes() or level() is not None or not plain(map(type, args)):
+            operator(*args)
+        else:
+            implementation(*args)
+
+    return call

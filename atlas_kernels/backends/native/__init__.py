@@ -1,0 +1,88 @@
+"""The native kernels: C++ for the CPU (``_C``, always built) and CUDA C++ (a second library, loaded on first use)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+CUDA_LIBRARY = Path(__file__).resolve().parents[2] / "libatlas_cuda.so"
+ISAS = ("baseline", "v3", "v4")
+
+
+@lru_cache(maxsize=1)
+def core() -> ModuleType:
+    """The compiled CPU core. Raises ``ImportError`` with the remedy if it was not built for this Python."""
+    import torch  # noqa: F401  # first, so that the core binds to the OpenMP runtime that torch has loaded
+
+    try:
+        module = importlib.import_module("atlas_kernels._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the native core is not built for this Python ({error}); run `pip install -e .` in the source tree, and "
+            "start Python where no other folder is called atlas_kernels"
+        ) from error
+    wanted = os.environ.get("ATLAS_ISA")
+    if wanted:
+        force_isa(wanted, module)
+    return module
+
+
+def force_isa(name: str, module: ModuleType | None = None) -> None:
+    """Run the CPU kernels' ``name`` variant: "baseline", "v3" (AVX2) or "v4" (AVX-512).
+
+    Raises ``ValueError`` if the name is unknown or this machine cannot run it.
+    """
+    module = module or core()
+    if name not in ISAS:
+        raise ValueError(f"ATLAS_ISA={name!r} is unknown: choose from {', '.join(ISAS)}")
+    if not module.force_isa(ISAS.index(name)):
+        raise ValueError(f"ATLAS_ISA={name!r}: this machine runs at most {ISAS[module.best_isa()]!r}")
+
+
+def available_isas() -> tuple[str, ...]:
+    """The variants of the CPU kernels that this machine can run, plainest first."""
+    return ISAS[: core().best_isa() + 1]
+
+
+@lru_cache(maxsize=1)
+def cuda_problem() -> str | None:
+    """Load the CUDA library once; why it cannot be used, or None if it can."""
+    if not CUDA_LIBRARY.exists():
+        notes = core().build_notes
+        return f"the CUDA library was not built ({notes}); install nvcc and run `ATLAS_CUDA=1 pip install -e .`"
+    try:
+        core().load_cuda(str(CUDA_LIBRARY))
+    except RuntimeError as error:
+        return f"{CUDA_LIBRARY.name} could not be loaded ({error}); run `ATLAS_CUDA=1 pip install -e .` again"
+    built, driver, devices, error = core().cuda_runtime()
+    if driver == 0:
+        return "no CUDA driver is installed on this machine"
+    # Minor versions of one major are compatible; an older major is not.
+    if driver // 1000 < built // 1000:
+        return (
+            f"the driver supports CUDA {_version(driver)}, the kernels were built with {_version(built)}: update the "
+            "driver, or build with an older nvcc; ATLAS_BACKEND=triton works meanwhile"
+        )
+    if devices == 0:
+        return f"the driver sees no CUDA device ({error})"
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Why the native kernels cannot run on ``device_type``, or None if they can."""
+    if device_type == "cpu":
+        try:
+            core()
+        except (ImportError, ValueError) as error:
+            return str(error)
+        return None
+    if device_type == "cuda":
+        return cuda_problem()
+    return f"there are native kernels for cpu and cuda, not for {device_type}"

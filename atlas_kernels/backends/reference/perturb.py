@@ -1,0 +1,92 @@
+"""The l_inf perturbation operators in plain PyTorch: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...layout import compute_dtype, plane_shape
+from ...noise import STREAM_NEIGHBOUR, STREAM_START
+from .philox import noise
+
+
+def clip(v: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    """Two selects, as in every backend: a NaN value passes, and a NaN bound does not clip."""
+    v = torch.where(v < lo, lo, v)
+    return torch.where(v > hi, hi, v)
+
+
+def rows(value: float, per_row: Tensor | None, like: Tensor, dim: int = 0) -> Tensor:
+    """The scalar, or the per-row values along ``dim``, ready to broadcast against ``like``."""
+    dtype = compute_dtype(like.dtype)
+    if per_row is None:
+        return torch.full((), value, dtype=dtype, device=like.device)
+    shape = [1] * like.ndim
+    shape[dim] = -1
+    return per_row.to(dtype).view(shape)
+
+
+def to_range(v: Tensor, clip_min: float, min_rows: Tensor | None, clip_max: float, max_rows: Tensor | None) -> Tensor:
+    return clip(v, rows(clip_min, min_rows, v, dim=1), rows(clip_max, max_rows, v, dim=1))
+
+
+def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(adv.dtype)
+    radius, step = rows(eps, eps_rows, adv), rows(step_size, step_rows, adv)
+    start, centre, direction = adv.to(dtype), x.to(dtype), torch.sign(grad).to(dtype)
+    moved = start + (-step if descend else step) * direction
+    moved = to_range(clip(moved, centre - radius, centre + radius), *bounds)
+    return moved if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), moved, start)
+
+
+def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(adv.dtype)
+    found = []
+    for k in range(count):
+        u = noise(plane_shape(adv), key, ids, draw, stream, k, dtype).view(adv.shape)
+        z = adv.to(dtype) + rows(radius, radius_rows, adv) * u
+        if x is not None:
+            ball = rows(eps, eps_rows, adv)
+            z = clip(z, x.to(dtype) - ball, x.to(dtype) + ball)
+        found.append(to_range(z, *bounds))
+    return found
+
+
+@torch.no_grad()
+def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):  # type: ignore[no-untyped-def]
+    bounds = clip_min, min_rows, clip_max, max_rows
+    (start,) = _neighbours(x, eps, eps_rows, 1, None, 0.0, None, bounds, key, ids, draw, STREAM_START)
+    out.copy_(start)
+
+
+@torch.no_grad()
+def pgd_step(  # type: ignore[no-untyped-def]
+    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out, cast
+):
+    bounds = clip_min, min_rows, clip_max, max_rows
+    moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
+    out.copy_(moved)
+    if cast is not None:
+        cast.copy_(moved)
+
+
+@torch.no_grad()
+def sample_neighbours(  # type: ignore[no-untyped-def]
+    adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
+):
+    bounds = clip_min, min_rows, clip_max, max_rows
+    found = _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw)
+    if found:
+        out.copy_(torch.cat(found))
+
+
+@torch.no_grad()
+def pgd_step_neighbours(  # type: ignore[no-untyped-def]
+    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
+    clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out
+):
+    bounds = clip_min, min_rows, clip_max, max_rows
+    moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
+    ball = x if project else None
+    found = _neighbours(moved, radius, radius_rows, count, ball, eps, eps_rows, bounds, key, ids, draw)
+    out.copy_(torch.cat([*([x.to(moved.dtype)] if include_x else []), moved, *found]))

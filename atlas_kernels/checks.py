@@ -1,0 +1,216 @@
+"""Argument checks that the operators and the attacks share: each names the argument, the value and the remedy.
+
+Metadata (dtype, device, shape, layout, scalar ranges) is always checked. Values inside tensors are checked always on
+the CPU, and on CUDA once per attack, never under capture; ``ATLAS_CHECKS=0|1`` overrides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import compute_dtype, is_supported, plane_shape
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def value_checks_enabled(t: Tensor, *, attack: bool = False) -> bool:
+    """Whether to look at the values of ``t``: on CUDA only once per ``attack``, since looking waits for the device."""
+    if torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    override = os.environ.get("ATLAS_CHECKS")
+    if override:
+        if override not in ("0", "1"):
+            raise ValueError(f"ATLAS_CHECKS={override!r}: expected 0 or 1")
+        return override == "1"
+    return t.device.type == "cpu" or (attack and t.is_cuda)
+
+
+def require_float_images(name: str, t: Tensor) -> None:
+    """A dense-layout float tensor with a batch dimension."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        hint = "; divide images in 0..255 by 255 first" if not t.is_floating_point() and not t.is_complex() else ""
+        raise TypeError(f"{name} must be a float tensor, got {t.dtype}{hint}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}; call .to_dense()")
+    if t.ndim == 0:
+        raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
+
+
+def require_like(name: str, t: Tensor, other: str, like: Tensor, *, dtype: bool) -> None:
+    """Images of the same shape and device as ``like`` (and, if ``dtype``, of its dtype)."""
+    if (  # the common case, quickly
+        isinstance(t, Tensor)
+        and (t.dtype == like.dtype or (not dtype and t.dtype in FLOATS))
+        and t.shape == like.shape
+        and t.device == like.device
+        and t.layout == torch.strided
+    ):
+        return
+    require_float_images(name, t)
+    if t.shape != like.shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, {other} has {list(like.shape)}: they must be equal")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, {other} on {like.device}: move them to one device")
+    if dtype and t.dtype != like.dtype:
+        raise TypeError(f"{name} is {t.dtype}, {other} is {like.dtype}: convert one with .to()")
+
+
+def require_out(name: str, t: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None) -> None:
+    """A tensor that a kernel can write: float, not expanded, contiguous or channels_last."""
+    require_float_images(name, t)
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, the images on {like.device}: move them to one device")
+    if dtype is not None and t.dtype != dtype:
+        raise TypeError(f"{name} is {t.dtype}, expected {dtype}")
+    if not is_supported(t):
+        raise ValueError(
+            f"{name} has strides {t.stride()}: results are written only to tensors that are contiguous or "
+            "channels_last and do not overlap themselves; allocate one with torch.empty_like"
+        )
+
+
+def require_apart(name: str, out: Tensor, *inputs: tuple[str, Tensor | None, int]) -> None:
+    """``out`` shares no memory with an (already dense) input, unless that lies exactly where its own result goes.
+
+    Each input is its name, itself, and the row of ``out`` at which the result that may replace it starts; -1: none may.
+    """
+    start = out.data_ptr()
+    end = start + out.nbytes
+    for other, t, row in inputs:
+        if t is None:
+            continue
+        low = t.data_ptr()
+        if low >= end or low + t.nbytes <= start:
+            continue
+        in_place = row >= 0 and low == start + row * out.stride(0) * out.element_size()
+        if not (in_place and t.dtype == out.dtype and t.stride() == out.stride()):
+            raise ValueError(f"{name} shares memory with {other}: pass {name}={other} itself, or a tensor of its own")
+
+
+def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """A non-negative number, or one per sample, as (number, None) or (0.0, float[B])."""
+    if type(value) is float and value >= 0.0:
+        return value, None
+    if isinstance(value, Tensor) and value.ndim:
+        batch = like.shape[0]
+        if value.numel() != batch or value.shape[0] != batch:
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected one number or [{batch}], one per sample")
+        return 0.0, _vector(name, value, like, non_negative=True)
+    number = _number(name, value)
+    if not number >= 0.0:
+        raise ValueError(f"{name} must be a number >= 0, got {number}")
+    return number, None
+
+
+def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor) -> tuple[float, Tensor | None]:
+    """A number, or one per channel, as (number, None) or (0.0, float[C])."""
+    if type(value) is float and value == value:
+        return value, None
+    if isinstance(value, (Tensor, Sequence)) and not (isinstance(value, Tensor) and value.ndim == 0):
+        channels = plane_shape(like)[1]
+        vector = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=like.device)
+        if like.ndim < 3 or vector.numel() != channels:
+            raise ValueError(
+                f"{name} has {vector.numel()} values, expected one number, or one per channel of images [B, C, ...] "
+                f"(here {list(like.shape)})"
+            )
+        return 0.0, _vector(name, vector, like, non_negative=False)
+    number = _number(name, value)
+    if math.isnan(number):
+        raise ValueError(f"{name} must not be NaN")
+    return number, None
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a number or a tensor, got the string {value!r}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from error
+
+
+def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Tensor:
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the images on {like.device}: move them to one device")
+    if non_negative and value.numel() and value_checks_enabled(value):
+        bad = ~(value.detach() >= 0).reshape(-1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"{name}[{row}] = {value.reshape(-1)[row].item()} is not a number >= 0")
+    return value.reshape(-1).to(compute_dtype(like.dtype)).contiguous()
+
+
+def require_active(active: Tensor, like: Tensor) -> None:
+    """A bool tensor, one value per sample."""
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
+        got = active.dtype if isinstance(active, Tensor) else type(active).__name__
+        raise TypeError(f"active must be a bool tensor, got {got}")
+    if active.shape != like.shape[:1] or active.device != like.device:
+        raise ValueError(
+            f"active is {list(active.shape)} on {active.device}, expected [{like.shape[0]}] on {like.device}"
+        )
+
+
+def require_noise(key: Tensor, ids: Tensor | None, draw: int, like: Tensor) -> None:
+    """A noise key, optional sample numbers and a draw number that fits the counter."""
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,) or key.device != like.device:
+        got = f"{key.dtype} {list(key.shape)} on {key.device}" if isinstance(key, Tensor) else type(key).__name__
+        raise ValueError(f"key must be the int64 [2] tensor of noise_key({str(like.device)!r}), got {got}")
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1] or ids.device != like.device):
+        raise ValueError(
+            f"ids is {ids.dtype} {list(ids.shape)} on {ids.device}, expected int64 [{like.shape[0]}] on {like.device}"
+        )
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"draw must be in [0, 2**32), got {draw}")
+
+
+def require_images(x: Tensor, clip_min: float | Tensor = 0.0, clip_max: float | Tensor = 1.0) -> None:
+    """Float images whose values lie in [clip_min, clip_max] (values as ``value_checks_enabled`` says, per attack)."""
+    require_float_images("x", x)
+    if not x.numel() or not value_checks_enabled(x, attack=True):
+        return
+    x = x.detach()
+    low, high = (_bound(b, x) for b in (clip_min, clip_max))
+    if bool(((x >= low) & (x <= high)).all()):
+        return
+    if bool(x.isnan().any()):
+        raise ValueError(f"x contains NaN, first at index {x.isnan().nonzero()[0].tolist()}: clean the images first")
+    hint = "; images in 0..255 must be divided by 255" if float(x.max()) > 1.5 and float(low.min()) == 0.0 else ""
+    raise ValueError(
+        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], outside [clip_min, clip_max] = "
+        f"[{float(low.min()):.6g}, {float(high.max()):.6g}]{hint}; normalisation belongs inside the model"
+    )
+
+
+def _bound(value: float | Tensor | Sequence[float], x: Tensor) -> Tensor:
+    number, vector = per_channel("clip bound", value, x)
+    if vector is None:
+        return torch.full((), number, dtype=x.dtype, device=x.device)
+    return vector.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
+
+
+def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -> None:
+    """Integral class indices [B] in [0, num_classes)."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"y must be an integer tensor of class indices, got {got}")
+    if labels.ndim != 1 or (batch is not None and labels.shape[0] != batch):
+        raise ValueError(f"y has shape {list(labels.shape)}, expected [{'B' if batch is None else batch}]")
+    if not labels.numel() or not value_checks_enabled(labels, attack=True):
+        return
+    bad = (labels < 0) | (labels >= num_classes)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes} (0..{num_classes - 1})")

@@ -1,0 +1,42 @@
+"""How a tensor is seen as a batch of images: (batch, channels, pixels), in plane order or channels_last."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of ``dtype`` is computed in: fp64 stays, everything else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plane_shape(t: Tensor) -> tuple[int, int, int]:
+    """(batch, channels, pixels): dim 1 is the channel of tensors with three dims or more, else there is one plane."""
+    shape = t.shape
+    if len(shape) == 4:
+        return shape[0], shape[1], shape[2] * shape[3]
+    if len(shape) >= 3:
+        return shape[0], shape[1], math.prod(shape[2:])
+    return shape[0], 1, shape[1] if len(shape) == 2 else 1
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """True if ``t`` is dense with the channels innermost and is not also plainly contiguous."""
+    if t.is_contiguous():
+        return False
+    if t.ndim == 4:
+        return t.is_contiguous(memory_format=torch.channels_last)
+    return t.ndim == 5 and t.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def is_supported(t: Tensor) -> bool:
+    """True if the kernels can address ``t`` as it lies."""
+    return t.is_contiguous() or is_channels_last(t)
+
+
+def dense(t: Tensor) -> Tensor:
+    """``t`` itself if the kernels can address it, else a contiguous copy."""
+    return t if is_supported(t) else t.contiguous()

@@ -1,0 +1,385 @@
+"""The l_inf perturbation operators: random start, projected-gradient step, local-neighbour sampling, and all in one.
+
+Images are batches [B, C, H, W] (contiguous or channels_last; layouts may differ between arguments) or [B, ...]; other
+strides are copied first. Values and radii are in one unit, images usually in [0, 1] and eps = 8/255 or 0.3. Images are
+float32 or float64. 16-bit images are computed in float32 and rounded once on the way out, so they may leave the ball by
+half a unit in the last place of the pixel: for bfloat16 at eps = 8/255 up to 0.002 near 1.0, which is 6 % of eps.
+
+Every operator is differentiable in its images and radii (not in the gradient, the clip bounds or the noise), with the
+exact masks of the clips, any number of times. Where noise is drawn, ``key`` is a ``noise_key`` (default: a fresh one),
+``ids`` the samples' numbers (default: base + row) and ``draw`` the number of the step or restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import (
+    per_channel,
+    per_sample,
+    require_active,
+    require_float_images,
+    require_like,
+    require_noise,
+    require_out,
+)
+from .layout import compute_dtype, dense
+from .noise import noise_key
+
+backends.register()
+_random_start = backends.caller("random_start")
+_pgd_step = backends.caller("pgd_step")
+_sample_neighbours = backends.caller("sample_neighbours")
+_pgd_step_neighbours = backends.caller("pgd_step_neighbours")
+
+_Bound = float | Tensor | Sequence[float]
+_INFINITE = (float("-inf"), None, float("inf"), None)
+
+
+def random_start(
+    x: Tensor,
+    eps: float | Tensor,
+    *,
+    key: Tensor | None = None,
+    ids: Tensor | None = None,
+    draw: int = 0,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Uniform start in the l_inf ball: ``clip(x + eps * u)``, ``u`` uniform in [-1, 1) (Madry et al. 2018, section 2).
+
+    Args:
+        x: images [B, ...].
+        eps: radius, one number or float [B].
+        key, ids, draw: the noise (see the module's text); ``draw`` is the restart.
+        clip_min, clip_max: image range, one number or one per channel.
+        out: result tensor like ``x``, or ``x`` itself.
+
+    Returns a tensor of x's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    """
+    require_float_images("x", x)
+    x = dense(x)
+    radius = per_sample("eps", eps, x)
+    bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
+    noise = _noise(x, key, ids, draw)
+    if _needs_grad(x, radius[1]):
+        _refuse_out(out)
+        return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)  # type: ignore[no-any-return]
+    out = _result(out, x.shape, x)
+    _random_start(x, *radius, *bounds, *noise, out)
+    return out
+
+
+def pgd_step(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    *,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    descend: bool = False,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+    cast: Tensor | None = None,
+) -> Tensor:
+    """One projected-gradient step: ``adv + step_size * sign(grad)``, into the eps-ball of x, into the image range
+    (Madry et al. 2018, equation 2). A pixel whose gradient is 0 or NaN does not move.
+
+    Args:
+        adv, x: current iterate and clean images [B, ...], one dtype.
+        grad: gradient of the objective at ``adv``, any float dtype.
+        eps, step_size: one number or float [B].
+        clip_min, clip_max: image range, one number or one per channel.
+        descend: step down the gradient.
+        active: bool [B]; rows that are False keep ``adv`` as it is.
+        out: result tensor like ``adv``, or ``adv`` itself (in place).
+        cast: a second result of another float dtype or memory format with the same values, for the network to read.
+
+    Returns a tensor of adv's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    """
+    require_float_images("adv", adv)
+    require_like("x", x, "adv", adv, dtype=True)
+    require_like("grad", grad, "adv", adv, dtype=False)
+    adv, grad, x = dense(adv), dense(grad), dense(x)
+    ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
+    bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    if active is not None:
+        require_active(active, adv)
+        active = active.contiguous()
+    if cast is not None:
+        require_out("cast", cast, adv.shape, adv, None)
+    if _needs_grad(adv, x, ball[1], step[1]):
+        _refuse_out(out, cast)
+        return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)  # type: ignore[no-any-return]
+    out = _result(out, adv.shape, adv)
+    _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
+    return out
+
+
+def sample_neighbours(
+    adv: Tensor,
+    radius: float | Tensor,
+    count: int,
+    *,
+    x: Tensor | None = None,
+    eps: float | Tensor | None = None,
+    key: Tensor | None = None,
+    ids: Tensor | None = None,
+    draw: int = 0,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``count`` points uniform in the local l_inf ball around each adversary: ``clip(adv + radius * u_k)``.
+
+    The local balls of ATLAS (Lu & Kumar 2021, arXiv 2110.14030). Whether they may leave the eps-ball of the clean image
+    is not known from the paper: they may here, unless ``x`` and ``eps`` are given, which project them onto it.
+
+    Args:
+        adv: adversaries [B, ...].
+        radius: one number or float [B].
+        count: neighbours of each adversary, at least 0.
+        x, eps: clean images like ``adv`` and the radius of their ball; both or neither.
+        key, ids, draw, clip_min, clip_max: as in ``random_start``.
+        out: result tensor [count * B, ...].
+
+    Returns [count * B, ...]: neighbour k of sample i is row ``k * B + i``. Raises ``TypeError`` and ``ValueError`` that
+    name the argument.
+    """
+    require_float_images("adv", adv)
+    _require_count(count)
+    if (x is None) != (eps is None):
+        raise ValueError("x and eps go together: give both to project the neighbours onto the eps-ball of x, or neither")
+    adv = dense(adv)
+    local = per_sample("radius", radius, adv)
+    ball = per_sample("eps", 0.0 if eps is None else eps, adv)
+    if x is not None:
+        require_like("x", x, "adv", adv, dtype=True)
+        x = dense(x)
+    bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    noise = _noise(adv, key, ids, draw)
+    if _needs_grad(adv, x, local[1], ball[1]):
+        _refuse_out(out)
+        return _Neighbours.apply(adv, x, local[1], ball[1], local[0], ball[0], count, bounds, noise, False)  # type: ignore[no-any-return]
+    shape = (count * adv.shape[0], *adv.shape[1:])
+    out = _result(out, shape, adv)
+    _sample_neighbours(adv, *local, count, x, *ball, *bounds, *noise, out)
+    return out
+
+
+def pgd_step_neighbours(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    radius: float | Tensor,
+    count: int,
+    *,
+    project: bool = False,
+    include_x: bool = True,
+    key: Tensor | None = None,
+    ids: Tensor | None = None,
+    draw: int = 0,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    descend: bool = False,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The last attack step, both clips and the neighbours in one pass, as the batch ``[x; adv'; z_1; ...; z_count]``.
+
+    ``adv'`` is ``pgd_step(adv, grad, x, ...)`` and ``z_k`` the k-th slice of ``sample_neighbours(adv', ...)`` with the
+    same noise; no noise tensor is made and nothing is concatenated.
+
+    Args:
+        project: also project the neighbours onto the eps-ball of ``x``.
+        include_x: begin the batch with the clean images.
+        out: result tensor [(include_x + 1 + count) * B, ...] of any float dtype and either layout (the network's).
+            ``x`` and ``adv`` may already lie in their own slices of it.
+        The others as in ``pgd_step`` and ``sample_neighbours``.
+
+    Returns the batch, in adv's dtype and layout unless ``out`` says otherwise. Raises ``TypeError`` and ``ValueError``
+    that name the argument.
+    """
+    require_float_images("adv", adv)
+    require_like("x", x, "adv", adv, dtype=True)
+    require_like("grad", grad, "adv", adv, dtype=False)
+    _require_count(count)
+    adv, grad, x = dense(adv), dense(grad), dense(x)
+    ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
+    local = per_sample("radius", radius, adv)
+    if _needs_grad(adv, x, ball[1], step[1], local[1]):
+        _refuse_out(out)
+        wide, dtype = compute_dtype(adv.dtype), adv.dtype
+        bounds: dict[str, Any] = {"clip_min": clip_min, "clip_max": clip_max}
+        adv, x = adv.to(wide), x.to(wide)
+        adv = pgd_step(adv, grad, x, eps, step_size, descend=descend, active=active, **bounds)
+        around = {"x": x, "eps": eps} if project else {}
+        z = sample_neighbours(adv, radius, count, key=key, ids=ids, draw=draw, **around, **bounds)  # type: ignore[arg-type]
+        return torch.cat([*([x] if include_x else []), adv, z]).to(dtype)
+    limits = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    if active is not None:
+        require_active(active, adv)
+        active = active.contiguous()
+    noise = _noise(adv, key, ids, draw)
+    batch = adv.shape[0]
+    shape = ((include_x + 1 + count) * batch, *adv.shape[1:])
+    out = _result(out, shape, adv, any_dtype=True)
+    _pgd_step_neighbours(
+        adv, grad, x, *ball, *step, *local, count, project, include_x, *limits, descend, active, *noise, out
+    )
+    return out
+
+
+def _noise(like: Tensor, key: Tensor | None, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor | None, int]:
+    key = noise_key(like.device) if key is None else key
+    require_noise(key, ids, draw, like)
+    return key.contiguous(), None if ids is None else ids.contiguous(), draw
+
+
+def _require_count(count: int) -> None:
+    if not isinstance(count, int) or not 0 <= count < 2**24:
+        raise ValueError(f"count must be an integer in [0, 2**24), got {count!r}")
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _refuse_out(*outs: Tensor | None) -> None:
+    if any(out is not None for out in outs):
+        raise ValueError("out= and cast= do not work with arguments that require grad: leave them out, or detach first")
+
+
+def _result(out: Tensor | None, shape: Sequence[int], like: Tensor, any_dtype: bool = False) -> Tensor:
+    """``out`` once checked, or a new tensor of this shape in the dtype and layout of ``like``."""
+    if out is not None:
+        require_out("out", out, shape, like, None if any_dtype else like.dtype)
+        return out
+    if shape == like.shape:
+        return torch.empty_like(like)
+    channels_last = like.ndim == 4 and not like.is_contiguous()
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def _over(values: Tensor, per_row: Tensor | None) -> Tensor | None:
+    """Sum over everything but the batch, for a radius that has a gradient."""
+    return None if per_row is None else values.flatten(1).sum(1)
+
+
+def _column(value: float, per_row: Tensor | None, like: Tensor, dim: int = 0) -> Tensor | float:
+    return value if per_row is None else per_row.view([-1 if i == dim else 1 for i in range(like.ndim)])
+
+
+def _inside(v: Tensor, bounds: tuple[float, Tensor | None, float, Tensor | None]) -> Tensor:
+    """Where the clip to the image range lets ``v`` (and its gradient) through."""
+    low, low_rows, high, high_rows = bounds
+    return ~((v < _column(low, low_rows, v, 1)) | (v > _column(high, high_rows, v, 1)))
+
+
+class _Ball:
+    """The projection on [x - eps, x + eps]: its value, and how a cotangent splits between point, centre and radius."""
+
+    def __init__(self, v: Tensor, x: Tensor, eps: Tensor | float) -> None:
+        low, high = x - eps, x + eps
+        self.below = v < low
+        self.value = torch.where(self.below, low, v)
+        self.above = self.value > high
+        self.value = torch.where(self.above, high, self.value)
+        self.outside = self.below | self.above
+
+    def split(self, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept = torch.where(self.outside, 0.0, cotangent)
+        centre = cotangent - kept
+        return kept, centre, torch.where(self.above, cotangent, 0.0) - torch.where(self.below & ~self.above, cotangent, 0.0)
+
+
+class _PGDStep(torch.autograd.Function):
+    """``pgd_step`` with the gradients of its clips: a plain formula, so it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, adv, x, eps_rows, step_rows, grad, eps, step_size, bounds, descend, active):  # type: ignore[no-untyped-def]
+        out = torch.empty_like(adv)
+        _pgd_step(adv, grad, x, eps, eps_rows, step_size, step_rows, *bounds, descend, active, out, None)
+        ctx.save_for_backward(adv, x, eps_rows, step_rows, grad, active)
+        ctx.rest = eps, step_size, bounds, descend
+        return out
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        adv, x, eps_rows, step_rows, grad, active = ctx.saved_tensors
+        eps, step_size, bounds, descend = ctx.rest
+        wide = compute_dtype(adv.dtype)
+        g, centre = cotangent.to(wide), x.detach().to(wide)
+        with torch.no_grad():
+            direction = torch.sign(grad).to(wide) * (-1.0 if descend else 1.0)
+            moved = adv.to(wide) + _column(step_size, step_rows, adv) * direction
+            ball = _Ball(moved, centre, _column(eps, eps_rows, adv))
+            passed = _inside(ball.value, bounds)
+        kept_rows = None if active is None else _column(0.0, active, adv)
+        passing = torch.where(passed if kept_rows is None else passed & kept_rows, g, 0.0)
+        to_adv, to_x, to_eps = ball.split(passing)
+        to_step = _over(to_adv * direction, step_rows)
+        if kept_rows is not None:
+            to_adv = torch.where(kept_rows, to_adv, g)
+        return to_adv.to(adv.dtype), to_x.to(x.dtype), _over(to_eps, eps_rows), to_step, *[None] * 6
+
+
+class _Neighbours(torch.autograd.Function):
+    """``sample_neighbours`` and ``random_start`` with the gradients of their clips; the noise is drawn again."""
+
+    @staticmethod
+    def forward(ctx, adv, x, radius_rows, eps_rows, radius, eps, count, bounds, noise, start):  # type: ignore[no-untyped-def]
+        out = _result(None, (count * adv.shape[0], *adv.shape[1:]), adv)
+        if start:
+            _random_start(adv, radius, radius_rows, *bounds, *noise, out)
+        else:
+            _sample_neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, *bounds, *noise, out)
+        ctx.save_for_backward(adv, x, radius_rows, eps_rows, *noise[:2])
+        ctx.rest = radius, eps, count, bounds, noise[2], start
+        return out
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        adv, x, radius_rows, eps_rows, key, ids = ctx.saved_tensors
+        radius, eps, count, bounds, draw, start = ctx.rest
+        wide = compute_dtype(adv.dtype)
+        many = (count, *adv.shape)
+        g = cotangent.to(wide).reshape(many)
+        with torch.no_grad():
+            zero = torch.zeros(adv.shape, dtype=wide, device=adv.device)
+            noise = torch.empty((count * adv.shape[0], *adv.shape[1:]), dtype=wide, device=adv.device)
+            if start:
+                _random_start(zero, 1.0, None, *_INFINITE, key, ids, draw, noise)
+            else:
+                _sample_neighbours(zero, 1.0, None, count, None, 0.0, None, *_INFINITE, key, ids, draw, noise)
+            noise = noise.view(many)
+            v = adv.to(wide) + _column(radius, radius_rows, adv) * noise
+            ball = None if x is None else _Ball(v, x.to(wide), _column(eps, eps_rows, adv))
+            value = v if ball is None else ball.value
+            passed = torch.stack([_inside(slice, bounds) for slice in value]) if count else value > 0
+        to_adv = torch.where(passed, g, 0.0)
+        to_x = to_eps = None
+        if ball is not None:
+            to_adv, to_x, to_eps = ball.split(to_adv)
+            to_x, to_eps = to_x.sum(0).to(x.dtype), _over(to_eps.sum(0), eps_rows)
+        to_radius = _over((to_adv * noise).sum(0), radius_rows)
+        return to_adv.sum(0).to(adv.dtype), to_x, to_radius, to_eps, *[None] * 6

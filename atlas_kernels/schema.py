@@ -1,0 +1,41 @@
+"""Every torch.library operator of the project in one table: schema and fake.
+
+Operators write into ``out`` tensors and return nothing: the public functions allocate, the backends fill. A parameter
+that may be one number or one number per row travels as a pair, ``float eps, Tensor? eps_rows`` (rows win).
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "atlas_kernels"
+
+_EPS = "float eps, Tensor? eps_rows"
+_STEP = "float step_size, Tensor? step_rows"
+_RADIUS = "float radius, Tensor? radius_rows"
+_CLIP = "float clip_min, Tensor? clip_min_rows, float clip_max, Tensor? clip_max_rows"
+_NOISE = "Tensor key, Tensor? ids, int draw"
+
+# stem -> operator -> arguments
+OPERATORS: dict[str, dict[str, str]] = {
+    "perturb": {
+        "random_start": f"Tensor x, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
+        "pgd_step": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_CLIP}, bool descend, Tensor? active, "
+        "Tensor(a!) out, Tensor(b!)? cast",
+        "sample_neighbours": f"Tensor adv, {_RADIUS}, int count, Tensor? x, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
+        "pgd_step_neighbours": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_RADIUS}, int count, "
+        f"bool project, bool include_x, {_CLIP}, bool descend, Tensor? active, {_NOISE}, Tensor(a!) out",
+    },
+}
+
+
+def _fake(*args: object) -> None:
+    """Nothing is returned, so there is no shape to infer."""
+
+
+def define(library: torch.library.Library) -> None:
+    """Define every operator of the table in ``library`` and register its fake."""
+    for operators in OPERATORS.values():
+        for name, arguments in operators.items():
+            library.define(f"{name}({arguments}) -> ()")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)

@@ -1,0 +1,60 @@
+// The surface that both libraries (CPU, CUDA) export: one params struct and one function per stem. Raw pointers, sizes,
+// a device and a stream in; a status out. The core never allocates and never synchronises. Everything is checked
+// before it gets here, in atlas_kernels/backends/native/door.py.
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define ATLAS_EXPORT __attribute__((visibility("default")))
+#else
+#define ATLAS_EXPORT
+#endif
+
+extern "C" {
+
+// 0: done. > 0: a CUDA error code. < 0: one of these.
+enum AtlasStatus { ATLAS_OK = 0, ATLAS_BAD_DTYPE = -1, ATLAS_BAD_SIZE = -2, ATLAS_NO_CUDA = -3 };
+
+struct AtlasWhere {
+  int32_t device;   // CUDA device index; -1: CPU
+  int32_t threads;  // CPU threads to use at most
+  void* stream;     // cudaStream_t
+};
+
+// A dense batch of images. Order in memory: [batch, channels, pixels], or [batch, pixels, channels] if channels_last.
+struct AtlasImages {
+  void* data;  // null: absent
+  int32_t dtype, channels_last;
+};
+
+// One number, or one per row (sample or channel) in the compute type: fp64 if adv is fp64, else fp32.
+struct AtlasScalar {
+  double value;
+  const void* per_row;  // null: `value` for all
+};
+
+// The four l_inf ops are one pass with parts left out:
+//   adv' = clip(project(adv + step sign(grad)))        where grad is given, and the sample is active
+//   out_x = x;  out_adv = cast = adv'                   where given
+//   out_z[k] = clip([project](adv' + radius noise_k))   for k < count
+struct AtlasPerturb {
+  int64_t batch, channels, pixels;
+  AtlasImages adv, grad, x;
+  AtlasImages out_x, out_adv, cast, out_z;  // out_z: `count` batches one after another
+  AtlasScalar eps, step_size, radius;       // per sample
+  AtlasScalar clip_min, clip_max;           // per channel
+  const uint8_t* active;                    // per sample; null: all
+  const int64_t* key;                       // (seed, base), in the memory of the device
+  const int64_t* ids;                       // per sample; null: base + row
+  int64_t count;
+  int32_t descend, project;
+  uint32_t stream, draw;
+};
+
+// The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
+ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
+ATLAS_EXPORT const char* atlas_cuda_error(int status);
+
+ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
+
+}  // extern "C"

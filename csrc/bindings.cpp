@@ -1,0 +1,98 @@
+// pybind11 over api.h and nothing else. Pointers arrive as integers from backends/native/door.py, which has checked them.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "api.h"
+#include "cpu/isa.h"
+
+#ifndef ATLAS_BUILD_NOTES
+#define ATLAS_BUILD_NOTES ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// What the CUDA library exports, found by name when it is loaded.
+struct CudaLibrary {
+  decltype(&atlas_perturb) perturb = nullptr;
+  decltype(&atlas_cuda_runtime) runtime = nullptr;
+  decltype(&atlas_cuda_error) error = nullptr;
+} cuda;
+
+template <class Function> void find(void* library, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (!function) throw std::runtime_error(std::string("the CUDA library has no symbol ") + name);
+}
+
+void load_cuda(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  find(library, "atlas_cuda_runtime", cuda.runtime);
+  find(library, "atlas_cuda_error", cuda.error);
+  find(library, "atlas_perturb", cuda.perturb);
+}
+
+// (built with, supported by the driver or 0, devices or 0, first error's text)
+py::tuple cuda_runtime() {
+  int built = 0, driver = 0, devices = 0;
+  const int status = cuda.runtime(&built, &driver, &devices);
+  return py::make_tuple(built, driver, devices, status ? cuda.error(status) : "");
+}
+
+std::string explain(int status) {
+  switch (status) {
+    case ATLAS_BAD_DTYPE: return "dtype not supported";
+    case ATLAS_BAD_SIZE: return "negative size";
+    case ATLAS_NO_CUDA: return "the CUDA library is not loaded";
+    default: return std::string("CUDA: ") + cuda.error(status);
+  }
+}
+
+void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format, uintptr_t out_x,
+             int out_x_format, uintptr_t out_adv, int out_adv_format, uintptr_t cast, int cast_format, uintptr_t out_z,
+             int out_z_format, int64_t batch, int64_t channels, int64_t pixels, double eps, uintptr_t eps_rows,
+             double step_size, uintptr_t step_rows, double radius, uintptr_t radius_rows, double clip_min,
+             uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active, uintptr_t key,
+             uintptr_t ids, int64_t count, bool descend, bool project, uint32_t stream, uint32_t draw, int device,
+             int threads, uintptr_t cuda_stream) {
+  const auto images = [](uintptr_t data, int format) {
+    return AtlasImages{reinterpret_cast<void*>(data), format & 3, format >> 2};
+  };
+  const auto scalar = [](double value, uintptr_t rows) {
+    return AtlasScalar{value, reinterpret_cast<const void*>(rows)};
+  };
+  const AtlasPerturb params = {
+      batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
+      images(out_x, out_x_format), images(out_adv, out_adv_format), images(cast, cast_format),
+      images(out_z, out_z_format), scalar(eps, eps_rows), scalar(step_size, step_rows), scalar(radius, radius_rows),
+      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), reinterpret_cast<const uint8_t*>(active),
+      reinterpret_cast<const int64_t*>(key), reinterpret_cast<const int64_t*>(ids), count, descend, project, stream,
+      draw};
+  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0 ? atlas_perturb(&params, &where) : cuda.perturb ? cuda.perturb(&params, &where) : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb: " + explain(status));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("perturb", &perturb);
+  m.def("load_cuda", &load_cuda);
+  m.def("cuda_runtime", &cuda_runtime);
+  m.def("best_isa", [] { return int(atlas::cpu::best_isa()); });
+  m.def("current_isa", [] { return int(atlas::cpu::current_isa()); });
+  m.def("force_isa", [](int isa) { return atlas::cpu::force_isa(atlas::cpu::Isa(isa)); });
+  m.attr("build_notes") = ATLAS_BUILD_NOTES;
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

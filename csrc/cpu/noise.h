@@ -1,0 +1,15 @@
+// Philox words for runs of pixel groups. The one loop here that compilers do not vectorise well by themselves (they miss
+// the 32 x 32 -> 64 bit multiply), hence the intrinsics; core/philox.h stays its definition and its test.
+#pragma once
+#include "../core/philox.h"
+
+namespace atlas::cpu {
+
+constexpr int64_t kGroupsAtOnce = 16;
+
+// words[4 g + j] = word j of group first + g, for g < groups, rounded up to a multiple of kGroupsAtOnce.
+using FillWords = void (*)(uint32_t* words, const NoiseCounter& counter, uint32_t first, int64_t groups);
+
+FillWords fill_words();  // for the current instruction set
+
+}  // namespace atlas::cpu

@@ -1,0 +1,174 @@
+#include "../core/perturb.h"
+
+#include "noise.h"
+#include "tile.h"
+
+namespace atlas::cpu {
+namespace {
+
+struct Job {
+  AtlasPerturb p;
+  PlaneShape shape;
+  int64_t tile;       // pixels a unit of work
+  int64_t per_plane;  // units a plane
+  bool plane_major;   // neighbouring units: along one plane, or across the channels of the same pixels
+  bool streaming;
+  int64_t seed, base;
+  FillWords fill;
+  struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
+  int64_t copies;
+};
+
+// The direction is all that matters of a gradient: taken before any conversion, so that a tiny fp64 one keeps it.
+template <class T> struct SignOf {
+  template <class S> static ATLAS_HD T from(S g) { return from_number(g); }
+  static ATLAS_HD T from(half_t g) { return from_number(to_float(g)); }
+  static ATLAS_HD T from(bfloat16_t g) { return from_number(to_float(g)); }
+  template <class S> static ATLAS_HD T from_number(S g) { return sign<T>(g); }
+};
+
+template <class T> ATLAS_HD T at_row(const AtlasScalar& s, int64_t row) {
+  return s.per_row ? static_cast<const T*>(s.per_row)[row] : T(s.value);
+}
+
+ATLAS_HD Place locate(const Job& job, int64_t unit) {
+  Place at;
+  int64_t tile;
+  if (job.plane_major) {
+    tile = unit % job.per_plane;
+    at.channel = unit / job.per_plane % job.shape.channels;
+  } else {
+    at.channel = unit % job.shape.channels;
+    tile = unit / job.shape.channels % job.per_plane;
+  }
+  at.sample = unit / (job.per_plane * job.shape.channels);
+  at.first = tile * job.tile;
+  at.size = job.shape.pixels - at.first < job.tile ? job.shape.pixels - at.first : job.tile;
+  return at;
+}
+
+template <bool Project, class T>
+ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, const PerturbRow<T>& row, int64_t size) {
+  ATLAS_IVDEP for (int64_t i = 0; i < size; ++i)
+    z[i] = neighbour<Project>(adv[i], uniform<T>(words[i]), Project ? x[i] : T(0), row);
+}
+
+template <class T> struct Body {
+  static ATLAS_HD void run(const Job& job, int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) run_tile(job, locate(job, unit));
+    if (job.streaming) finish_streaming();
+  }
+
+  // One call each of load (of images, of a gradient) and store: they are long once inlined for every dtype and order.
+  static ATLAS_HD void run_tile(const Job& job, const Place& at) {
+    const AtlasPerturb& p = job.p;
+    const T step = at_row<T>(p.step_size, at.sample);
+    const PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.radius, at.sample),
+                               at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)};
+    alignas(64) T buffers[2][kTile], z[kTile];
+    const AtlasImages* images[2] = {&p.adv, &p.x};
+    const T* tiles[2] = {nullptr, nullptr};
+    for (int i = 0; i < 2; ++i)
+      if (images[i]->data) tiles[i] = load(*images[i], job.shape, at, buffers[i]);
+    const T *adv = tiles[0], *const x = tiles[1];
+    if (p.grad.data && (!p.active || p.active[at.sample])) adv = step_tile(job, at, row, adv, x, buffers[0]);
+
+    for (int64_t i = 0; i < job.copies + p.count; ++i) {
+      const int64_t k = i - job.copies;
+      const AtlasImages& out = k < 0 ? job.copy[i].to : p.out_z;
+      const T* tile = k < 0 ? (job.copy[i].of_x ? x : adv) : z;
+      Place to = at;
+      if (k >= 0) {
+        neighbour_tile(job, at, row, k, z, adv, x);
+        to.sample += k * p.batch;
+      }
+      store(out, job.shape, to, tile, job.streaming);
+    }
+  }
+
+  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& row, const T* adv,
+                                     const T* x, T* buffer) {
+    alignas(64) T sign_tile[kTile];
+    const T* grad = load<T, SignOf<T>>(job.p.grad, job.shape, at, sign_tile);
+    // Straight into the result where that is possible: always so when tiles are longer than a buffer (see plan()).
+    const AtlasImages& out = job.p.out_adv;
+    T* to = out.data && is_direct<T>(out) && !job.streaming ? static_cast<T*>(out.data) + job.shape.offset(at, false)
+                                                            : buffer;
+    ATLAS_IVDEP for (int64_t i = 0; i < at.size; ++i) to[i] = pgd_step(adv[i], sign<T>(grad[i]), x[i], row);
+    return to;
+  }
+
+  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
+                                      const T* adv, const T* x) {
+    const AtlasPerturb& p = job.p;
+    const int64_t sample = p.ids ? p.ids[at.sample] : job.base + at.sample;
+    const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
+    alignas(64) uint32_t words[kTile];
+    job.fill(words, NoiseCounter(job.seed, sample, p.draw, p.stream, uint32_t(k)), uint32_t(first),
+             groups_per_plane(at.size));
+    if (p.project)
+      neighbours<true>(z, adv, words, x, row, at.size);
+    else
+      neighbours<false>(z, adv, words, x, row, at.size);
+  }
+};
+
+bool per_channel(const AtlasPerturb& p) { return p.clip_min.per_row || p.clip_max.per_row; }
+
+bool per_sample(const AtlasPerturb& p) {
+  return p.active || p.eps.per_row || p.step_size.per_row || p.radius.per_row;
+}
+
+template <class T> Job plan(const AtlasPerturb& p) {
+  Job job = {};
+  job.p = p;
+  AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out_x, &job.p.out_adv, &job.p.cast, &job.p.out_z};
+  bool same_order = true, direct = true;
+  int64_t written = 0;
+  for (const AtlasImages* i : images) {
+    if (!i->data) continue;
+    same_order = same_order && i->channels_last == p.adv.channels_last;
+    direct = direct && i->dtype == dtype_of<T>::value;
+    if (i >= &job.p.out_x) written += (i == &job.p.out_z ? p.count : 1) * int64_t(sizeof(T));
+  }
+  const int64_t numel = p.batch * p.channels * p.pixels;
+  job.shape = {p.channels, p.pixels};
+  // Without noise and per-channel bounds a pixel's place means nothing: run through memory as it lies.
+  if (same_order && !p.count && !per_channel(p)) {
+    for (AtlasImages* i : images) i->channels_last = 0;
+    job.shape = {1, per_sample(p) ? p.channels * p.pixels : numel};
+  }
+  if (p.out_x.data) job.copy[job.copies++] = {job.p.out_x, true};
+  if (p.out_adv.data) job.copy[job.copies++] = {job.p.out_adv, false};
+  if (p.cast.data) job.copy[job.copies++] = {job.p.cast, false};
+  job.streaming = outgrows_cache(written * numel);
+  job.plane_major = same_order && !job.p.adv.channels_last;
+  // A tile may be longer than a buffer when nothing passes through one.
+  const bool unbuffered = direct && job.plane_major && !p.count && !job.streaming && p.out_adv.data;
+  job.tile = unbuffered ? 16 * kTile : kTile;
+  job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
+  if (p.key) job.seed = p.key[0], job.base = p.key[1];
+  job.fill = fill_words();
+  return job;
+}
+
+template <class T> int run(const AtlasPerturb& p, int threads) {
+  if (p.batch < 0 || p.channels < 0 || p.pixels < 0 || p.count < 0) return ATLAS_BAD_SIZE;
+  const int64_t numel = p.batch * p.channels * p.pixels;
+  if (numel == 0) return ATLAS_OK;
+  const Job job = plan<T>(p);
+  const int64_t units = numel / job.shape.pixels * job.per_plane;
+  const int64_t unit_cost = (job.shape.pixels < job.tile ? job.shape.pixels : job.tile) * (1 + 4 * p.count);
+  constexpr int64_t kGrain = 32768;  // about what a thread must do to be worth waking
+  parallel_ranges<Body<T>>(job, units, (kGrain + unit_cost - 1) / unit_cost, threads);
+  return ATLAS_OK;
+}
+
+}  // namespace
+}  // namespace atlas::cpu
+
+extern "C" int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where) {
+  if (params->adv.dtype < atlas::kFloat32 || params->adv.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
+  return params->adv.dtype == atlas::kFloat64 ? atlas::cpu::run<double>(*params, where->threads)
+                                              : atlas::cpu::run<float>(*params, where->threads);
+}

@@ -1,0 +1,48 @@
+"""Inputs and bitwise comparison that the operator tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHAPES = [(2, 3, 8, 8), (1, 1, 28, 28), (5, 3, 7, 5), (3, 4, 1, 1), (2, 5, 3, 3), (4, 10), (7,), (2, 3, 9), (2, 2, 3, 2, 3)]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, any NaN equal to any NaN; +0 and -0 differ."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    nan = a.isnan()
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    a, b, both = a.contiguous().view(integers), b.contiguous().view(integers), nan & b.isnan()
+    return bool(torch.equal(nan, both)) and bool(((a == b) | both).all())
+
+
+def to_layout(t: Tensor, channels_last: bool) -> Tensor:
+    """``t`` in the asked memory order, where it has one."""
+    return t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t.contiguous()
+
+
+def problem(
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layouts: str = "ccc",
+    special: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(adv, grad, x) of one attack step; layouts: "c" contiguous or "l" channels_last, one letter each."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=g)
+    adv = (x + 0.1 * (2 * torch.rand(shape, generator=g) - 1)).clamp(0, 1)
+    grad = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.1)
+    if special:
+        for t in (adv, grad, x):
+            values = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1.0, 1e-45])
+            pick = torch.randint(len(values), shape, generator=g)
+            t.copy_(torch.where(torch.rand(shape, generator=g) < 0.2, values[pick], t))
+    made = (adv.to(dtype), grad.to(grad_dtype or dtype), x.to(dtype))
+    adv, grad, x = (to_layout(t.to(device), c == "l") for t, c in zip(made, layouts, strict=True))
+    return adv, grad, x

@@ -1,0 +1,368 @@
+"""The l_inf perturbation operators: the same bits on every backend, exact gradients, and what PyTorch asks of an op."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import SHAPES, problem, same_bits, to_layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atlas_kernels as ak
+from atlas_kernels.backends.native import available_isas, force_isa
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+OPS = torch.ops.atlas_kernels
+
+
+def all_four(adv, grad, x, eps, step, radius, *, key, count=2, ids=None, active=None, descend=False, project=False, **clip):
+    """Every operator on one problem."""
+    ball = {"x": x, "eps": eps} if project else {}
+    step_options = {"active": active, "descend": descend, **clip}
+    noise = {"key": key, "ids": ids, "draw": 3}
+    return [
+        ak.random_start(x, eps, **noise, **clip),
+        ak.pgd_step(adv, grad, x, eps, step, **step_options),
+        ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
+        ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, project=project, **noise, **step_options),
+        ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, include_x=False, **noise, **step_options),
+    ]
+
+
+def check_against_reference(*args, **kwargs):
+    got = all_four(*args, **kwargs)
+    with ak.backend("reference"):
+        expected = all_four(*args, **kwargs)
+    for name, a, b in zip(("start", "step", "neighbours", "both", "both without x"), got, expected, strict=True):
+        assert same_bits(a, b), name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_shapes_and_dtypes(shape, dtype, device):
+    adv, grad, x = problem(shape, dtype=dtype, device=device)
+    check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device), count=min(2, len(shape)))
+
+
+@pytest.mark.parametrize("layouts", ["".join(p) for p in itertools.product("cl", repeat=3)])
+@pytest.mark.parametrize("shape", [(3, 3, 8, 8), (2, 5, 7, 3)], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_bits_layouts(shape, layouts, grad_dtype, device):
+    adv, grad, x = problem(shape, layouts=layouts, grad_dtype=grad_dtype, device=device)
+    check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device))
+
+
+@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_of_every_dtype_pair(dtype, grad_dtype, device):
+    adv, grad, x = problem((2, 3, 9, 9), dtype=dtype, grad_dtype=grad_dtype, device=device, special=True)
+    check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device), project=True)
+
+
+@pytest.mark.parametrize("options", [{"descend": True}, {"project": True}, {"count": 0}, {"count": 1}, {"count": 5}], ids=str)
+def test_bits_options(options, device):
+    adv, grad, x = problem((4, 3, 8, 9), device=device)
+    check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device), **options)
+
+
+@pytest.mark.parametrize("layouts", ["ccc", "lll", "clc"])
+def test_bits_per_sample_and_per_channel(layouts, device):
+    adv, grad, x = problem((4, 3, 8, 8), layouts=layouts, device=device)
+    rows = [torch.rand(4, device=device) * 0.2 for _ in range(3)]
+    low, high = torch.tensor([0.0, 0.1, -0.5], device=device), torch.tensor([1.0, 0.8, 2.0], device=device)
+    active = torch.tensor([True, False, True, False], device=device)
+    ids = torch.tensor([3, 1, 2**40, 3], device=device)
+    key = ak.noise_key(device)
+    check_against_reference(adv, grad, x, *rows, key=key, ids=ids, active=active, clip_min=low, clip_max=high, project=True)
+    check_against_reference(adv, grad, x, *rows, key=key, active=active)
+    check_against_reference(adv, grad, x, 0.1, 0.1, 0.1, key=key, clip_min=[0.0, 0.1, 0.2], clip_max=1.0)
+
+
+def test_bits_where_values_are_special(device):
+    for seed in range(4):
+        adv, grad, x = problem((3, 3, 16, 17), special=True, seed=seed, device=device)
+        check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device), project=True)
+
+
+def test_bits_above_the_size_where_results_are_streamed():
+    """Larger than any last-level cache's half that we know of would be slow: streaming starts at half of this one's."""
+    adv, grad, x = problem((24, 3, 256, 256))
+    check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key())
+
+
+@pytest.fixture
+def restored_isa_and_threads():
+    isa, threads = available_isas()[-1], torch.get_num_threads()
+    yield
+    force_isa(isa)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
+def test_bits_of_each_isa_and_thread_count(isa, threads, restored_isa_and_threads):
+    if isa not in available_isas():
+        pytest.skip(f"this machine cannot run {isa}")
+    force_isa(isa)
+    torch.set_num_threads(threads)
+    for shape, dtype, layouts in [
+        ((64, 3, 33, 31), torch.float32, "ccc"),
+        ((32, 3, 32, 32), torch.bfloat16, "lcl"),
+        ((33, 5, 9, 9), torch.float64, "ccc"),
+        ((16, 3, 24, 24), torch.float16, "lll"),
+    ]:
+        adv, grad, x = problem(shape, dtype=dtype, layouts=layouts, special=True)
+        check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(), project=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_bits_of_anything(data):
+    draw = data.draw
+    ndim = draw(st.integers(1, 4))
+    shape = tuple(draw(st.integers(0 if i == 0 else 1, 9)) for i in range(ndim))
+    dtype, grad_dtype = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
+    layouts = "".join(draw(st.sampled_from("cl")) for _ in range(3))
+    adv, grad, x = problem(shape, dtype=dtype, grad_dtype=grad_dtype, layouts=layouts, special=draw(st.booleans()))
+    if ndim >= 3 and draw(st.booleans()):  # strides that the kernels do not take as they lie
+        grad = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
+        x = x[..., :1].expand(shape)
+    number = st.floats(0, 2, width=32)
+    check_against_reference(
+        adv, grad, x, draw(number), draw(number), draw(number), key=torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), 0]),
+        count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def test_a_step_is_the_textbook_step(device):
+    """Against an independent statement with clamps instead of selects."""
+    adv, grad, x = problem((8, 3, 32, 32), device=device)
+    expected = torch.clamp(torch.max(torch.min(adv + 0.03 * grad.sign(), x + 0.1), x - 0.1), 0, 1)
+    assert torch.equal(ak.pgd_step(adv, grad, x, 0.1, 0.03), expected)
+
+
+def test_pixels_without_gradient_do_not_move(device):
+    adv, grad, x = problem((2, 3, 8, 8), device=device)
+    grad[0], grad[1] = float("nan"), 0.0
+    assert torch.equal(ak.pgd_step(adv, grad, x, 1.0, 0.5), adv)
+
+
+def test_direction_of_a_tiny_fp64_gradient_survives(device):
+    x = torch.full((1, 1, 2, 2), 0.5, device=device)
+    grad = torch.full_like(x, 1e-300, dtype=torch.float64)
+    assert (ak.pgd_step(x, grad, x, 0.1, 0.1) > x).all()
+
+
+def test_neighbours_lie_in_their_balls(device):
+    adv, _, x = problem((5, 3, 8, 8), device=device)
+    z = ak.sample_neighbours(adv, 0.04, 3).view(3, *adv.shape)
+    assert ((z - adv).abs() <= 0.04 + 1e-7).all() and (z >= 0).all() and (z <= 1).all()
+    assert ((z - x).abs() > 0.1 + 1e-6).any()
+    projected = ak.sample_neighbours(adv, 0.04, 3, x=x, eps=0.1).view(3, *adv.shape)
+    assert ((projected - x).abs() <= 0.1 + 1e-7).all()
+
+
+def test_in_place_and_out(device):
+    adv, grad, x = problem((4, 3, 8, 8), device=device)
+    expected = ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    for like in (adv, adv.contiguous(memory_format=torch.channels_last)):
+        out = torch.empty_like(like)
+        assert ak.pgd_step(adv, grad, x, 0.1, 0.03, out=out) is out and same_bits(out, expected)
+    for layout in (False, True):
+        moved = to_layout(adv.clone(), layout)
+        version = moved._version
+        ak.pgd_step(moved, grad, x, 0.1, 0.03, out=moved)
+        assert same_bits(moved, expected) and moved._version > version
+    start = x.clone()
+    key = ak.noise_key(device)
+    assert same_bits(ak.random_start(start, 0.1, key=key, out=start), ak.random_start(x, 0.1, key=key))
+
+
+def test_cast_is_the_result_in_another_dtype_and_layout(device):
+    adv, grad, x = problem((4, 3, 8, 8), device=device)
+    for dtype, channels_last in itertools.product((torch.bfloat16, torch.float16, torch.float32), (False, True)):
+        cast = to_layout(torch.empty_like(adv, dtype=dtype), channels_last)
+        out = ak.pgd_step(adv, grad, x, 0.1, 0.03, cast=cast)
+        assert same_bits(cast, out.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batch_buffer_of_the_network(dtype, channels_last, device):
+    adv, grad, x = problem((3, 3, 8, 8), device=device)
+    key = ak.noise_key(device)
+    expected = ak.pgd_step_neighbours(adv, grad, x, 0.1, 0.03, 0.02, 2, key=key)
+    buffer = to_layout(torch.empty((12, 3, 8, 8), dtype=dtype, device=device), channels_last)
+    ak.pgd_step_neighbours(adv, grad, x, 0.1, 0.03, 0.02, 2, key=key, out=buffer)
+    assert same_bits(buffer, to_layout(expected.to(dtype), channels_last))
+
+
+def test_iterate_and_images_may_lie_in_the_buffer(device):
+    adv, grad, x = problem((3, 3, 8, 8), device=device)
+    key = ak.noise_key(device)
+    buffer = torch.cat([x, adv, adv, adv])
+    got = ak.pgd_step_neighbours(buffer[3:6], grad, buffer[:3], 0.1, 0.03, 0.02, 2, key=key, out=buffer)
+    assert same_bits(got, ak.pgd_step_neighbours(adv, grad, x, 0.1, 0.03, 0.02, 2, key=key))
+
+
+def test_empty_batch(device):
+    adv, grad, x = problem((0, 3, 8, 8), device=device)
+    for got in all_four(adv, grad, x, 0.1, 0.1, 0.1, key=ak.noise_key(device)):
+        assert got.shape == (0, 3, 8, 8)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def away_from_kinks(shape, seed=0):
+    """fp64 (adv, grad, x) whose steps hit every branch, none closer to a kink than gradcheck's step."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=g, dtype=torch.float64) * 1.2 - 0.1
+    adv = x + 0.15 * (2 * torch.rand(shape, generator=g, dtype=torch.float64) - 1)
+    grad = torch.randn(shape, generator=g, dtype=torch.float64)
+    return adv, grad, x
+
+
+@pytest.mark.parametrize("descend", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pgd_step_gradients(descend, masked):
+    adv, grad, x = away_from_kinks((3, 2, 3, 3))
+    active = torch.tensor([True, False, True]) if masked else None
+    eps, step = torch.tensor([0.1, 0.12, 0.07]).double(), torch.tensor([0.03, 0.05, 0.2]).double()
+
+    def step_of(adv, x, eps, step):
+        return ak.pgd_step(adv, grad, x, eps, step, active=active, descend=descend)
+
+    inputs = [t.requires_grad_() for t in (adv, x, eps, step)]
+    assert torch.autograd.gradcheck(step_of, inputs)
+    assert torch.autograd.gradgradcheck(step_of, inputs)
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_sample_neighbours_gradients(project):
+    adv, _, x = away_from_kinks((3, 2, 3, 3))
+    eps, radius = torch.tensor([0.1, 0.12, 0.07]).double(), torch.tensor([0.05, 0.2, 0.1]).double()
+    key = torch.tensor([11, 0])
+
+    def sample(adv, radius, x, eps):
+        return ak.sample_neighbours(adv, radius, 2, key=key, **({"x": x, "eps": eps} if project else {}))
+
+    inputs = [t.requires_grad_() for t in (adv, radius, x, eps)]
+    assert torch.autograd.gradcheck(sample, inputs)
+    assert torch.autograd.gradgradcheck(sample, inputs)
+
+
+def test_random_start_and_fused_gradients():
+    adv, grad, x = away_from_kinks((2, 2, 3, 3))
+    eps, radius = torch.tensor([0.1, 0.12]).double(), torch.tensor([0.05, 0.2]).double()
+    key = torch.tensor([5, 0])
+    inputs = [t.requires_grad_() for t in (x, eps)]
+    assert torch.autograd.gradcheck(lambda x, eps: ak.random_start(x, eps, key=key), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, eps: ak.random_start(x, eps, key=key), inputs)
+
+    def fused(adv, x, eps, radius):
+        return ak.pgd_step_neighbours(adv, grad, x, eps, 0.05, radius, 2, project=True, key=key)
+
+    inputs = [t.requires_grad_() for t in (adv, x, eps, radius)]
+    assert torch.autograd.gradcheck(fused, inputs)
+    assert torch.autograd.gradgradcheck(fused, inputs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradient_path_gives_the_same_bits(dtype, device):
+    adv, grad, x = problem((3, 3, 8, 8), dtype=dtype, device=device)
+    key = ak.noise_key(device)
+    plain = all_four(adv, grad, x, 0.1, 0.03, 0.05, key=key)
+    tracked = all_four(adv.requires_grad_(), grad, x.requires_grad_(), 0.1, 0.03, 0.05, key=key)
+    for a, b in zip(plain, tracked, strict=True):
+        assert b.requires_grad and same_bits(a, b.detach())
+
+
+def test_per_channel_bounds_mask_gradients(device):
+    adv, grad, x = problem((2, 3, 4, 4), device=device)
+    adv.requires_grad_()
+    high = torch.tensor([1.0, -1.0, 1.0], device=device)
+    ak.pgd_step(adv, grad, x, 10.0, 0.0, clip_min=-9.0, clip_max=high).sum().backward()
+    assert torch.equal(adv.grad, torch.tensor([1.0, 0.0, 1.0], device=device).view(1, 3, 1, 1).expand_as(adv))
+
+
+# --- what PyTorch asks of an operator ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad, device):
+    adv, grad, x = problem((2, 3, 4, 4), device=device)
+    for t in (adv, grad, x) if requires_grad else ():
+        t.requires_grad_()
+    rows, key = torch.rand(2, device=device), ak.noise_key(device)
+    clip = (0.0, None, 1.0, torch.rand(3, device=device))
+    noise = (key, torch.arange(2, device=device), 1)
+    out, many = torch.empty(2, 3, 4, 4, device=device), torch.empty(6, 3, 4, 4, device=device)
+    active = torch.tensor([True, False], device=device)
+    torch.library.opcheck(OPS.random_start.default, (x, 0.1, None, *clip, *noise, out))
+    torch.library.opcheck(
+        OPS.pgd_step.default, (adv, grad, x, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16())
+    )
+    torch.library.opcheck(OPS.sample_neighbours.default, (adv, 0.0, rows, 3, x, 0.1, None, *clip, *noise, many))
+    torch.library.opcheck(
+        OPS.pgd_step_neighbours.default,
+        (adv, grad, x, 0.1, None, 0.1, None, 0.1, None, 1, False, True, *clip, False, None, *noise, many),
+    )
+
+
+def test_compile_fullgraph(device):
+    adv, grad, x = problem((2, 3, 8, 8), device=device)
+    key = ak.noise_key(device)
+
+    def everything(adv, grad, x, key):
+        return [t * 2 for t in all_four(adv, grad, x, 0.1, 0.03, 0.05, key=key)]
+
+    compiled = torch.compile(everything, fullgraph=True)
+    for a, b in zip(compiled(adv, grad, x, key), everything(adv, grad, x, key), strict=True):
+        assert same_bits(a, b)
+
+
+def test_compile_fullgraph_with_gradients_and_fresh_noise(device):
+    adv, grad, x = problem((2, 3, 8, 8), device=device)
+
+    def loss(adv):
+        moved = ak.pgd_step(adv, grad, x, 0.1, 0.03)
+        return (ak.sample_neighbours(moved, 0.05, 2, key=key) ** 2).sum()
+
+    key = ak.noise_key(device)
+    expected = torch.autograd.grad(loss(adv.requires_grad_()), adv)[0]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(adv), adv)[0]
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+    start = torch.compile(lambda x: ak.random_start(x, 0.1), fullgraph=True)
+    torch.manual_seed(1)
+    first, second = start(x), start(x)
+    assert not torch.equal(first, second)
+
+
+def test_dispatch_modes_and_subclasses_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    adv, grad, x = problem((2, 3, 4, 4))
+    names: list[str] = []
+    with Names():
+        ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    assert "atlas_kernels.pgd_step.default" in names
+    parameter = torch.nn.Parameter(adv)
+    with torch.no_grad():
+        assert same_bits(ak.pgd_step(parameter, grad, x, 0.1, 0.03), ak.pgd_step(adv, grad, x, 0.1, 0.03))
+
+
+def test_inference_mode():
+    adv, grad, x = problem((2, 3, 4, 4))
+    expected = ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    with torch.inference_mode():
+        inside = ak.pgd_step(adv.clone(), grad, x, 0.1, 0.03)
+    assert same_bits(inside.clone(), expected)
