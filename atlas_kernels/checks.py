@@ -116,7 +116,7 @@ def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor
     if type(value) is float and value == value:
         return value, None
     if isinstance(value, (Tensor, Sequence)) and not (isinstance(value, Tensor) and value.ndim == 0):
-        channels = plane_shape(like)[1]
+        channels = plane_shape(like.shape)[1]
         vector = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=like.device)
         if like.ndim < 3 or vector.numel() != channels:
             raise ValueError(

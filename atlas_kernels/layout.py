@@ -13,11 +13,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def plane_shape(t: Tensor) -> tuple[int, int, int]:
+def plane_shape(shape: torch.Size) -> tuple[int, int, int]:
     """(batch, channels, pixels): dim 1 is the channel of tensors with three dims or more, else there is one plane."""
-    shape = t.shape
     if len(shape) == 4:
-        return shape[0], shape[1], shape[2] * shape[3]
+        batch, channels, height, width = shape
+        return batch, channels, height * width
     if len(shape) >= 3:
         return shape[0], shape[1], math.prod(shape[2:])
     return shape[0], 1, shape[1] if len(shape) == 2 else 1
@@ -39,4 +39,4 @@ def is_supported(t: Tensor) -> bool:
 
 def dense(t: Tensor) -> Tensor:
     """``t`` itself if the kernels can address it, else a contiguous copy."""
-    return t if is_supported(t) else t.contiguous()
+    return t if t.is_contiguous() or is_channels_last(t) else t.contiguous()

@@ -28,7 +28,7 @@ from .checks import (
     require_noise,
     require_out,
 )
-from .layout import compute_dtype, dense
+from .layout import compute_dtype, dense, is_channels_last
 from .noise import noise_key
 
 backends.register()
@@ -71,7 +71,7 @@ def random_start(
     if _needs_grad(x, radius[1]):
         _refuse_out(out)
         return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)  # type: ignore[no-any-return]
-    out = _result(out, x.shape, x)
+    out = torch.empty_like(x) if out is None else _checked(out, x.shape, x, x.dtype)
     _random_start(x, *radius, *bounds, *noise, out)
     return out
 
@@ -119,7 +119,7 @@ def pgd_step(
     if _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)  # type: ignore[no-any-return]
-    out = _result(out, adv.shape, adv)
+    out = torch.empty_like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
     return out
 
@@ -170,7 +170,7 @@ def sample_neighbours(
         _refuse_out(out)
         return _Neighbours.apply(adv, x, local[1], ball[1], local[0], ball[0], count, bounds, noise, False)  # type: ignore[no-any-return]
     shape = (count * adv.shape[0], *adv.shape[1:])
-    out = _result(out, shape, adv)
+    out = _stacked(shape, adv) if out is None else _checked(out, shape, adv, adv.dtype)
     _sample_neighbours(adv, *local, count, x, *ball, *bounds, *noise, out)
     return out
 
@@ -233,7 +233,7 @@ def pgd_step_neighbours(
     noise = _noise(adv, key, ids, draw)
     batch = adv.shape[0]
     shape = ((include_x + 1 + count) * batch, *adv.shape[1:])
-    out = _result(out, shape, adv, any_dtype=True)
+    out = _stacked(shape, adv) if out is None else _checked(out, shape, adv, None)
     _pgd_step_neighbours(
         adv, grad, x, *ball, *step, *local, count, project, include_x, *limits, descend, active, *noise, out
     )
@@ -264,20 +264,15 @@ def _refuse_out(*outs: Tensor | None) -> None:
         raise ValueError("out= and cast= do not work with arguments that require grad: leave them out, or detach first")
 
 
-def _result(out: Tensor | None, shape: Sequence[int], like: Tensor, any_dtype: bool = False) -> Tensor:
-    """``out`` once checked, or a new tensor of this shape in the dtype and layout of ``like``."""
-    if out is not None:
-        require_out("out", out, shape, like, None if any_dtype else like.dtype)
-        return out
-    if shape == like.shape:
-        return torch.empty_like(like)
-    channels_last = like.ndim == 4 and not like.is_contiguous()
-    return torch.empty(
-        shape,
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+def _checked(out: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    require_out("out", out, shape, like, dtype)
+    return out
+
+
+def _stacked(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A new tensor of several batches in the dtype and layout of ``like``."""
+    layout = torch.channels_last if is_channels_last(like) and like.ndim == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _over(values: Tensor, per_row: Tensor | None) -> Tensor | None:
@@ -348,7 +343,7 @@ class _Neighbours(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, adv, x, radius_rows, eps_rows, radius, eps, count, bounds, noise, start):  # type: ignore[no-untyped-def]
-        out = _result(None, (count * adv.shape[0], *adv.shape[1:]), adv)
+        out = _stacked((count * adv.shape[0], *adv.shape[1:]), adv)
         if start:
             _random_start(adv, radius, radius_rows, *bounds, *noise, out)
         else:

@@ -30,7 +30,10 @@ OPERATORS: dict[str, dict[str, str]] = {
 
 
 def _fake(*args: object) -> None:
-    """Nothing is returned, so there is no shape to infer."""
+    """Nothing is returned, so there is no shape to infer; a mix of devices would otherwise pass here in silence."""
+    devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
 def define(library: torch.library.Library) -> None:

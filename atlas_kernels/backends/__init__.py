@@ -87,21 +87,23 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
 
 def _implementation(stem: str, name: str) -> Callable[..., None]:
     written = [i for i, argument in enumerate(OPERATORS[stem][name].split(",")) if "!" in argument]
-    chosen: dict[tuple[str | None, str], Callable[..., None]] = {}
+    chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
 
     def run(*args: Any) -> None:
-        here = _forced.get() or _from_environment, args[0].device.type
+        here = _forced.get() or _from_environment, args[0].device
         function = chosen.get(here)
         if function is None:
-            function = chosen[here] = getattr(_choose(here[0], stem, here[1]), name)
+            function = chosen[here] = getattr(_choose(here[0], stem, here[1].type), name)
         function(*args)
         for i in written:
-            if args[i] is not None and not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
+            out = args[i]
+            if out is not None and not out.is_inference():
+                _bump_version(out)
 
     return run
 
 
+_bump_version = torch.autograd.graph.increment_version
 _functorch_level = torch._C._functorch.maybe_current_level
 _library = torch.library.Library(NAMESPACE, "DEF")  # the operators live as long as this does
 _implementations: dict[str, Callable[..., None]] = {}

@@ -22,7 +22,7 @@ class DoorError(RuntimeError):
     """A tensor must not be handed to the native core."""
 
 
-def images(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> tuple[int, int]:
+def images(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
     """(address, format) of a dense float tensor of exactly this shape and device."""
     code = _FORMATS.get(t.dtype)
     if code is not None and t.shape == shape and t.device == device:

@@ -43,7 +43,7 @@ def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, 
     dtype = compute_dtype(adv.dtype)
     found = []
     for k in range(count):
-        u = noise(plane_shape(adv), key, ids, draw, stream, k, dtype).view(adv.shape)
+        u = noise(plane_shape(adv.shape), key, ids, draw, stream, k, dtype).view(adv.shape)
         z = adv.to(dtype) + rows(radius, radius_rows, adv) * u
         if x is not None:
             ball = rows(eps, eps_rows, adv)

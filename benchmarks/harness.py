@@ -1,0 +1,159 @@
+"""How a row is measured: every contender in one process, in turn, medians; bytes from a written model beside the time.
+
+On the CPU a measurement repeats a call for at least a millisecond, caches warm as in a training step. On CUDA each call
+is timed by events with a cold L2 (a buffer larger than L2 is written in between).
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import atlas_kernels as ak
+from atlas_kernels.backends.native import ISAS, core
+
+ROUNDS = 21
+Call = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """One operator at one size."""
+
+    op: str
+    size: str
+    bytes: int  # by the model of the benchmark that made the row
+    times: dict[str, float]  # seconds, medians; "ours" and the contenders
+    copy_bandwidth: float  # bytes/s of copying the same amount, same run
+    checked: bool  # ours gave the expected result in this run
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def best(self, *prefixes: str) -> float | None:
+        """The fastest contender whose name starts with one of these."""
+        times = [t for name, t in self.times.items() if name.startswith(prefixes)]
+        return min(times) if times else None
+
+    def table_line(self) -> list[str]:
+        ours = self.times["ours"]
+        bandwidth = self.bytes / ours
+        ratios = [self.best("plain"), self.best("compile")]
+        return [
+            self.op, self.size, f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{self.bytes / self.copy_bandwidth * 1e6:.1f}",
+            f"{bandwidth / self.copy_bandwidth:.0%}", *("-" if t is None else f"{t / ours:.2f}x" for t in ratios),
+            ", ".join(f"{name} {t * 1e6:.1f}" for name, t in self.times.items() if name != "ours"),
+        ]  # fmt: skip
+
+
+HEADER = ["op", "size", "ours us", "GB/s", "floor us", "of copy", "vs plain", "vs compile", "contenders (us)"]
+
+
+def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each call, measured in turn."""
+    once = _once_cuda if device.type == "cuda" else _once_cpu
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        start = time.perf_counter()
+        call()
+        _synchronise(device)
+        repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(once(call, repeats[name]))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _once_cpu(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _once_cuda(call: Call, repeats: int) -> float:
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()  # also keeps the device busy while the call is enqueued, so that events time the kernel
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def copy_calls(numel: int, device: torch.device) -> Call:
+    """A plain copy of ``numel`` floats: 8 bytes of traffic each."""
+    source, target = torch.rand(numel, device=device), torch.empty(numel, device=device)
+    return lambda: target.copy_(source)
+
+
+def measure(
+    op: str, size: tuple[int, ...], model_bytes: int, calls: dict[str, Call], checked: bool, device: torch.device
+) -> Row:
+    """Measure ``calls`` ("ours" among them) against a copy that moves as many bytes."""
+    numel = model_bytes // 8
+    times = interleaved({**calls, "copy": copy_calls(numel, device)}, device)
+    bandwidth = 8 * numel / times.pop("copy")
+    return Row(op, "x".join(map(str, size)), model_bytes, times, bandwidth, checked)
+
+
+def environment() -> dict[str, object]:
+    """What the numbers were measured on."""
+    module = core()
+    facts: dict[str, object] = {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": ISAS[module.current_isa()],
+        "openmp": module.openmp,
+        "build": module.build_notes,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "atlas_kernels": ak.__version__,
+        "commit": _commit(),
+    }
+    if torch.cuda.is_available():
+        facts |= {
+            "gpu": torch.cuda.get_device_name(0),
+            "cuda": torch.version.cuda,
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"),
+        }
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def as_json(rows: list[Row]) -> dict[str, object]:
+    """Environment and rows, ready to be written."""
+    return {"environment": environment(), "rows": [asdict(row) for row in rows]}

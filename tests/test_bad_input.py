@@ -1,0 +1,104 @@
+"""Bad input to the operators: a clear exception that names the argument, before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import problem
+
+import atlas_kernels as ak
+from atlas_kernels.backends import BackendUnavailable, unavailable_reason
+
+ADV, GRAD, X = problem((4, 3, 8, 8))
+NAN = float("nan")
+
+
+def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
+    return ak.pgd_step(adv, grad, x, eps, step_size, **rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "adv must be a tensor, got list", lambda: step(adv=[1.0])),
+        (TypeError, "adv must be a float tensor, got torch.uint8; divide images", lambda: step(adv=ADV.to(torch.uint8))),
+        (TypeError, "adv must be a float tensor, got torch.complex64", lambda: step(adv=ADV.to(torch.complex64))),
+        (TypeError, "strided tensor, got layout torch.sparse_coo", lambda: step(adv=ADV.to_sparse())),
+        (TypeError, "x must be a strided tensor", lambda: step(x=X.to_sparse())),
+        (ValueError, "adv must have a batch dimension", lambda: step(adv=torch.tensor(0.5))),
+        (TypeError, "x is torch.float64, adv is torch.float32", lambda: step(x=X.double())),
+        (ValueError, r"x has shape \[4, 3, 8, 7\], adv has \[4, 3, 8, 8\]", lambda: step(x=X[..., :7])),
+        (TypeError, "grad must be a float tensor, got torch.int64", lambda: step(grad=GRAD.long())),
+        (ValueError, "grad is on meta, adv on cpu", lambda: step(grad=GRAD.to("meta"))),
+        (ValueError, "eps must be a number >= 0, got -0.1", lambda: step(eps=-0.1)),
+        (ValueError, "step_size must be a number >= 0, got nan", lambda: step(step_size=NAN)),
+        (TypeError, "eps must be a number or a tensor, got the string '8/255'", lambda: step(eps="8/255")),
+        (TypeError, "eps must be a number or a tensor, got NoneType", lambda: step(eps=None)),
+        (ValueError, r"eps has shape \[3\], expected one number or \[4\]", lambda: step(eps=torch.ones(3))),
+        (ValueError, r"eps\[2\] = -1.0 is not", lambda: step(eps=torch.tensor([1.0, 0.0, -1.0, 2.0]))),
+        (ValueError, r"step_size\[0\] = nan is not", lambda: step(step_size=torch.full((4,), NAN))),
+        (ValueError, "clip_min has 2 values, expected one number, or one per channel", lambda: step(clip_min=[0.0, 0.0])),
+        (ValueError, "clip_max must not be NaN", lambda: step(clip_max=NAN)),
+        (ValueError, "one per channel", lambda: ak.random_start(torch.rand(2, 3), 0.1, clip_min=[0.0, 0.0, 0.0])),
+        (TypeError, "active must be a bool tensor, got torch.float32", lambda: step(active=torch.ones(4))),
+        (ValueError, r"active is \[3\] on cpu, expected \[4\]", lambda: step(active=torch.ones(3, dtype=torch.bool))),
+        (ValueError, "out has shape", lambda: step(out=torch.empty(4, 3, 8, 7))),
+        (TypeError, "out is torch.float64, expected torch.float32", lambda: step(out=torch.empty_like(ADV, dtype=torch.float64))),
+        (ValueError, "out has strides .* do not overlap themselves", lambda: step(out=torch.empty(1, 3, 8, 8).expand(4, 3, 8, 8))),
+        (ValueError, "out has strides", lambda: step(out=torch.empty(4, 3, 8, 16)[..., ::2])),
+        (ValueError, "out= and cast= do not work", lambda: step(adv=ADV.clone().requires_grad_(), out=torch.empty_like(ADV))),
+        (ValueError, "key must be the int64", lambda: ak.random_start(X, 0.1, key=torch.zeros(2))),
+        (ValueError, r"ids is torch.int32 \[4\]", lambda: ak.random_start(X, 0.1, ids=torch.zeros(4, dtype=torch.int32))),
+        (ValueError, "draw must be in", lambda: ak.random_start(X, 0.1, draw=-1)),
+        (ValueError, "count must be an integer", lambda: ak.sample_neighbours(X, 0.1, -1)),
+        (ValueError, "count must be an integer", lambda: ak.sample_neighbours(X, 0.1, 1.5)),
+        (ValueError, "radius must be a number >= 0", lambda: ak.sample_neighbours(X, -0.1, 1)),
+        (ValueError, "x and eps go together", lambda: ak.sample_neighbours(X, 0.1, 1, x=X)),
+        (ValueError, "out has shape", lambda: ak.sample_neighbours(X, 0.1, 2, out=torch.empty_like(X))),
+        (ValueError, "out has shape", lambda: ak.pgd_step_neighbours(ADV, GRAD, X, 0.1, 0.1, 0.1, 1, out=torch.empty_like(X))),
+    ],
+)  # fmt: skip
+def test_message(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_overlap_is_refused_before_anything_is_written():
+    memory = torch.rand(2 * ADV.numel())
+    adv, shifted = memory[: ADV.numel()].view_as(ADV), memory[64 : 64 + ADV.numel()].view_as(ADV)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="out shares memory with adv"):
+        ak.pgd_step(adv, GRAD, X, 0.1, 0.1, out=shifted)
+    with pytest.raises(ValueError, match="cast shares memory with adv"):
+        ak.pgd_step(adv, GRAD, X, 0.1, 0.1, cast=adv)
+    with pytest.raises(ValueError, match="out shares memory with adv"):
+        ak.sample_neighbours(memory[: ADV.numel()].view_as(ADV), 0.1, 2, out=memory.view(8, 3, 8, 8))
+    assert torch.equal(memory, before)
+
+
+def test_result_does_not_share_memory_with_a_copied_input():
+    """An expanded x is copied before the kernel sees it."""
+    x = X[:, :1].expand_as(X)
+    assert torch.equal(ak.pgd_step(ADV, GRAD, x, 0.1, 0.1), ak.pgd_step(ADV, GRAD, x.contiguous(), 0.1, 0.1))
+
+
+def test_value_checks_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    ak.random_start(X, torch.full((4,), -0.1))
+    monkeypatch.setenv("ATLAS_CHECKS", "yes")
+    with pytest.raises(ValueError, match="ATLAS_CHECKS='yes': expected 0 or 1"):
+        ak.random_start(X, torch.full((4,), 0.1))
+
+
+def test_backends_are_named_and_never_fall_back():
+    with pytest.raises(ValueError, match="did you mean 'native'"), ak.backend("natve"):
+        pass
+    if unavailable_reason("triton", "cpu"):
+        with pytest.raises(BackendUnavailable, match="the triton backend cannot run on cpu"), ak.backend("triton"):
+            step()
+    step()  # and the choice ended with the block
+
+
+def test_other_devices_run_the_reference_with_a_warning():
+    with pytest.warns(UserWarning, match="no kernels for device 'meta'"):
+        assert step(*(t.to("meta") for t in (ADV, GRAD, X))).shape == ADV.shape
