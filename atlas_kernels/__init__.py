@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import FGSM, PGD, AttackResult
+from .attacks import FGSM, PGD, AttackResult, LastStep
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
 from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
@@ -18,6 +18,7 @@ __all__ = [
     "PGD",
     "AttackResult",
     "BackendUnavailable",
+    "LastStep",
     "backend",
     "noise_key",
     "pgd_step",

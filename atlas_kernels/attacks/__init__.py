@@ -1,0 +1,9 @@
+"""Attacks: loops over the operators that leave the attacked network exactly as they found it."""
+
+from __future__ import annotations
+
+from .fgsm import FGSM
+from .objective import Model
+from .pgd import PGD, AttackResult, LastStep
+
+__all__ = ["FGSM", "PGD", "AttackResult", "LastStep", "Model"]

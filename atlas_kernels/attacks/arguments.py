@@ -1,0 +1,65 @@
+"""Checks of what attacks are given, in the words of their users."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ..checks import value_checks_enabled
+
+
+def require_count(name: str, value: int, least: int) -> None:
+    """An integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the names on offer; the error proposes the nearest."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def require_radius(
+    name: str,
+    value: float | Tensor,
+    *,
+    clip_min: float | Tensor | Sequence[float] | None = None,
+    clip_max: float | Tensor | Sequence[float] | None = None,
+) -> None:
+    """Finite and not negative; below 1 if the image range is given and is [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{name} must be a number or a tensor [B], got {value!r}")
+    if isinstance(value, Tensor):
+        if not value.numel() or not value_checks_enabled(value):
+            return
+        low, high = float(value.min()), float(value.max())
+    else:
+        low = high = float(value)
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {high if low >= 0 else low}")
+    bounds = [bound for bound in (clip_min, clip_max) if isinstance(bound, Real)]
+    if bounds == [0, 1] and high >= 1:
+        raise ValueError(
+            f"{name}={high:g} covers all of [0, 1]: it has the unit of the images, so write 8/255 for 8 grey levels; "
+            "give clip_min and clip_max if your images have another range"
+        )
+
+
+def class_indices(y: Tensor, x: Tensor) -> Tensor:
+    """The labels as int64[B]; integers of any width are welcome."""
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex():
+        got = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y must be an integer tensor of class indices, got {got}")
+    if y.shape != x.shape[:1] or y.device != x.device:
+        raise ValueError(f"y is {list(y.shape)} on {y.device}, expected [{len(x)}] on {x.device}, as the images")
+    return y.to(torch.int64)

@@ -1,0 +1,311 @@
+"""Projected gradient descent in the l_inf ball (Madry et al. 2018, arXiv 1706.06083), as one frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..checks import per_channel, per_sample, require_float_images, require_images, require_noise
+from ..layout import compute_dtype
+from ..noise import noise_key
+from ..perturb import pgd_step, random_start
+from .arguments import class_indices, require_choice, require_count, require_radius
+from .contract import ATTACK_MODES, leave_no_trace
+from .objective import Model, Objective, log_probabilities
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AttackResult(NamedTuple):
+    """Adversaries [B, ...], the noise key that replays them and, where the attack had to know, how strong they are.
+
+    fooled (bool[B]: misclassified, or the target reached) and objective (float[B], larger is stronger: the
+    cross-entropy, its negative if targeted, or the KL) are None where knowing them would cost a forward, so they are
+    there with restarts > 1 or keep="best"; fooled needs labels too.
+    """
+
+    adv: Tensor
+    key: Tensor
+    fooled: Tensor | None
+    objective: Tensor | None
+
+
+class Options(TypedDict, total=False):
+    """What an attack may be told besides the images and labels; explained in ``PGD.run``."""
+
+    reference_logits: Tensor | None
+    key: Tensor | None
+    ids: Tensor | None
+    generator: torch.Generator | None
+
+
+class LastStep(NamedTuple):
+    """Where an attack stands just before its last step: the iterate, the input gradient there, and the noise key."""
+
+    adv: Tensor
+    grad: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Signed gradient steps from a uniform random start, each projected onto the ball and clipped to the image range.
+
+    ``attack(model, x, y)`` gives the adversaries, detached, in x's dtype and layout; ``attack.run`` gives them with
+    their noise key. The model maps images [B, ...] to logits [B, C] and is left as it was found (see ``contract.py``);
+    under DistributedDataParallel pass the inner module. An attack costs ``steps`` forwards and as many backwards to the
+    input alone; whatever costs more says so below.
+
+    Args:
+        eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]).
+        step_size: a number or a tensor [B]. Default: 2.5 eps / steps; for one step eps, or 1.25 eps after a random
+            start (Wong et al. 2020, arXiv 2001.03994).
+        steps: gradient steps; 0 leaves the random start.
+        restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
+            larger objective. Above 1, each restart costs one more forward.
+        random_start: start uniformly in the ball instead of at x.
+        targeted: y holds the classes to reach, whose cross-entropy is descended.
+        objective: "ce", the cross-entropy of y; or "kl", KL(p_ref || p(x_adv)) with p_ref from ``reference_logits``
+            (a constant; if not given, one more forward of x makes them). At x itself that KL has no gradient, so it
+            needs a random start or reference logits from elsewhere.
+        keep: "last", the final iterate; or "best", per sample the iterate of the largest objective from the start to
+            the final one, which costs one more forward per restart.
+        compact: a sample stays at its first iterate that is misclassified (or reaches its target) and is left out of
+            all further forwards; in eval mode the other samples go on as without it. With ``keep="best"`` too, that
+            iterate wins. Costs a device synchronisation per step.
+        attack_mode: mode of the model's modules during the attack: "eval", "train" (all of them) or "keep" (as found).
+        clip_min, clip_max: image range, numbers or one value per channel.
+
+    Raises ValueError or TypeError, here or before the first forward, for arguments that make no sense; labels that are
+    not classes of the model are found right after the first forward.
+    """
+
+    eps: float | Tensor
+    step_size: float | Tensor | None = None
+    steps: int = 10
+    _: KW_ONLY
+    restarts: int = 1
+    random_start: bool = True
+    targeted: bool = False
+    objective: str = "ce"
+    keep: str = "last"
+    compact: bool = False
+    attack_mode: str = "eval"
+    clip_min: float | Tensor | Sequence[float] = 0.0
+    clip_max: float | Tensor | Sequence[float] = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("steps", self.steps, 0)
+        require_count("restarts", self.restarts, 1)
+        require_choice("objective", self.objective, ("ce", "kl"))
+        require_choice("keep", self.keep, ("last", "best"))
+        require_choice("attack_mode", self.attack_mode, ATTACK_MODES)
+        require_radius("eps", self.eps, clip_min=self.clip_min, clip_max=self.clip_max)
+        if self.step_size is not None:
+            require_radius("step_size", self.step_size)
+        if self.targeted and self.objective == "kl":
+            raise ValueError('targeted=True descends a cross-entropy: use objective="ce" and the target classes as y')
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} from x repeat one attack: set random_start=True, or restarts=1")
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
+        """The adversaries alone; arguments as in ``run``."""
+        return self.run(model, x, y, **options).adv
+
+    def run(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        reference_logits: Tensor | None = None,
+        key: Tensor | None = None,
+        ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
+        """Attack the images x [B, ...] (float, in [clip_min, clip_max]) with the labels y (integers [B]).
+
+        reference_logits: [B, C], for objective "kl". key: the noise key of an earlier result, to replay it; by default
+        one is drawn from ``generator`` (default: the global one of x's device). ids: int64[B], the samples' numbers in
+        the noise instead of their rows, so that a sample gets the same noise in whatever batch.
+        """
+        with self._attack(model, x, y, reference_logits, key, ids, generator) as batch:
+            if self._judged or self.compact:
+                return self._search(model, batch)
+            adv, grad = self._until_last_step(model, batch)
+            return AttackResult(adv if grad is None else batch.step(adv, grad), batch.key, None, None)
+
+    def last_gradient(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> LastStep:
+        """All of ``run`` but the last step, for a caller who fuses that with more work; same arguments.
+
+        ``pgd_step(adv, grad, x, eps, effective_step_size, descend=targeted)`` then makes what ``run`` returns, and
+        ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for steps=0, restarts > 1,
+        compact and keep="best".
+        """
+        if self.steps == 0 or self._judged or self.compact:
+            raise ValueError('last_gradient needs steps >= 1, restarts=1, keep="last" and compact=False; else use run')
+        with self._attack(model, x, y, **options) as batch:
+            adv, grad = self._until_last_step(model, batch)
+            assert grad is not None
+            return LastStep(adv, grad, batch.key)
+
+    @property
+    def effective_step_size(self) -> float | Tensor:
+        """``step_size``, or its default."""
+        if self.step_size is not None:
+            return self.step_size
+        if self.steps <= 1:
+            return self.eps * 1.25 if self.random_start else self.eps
+        return self.eps * 2.5 / self.steps
+
+    @property
+    def _judged(self) -> bool:
+        """Whether final iterates are judged, which takes one forward per restart."""
+        return self.restarts > 1 or self.keep == "best"
+
+    @contextmanager
+    def _attack(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor | None,
+        reference_logits: Tensor | None = None,
+        key: Tensor | None = None,
+        ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[_Batch]:
+        """Check what can be checked before the first forward, draw the key, and open the contract."""
+        if y is None and (self.objective == "ce" or self.restarts > 1 or self.compact):
+            raise ValueError('y is missing: objective="ce", restarts > 1 and compact=True need the labels')
+        if reference_logits is not None and self.objective != "kl":
+            raise ValueError(f'reference_logits play no part in objective="{self.objective}": use objective="kl"')
+        if self.objective == "kl" and reference_logits is None and not self.random_start:
+            raise ValueError('objective="kl" has no gradient at x: set random_start=True or give reference_logits')
+        if key is not None and generator is not None:
+            raise ValueError("key and generator are both given: a key already fixes the noise, so leave one out")
+        require_float_images("x", x)
+        clips = _numbers(per_channel("clip_min", self.clip_min, x), per_channel("clip_max", self.clip_max, x))
+        radii = _numbers(per_sample("eps", self.eps, x), per_sample("step_size", self.effective_step_size, x))
+        require_images(x, *clips)
+        goal = Objective(None if y is None else class_indices(y, x), targeted=self.targeted)
+        with torch.inference_mode(False):
+            key = noise_key(x.device, generator=generator) if key is None else key
+        require_noise(key, ids, self.restarts - 1, x)
+        with leave_no_trace(model, self.attack_mode, key):
+            batch = _Batch(x.detach(), goal, key, ids, self.random_start, *radii, *clips)
+            if self.objective == "kl":
+                with torch.no_grad():
+                    z = goal.logits(model, batch.x) if reference_logits is None else reference_logits
+                goal.reference = log_probabilities(z)
+            yield batch
+
+    def _until_last_step(self, model: Model, batch: _Batch) -> tuple[Tensor, Tensor | None]:
+        adv, grad = batch.start(0), None
+        for _ in range(self.steps):
+            if grad is not None:
+                adv = batch.step(adv, grad)
+            _, grad = batch.goal.gradient(model, adv)
+        return adv, grad
+
+    def _search(self, model: Model, batch: _Batch) -> AttackResult:
+        """All restarts, each for the samples that still need it; the strongest iterate per sample."""
+        best = self._climb(model, batch, 0)
+        for draw in range(1, self.restarts):
+            rows = (~best.fooled).nonzero()[:, 0] if self.compact else batch.every_row()
+            found = self._climb(model, batch.rows(rows) if self.compact else batch, draw)
+            held_fooled, held = best.fooled[rows], best.objective[rows]
+            stronger = (found.fooled & ~held_fooled) | ((found.fooled == held_fooled) & (found.objective > held))
+            best.put(rows, found, stronger)
+        if not self._judged:
+            return AttackResult(best.adv, batch.key, None, None)
+        return AttackResult(best.adv, batch.key, None if batch.goal.labels is None else best.fooled, best.objective)
+
+    def _climb(self, model: Model, batch: _Batch, draw: int) -> _Found:
+        """One restart: what it keeps of every sample."""
+        adv, rows = batch.start(draw), batch.every_row()
+        best = _Found.nothing(adv)
+        for _ in range(self.steps):
+            z, grad = batch.goal.gradient(model, adv)
+            if self.compact or self.keep == "best":
+                found = _Found(adv, *batch.goal.judge(z))
+                best.put(rows, found, self._keeps(found, best.objective[rows]))
+                if self.compact:
+                    going = (~found.fooled).nonzero()[:, 0]
+                    batch, rows, adv, grad = batch.rows(going), rows[going], adv[going], grad[going]
+            adv = batch.step(adv, grad)
+        found = _Found(adv, best.objective[rows], best.fooled[rows])
+        if self._judged:
+            with torch.no_grad():
+                found = _Found(adv, *batch.goal.judge(batch.goal.logits(model, adv)))
+        last = torch.ones_like(found.fooled) if self.keep == "last" else self._keeps(found, best.objective[rows])
+        best.put(rows, found, last)
+        return best
+
+    def _keeps(self, found: _Found, objective: Tensor) -> Tensor:
+        """Which iterates replace what is kept so far, before the final one."""
+        better = found.objective > objective if self.keep == "best" else torch.zeros_like(found.fooled)
+        return better | found.fooled if self.compact else better
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The samples of one attack, or those that are still in it."""
+
+    x: Tensor
+    goal: Objective
+    key: Tensor
+    ids: Tensor | None
+    random_start: bool
+    eps: float | Tensor
+    step_size: float | Tensor
+    clip_min: float | Tensor
+    clip_max: float | Tensor
+
+    def start(self, draw: int) -> Tensor:
+        if not self.random_start:
+            return self.x.clone()
+        low, high = self.clip_min, self.clip_max
+        return random_start(self.x, self.eps, key=self.key, ids=self.ids, draw=draw, clip_min=low, clip_max=high)
+
+    def step(self, adv: Tensor, grad: Tensor) -> Tensor:
+        # Not in place: a hook of the user's may have kept the iterate.
+        low, high, descend = self.clip_min, self.clip_max, self.goal.targeted
+        return pgd_step(adv, grad, self.x, self.eps, self.step_size, clip_min=low, clip_max=high, descend=descend)
+
+    def every_row(self) -> Tensor:
+        return torch.arange(len(self.x), device=self.x.device)
+
+    def rows(self, index: Tensor) -> _Batch:
+        ids = self.key[1] + self.every_row() if self.ids is None else self.ids
+        eps, step = (v[index] if isinstance(v, Tensor) else v for v in (self.eps, self.step_size))
+        return replace(self, x=self.x[index], goal=self.goal.rows(index), ids=ids[index], eps=eps, step_size=step)
+
+
+class _Found(NamedTuple):
+    """Iterates and how strong they are, per sample."""
+
+    adv: Tensor
+    objective: Tensor
+    fooled: Tensor
+
+    @classmethod
+    def nothing(cls, adv: Tensor) -> _Found:
+        objective = torch.full((len(adv),), -torch.inf, dtype=compute_dtype(adv.dtype), device=adv.device)
+        return cls(adv.clone(), objective, torch.zeros_like(objective, dtype=torch.bool))
+
+    def put(self, rows: Tensor, found: _Found, where: Tensor) -> None:
+        """Take over what was found for ``rows``, where that is wanted."""
+        for mine, theirs in zip(self, found, strict=True):
+            wanted = where.view(-1, *[1] * (mine.ndim - 1))
+            mine[rows] = torch.where(wanted, theirs.to(mine.dtype), mine[rows])
+
+
+def _numbers(*values: tuple[float, Tensor | None]) -> list[float | Tensor]:
+    """Numbers, or tensors of numbers, that no graph hangs on."""
+    return [number if rows is None else rows.detach() for number, rows in values]
