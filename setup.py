@@ -23,7 +23,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "libatlas_cuda.so"
 # Numerics are a promise (the same bits everywhere), so: no contraction of a*b+c, and never fast-math.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+)
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static"
 
 
@@ -64,7 +66,9 @@ def cuda_archs() -> list[str]:
     if named:
         return [a.strip().removeprefix("sm_").replace(".", "") for a in named.replace(";", ",").split(",") if a.strip()]
     if smi := shutil.which("nvidia-smi"):
-        query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+        query = subprocess.run(
+            [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
+        )
         if query.returncode == 0 and query.stdout.strip():
             return sorted({line.strip().replace(".", "") for line in query.stdout.splitlines() if line.strip()})
     return ["80", "90"]
@@ -82,7 +86,8 @@ def write_ninja(folder: Path, core: str) -> list[str]:
     else:
         notes = "ATLAS_CUDA=0" if os.environ.get("ATLAS_CUDA") == "0" else "nvcc was not found"
     # pybind11 itself is found through the environment (see build): its path changes with every isolated build.
-    binding_flags = f'-I{sysconfig.get_path("include")} -DATLAS_PYBIND11={pybind11.__version__} -DATLAS_BUILD_NOTES="\\"{notes}\\""'
+    binding_flags = f"-I{sysconfig.get_path('include')} -DATLAS_PYBIND11={pybind11.__version__}"
+    binding_flags += f' -DATLAS_BUILD_NOTES="\\"{notes}\\""'
     user_flags = os.environ.get("CXXFLAGS", "")
     lines = [
         f"rule cxx\n  command = {cxx} {CXX_FLAGS} {openmp} {user_flags} $extra -MMD -MF $out.d -c $in -o $out\n"
@@ -117,8 +122,8 @@ def build(core: str) -> list[Path]:
     result = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *names], env=environment)
     if result.returncode:
         sys.exit(
-            "atlas-kernels: the compiler stopped; its message is above. The CPU kernels need a C++17 compiler (CXX names "
-            "one); a failing nvcc can be left out with ATLAS_CUDA=0."
+            "atlas-kernels: the compiler stopped; its message is above. The CPU kernels need a C++17 compiler (CXX "
+            "names one); a failing nvcc can be left out with ATLAS_CUDA=0."
         )
     return [folder / name for name in names]
 

@@ -213,4 +213,4 @@ def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -
     bad = (labels < 0) | (labels >= num_classes)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes} (0..{num_classes - 1})")
+        raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes}, from 0 on")

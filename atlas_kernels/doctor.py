@@ -29,7 +29,8 @@ def report() -> list[tuple[str, str]]:
             mark = " (default)" if reason is None and default_for(device_type) == name else ""
             lines.append((f"{name} on {device_type}", f"yes{mark}" if reason is None else f"no: {reason}"))
     settings = {k: v for k, v in os.environ.items() if k.startswith("ATLAS_")}
-    lines.append(("environment", ", ".join(f"{k}={v}" for k, v in sorted(settings.items())) or "no ATLAS_* variable set"))
+    told = ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))
+    lines.append(("environment", told or "no ATLAS_* variable set"))
     return lines
 
 
@@ -55,7 +56,7 @@ def _cpu_lines() -> list[tuple[str, str]]:
     if module.openmp:
         threads = f"OpenMP, up to {torch.get_num_threads()} threads (torch.set_num_threads)"
     else:
-        threads = "built WITHOUT OpenMP: one thread; install libgomp (g++) or libomp (clang) and reinstall to use all cores"
+        threads = "built WITHOUT OpenMP, so one thread; install libgomp (g++) or libomp (clang), then reinstall"
     return [("CPU kernels", f"instruction set {isa} (best here: {ISAS[module.best_isa()]}); {threads}")]
 
 

@@ -14,9 +14,7 @@ from torch import Tensor
 STREAM_START, STREAM_NEIGHBOUR = 0, 1
 
 
-def noise_key(
-    device: torch.device | str = "cpu", *, generator: torch.Generator | None = None, base: int = 0
-) -> Tensor:
+def noise_key(device: torch.device | str = "cpu", *, generator: torch.Generator | None = None, base: int = 0) -> Tensor:
     """Draw a fresh noise key: int64 ``[2]`` tensor ``(seed, base)`` on ``device``.
 
     The seed is one ``torch.randint`` draw from ``generator`` (default: the device's global generator), so

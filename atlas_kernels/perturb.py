@@ -70,7 +70,7 @@ def random_start(
     noise = _noise(x, key, ids, draw)
     if _needs_grad(x, radius[1]):
         _refuse_out(out)
-        return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)  # type: ignore[no-any-return]
+        return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)
     out = torch.empty_like(x) if out is None else _checked(out, x.shape, x, x.dtype)
     _random_start(x, *radius, *bounds, *noise, out)
     return out
@@ -118,7 +118,7 @@ def pgd_step(
         require_out("cast", cast, adv.shape, adv, None)
     if _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
-        return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)  # type: ignore[no-any-return]
+        return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
     out = torch.empty_like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
     return out
@@ -157,7 +157,7 @@ def sample_neighbours(
     require_float_images("adv", adv)
     _require_count(count)
     if (x is None) != (eps is None):
-        raise ValueError("x and eps go together: give both to project the neighbours onto the eps-ball of x, or neither")
+        raise ValueError("x and eps go together: give both to project the neighbours onto x's eps-ball, or neither")
     adv = dense(adv)
     local = per_sample("radius", radius, adv)
     ball = per_sample("eps", 0.0 if eps is None else eps, adv)
@@ -168,7 +168,7 @@ def sample_neighbours(
     noise = _noise(adv, key, ids, draw)
     if _needs_grad(adv, x, local[1], ball[1]):
         _refuse_out(out)
-        return _Neighbours.apply(adv, x, local[1], ball[1], local[0], ball[0], count, bounds, noise, False)  # type: ignore[no-any-return]
+        return _Neighbours.apply(adv, x, local[1], ball[1], local[0], ball[0], count, bounds, noise, False)
     shape = (count * adv.shape[0], *adv.shape[1:])
     out = _stacked(shape, adv) if out is None else _checked(out, shape, adv, adv.dtype)
     _sample_neighbours(adv, *local, count, x, *ball, *bounds, *noise, out)
@@ -303,8 +303,9 @@ class _Ball:
 
     def split(self, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept = torch.where(self.outside, 0.0, cotangent)
-        centre = cotangent - kept
-        return kept, centre, torch.where(self.above, cotangent, 0.0) - torch.where(self.below & ~self.above, cotangent, 0.0)
+        # Above, the point moves with the radius; below, against it.
+        signed = torch.where(self.above, cotangent, -cotangent)
+        return kept, cotangent - kept, torch.where(self.outside, signed, 0.0)
 
 
 class _PGDStep(torch.autograd.Function):
@@ -329,7 +330,7 @@ class _PGDStep(torch.autograd.Function):
             moved = adv.to(wide) + _column(step_size, step_rows, adv) * direction
             ball = _Ball(moved, centre, _column(eps, eps_rows, adv))
             passed = _inside(ball.value, bounds)
-        kept_rows = None if active is None else _column(0.0, active, adv)
+        kept_rows = None if active is None else active.view([-1] + [1] * (adv.ndim - 1))
         passing = torch.where(passed if kept_rows is None else passed & kept_rows, g, 0.0)
         to_adv, to_x, to_eps = ball.split(passing)
         to_step = _over(to_adv * direction, step_rows)

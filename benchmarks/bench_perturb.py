@@ -1,7 +1,7 @@
 """The l_inf perturbation operators against the forms people write, eager and compiled.
 
-Bytes by the model: what the operator must read and write once. Plain forms: "minmax" clamps with min and max against the
-ball, "delta" clamps the difference in place; both are what published training scripts do.
+Bytes by the model: what the operator must read and write once. Plain forms: "minmax" clamps with min and max against
+the ball, "delta" clamps the difference in place; both are what published training scripts do.
 """
 
 from __future__ import annotations

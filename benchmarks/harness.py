@@ -20,6 +20,7 @@ import atlas_kernels as ak
 from atlas_kernels.backends.native import ISAS, core
 
 ROUNDS = 21
+_GPU_FACTS = "driver_version,clocks.sm,clocks.mem,power.limit"
 Call = Callable[[], object]
 
 
@@ -43,12 +44,11 @@ class Row:
     def table_line(self) -> list[str]:
         ours = self.times["ours"]
         bandwidth = self.bytes / ours
-        ratios = [self.best("plain"), self.best("compile")]
-        return [
-            self.op, self.size, f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{self.bytes / self.copy_bandwidth * 1e6:.1f}",
-            f"{bandwidth / self.copy_bandwidth:.0%}", *("-" if t is None else f"{t / ours:.2f}x" for t in ratios),
-            ", ".join(f"{name} {t * 1e6:.1f}" for name, t in self.times.items() if name != "ours"),
-        ]  # fmt: skip
+        ratios = ["-" if best is None else f"{best / ours:.2f}x" for best in (self.best("plain"), self.best("compile"))]
+        others = ", ".join(f"{name} {t * 1e6:.1f}" for name, t in self.times.items() if name != "ours")
+        floor, share = self.bytes / self.copy_bandwidth, bandwidth / self.copy_bandwidth
+        numbers = [f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{floor * 1e6:.1f}", f"{share:.0%}"]
+        return [self.op, self.size, *numbers, *ratios, others]
 
 
 HEADER = ["op", "size", "ours us", "GB/s", "floor us", "of copy", "vs plain", "vs compile", "contenders (us)"]
@@ -130,7 +130,7 @@ def environment() -> dict[str, object]:
         facts |= {
             "gpu": torch.cuda.get_device_name(0),
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"),
+            "driver, clocks": _run("nvidia-smi", f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader"),
         }
     return facts
 

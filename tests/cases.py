@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SHAPES = [(2, 3, 8, 8), (1, 1, 28, 28), (5, 3, 7, 5), (3, 4, 1, 1), (2, 5, 3, 3), (4, 10), (7,), (2, 3, 9), (2, 2, 3, 2, 3)]
+SHAPES = [
+    (2, 3, 8, 8),
+    (1, 1, 28, 28),
+    (5, 3, 7, 5),
+    (3, 4, 1, 1),
+    (2, 5, 3, 3),
+    (4, 10),
+    (7,),
+    (2, 3, 9),
+    (2, 2, 3, 2, 3),
+]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -24,11 +24,11 @@ OPS = torch.ops.atlas_kernels
 def test_nothing_wrong_passes_the_door(data):
     """One argument of a valid call is spoilt: the operator itself, called past the public checks, must refuse."""
     adv, grad, x = problem((2, 3, 4, 4))
-    key, ids, rows, active = torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.rand(2), torch.ones(2, dtype=torch.bool)
-    channels, out = torch.rand(3), torch.full((6, 3, 4, 4), 7.0)
-    args = dict(adv=adv, grad=grad, x=x, e=0.1, eps=rows, s=0.1, step_size=rows, r=0.1, radius=rows, count=1, project=True,
-                include_x=True, lo=0.0, clip_min=channels, hi=1.0, clip_max=channels, descend=False, active=active,
-                key=key, ids=ids, draw=0, out=out)  # fmt: skip
+    key, ids, active = torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.ones(2, dtype=torch.bool)
+    rows, channels, out = torch.rand(2), torch.rand(3), torch.full((6, 3, 4, 4), 7.0)
+    args = dict(adv=adv, grad=grad, x=x, e=0.1, eps=rows, s=0.1, step_size=rows, r=0.1, radius=rows, count=1,
+                project=True, include_x=True, lo=0.0, clip_min=channels, hi=1.0, clip_max=channels, descend=False,
+                active=active, key=key, ids=ids, draw=0, out=out)  # fmt: skip
     OPS.pgd_step_neighbours(*args.values())
     name = data.draw(st.sampled_from([n for n, a in args.items() if isinstance(a, torch.Tensor)]))
     good = args[name]

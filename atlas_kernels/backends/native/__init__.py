@@ -57,7 +57,7 @@ def cuda_problem() -> str | None:
         core().load_cuda(str(CUDA_LIBRARY))
     except RuntimeError as error:
         return f"{CUDA_LIBRARY.name} could not be loaded ({error}); run `ATLAS_CUDA=1 pip install -e .` again"
-    built, driver, devices, error = core().cuda_runtime()
+    built, driver, devices, trouble = core().cuda_runtime()
     if driver == 0:
         return "no CUDA driver is installed on this machine"
     # Minor versions of one major are compatible; an older major is not.
@@ -67,7 +67,7 @@ def cuda_problem() -> str | None:
             "driver, or build with an older nvcc; ATLAS_BACKEND=triton works meanwhile"
         )
     if devices == 0:
-        return f"the driver sees no CUDA device ({error})"
+        return f"the driver sees no CUDA device ({trouble})"
     return None
 
 

@@ -11,7 +11,7 @@ from . import core
 from .door import ABSENT, DoorError, images, vector, where
 
 
-def _pass(  # type: ignore[no-untyped-def]
+def _pass(
     adv, grad, x, out_x, out_adv, cast, out_z, eps, eps_rows, step_size, step_rows, radius, radius_rows,
     clip_min, min_rows, clip_max, max_rows, active, key, ids, draw, count, descend, project, stream,
 ) -> None:  # fmt: skip
@@ -39,7 +39,7 @@ def _pass(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):  # type: ignore[no-untyped-def]
+def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
     require_apart("out", out, ("x", x, 0))
     _pass(
         x, None, None, None, None, None, out, 0.0, None, 0.0, None, eps, eps_rows,
@@ -47,8 +47,22 @@ def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, 
     )  # fmt: skip
 
 
-def pgd_step(  # type: ignore[no-untyped-def]
-    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out, cast
+def pgd_step(
+    adv,
+    grad,
+    x,
+    eps,
+    eps_rows,
+    step_size,
+    step_rows,
+    clip_min,
+    min_rows,
+    clip_max,
+    max_rows,
+    descend,
+    active,
+    out,
+    cast,
 ):
     require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
     if cast is not None:
@@ -59,7 +73,7 @@ def pgd_step(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def sample_neighbours(  # type: ignore[no-untyped-def]
+def sample_neighbours(
     adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
 ):
     require_apart("out", out, ("adv", adv, 0 if count == 1 else -1), ("x", x, -1))
@@ -69,9 +83,29 @@ def sample_neighbours(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def pgd_step_neighbours(  # type: ignore[no-untyped-def]
-    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
-    clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out
+def pgd_step_neighbours(
+    adv,
+    grad,
+    x,
+    eps,
+    eps_rows,
+    step_size,
+    step_rows,
+    radius,
+    radius_rows,
+    count,
+    project,
+    include_x,
+    clip_min,
+    min_rows,
+    clip_max,
+    max_rows,
+    descend,
+    active,
+    key,
+    ids,
+    draw,
+    out,
 ):
     batch, first = adv.shape[0], int(include_x)
     if out.shape[0] != (first + 1 + count) * batch:

@@ -30,7 +30,7 @@ def to_range(v: Tensor, clip_min: float, min_rows: Tensor | None, clip_max: floa
     return clip(v, rows(clip_min, min_rows, v, dim=1), rows(clip_max, max_rows, v, dim=1))
 
 
-def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active):  # type: ignore[no-untyped-def]
+def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active):
     dtype = compute_dtype(adv.dtype)
     radius, step = rows(eps, eps_rows, adv), rows(step_size, step_rows, adv)
     start, centre, direction = adv.to(dtype), x.to(dtype), torch.sign(grad).to(dtype)
@@ -39,7 +39,7 @@ def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, ac
     return moved if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), moved, start)
 
 
-def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):  # type: ignore[no-untyped-def]
+def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):
     dtype = compute_dtype(adv.dtype)
     found = []
     for k in range(count):
@@ -53,15 +53,29 @@ def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, 
 
 
 @torch.no_grad()
-def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):  # type: ignore[no-untyped-def]
+def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
     bounds = clip_min, min_rows, clip_max, max_rows
     (start,) = _neighbours(x, eps, eps_rows, 1, None, 0.0, None, bounds, key, ids, draw, STREAM_START)
     out.copy_(start)
 
 
 @torch.no_grad()
-def pgd_step(  # type: ignore[no-untyped-def]
-    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out, cast
+def pgd_step(
+    adv,
+    grad,
+    x,
+    eps,
+    eps_rows,
+    step_size,
+    step_rows,
+    clip_min,
+    min_rows,
+    clip_max,
+    max_rows,
+    descend,
+    active,
+    out,
+    cast,
 ):
     bounds = clip_min, min_rows, clip_max, max_rows
     moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
@@ -71,7 +85,7 @@ def pgd_step(  # type: ignore[no-untyped-def]
 
 
 @torch.no_grad()
-def sample_neighbours(  # type: ignore[no-untyped-def]
+def sample_neighbours(
     adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
 ):
     bounds = clip_min, min_rows, clip_max, max_rows
@@ -81,9 +95,29 @@ def sample_neighbours(  # type: ignore[no-untyped-def]
 
 
 @torch.no_grad()
-def pgd_step_neighbours(  # type: ignore[no-untyped-def]
-    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
-    clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out
+def pgd_step_neighbours(
+    adv,
+    grad,
+    x,
+    eps,
+    eps_rows,
+    step_size,
+    step_rows,
+    radius,
+    radius_rows,
+    count,
+    project,
+    include_x,
+    clip_min,
+    min_rows,
+    clip_max,
+    max_rows,
+    descend,
+    active,
+    key,
+    ids,
+    draw,
+    out,
 ):
     bounds = clip_min, min_rows, clip_max, max_rows
     moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)

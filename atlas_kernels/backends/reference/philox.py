@@ -27,7 +27,12 @@ def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def noise(
-    shape: tuple[int, int, int], key: Tensor, ids: Tensor | None, draw: int, stream: int, neighbour: int,
+    shape: tuple[int, int, int],
+    key: Tensor,
+    ids: Tensor | None,
+    draw: int,
+    stream: int,
+    neighbour: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Uniform noise in [-1, 1) for ``shape`` = (batch, channels, pixels)."""
