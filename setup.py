@@ -12,13 +12,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import _StaticPth, editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "libatlas_cuda.so"
@@ -32,18 +32,14 @@ NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -
 def find_compiler() -> str:
     """The C++ compiler of CXX, else the first one on the PATH."""
     found = os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
-    if found is None:
-        sys.exit("atlas-kernels: no C++ compiler found. Install g++ (or clang++), or name one in CXX.")
-    return found
+    return found or sys.exit("atlas-kernels: no C++ compiler found. Install g++ (or clang++), or name one in CXX.")
 
 
 def openmp_flag(cxx: str) -> str:
     """-fopenmp if the compiler can compile and link with it, else nothing: the kernels then use one thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [*shlex.split(cxx), "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
-        return "-fopenmp" if subprocess.run(command, capture_output=True).returncode == 0 else ""
+    probe = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    command = [*shlex.split(cxx), "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
+    return "-fopenmp" if subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0 else ""
 
 
 def find_nvcc() -> str | None:
@@ -81,10 +77,8 @@ def write_ninja(folder: Path, core: str) -> list[str]:
     # For these GPUs machine code; for later ones PTX of the newest.
     targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     targets += [f"-gencode arch=compute_{a},code=compute_{a}" for a in archs[-1:]]
-    if nvcc:
-        notes = f"nvcc {nvcc}, sm_{', sm_'.join(archs)}"
-    else:
-        notes = "ATLAS_CUDA=0" if os.environ.get("ATLAS_CUDA") == "0" else "nvcc was not found"
+    absent = "ATLAS_CUDA=0" if os.environ.get("ATLAS_CUDA") == "0" else "nvcc was not found"
+    notes = f"nvcc {nvcc}, sm_{', sm_'.join(archs)}" if nvcc else absent
     # pybind11 itself is found through the environment (see build): its path changes with every isolated build.
     binding_flags = f"-I{sysconfig.get_path('include')} -DATLAS_PYBIND11={pybind11.__version__}"
     binding_flags += f' -DATLAS_BUILD_NOTES="\\"{notes}\\""'
@@ -145,4 +139,12 @@ class NinjaBuild(build_ext):
             shutil.copy2(built, installed)
 
 
-setup(ext_modules=[Extension("atlas_kernels._C", [])], cmdclass={"build_ext": NinjaBuild})
+class EditablePaths(editable_wheel):
+    """Editable installs by plain paths: type checkers and editors cannot follow setuptools' import hook."""
+
+    def _select_strategy(self, name: str, tag: str, build_lib: str) -> _StaticPth:
+        return _StaticPth(self.distribution, name, [ROOT, ROOT / "python"])
+
+
+COMMANDS = {"build_ext": NinjaBuild, "editable_wheel": EditablePaths}
+setup(ext_modules=[Extension("atlas_kernels._C", [])], cmdclass=COMMANDS)

@@ -1,0 +1,305 @@
+"""The l_inf perturbation operators in Triton: all four are one kernel with parts left out (see csrc/api.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...checks import require_apart
+from ...layout import is_channels_last, plane_shape
+from ...noise import STREAM_NEIGHBOUR, STREAM_START
+from .. import BackendUnavailable
+from ..native.door import DoorError, images, vector
+from . import Launch, launch
+
+# Pixels a program: eight a thread. Never fewer than one a thread: Triton would then let two threads load one pixel, and
+# where the step is made in place the second might find it moved.
+TILE = 1024
+MAX_CHANNELS = 16  # of a tile of a channels_last tensor
+
+
+@triton.jit
+def _clip(v, lo, hi):
+    # Two selects: tl.minimum and tl.maximum drop NaN.
+    v = tl.where(v < lo, lo, v)
+    return tl.where(v > hi, hi, v)
+
+
+@triton.jit
+def _row(value, per_row, row, mask):
+    # The cast is for the interpreter, which leaves Python floats in double precision.
+    if per_row is None:
+        return tl.cast(value, tl.float32)
+    else:
+        return tl.load(per_row + row, mask=mask)
+
+
+@triton.jit
+def _offset(sample, channel, pixel, channels, pixels, LAST: tl.constexpr):
+    if LAST:
+        return (sample * pixels + pixel) * channels + channel
+    else:
+        return (sample * channels + channel) * pixels + pixel
+
+
+@triton.jit
+def _load(images, sample, channel, pixel, channels, pixels, LAST: tl.constexpr, mask):
+    v = tl.load(images + _offset(sample, channel, pixel, channels, pixels, LAST), mask=mask)
+    return v.to(tl.float32) if v.dtype.primitive_bitwidth == 16 else v
+
+
+@triton.jit
+def _store(images, v, sample, channel, pixel, channels, pixels, LAST: tl.constexpr, mask):
+    to = images + _offset(sample, channel, pixel, channels, pixels, LAST)
+    tl.store(to, v.to(images.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _uniform(seed, c0, c1, c2, c3):
+    # The four words of a group side by side, [C, G] -> [C, 4 G]: one 128-bit access of the thread that drew them.
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return (words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * (2.0**-23)
+
+
+@triton.jit(do_not_specialize=["draw"])
+def perturb_kernel(
+    adv, grad, x, out, cast,
+    eps, eps_rows, step_size, step_rows, radius, radius_rows, clip_min, min_rows, clip_max, max_rows, active,
+    key, ids, draw, batch, channels, pixels, channel_tiles, pixel_tiles,
+    count: tl.constexpr,  # else Triton 3.6's interpreter cannot loop up to it under NumPy 2.4
+    ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
+    CAST_LAST: tl.constexpr, INCLUDE_X: tl.constexpr, DESCEND: tl.constexpr, PROJECT: tl.constexpr,
+    STREAM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """One tile of a sample: BLOCK_C channels x BLOCK_G groups of four pixels. ``out`` is [x;] [adv';] z_0; z_1; ..."""
+    program = tl.program_id(0)
+    pixel_tile = (program % pixel_tiles).to(tl.int64)
+    channel_tile = (program // pixel_tiles % channel_tiles).to(tl.int64)
+    sample = (program // (pixel_tiles * channel_tiles)).to(tl.int64)
+    channel = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    pixel = pixel_tile * (4 * BLOCK_G) + tl.arange(0, 4 * BLOCK_G)[None, :]
+    # Four pixels an access in every dtype: else tensors of different dtypes meet in shared memory.
+    pixel = tl.max_contiguous(pixel, [1, 4])
+    inside = (channel < channels) & (pixel < pixels)
+
+    lo = _row(clip_min, min_rows, channel, channel < channels)
+    hi = _row(clip_max, max_rows, channel, channel < channels)
+    point = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
+    row = sample  # of out
+
+    if x is not None:
+        clean = _load(x, sample, channel, pixel, channels, pixels, X_LAST, inside)
+        ball = _row(eps, eps_rows, sample, None)
+        if INCLUDE_X:
+            _store(out, clean, row, channel, pixel, channels, pixels, OUT_LAST, inside)
+            row += batch
+
+    if grad is not None:
+        moving = inside
+        if active is not None:
+            moving = tl.where(tl.load(active + sample), inside, False)  # not &: Triton 3.9's interpreter makes int32
+        g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, moving)
+        step = _row(step_size, step_rows, sample, None)
+        if DESCEND:
+            step *= -1.0  # not -step: Triton 3.6 makes that 0 - step, which loses the sign of a zero
+        moved = point + step * ((g > 0).to(tl.float32) - (g < 0).to(tl.float32))
+        moved = _clip(_clip(moved, clean - ball, clean + ball), lo, hi)
+        point = moved if active is None else tl.where(moving, moved, point)
+        _store(out, point, row, channel, pixel, channels, pixels, OUT_LAST, inside)
+        row += batch
+        if cast is not None:
+            _store(cast, point, sample, channel, pixel, channels, pixels, CAST_LAST, inside)
+
+    if count > 0:
+        seed = tl.load(key)
+        number = tl.load(key + 1) + sample if ids is None else tl.load(ids + sample)
+        group = pixel_tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
+        c0 = (channel * ((pixels - 1) // 4 + 1) + group).to(tl.uint32)
+        local = _row(radius, radius_rows, sample, None)
+        for k in range(count):
+            z = point + local * _uniform(seed, c0, number.to(tl.uint32), draw, k << 8 | STREAM)
+            if PROJECT:
+                z = _clip(z, clean - ball, clean + ball)
+            z = _clip(z, lo, hi)
+            _store(out, z, row, channel, pixel, channels, pixels, OUT_LAST, inside)
+            row += batch
+
+
+def _plan(
+    adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, radius, radius_rows,
+    clip_min, min_rows, clip_max, max_rows, active, key, ids, draw, count, include_x, descend, project, stream,
+) -> Launch:  # fmt: skip
+    """Check every tensor whose address the kernel gets, as for the native core, and choose the tiles."""
+    shape, device = adv.shape, adv.device
+    batch, channels, pixels = plane_shape(shape)
+    if adv.dtype == torch.float64:
+        raise BackendUnavailable(
+            "the triton backend computes float32, float16 and bfloat16 images, got float64: convert them with "
+            '.float(), or use backend("native") or backend("reference")'
+        )
+    if count and key is None:
+        raise DoorError("noise needs a key")
+    last: list[bool | None] = []
+    slices = include_x + (grad is not None) + count
+    for name, t, rows in (
+        ("adv", adv, 1), ("grad", grad, 1), ("x", x, 1), ("out", out, slices), ("cast", cast, 1)
+    ):  # fmt: skip
+        if t is not None:
+            images(name, t, (rows * batch, *shape[1:]), device)
+        last.append(None if t is None else is_channels_last(t))
+    for name, t, size, dtype in (
+        ("eps", eps_rows, batch, torch.float32), ("step_size", step_rows, batch, torch.float32),
+        ("radius", radius_rows, batch, torch.float32), ("clip_min", min_rows, channels, torch.float32),
+        ("clip_max", max_rows, channels, torch.float32), ("active", active, batch, torch.bool),
+        ("key", key, 2, torch.int64), ("ids", ids, batch, torch.int64),
+    ):  # fmt: skip
+        if t is not None:
+            vector(name, t, size, dtype, device)
+
+    same_order = len({order for order in last if order is not None}) == 1
+    if same_order and not count and min_rows is None and max_rows is None:
+        # Without noise and per-channel bounds a pixel's place means nothing: run through memory as it lies.
+        last = [False] * len(last)
+        channels, pixels = 1, channels * pixels
+        if active is None and eps_rows is None and step_rows is None:
+            batch, pixels = 1, batch * pixels
+    block_c, block_p = _tile(channels, pixels, any(last))
+    channel_tiles, pixel_tiles = -(-channels // block_c), -(-pixels // block_p)
+    arguments = (
+        adv, grad, x, out, cast,
+        eps, eps_rows, step_size, step_rows, radius, radius_rows, clip_min, min_rows, clip_max, max_rows, active,
+        key, ids, _signed(draw), batch, channels, pixels, channel_tiles, pixel_tiles, count,
+        *map(bool, last), bool(include_x), bool(descend), bool(project), stream, block_c, block_p // 4,
+    )  # fmt: skip
+    return Launch(perturb_kernel, batch * channel_tiles * pixel_tiles, arguments)
+
+
+def _tile(channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
+    """(channels, pixels) of a tile: one plane, but all channels where they lie side by side, or planes are small."""
+    fill = TILE // min(TILE, max(4, _power_of_two(pixels)))
+    block_c = min(_power_of_two(channels), max(fill, MAX_CHANNELS if channels_last else 1))
+    return block_c, TILE // block_c
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is not less than ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def _signed(word: int) -> int:
+    """The same 32 bits as an int32, the one type that Triton passes them as."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
+def _pass(*arguments: Any) -> None:
+    adv = arguments[0]
+    if adv.numel():
+        launch(_plan(*arguments), adv.device)
+
+
+def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
+    require_apart("out", out, ("x", x, 0))
+    _pass(
+        x, None, None, out, None, 0.0, None, 0.0, None, eps, eps_rows,
+        clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, 1, False, False, False, STREAM_START,
+    )  # fmt: skip
+
+
+def pgd_step(
+    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out,
+    cast,
+):  # fmt: skip
+    require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
+    if cast is not None:
+        require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
+    _pass(
+        adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, 0.0, None,
+        clip_min, min_rows, clip_max, max_rows, active, None, None, 0, 0, False, descend, False, STREAM_NEIGHBOUR,
+    )  # fmt: skip
+
+
+def sample_neighbours(
+    adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
+):
+    require_apart("out", out, ("adv", adv, 0 if count == 1 else -1), ("x", x, -1))
+    if count:
+        _pass(
+            adv, None, x, out, None, eps, eps_rows, 0.0, None, radius, radius_rows,
+            clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, count, False, False, x is not None,
+            STREAM_NEIGHBOUR,
+        )  # fmt: skip
+
+
+def pgd_step_neighbours(
+    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
+    clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
+):  # fmt: skip
+    batch, first = adv.shape[0], int(include_x)
+    require_apart("out", out, ("adv", adv, first * batch), ("x", x, 0 if include_x else -1), ("grad", grad, -1))
+    _pass(
+        adv, grad, x, out, None, eps, eps_rows, step_size, step_rows, radius, radius_rows,
+        clip_min, min_rows, clip_max, max_rows, active, key if count else None, ids if count else None, draw, count,
+        include_x, descend, project, STREAM_NEIGHBOUR,
+    )  # fmt: skip
+
+
+def _example(
+    dtype: torch.dtype = torch.float32, *, step: bool = True, count: int = 0, grad: torch.dtype | None = None,
+    out: torch.dtype | None = None, cast: torch.dtype | None = None, last: str = "", include_x: bool = False,
+    project: bool = False, per_sample: bool = False, per_channel: bool = False,
+    shape: tuple[int, ...] = (128, 3, 32, 32),
+) -> Launch:  # fmt: skip
+    """A launch on images without memory behind them (a batch of CIFAR-10); ``last``: what is in channels_last."""
+
+    def meta(name: str, dtype: torch.dtype | None, slices: int = 1) -> Tensor | None:
+        order = torch.channels_last if name in last.split() else torch.contiguous_format
+        t = None if dtype is None else torch.empty((slices * shape[0], *shape[1:]), dtype=dtype, device="meta")
+        return None if t is None else t.contiguous(memory_format=order)
+
+    def vector(given: bool, size: int = shape[0], dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(size, dtype=dtype, device="meta") if given else None
+
+    return _plan(
+        meta("adv", dtype), meta("grad", (grad or dtype) if step else None),
+        meta("x", dtype if step or project else None), meta("out", out or dtype, include_x + step + count),
+        meta("cast", cast), 0.03, vector(per_sample), 0.01, vector(per_sample), 0.02, vector(per_sample),
+        0.0, vector(per_channel, shape[1]), 1.0, vector(per_channel, shape[1]), vector(per_sample, dtype=torch.bool),
+        vector(count > 0, 2, torch.int64), vector(per_sample, dtype=torch.int64), 0, count, include_x, False, project,
+        STREAM_NEIGHBOUR if step or count > 1 else STREAM_START,
+    )  # fmt: skip
+
+
+_HALF, _BRAIN, _DOUBLE = torch.float16, torch.bfloat16, torch.float64
+_BOTH = partial(_example, count=4, include_x=True)
+# What the operators launch for the layouts and dtypes that training meets, to be compiled ahead of time.
+VARIANTS: dict[str, Callable[[], Launch]] = {
+    "start": partial(_example, step=False, count=1),
+    "start, channels_last": partial(_example, step=False, count=1, last="adv out"),
+    "step": _example,
+    "step, per sample": partial(_example, per_sample=True),
+    "step, per sample and channel": partial(_example, per_sample=True, per_channel=True),
+    "step, bf16 gradient": partial(_example, grad=_BRAIN),
+    "step, fp64 gradient": partial(_example, grad=_DOUBLE),
+    "step, fp16": partial(_example, _HALF),
+    "step, bf16": partial(_example, _BRAIN),
+    "step, channels_last gradient": partial(_example, last="grad"),
+    "step, channels_last bf16 gradient and cast": partial(_example, grad=_BRAIN, cast=_BRAIN, last="grad cast"),
+    "neighbours": partial(_example, step=False, count=4),
+    "neighbours, projected, per sample": partial(_example, step=False, count=4, project=True, per_sample=True),
+    "step and neighbours": _BOTH,
+    "step and neighbours, per sample and channel": partial(_BOTH, project=True, per_sample=True, per_channel=True),
+    "step and neighbours, channels_last": partial(_BOTH, last="adv grad x out"),
+    "step and neighbours, fp16": partial(_BOTH, _HALF),
+    "step and neighbours, bf16": partial(_BOTH, _BRAIN, project=True),
+    "step and neighbours, bf16 network": partial(_BOTH, grad=_BRAIN, out=_BRAIN),
+    "step and neighbours, bf16 channels_last network": partial(_BOTH, grad=_BRAIN, out=_BRAIN, last="grad out"),
+    "step and neighbours, one pixel": partial(_BOTH, project=True, shape=(1, 2, 1, 1)),
+    "step, more than 2**31 pixels": partial(_example, shape=(1 << 16, 3, 128, 128)),
+}

@@ -1,0 +1,394 @@
+"""The Triton kernels, three ways: in Triton's interpreter on the CPU (a second pytest on this file, see
+``test_in_the_interpreter``), compiled ahead of time for GPUs that need not be there, and on CUDA where there is one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atlas_kernels as ak
+from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
+from atlas_kernels.backends.native.door import DoorError
+from cases import SHAPES, problem, same_bits, to_layout
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from atlas_kernels.backends.triton.perturb import TILE, VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = [SINGLE, HALF, BRAIN]
+
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device; runs in test_in_the_interpreter too"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def rounded(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``t`` in ``dtype``, as it is stored here: Triton's interpreter truncates to bfloat16 where a GPU rounds."""
+    if INTERPRETED and dtype == BRAIN and t.dtype == SINGLE:
+        return (t.view(torch.int32) >> 16).to(torch.int16).view(BRAIN)
+    return t.to(dtype)
+
+
+def all_four(backend, adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, count=2, project=False, key=(7, 5), ids=None,
+             draw=3, active=None, descend=False, **clip):  # fmt: skip
+    ball = {"x": x, "eps": eps} if project else {}
+    step_options = {"active": active, "descend": descend, **clip}
+    noise = {"key": torch.tensor(key, device=adv.device), "ids": ids, "draw": draw}
+    both = {"project": project, **noise, **step_options}
+    with ak.backend(backend):
+        return {
+            "start": ak.random_start(x, eps, **noise, **clip),
+            "step": ak.pgd_step(adv, grad, x, eps, step, **step_options),
+            "neighbours": ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
+            "both": ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, **both),
+            "both without x": ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, include_x=False, **both),
+        }
+
+
+def check_against_reference(adv, grad, x, *args, **kwargs):
+    got = all_four("triton", adv, grad, x, *args, **kwargs)
+    wide = SINGLE if INTERPRETED and adv.dtype == BRAIN else adv.dtype
+    expected = all_four("reference", adv.to(wide), grad, x.to(wide), *args, **kwargs)
+    for name, t in expected.items():
+        assert same_bits(got[name], rounded(t, adv.dtype)), name
+
+
+# --- the same bits as the reference -----------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 1, 1), (1, 2, 37, 41), (2, 40, 5, 5), (1, 300, 2, 2)], ids=str)
+def test_bits_shapes(shape):
+    check_against_reference(*problem(shape, device=DEVICE), count=1)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [((2, 3, 8, 8), "".join(p)) for p in itertools.product("cl", repeat=3)] + [((1, 18, 7, 3), "clc")],
+)
+def test_bits_layouts(shape, layouts):
+    check_against_reference(*problem(shape, layouts=layouts, grad_dtype=BRAIN, device=DEVICE))
+
+
+@runs
+@pytest.mark.parametrize("grad_dtype", [*DTYPES, DOUBLE], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_every_dtype_pair(dtype, grad_dtype):
+    adv, grad, x = problem((2, 3, 9, 9), dtype=dtype, grad_dtype=grad_dtype, device=DEVICE, special=True)
+    grad[0] *= 1e-30 if grad_dtype != DOUBLE else 1e-300  # its sign counts, however small
+    check_against_reference(adv, grad, x, project=True)
+
+
+@runs
+@pytest.mark.parametrize("options", [{"descend": True}, {"project": True}, {"count": 0}, {"count": 5}], ids=str)
+def test_bits_options(options):
+    check_against_reference(*problem((3, 3, 8, 9), special=True, device=DEVICE), **options)
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("descend", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1.1e-40, float("inf")])
+def test_bits_of_extreme_steps(size, descend):
+    """-0 stays -0, denormals are not flushed, and infinity times no gradient is NaN."""
+    adv, grad, x = problem((2, 3, 4, 4), special=True, device=DEVICE)
+    adv[0], x[0] = -0.0, -0.0
+    check_against_reference(adv, grad, x, size, size, size, descend=descend)
+
+
+@runs
+@pytest.mark.parametrize("layouts", ["ccc", "lll", "clc"])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+def test_bits_per_sample_and_per_channel(dtype, layouts):
+    problem_ = problem((4, 3, 5, 8), dtype=dtype, layouts=layouts, device=DEVICE)
+    rows = [torch.rand(4, device=DEVICE) * 0.2 for _ in range(3)]
+    clip = {
+        "clip_min": torch.tensor([0.0, 0.1, -0.5], device=DEVICE),
+        "clip_max": torch.tensor([1.0, 0.8, 2.0], device=DEVICE),
+    }
+    active = torch.tensor([True, False, True, False], device=DEVICE)
+    ids = torch.tensor([3, 1, 2**40 + 9, -4], device=DEVICE)
+    check_against_reference(*problem_, *rows, ids=ids, active=active, project=True, **clip)
+    check_against_reference(*problem_, *rows, active=active)
+    check_against_reference(*problem_, **clip)
+
+
+@runs
+@pytest.mark.parametrize("alone", ["eps", "step", "radius", "active"])
+def test_bits_of_each_per_sample_argument_alone(alone):
+    rows = torch.tensor([True, False, True]) if alone == "active" else torch.tensor([0.02, 0.2, 0.1])
+    check_against_reference(*problem((3, 3, 8, 8), device=DEVICE), **{alone: rows.to(DEVICE)}, project=True)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("key", "draw"), [((-1, 0), 2**31), ((2**63 - 1, 2**31 - 1), 2**32 - 1), ((-(2**63), -3), 1), ((1, 2**32 - 1), 0)]
+)
+def test_bits_at_the_ends_of_the_counter(key, draw):
+    check_against_reference(*problem((3, 2, 3, 3), device=DEVICE), key=key, draw=draw, count=1)
+
+
+@runs
+def test_bits_of_more_than_a_tile():
+    """Whole tiles, and a tail that ends neither on a tile nor on an access."""
+    for numel in (TILE - 1, TILE, 2 * TILE + 17):
+        check_against_reference(*problem((1, numel), special=True, device=DEVICE))
+
+
+@runs
+def test_bits_of_unaligned_memory():
+    adv, grad, x = (
+        torch.empty(t.numel() + 1, device=DEVICE)[1:].view_as(t).copy_(t) for t in problem((2, 3, 8, 8), device=DEVICE)
+    )
+    check_against_reference(adv, grad, x)
+
+
+@runs
+def test_bits_in_place():
+    adv, grad, x = problem((3, 3, 8, 8), device=DEVICE)
+    key = torch.tensor([1, 2], device=DEVICE)
+    expected = all_four("reference", adv, grad, x, key=(1, 2), draw=0)
+    with ak.backend("reference"):
+        one = ak.sample_neighbours(adv, 0.05, 1, key=key)
+    with ak.backend("triton"):
+        clean, moved, around = x.clone(), adv.clone(), adv.clone()
+        assert ak.random_start(clean, 0.1, key=key, out=clean) is clean and same_bits(clean, expected["start"])
+        assert ak.pgd_step(moved, grad, x, 0.1, 0.03, out=moved) is moved and same_bits(moved, expected["step"])
+        assert same_bits(ak.sample_neighbours(around, 0.05, 1, key=key, out=around), one)
+        buffer = torch.cat([x, adv, adv, adv])
+        ak.pgd_step_neighbours(buffer[3:6], grad, buffer[:3], 0.1, 0.03, 0.05, 2, key=key, out=buffer)
+    assert same_bits(buffer, expected["both"])
+
+
+@runs
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, DOUBLE], ids=str)
+def test_bits_of_the_network_dtype_and_layout(dtype, last):
+    adv, grad, x = problem((3, 3, 8, 8), grad_dtype=BRAIN, layouts="clc", special=True, device=DEVICE)
+    cast = to_layout(torch.empty_like(adv, dtype=dtype), last)
+    buffer = to_layout(torch.empty((12, 3, 8, 8), dtype=dtype, device=DEVICE), last)
+    expected = all_four("reference", adv, grad, x, key=(1, 2), draw=0)
+    with ak.backend("triton"):
+        step = ak.pgd_step(adv, grad, x, 0.1, 0.03, cast=cast)
+        key = torch.tensor([1, 2], device=DEVICE)
+        ak.pgd_step_neighbours(adv, grad, x, 0.1, 0.03, 0.05, 2, key=key, out=buffer)
+    assert same_bits(step, expected["step"])
+    assert same_bits(cast, rounded(expected["step"], dtype))
+    assert same_bits(buffer, rounded(expected["both"], dtype))
+    assert cast.is_contiguous() != last and buffer.is_contiguous() != last
+
+
+@runs
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_bits_of_anything(data):
+    draw = data.draw
+    shape = tuple(draw(st.integers(0 if i == 0 else 1, 7)) for i in range(draw(st.integers(1, 4))))
+    dtype, grad_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([*DTYPES, DOUBLE]))
+    layouts = "".join(draw(st.sampled_from("cl")) for _ in range(3))
+    how = {"layouts": layouts, "special": draw(st.booleans()), "device": DEVICE}
+    numbers = [draw(st.floats(0, 2, width=32)) for _ in range(3)]
+    check_against_reference(
+        *problem(shape, dtype=dtype, grad_dtype=grad_dtype, **how), *numbers,
+        count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
+        key=(draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 2**33))),
+    )  # fmt: skip
+
+
+@runs
+def test_empty_batch():
+    for got in all_four("triton", *problem((0, 3, 8, 8), device=DEVICE)).values():
+        assert got.shape == (0, 3, 8, 8)
+    adv, _, _ = problem((2, 3, 8, 8), device=DEVICE)
+    with ak.backend("triton"):
+        assert ak.sample_neighbours(adv, 0.1, 0).shape == (0, 3, 8, 8)
+
+
+@runs
+def test_double_precision_is_refused():
+    with pytest.raises(BackendUnavailable, match=r"got float64: convert them with .float\(\), or use backend"):
+        all_four("triton", *problem((2, 3, 8, 8), dtype=DOUBLE, device=DEVICE))
+
+
+@runs
+def test_the_door():
+    """Whoever calls the operator itself must not make the kernel read or write outside of a tensor."""
+    adv, grad, x = problem((2, 3, 8, 8), device=DEVICE)
+    out, key = torch.empty_like(adv), torch.tensor([1, 2], device=DEVICE)
+    clip, step = (0.0, None, 1.0, None), torch.ops.atlas_kernels.pgd_step
+    short = torch.ones(1, device=DEVICE)
+    with ak.backend("triton"):
+        for wrong in (grad[:1], grad.double()[..., :4].half(), grad[..., :1].expand_as(grad)):
+            with pytest.raises(DoorError, match="grad is"):
+                step(adv, wrong, x, 0.1, None, 0.1, None, *clip, False, None, out, None)
+        with pytest.raises(DoorError, match="eps is"):
+            step(adv, grad, x, 0.1, short, 0.1, None, *clip, False, None, out, None)
+        with pytest.raises(DoorError, match="out is"):
+            torch.ops.atlas_kernels.sample_neighbours(adv, 0.1, None, 2, None, 0.0, None, *clip, key, None, 0, out)
+        with pytest.raises(DoorError, match="key is"):
+            torch.ops.atlas_kernels.random_start(x, 0.1, None, *clip, key[:1], None, 0, out)
+        with pytest.raises(ValueError, match="out shares memory with x"):
+            ak.pgd_step(adv[:1], grad[:1], x[:1], 0.1, 0.1, out=x.flatten()[64:256].view(1, 3, 8, 8))
+
+
+# --- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@compiles
+def test_in_the_interpreter():
+    """Every comparison of this file on the CPU; TRITON_INTERPRET must be set before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= 60, f"the comparisons did not run:\n{result.stdout[-2000:]}"
+
+
+def tool_output(tool: str, *arguments: str) -> str:
+    import triton.backends.nvidia
+
+    command = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([command, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(variant, capability) -> PTX, machine code and resource usage, compiled from scratch."""
+    folder = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+
+        def build(variant: str, capability: int) -> tuple[str, str, str]:
+            kernel = triton.compile_ahead(VARIANTS[variant](), capability)
+            cubin = folder / "kernel.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            usage = tool_output("cuobjdump", "-res-usage", cubin)
+            return kernel.asm["ptx"], tool_output("nvdisasm", "-c", cubin), usage
+
+        yield build
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_ahead_of_time(compiled, variant, capability):
+    ptx, sass, usage = compiled(variant, capability)
+    # Nothing that would change bits: contraction, flushed denormals, minima that drop NaN, truncation.
+    for forbidden in ("fma.", "mad.f", ".ftz", "min.f32", "max.f32", "min.NaN", "max.NaN", "cvt.rz"):
+        assert forbidden not in re.sub(r"cvt\.rzi|//.*", "", ptx), forbidden
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
+    images = re.findall(r"\b((?:LDG|STG)\.E(?:\.U?\d+)?)", sass)
+    if "channels_last" in variant or "one pixel" in variant:
+        return
+    # Four pixels an access, and for noise as well: the words never pass through shared memory.
+    assert not re.search(r"\b(LDS|STS)\b", sass)
+    stores = [access for access in images if access.startswith("STG")]
+    narrow = variant in ("step, fp16", "step, bf16")
+    assert stores and set(stores) == {"STG.E.64" if narrow else "STG.E.128"}
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+def test_flat_single_precision_is_four_wide(compiled, capability):
+    ptx, sass, _ = compiled("step", capability)
+    assert set(re.findall(r"(?:ld|st)\.global\S*", ptx)) == {"ld.global.v4.b32", "st.global.v4.b32"}
+    assert set(re.findall(r"(?:LDG|STG)\.E\S*", sass)) == {"LDG.E.128", "STG.E.128"}
+
+
+@compiles
+@pytest.mark.parametrize(("variant", "conversion"), [("step, bf16", "cvt.rn.bf16"), ("step, fp16", "cvt.rn.f16")])
+def test_sixteen_bits_are_rounded_to_nearest(compiled, variant, conversion):
+    """What the interpreter cannot show for bfloat16."""
+    ptx, _, _ = compiled(variant, 80)
+    assert conversion in ptx
+
+
+@compiles
+@pytest.mark.parametrize(
+    "variant", ["step", "step and neighbours, per sample and channel", "step, more than 2**31 pixels"]
+)
+def test_what_is_launched_is_what_was_inspected(variant, monkeypatch):
+    """Triton's own launch path, on a driver that stops short of launching, compiles the same machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class NoDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 99)  # of which Triton keeps nothing
+        get_current_stream = staticmethod(lambda device: 0)
+
+    plan = VARIANTS[variant]()
+    monkeypatch.setattr(driver, "_active", NoDriver())
+    compiled = plan.kernel.run(*plan.arguments, grid=(plan.programs,), warmup=True, **triton.OPTIONS)
+    assert compiled.asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
+
+
+@compiles
+def test_the_launch_covers_the_images_and_asks_for_the_options():
+    seen = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.update(grid=grid, arguments=arguments, options=options)
+
+    plan = VARIANTS["step"]()
+    triton.launch(plan._replace(kernel=Kernel()), torch.device("cpu"))
+    assert seen == {"grid": (128 * 3 * 32 * 32 // TILE,), "arguments": plan.arguments, "options": triton.OPTIONS}
+    assert 32 * triton.OPTIONS["num_warps"] <= TILE, "else two threads may load one pixel of an in-place step"
+
+
+@compiles
+def test_reasons_say_what_to_do(monkeypatch):
+    assert "start Python with TRITON_INTERPRET=1" in str(unavailable_reason("triton", "cpu"))
+    assert "not for mps" in str(unavailable_reason("triton", "mps"))
+    if not torch.cuda.is_available():
+        assert "PyTorch sees no CUDA device" in str(unavailable_reason("triton", "cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in str(unavailable_reason("triton", "cuda"))
+
+
+@compiles
+def test_triton_is_imported_only_when_it_is_chosen():
+    code = "import sys, atlas_kernels.backends.triton; assert 'triton' not in sys.modules, 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- on a GPU only ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_replays_read_the_key_again():
+    _, _, x = problem((4, 3, 8, 8), device="cuda")
+    key, out = torch.tensor([1, 0], device="cuda"), torch.empty_like(x)
+    with ak.backend("triton"):
+        ak.random_start(x, 0.1, key=key, out=out)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ak.random_start(x, 0.1, key=key, out=out)
+        key.copy_(torch.tensor([2, 3]))
+        graph.replay()
+    with ak.backend("reference"):
+        assert same_bits(out, ak.random_start(x, 0.1, key=key))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_current():
+    check_against_reference(*problem((2, 3, 8, 8), device="cuda:1"))
