@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import Call, measure
 
 import atlas_kernels as ak
+from harness import Call, measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(1, 1, 28, 28), (128, 1, 28, 28), (128, 3, 32, 32), (512, 3, 32, 32), (32, 3, 224, 224)]

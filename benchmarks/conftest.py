@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from harness import HEADER, Row, as_json, environment
 
 ROWS: list[Row] = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import problem
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
+from cases import problem
 
 ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from cases import problem, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends.native import available_isas, core, force_isa
 from atlas_kernels.backends.native.door import DoorError
+from cases import problem, same_bits
 
 OPS = torch.ops.atlas_kernels
 

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from cases import SHAPES, problem, same_bits, to_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends.native import available_isas, force_isa
+from cases import SHAPES, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from test_build import ROOT, build, pytestmark  # noqa: F401  # skipped where nothing can be built
 from test_cuda_on_host import runtime_libraries
 

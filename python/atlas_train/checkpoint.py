@@ -1,0 +1,150 @@
+"""Checkpoints: tensors and plain types only, written whole or not at all, loaded without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+
+FORMAT = 1
+LAST = "last.pt"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: write_text(temporary, text))
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, with the line ends of ``text``."""
+    path.write_bytes(text.encode())
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint. ``state``: tensors, numbers, strings, lists and dicts."""
+    content = {"format": FORMAT, **state}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a run folder, or a file, means. Raises FileNotFoundError with what was looked for."""
+    given = Path(path)
+    found = given / LAST if given.is_dir() else given
+    if not found.is_file():
+        runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
+        hint = f"; it holds the runs {', '.join(runs)}: name one of them" if runs else ""
+        raise FileNotFoundError(f"no checkpoint {found}{hint}")
+    return found
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU. Raises FileNotFoundError, or ValueError for a damaged or foreign file."""
+    found = locate(path)
+    try:
+        state = torch.load(found, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(
+            f"{found} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
+        ) from error
+    if not isinstance(state, dict) or "format" not in state or "model" not in state:
+        raise ValueError(f"{found} is no checkpoint of atlas: a bare state_dict is loaded with model.load_state_dict")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{found} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of torch's generators (dropout draws from them), as tensors."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Sets torch's generators; those of CUDA only when the number of devices is the same."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
+    """``model.load_state_dict``, with an error that says which file does not fit which model."""
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {source} do not fit a {type(model).__name__}: {error}") from error
+
+
+def export_state_dict(
+    model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """The bare state_dict, for others to load: .safetensors (with ``metadata``), or torch.save for another suffix."""
+    path = Path(path)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
+
+        write_atomically(path, lambda temporary: save_file(weights, str(temporary), metadata=dict(metadata or {})))
+    else:
+        write_atomically(path, lambda temporary: torch.save(weights, temporary))
+
+
+def export_name() -> str:
+    """model.safetensors where safetensors is installed, else model.pt."""
+    return "model.safetensors" if find_spec("safetensors") else "model.pt"
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's configuration.
+
+    path: run folder, last.pt, or an exported model.safetensors. Raises as ``load`` does, and ValueError when the
+    network was not built by name.
+    """
+    found = locate(path)
+    if found.suffix == ".safetensors":
+        weights, description = _read_safetensors(found)
+    else:
+        state = load(found)
+        weights, description = state["model"], {"arch": state["arch"], "config": state["config"]}
+    arch = description["arch"]
+    if not arch["by_name"]:
+        raise ValueError(f"{found} holds a {arch['name']} of your own: build it yourself and load its weights into it")
+    model = models.build(
+        arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
+    )
+    load_weights(model, weights, found)
+    return model.eval(), description["config"]
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("atlas", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if description is None:
+        raise ValueError(f"{path} does not say which network it holds; it was not written by atlas")
+    return weights, description

@@ -1,0 +1,153 @@
+"""The command line: ``atlas train``, ``atlas evaluate``, ``atlas methods``.
+
+The flags are made from the declarations in ``TrainConfig`` and in the method, so a new setting or hyper-parameter is a
+flag, checked and documented, without a line here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, data, flags, methods
+from .config import TrainConfig, from_dict, from_file
+from .options import allowed, hints, nearest, option
+
+USAGE = """\
+usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
+       atlas evaluate CHECKPOINT [flags]                        clean, FGSM and PGD accuracy of a trained network
+       atlas methods                                            the methods and their hyper-parameters
+
+`atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
+`atlas COMMAND --help` lists the flags; `atlas train --method NAME --help` also those of the method.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """The flags of ``atlas evaluate``."""
+
+    dataset: str | None = option(None, "data set; default: the run's")
+    data_dir: str | None = option(None, "folder with the data's files; default: the run's")
+    download: bool = option(False, "download the data if they are found nowhere")
+    eps: float | None = option(
+        None, "l_inf radius, e.g. 8/255; default: the run's", above=0, below=1, hint="write 8/255 instead of 8"
+    )
+    size: int | None = option(None, "test images; default: 1000 on a CPU, else all", low=1)
+    batch_size: int = option(250, "images at a time", low=1)
+    steps: int = option(20, "PGD steps", low=1)
+    step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
+    restarts: int = option(1, "PGD restarts", low=1)
+    seed: int = option(0, "of the noise", low=0)
+    device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
+    threads: int | None = option(None, "CPU threads; default: the run's", low=1)
+    json: str | None = option(None, "also write the result to this file")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. What a user can put right is one line on stderr, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "evaluate": evaluate, "methods": list_methods}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    name, *rest = arguments
+    if name not in commands:
+        return _complain(f"atlas: no command {name!r}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
+    try:
+        return commands[name](rest)
+    except BrokenPipeError:  # `atlas methods | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _complain("\natlas: stopped; `atlas train --resume FOLDER` goes on after the last whole epoch", 130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        return _complain(f"atlas: {error}")
+
+
+def _complain(text: str, status: int = 2) -> int:
+    print(text, file=sys.stderr)
+    return status
+
+
+def train(argv: Sequence[str]) -> int:
+    """``atlas train``: the settings from --config or --resume, then the flags over them."""
+    from .compare import compare
+
+    early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--resume", "--method"):
+        early.add_argument(flag)
+    first, _ = early.parse_known_args(argv)
+    if first.config and first.resume:
+        raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
+    base = TrainConfig()
+    if first.config:
+        base = from_file(first.config)
+    elif first.resume:
+        base = from_dict(checkpoint.load(first.resume)["config"], first.resume)
+    name = first.method or base.method
+    compare(parse_train(name, base, argv))
+    return 0
+
+
+def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """The configuration that the flags make of ``base``, with the hyper-parameters of the method ``name``."""
+    method = methods.get(name)
+    known = methods.hyper_parameters(method)
+    wanted = [
+        flags.text_flag("config", "JSON file with settings, by the names of the flags; flags override it"),
+        *flags.declared(TrainConfig, vars(base)),
+        *flags.declared(method, base.hyper_of(name), group=name),
+    ]
+    what = f"The hyper-parameters of {name} are marked [{name}]." if known else f"{name} has no hyper-parameters."
+    parsed = flags.parse(wanted, "train", f"Train an image classifier, evaluate it, and print a table. {what}", argv)
+    settings = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "hyper"}
+    given = {key: getattr(parsed, key) for key, field in known.items() if getattr(parsed, key) != field.default}
+    beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
+    return TrainConfig(**settings, hyper=beside | given)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """``atlas evaluate``: a checkpoint's accuracies on the test images."""
+    from .evaluate import evaluate as run_evaluation
+    from .report import table
+    from .run import cpu_threads, usable_device
+
+    wanted = [
+        flags.text_flag("checkpoint", "run folder, last.pt or model.safetensors", positional=True),
+        *flags.declared(EvaluateConfig, {}),
+    ]
+    args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
+    model, run = checkpoint.load_model(args.checkpoint)
+    splits = data.load(args.dataset or run["dataset"], args.data_dir or run["data_dir"], args.download)
+    same = ("size", "batch_size", "steps", "step_size", "restarts", "seed")
+    own: dict[str, Any] = {name: getattr(args, name) for name in same}
+    model = model.to(usable_device(args.device))
+    with cpu_threads(args.threads or run["threads"]):
+        result = run_evaluation(model, splits.test, args.eps or run["eps"], say=print, **own)
+    print(table({run["method"]: (result, None)}))
+    if args.json:
+        checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": args.checkpoint})
+    return 0
+
+
+def list_methods(argv: Sequence[str]) -> int:
+    """``atlas methods``: what each one is, and its hyper-parameters with defaults and ranges."""
+    if argv and argv[0] not in ("-h", "--help"):
+        return _complain("atlas methods: takes no arguments")
+    for name in methods.names():
+        method = methods.get(name)
+        print(f"{name}: {inspect.getdoc(method)}\n")
+        for key, field in methods.hyper_parameters(method).items():
+            default = "auto" if field.default is None else str(field.default).lower()
+            print(f"    --{key.replace('_', '-')} {default}   ({allowed(field, hints(method)[key])})")
+            print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        print()
+    return 0

@@ -1,0 +1,177 @@
+"""The configuration of a training run: one typed, frozen dataclass, and the defaults of each data set in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import methods, models
+from .data import DataSplits
+from .options import check, nearest, option
+
+#: What None becomes, per data set (eps and augment come with the data, the model from ``models.default_for``).
+#: A data set of your own takes the row of cifar10.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # Ours, tuned on 300 held-out training images: a minute on one CPU core; with more epochs robustness overfits.
+    "digits": {
+        "epochs": 40,
+        "batch_size": 64,
+        "optimizer": "adam",
+        "lr": 5e-3,
+        "weight_decay": 0.0,
+        "cyclic_peak": 0.4,
+        "threads": 1,  # on so small a network threads wait for each other, badly so on a busy machine
+        "beside": ("standard", "one_step_adv"),
+    },
+    # Wong, Rice & Kolter 2020, locuslab/fast_adversarial MNIST/train_mnist.py: Adam, 0 -> 5e-3 at 2/5 of training -> 0.
+    "mnist": {
+        "epochs": 10,
+        "batch_size": 100,
+        "optimizer": "adam",
+        "lr": 5e-3,
+        "weight_decay": 0.0,
+        "cyclic_peak": 0.4,
+        "beside": (),
+    },
+    # Wong, Rice & Kolter 2020, locuslab/fast_adversarial CIFAR10/train_fgsm.py: SGD, triangular 0 -> 0.2 -> 0.
+    "cifar10": {
+        "epochs": 15,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "lr": 0.2,
+        "weight_decay": 5e-4,
+        "cyclic_peak": 0.5,
+        "beside": (),
+    },
+}
+_AUTO = "default: by data set"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run is made of. None means the data set's default (``DEFAULTS``).
+
+    Raises ValueError at construction for unknown names and values out of range. ``resolved`` fills in the defaults.
+    """
+
+    method: str = option("atlas", "training method; `atlas methods` lists them")
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the method, e.g. {"radius": 0.1}; "adv.steps" reaches a method in ``beside``."""
+
+    dataset: str = option("digits", "digits (embedded), mnist or cifar10")
+    data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
+    download: bool = option(False, "download the data if they are found nowhere")
+    train_size: int | None = option(None, "train on this many images (a stratified draw); default: all", low=1)
+    augment: bool = option(None, "random crop and flip; " + _AUTO)
+
+    model: str = option(None, "network, by name; " + _AUTO)
+    width: int | None = option(None, "width of the network; default: the network's own", low=1)
+
+    eps: float = option(
+        None,
+        "l_inf radius for images in [0, 1], e.g. 8/255; " + _AUTO,
+        above=0,
+        below=1,
+        hint="images are in [0, 1], so write 8/255 instead of 8",
+    )
+
+    epochs: int = option(None, "passes over the data; " + _AUTO, low=1)
+    batch_size: int = option(None, _AUTO, low=1)
+    optimizer: Literal["sgd", "adam"] = option(None, _AUTO)
+    lr: float = option(None, "peak learning rate; " + _AUTO, above=0)
+    momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
+    weight_decay: float = option(None, _AUTO, low=0)
+    schedule: Literal["cyclic", "piecewise", "cosine", "constant"] = option(
+        "cyclic",
+        "of the learning rate: cyclic 0 -> lr -> 0, piecewise lr/10 at 50 % and lr/100 at 75 %, cosine, constant",
+    )
+    cyclic_peak: float = option(None, "share of steps before the peak of cyclic; " + _AUTO, low=0, below=1)
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast in attack and training; evaluation stays fp32")
+    channels_last: bool = option(False, "images and weights in channels_last")
+
+    seed: int = option(0, "of the weights, the batches and the noise", low=0)
+    device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1)
+
+    val_every: int = option(0, "every so many epochs, clean and PGD-10 accuracy on 500 test images; 0: never", low=0)
+    probe_size: int = option(
+        64, "training images watched for catastrophic overfitting with PGD-5 after each epoch; 0: do not watch", low=0
+    )
+    eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
+    beside: tuple[str, ...] = option(
+        None, "methods trained beside with the same settings, for the table; digits: standard and one_step_adv"
+    )
+
+    out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
+    resume: str | None = option(None, "run folder or last.pt to go on with; its settings are then the defaults")
+    tensorboard: bool = option(False, "also log for TensorBoard")
+
+    def __post_init__(self) -> None:
+        check(self, "config")
+        known = [self.method, *(self.beside or ())]
+        for name in known:
+            methods.build(name, self.eps or 0.5, self.hyper_of(name))
+        for key in self.hyper:
+            owner, dot, _ = key.rpartition(".")
+            if dot and owner not in known:
+                raise ValueError(f"config: hyper {key!r} is for {owner!r}, which is neither method nor in beside")
+
+    def hyper_of(self, name: str) -> dict[str, Any]:
+        """The hyper-parameters that ``hyper`` gives to the method of that name."""
+        own = {key: value for key, value in self.hyper.items() if "." not in key} if name == self.method else {}
+        dotted = {key.partition(".")[2]: value for key, value in self.hyper.items() if key.startswith(f"{name}.")}
+        return own | dotted
+
+    def build_method(self) -> methods.Method:
+        """The method with its hyper-parameters; eps must be known (see ``resolved``)."""
+        return methods.build(self.method, self.eps, self.hyper_of(self.method))
+
+
+def resolved(config: TrainConfig, splits: DataSplits) -> TrainConfig:
+    """The configuration with every default that depends on data set and machine filled in."""
+    table = DEFAULTS.get(splits.name, DEFAULTS["cifar10"])
+    defaults = table | {
+        "eps": splits.eps,
+        "augment": splits.augment,
+        "model": models.default_for(splits.name) if config.model is None else None,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "beside": tuple(name for name in table["beside"] if name != config.method),
+    }
+    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain types only, for JSON and checkpoints."""
+    return dataclasses.asdict(config) | {
+        "hyper": dict(config.hyper),
+        "beside": None if config.beside is None else list(config.beside),
+    }
+
+
+def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
+    """The inverse of ``to_dict``. Raises ValueError for an unknown key, naming the nearest."""
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{source}: no setting {key!r}; the nearest is {nearest(key, known)!r}")
+    return TrainConfig(**values)
+
+
+def from_file(path: str | os.PathLike[str]) -> TrainConfig:
+    """A configuration from a JSON file: {"method": "atlas", "hyper": {"radius": 0.1}, "eps": "8/255", ...}."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config file {path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold one JSON object, got {type(values).__name__}")
+    return from_dict(values, f"config file {path}")

@@ -1,0 +1,102 @@
+"""CIFAR-10 (Krizhevsky, Nair, Hinton): 50,000 + 10,000 colour images of 32x32, in the original Python batches."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import files, safe_pickle
+from .images import DataSplits, Images
+
+TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST = ("test_batch",)
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SUBFOLDERS = ("cifar-10-batches-py", ".")
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+URLS = (f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",)
+
+
+def load(data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
+    """CIFAR-10, uint8 [N, 3, 32, 32]; see `atlas_train.data.load` for the arguments and errors."""
+    alternatives = {name: (name,) for name in MD5}
+    folder = files.find(
+        "CIFAR-10", data_dir, SUBFOLDERS, lambda f: files.absent(f, alternatives), fetch_all if download else None
+    )
+    return DataSplits(
+        name="cifar10",
+        train=read_batches(folder, TRAIN),
+        test=read_batches(folder, TEST),
+        num_classes=10,
+        eps=8 / 255,
+        augment=True,
+        class_names=CLASS_NAMES,
+    )
+
+
+def read_batches(folder: Path, names: tuple[str, ...], md5: Mapping[str, str] | None = MD5) -> Images:
+    """The images of some batch files, one after the other. md5: checksum per file name, None: not checked.
+
+    Raises ValueError for a damaged file, or for a pickle that holds anything but arrays and plain containers.
+    """
+    batches = [read_batch(folder / name, md5[name] if md5 is not None else None) for name in names]
+    pixels = np.concatenate([pixels for pixels, _ in batches])
+    labels = np.concatenate([labels for _, labels in batches])
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def read_batch(path: Path, md5: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, 3, 32, 32] and int64 [n] of one batch file."""
+    batch = safe_pickle.loads(files.read_checked(path, md5), path)
+    try:
+        pixels, labels = safe_pickle.as_uint8(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is no CIFAR-10 batch, a dictionary with 'data' (uint8) and 'labels' ({error!r}); {files.REMEDY}"
+        ) from error
+    if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"{path}: found data {pixels.shape} and labels {labels.shape}, expected (n, 3072) and (n,); {files.REMEDY}"
+        )
+    return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def fetch_all(folder: Path) -> None:
+    """Downloads the archive and leaves its batch files in `folder`."""
+    archive = folder / ARCHIVE
+    files.fetch(URLS, ARCHIVE_MD5, archive)
+    unpack(archive, folder)
+    archive.unlink()
+
+
+def unpack(archive: Path, folder: Path, md5: Mapping[str, str] = MD5) -> None:
+    """Takes the batch files, and nothing else, out of the archive.
+
+    No path in the archive decides where anything is written: members are looked up under their six known names, must
+    be regular files, and are written under those names once their checksum is right.
+    """
+    with tarfile.open(archive) as tar:
+        for name in md5:
+            try:
+                member = tar.getmember(f"cifar-10-batches-py/{name}")
+            except KeyError:
+                raise ValueError(f"{archive} holds no cifar-10-batches-py/{name}; {files.REMEDY}") from None
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is None:
+                raise ValueError(f"{archive}: {member.name} is no regular file; {files.REMEDY}")
+            data = content.read()
+            files.check_md5(data, md5[name], folder / name)
+            files.write_atomically(folder / name, data)

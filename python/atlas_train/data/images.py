@@ -1,0 +1,87 @@
+"""What a data set is: labelled uint8 images, and the facts about them that a trainer needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images: `images` uint8 [N, C, H, W], `labels` int64 [N]. Raises ValueError for anything else."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; "
+                "images in [0, 1] become uint8 by (255 * images).round().to(torch.uint8)"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 [{len(self.images)}], one per image, got {self.labels.dtype} "
+                f"{list(self.labels.shape)}; convert them with labels.long() and check their number"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def subset(self, n: int, seed: int | None = None) -> Images:
+        """`n` of the images, in their original order: the first `n`, or, with a seed, a stratified draw.
+
+        A stratified draw keeps every class's share (to within one image) and depends only on the labels, `n` and
+        `seed`, on every machine. Sample number i of the subset is its row i, not the row of the full set.
+        Raises ValueError when `n` is not in 1..len(self).
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n must be in 1..{len(self)} (the size of this set), got {n}; ask for fewer images")
+        chosen = np.arange(n) if seed is None else stratified(self.labels.cpu().numpy(), n, seed)
+        rows = torch.from_numpy(chosen).to(self.labels.device)
+        return Images(self.images[rows], self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """A data set: training and test images, and the facts that a trainer takes its defaults from.
+
+    eps: the usual l_inf radius for this set, in the unit of images in [0, 1].
+    augment: whether training usually crops and flips (natural images: yes; digits: no).
+    """
+
+    name: str
+    train: Images
+    test: Images
+    num_classes: int
+    eps: float
+    augment: bool = False
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for split, images in (("train", self.train), ("test", self.test)):
+            if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
+                raise ValueError(
+                    f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
+                    f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
+                )
+
+
+def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Sorted rows (int64 [n]) of a random draw in which every class keeps its share, by largest remainder."""
+    # RandomState, not default_rng: NumPy froze its streams, so the draw is the same under every version.
+    order = np.random.RandomState(seed).permutation(len(labels))
+    classes, counts = np.unique(labels, return_counts=True)
+    quota, remainder = np.divmod(counts * n, len(labels))
+    largest = np.argsort(-remainder, kind="stable")[: n - quota.sum()]
+    quota[largest] += 1
+    rows = [order[labels[order] == c][:k] for c, k in zip(classes, quota, strict=True)]
+    return np.sort(np.concatenate(rows)).astype(np.int64)

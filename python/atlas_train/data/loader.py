@@ -1,0 +1,115 @@
+"""Batches of a data set that lives on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import augment as augmentation
+from .images import Images
+
+_SHUFFLE, _AUGMENT = 0, 1  # separate streams of random numbers
+
+
+class Batch(NamedTuple):
+    """x [B, C, H, W] in [0, 1]; y int64 [B]; ids int64 [B], the samples' rows in the set."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    ids: torch.Tensor
+
+
+class Batches:
+    """Iterates over `Batch`es of `images`; one iteration is one epoch.
+
+    The set is kept on `device` as uint8, so an epoch copies only its order. What an epoch holds depends on
+    (seed, epoch), and its crops and flips on (seed, epoch, batch), never on what was drawn before: a run resumed at an
+    epoch sees the batches that an uninterrupted run sees, on every kind of device. Call `set_epoch` before each epoch,
+    or every epoch is the same.
+
+    batch_size: samples per batch over all ranks. shuffle: a new order per epoch, else the set's own.
+    augment: crop (padding 4) and horizontal flip. dtype: of x; u/255 is rounded once, to float32 (float64 for
+    float64), then cast. channels_last: memory format of x. drop_last: leave out a last, smaller batch.
+    rank, world_size: under data parallelism, every rank takes its rows (rank::world_size) of the same batches, so that
+    `len` is equal on all ranks and training does not depend on their number. Without drop_last, ranks' shares of the
+    last batch may differ by one sample.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        device: torch.device | str,
+        augment: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}; images are in [0, 1]")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..world_size-1, got rank {rank} of world_size {world_size}")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size must be at least 1 per rank ({world_size} in all), got {batch_size}")
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image, got none; check the subset or split")
+        if drop_last and batch_size > len(images):
+            raise ValueError(
+                f"batch_size {batch_size} exceeds the set's {len(images)} images, so drop_last leaves no batch; "
+                "choose a smaller batch_size or drop_last=False"
+            )
+        self.batch_size, self.shuffle, self.seed, self.augment = batch_size, shuffle, seed, augment
+        self.dtype, self.drop_last = dtype, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._images = images.images.to(device).contiguous(memory_format=self._format)
+        self._labels = images.labels.to(device)
+        # On the device: CUDA multiplies by 1/255 when the divisor is a number, which is not the rounded quotient.
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self._scale = torch.tensor(255, dtype=exact, device=device)
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._labels), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) that the next iteration yields. Raises ValueError for a negative one."""
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}; epochs count from 0")
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch  # fixed, should set_epoch come while this iteration lasts
+        order = self._order(epoch)
+        for batch in range(len(self)):
+            start = batch * self.batch_size
+            ids = order[start : start + self.batch_size]
+            choices = augmentation.draw(len(ids), self._rng(_AUGMENT, epoch, batch)) if self.augment else None
+            yield self._batch(ids[self.rank :: self.world_size], choices)
+
+    def _batch(self, ids: torch.Tensor, choices: torch.Tensor | None) -> Batch:
+        pixels = self._images[ids]
+        if choices is not None:
+            pixels = augmentation.crop_flip(pixels, choices[:, self.rank :: self.world_size].to(pixels.device))
+        x = pixels.contiguous(memory_format=self._format).to(self._scale.dtype).div_(self._scale)
+        return Batch(x.to(self.dtype), self._labels[ids], ids)
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        n = len(self._labels)
+        order = self._rng(_SHUFFLE, epoch).permutation(n) if self.shuffle else np.arange(n)
+        return torch.from_numpy(order).to(self._labels.device)
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        # NumPy mixes (seed, key) into independent streams; torch's CPU generator keeps only 32 bits of a seed.
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))

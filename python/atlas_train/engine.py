@@ -1,0 +1,170 @@
+"""The training loop: batches -> method.loss -> backward -> optimiser. It knows no method by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, progress
+from .config import TrainConfig
+from .data import DataSplits
+from .methods import Batch
+from .noise import noise_keys
+from .report import TensorBoard
+from .run import Run, cpu_threads, export, prepare, restore, save
+from .schedules import learning_rate
+from .watch import watch
+
+OnEpoch = Callable[[dict[str, Any]], bool | None]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite at ``step``, for the images ``ids``; ``checkpoint`` is the state from before."""
+
+    def __init__(self, step: int, ids: Tensor, metrics: dict[str, float], saved: Path | None) -> None:
+        self.step, self.ids, self.checkpoint = step, ids.tolist(), saved
+        shown = ", ".join(str(i) for i in self.ids[:8]) + (", ..." if len(self.ids) > 8 else "")
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        kept = f"the state from before is in {saved}" if saved else "no checkpoint was asked for"
+        super().__init__(
+            f"the loss is not finite at step {step} ({values}); training images {shown}; {kept}. "
+            "Try a smaller lr or weights of the terms, or precision fp32"
+        )
+
+
+def train(
+    config: TrainConfig,
+    *,
+    splits: DataSplits | None = None,
+    model: nn.Module | None = None,
+    folder: Path | None = None,
+    display: progress.Display | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Run:
+    """Trains one method (``config.beside`` is for ``compare``) and hands the finished run back.
+
+    Args:
+        config: the settings; with ``config.resume`` the run in that checkpoint goes on, to the same bits as if it had
+            never stopped, if settings, machine and thread count are the same.
+        splits: data of your own; default: ``config.dataset``.
+        model: a network of your own, images in [0, 1] -> logits; default: ``config.model``.
+        folder: where last.pt, log.csv and the weights go; default: the resumed run's, or none at all.
+        display: told of the progress; default: nothing is printed.
+        on_epoch: called with each epoch's numbers; returning True ends the training there.
+
+    Raises NonFiniteLoss when the loss is NaN or infinite, ValueError for a checkpoint of another run.
+    """
+    display = display or progress.Silent()
+    run = prepare(config, splits, model, folder)
+    if run.config.resume:
+        restore(run, run.config.resume)
+    elif run.folder:
+        save(run)  # so that there is a state from before, whatever happens
+    board = TensorBoard(run.folder) if run.config.tensorboard else None
+    c = run.config
+    parameters = sum(p.numel() for p in run.model.parameters())
+    size, network = len(run.splits.train), run.arch["name"]
+    title = progress.headline(c.method, run.splits.name, size, network, parameters, c.eps, c.device)
+    display.start(title, run.total_steps)
+    try:
+        with cpu_threads(c.threads):
+            fit(run, display, board, on_epoch)
+    finally:
+        display.stop()
+        if board:
+            board.close()
+    if run.folder:
+        export(run)
+    return run
+
+
+def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
+    """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
+    while run.epoch < run.config.epochs:
+        row = train_epoch(run, display)
+        watch(run, row, display)
+        run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
+        if run.folder:
+            save(run)
+        if board:
+            board.write(row)
+        if on_epoch and on_epoch(row):
+            return
+
+
+def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
+    """One pass over the data; returns the epoch's numbers (means over its steps)."""
+    config, device = run.config, run.device
+    run.batches.set_epoch(run.epoch)
+    run.model.train()
+    keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
+    steps: list[dict[str, Tensor]] = []
+    unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
+    lag = 1 if device.type == "cuda" else 0  # so that the check never waits for the step just queued
+    started, images = time.perf_counter(), 0
+    for batch, key in zip(run.batches, keys, strict=True):
+        lr = learning_rate(config.schedule, config.lr, run.step, run.total_steps, config.cyclic_peak)
+        loss, metrics = forward(run, batch, key)
+        steps.append({"loss": loss.detach(), **metrics})
+        unchecked.append((run.step, batch, steps[-1]))
+        while len(unchecked) > lag:
+            require_finite(run, *unchecked.popleft())
+        update(run, loss, lr)
+        run.step += 1
+        images += len(batch.y)
+        if display.wants_step():
+            seconds = time.perf_counter() - started
+            display.step(_row(run, run.epoch + 1, steps[-1:], lr, images / seconds, run.seconds + seconds))
+    while unchecked:
+        require_finite(run, *unchecked.popleft())
+    seconds = time.perf_counter() - started
+    run.epoch += 1
+    run.seconds += seconds
+    return _row(run, run.epoch, steps, lr, images / seconds, run.seconds)
+
+
+def forward(run: Run, batch: Batch, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The method's loss, attack included, in the run's precision."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        return run.method.loss(run.model, batch, key)
+
+
+def update(run: Run, loss: Tensor, lr: float) -> None:
+    """One step of the optimiser."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    run.optimizer.step()
+
+
+def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]) -> None:
+    """Stops the run if this step's loss is NaN or infinite."""
+    if not math.isfinite(metrics["loss"].item()):
+        values = {name: value.item() for name, value in metrics.items()}
+        raise NonFiniteLoss(step, batch.ids, values, run.folder / checkpoint.LAST if run.folder else None)
+
+
+def _row(
+    run: Run, epoch: int, steps: Sequence[dict[str, Tensor]], lr: float, images_per_s: float, seconds: float
+) -> dict[str, Any]:
+    """The numbers of a step or an epoch; the one place that waits for the device."""
+    names = list(steps[0])
+    means = torch.stack([torch.stack([step[name].float() for step in steps]).mean() for name in names]).tolist()
+    return {
+        "epoch": epoch,
+        "epochs": run.config.epochs,
+        "step": run.step,
+        "lr": lr,
+        **dict(zip(names, means, strict=True)),
+        "images_per_s": images_per_s,
+        "seconds": seconds,
+        "eta": seconds / run.step * (run.total_steps - run.step),
+    }

@@ -1,0 +1,142 @@
+"""Evaluation: accuracy on clean images, under FGSM and under PGD."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import noise_key
+from atlas_kernels.attacks import FGSM, PGD
+
+from .data import Batches, Images
+from .options import fraction
+
+Say = Callable[[str], None]
+CPU_SIZE = 1000
+SUBSET_SEED = 0  # one fixed draw, so that every model sees the same images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in [0, 1] over ``images`` test images, and how they were made (radii for images in [0, 1])."""
+
+    clean: float
+    fgsm: float
+    pgd: float
+    images: int
+    eps: float
+    pgd_steps: int
+    pgd_step_size: float
+    pgd_restarts: int
+    seconds: float
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON; eps also as everyone writes it."""
+        return asdict(self) | {"eps_255": fraction(self.eps)}
+
+    @property
+    def error(self) -> float:
+        """The largest standard error that an accuracy over so many images can have."""
+        return 0.5 / math.sqrt(self.images)
+
+
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    eps: float,
+    *,
+    size: int | None = None,
+    batch_size: int = 250,
+    steps: int = 20,
+    step_size: float | None = None,
+    restarts: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    channels_last: bool = False,
+    say: Say | None = None,
+) -> Evaluation:
+    """Clean, FGSM and PGD accuracy of ``model`` in eval mode; its modes are put back afterwards.
+
+    An image counts under an attack if it is classified correctly both clean and attacked (an image lies in its own
+    ball), so attacks run only on images that are right clean. Noise goes by the image's number in the set, so the
+    result does not depend on the batch size (rounding aside).
+
+    Args:
+        images: labelled uint8 images, usually the test split.
+        eps: l_inf radius for images in [0, 1].
+        size: a stratified draw of so many images, always the same; default: 1000 on a CPU, all elsewhere.
+        steps, step_size, restarts: of PGD, from a uniform start; step_size default 2.5 * eps / steps.
+        seed: of the noise.
+        device: where to run; default: where the model is. The model must be there.
+        say: told what is evaluated, and after the first batch for how long.
+    """
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    size = (CPU_SIZE if where.type == "cpu" else len(images)) if size is None else size
+    if size < len(images):
+        images = images.subset(size, SUBSET_SEED)
+    step_size = 2.5 * eps / steps if step_size is None else step_size
+    attacks = [FGSM(eps), PGD(eps, step_size, steps, restarts=restarts)]
+    batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
+    key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
+    if say:
+        say(f"evaluating {len(images):,} images at eps {fraction(eps)}: clean, FGSM, PGD-{steps}")
+
+    started = time.perf_counter()
+    correct = torch.zeros(3, dtype=torch.int64, device=where)
+    with eval_mode(model):
+        for number, (x, y, ids) in enumerate(batches):
+            correct += torch.stack([right.sum() for right in _survivors(model, attacks, x, y, ids, key)])
+            if number == 0 and len(batches) > 1 and say:
+                _synchronize(where)
+                say(f"  about {(time.perf_counter() - started) * len(batches):.0f} s in all")
+    clean, fgsm, pgd = (correct.double() / len(images)).tolist()
+    seconds = time.perf_counter() - started
+    return Evaluation(
+        clean, fgsm, pgd, len(images), eps, steps, step_size, restarts, seconds=seconds, device=str(where)
+    )
+
+
+def _survivors(
+    model: nn.Module, attacks: list[PGD | FGSM], x: Tensor, y: Tensor, ids: Tensor, key: Tensor
+) -> list[Tensor]:
+    """Which rows are right: clean, and then under each attack. bool [B] each."""
+    clean = predict(model, x) == y
+    rights = [clean]
+    rows = clean.nonzero().squeeze(1)
+    for attack in attacks:
+        right = torch.zeros_like(clean)
+        if len(rows):
+            adv = attack(model, x[rows], y[rows], key=key, ids=ids[rows])
+            right[rows] = predict(model, adv) == y[rows]
+        rights.append(right)
+    return rights
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """The classes with the largest logits, int64 [B]."""
+    return model(x).argmax(1)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,53 @@
+"""The training methods, by name. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..data import Batch
+from ..options import nearest
+from .adv import ADV
+from .atlas import ATLAS
+from .base import Method
+from .one_step_adv import OneStepADV
+from .standard import Standard
+
+__all__ = ["ADV", "ATLAS", "Batch", "Method", "OneStepADV", "Standard", "build", "get", "hyper_parameters", "names"]
+
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, Standard)}
+
+
+def names() -> tuple[str, ...]:
+    """The methods that ``get`` knows."""
+    return tuple(_METHODS)
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name. Raises ValueError that names the nearest one."""
+    if name not in _METHODS:
+        raise ValueError(
+            f"method: no method {name!r}; the nearest is {nearest(name, _METHODS)!r} (known: {', '.join(_METHODS)})"
+        )
+    return _METHODS[name]
+
+
+def hyper_parameters(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
+    """The hyper-parameters of a method, eps aside (that is the whole run's)."""
+    return {f.name: f for f in dataclasses.fields(method) if f.init and f.name != "eps"}
+
+
+def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name with these hyper-parameters. Raises ValueError for an unknown name or a wrong value."""
+    method = get(name)
+    known = hyper_parameters(method)
+    for key in hyper or {}:
+        if key not in known:
+            if not known:
+                raise ValueError(f"{name} has no hyper-parameter {key!r}: it has none at all")
+            raise ValueError(
+                f"{name} has no hyper-parameter {key!r}; the nearest is {nearest(key, known)!r} "
+                f"(known: {', '.join(known)})"
+            )
+    return method(eps=eps, **(hyper or {}))

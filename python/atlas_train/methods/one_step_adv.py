@@ -1,0 +1,39 @@
+"""One-step ADV: training on FGSM adversaries from a random start (Wong, Rice & Kolter 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from atlas_kernels.attacks import PGD
+
+from ..data import Batch
+from ..options import option
+from .base import AttackMode, Method, Metrics
+from .terms import accuracy, cross_entropy
+
+
+@dataclass(frozen=True)
+class OneStepADV(Method):
+    """Fast adversarial training (Wong, Rice & Kolter 2020, arXiv 2001.03994): L = CE(z(x'), y).
+
+    x' is one sign step of 1.25 eps from a uniform start in the eps-ball, projected on the ball and the image range.
+    It can overfit catastrophically: robust to its own attack, defenceless against PGD. The trainer's alarm says so.
+    """
+
+    name: ClassVar[str] = "one_step_adv"
+
+    step_size: float | None = option(None, "step of the attack; default: 1.25 eps", above=0)
+    attack_mode: AttackMode = option(
+        "train",
+        "mode of BatchNorm and dropout in the attack. train, as Wong et al. do: the one gradient is then that of the "
+        "function which the update differentiates (a maintainer measured 44.9 % under PGD, against 44.3 % for eval)",
+    )
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor) -> tuple[Tensor, Metrics]:
+        attack = PGD(self.eps, self.step_size, steps=1, attack_mode=self.attack_mode)
+        adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
+        logits = model(adv)
+        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}

@@ -1,0 +1,24 @@
+"""Standard training: cross-entropy on the images as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..data import Batch
+from .base import Method, Metrics
+from .terms import accuracy, cross_entropy
+
+
+@dataclass(frozen=True)
+class Standard(Method):
+    """Standard training: L = CE(z(x), y). Not robust; the yardstick for clean accuracy and time."""
+
+    name: ClassVar[str] = "standard"
+    adversarial: ClassVar[bool] = False
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor) -> tuple[Tensor, Metrics]:
+        logits = model(batch.x)
+        return cross_entropy(logits, batch.y), {"clean": accuracy(logits, batch.y)}

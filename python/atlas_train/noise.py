@@ -1,0 +1,22 @@
+"""The noise of a training run: one key per step, recomputed and never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def noise_keys(seed: int, first: int, count: int) -> Tensor:
+    """The noise keys of steps first .. first + count - 1, int64 [count, 2]: a function of (seed, step) alone."""
+    return torch.tensor([[_mix(seed, step), 0] for step in range(first, first + count)]).reshape(count, 2)
+
+
+def _mix(seed: int, step: int) -> int:
+    """Steele, Lea & Flood's SplitMix64 over seed, then step, as a signed 64-bit integer."""
+    state = 0
+    for word in (seed, step):
+        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state

@@ -1,0 +1,142 @@
+"""Declared settings: a dataclass field with its help, its allowed range, and one checker for all of them.
+
+The trainer's configuration and every method declare their settings with ``option``; the checks, the command line, its
+help and the list of methods are all made from these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    hint: str = "",
+) -> Any:
+    """A dataclass field. ``low <= value <= high`` and ``above < value < below``; ``hint``: the remedy, for errors.
+
+    A default of None means "chosen for you": None stays allowed, and the help says what it becomes.
+    """
+    limits = {"low": low, "above": above, "high": high, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "hint": hint, **limits})
+
+
+def number(value: Any) -> float:
+    """A float from a number or from "8/255". Raises ValueError for anything else, infinities and NaN included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {value!r}")
+    try:
+        numerator, _, denominator = str(value).partition("/")
+        result = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {value!r}") from error
+    if not math.isfinite(result):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return result
+
+
+def fraction(eps: float) -> str:
+    """A radius as everyone writes it: in 1/255, e.g. 8/255 or 76.5/255."""
+    return f"{eps * 255:.4g}/255"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name closest to ``name``, for error messages."""
+    known = list(known)
+    return (difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0) or known)[0]
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The resolved types of the fields of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union other than None, or the type itself."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return tuple(member for member in members if member is not type(None))
+
+
+def check(instance: Any, owner: str) -> None:
+    """Checks and converts every field of a (frozen) dataclass instance that was declared with ``option``.
+
+    Raises ValueError that names the setting, the value received and what is allowed.
+    """
+    kinds = hints(type(instance))
+    for field in dataclasses.fields(instance):
+        if "help" in field.metadata:
+            value = checked(field, kinds[field.name], getattr(instance, field.name), owner)
+            object.__setattr__(instance, field.name, value)
+
+
+def checked(field: dataclasses.Field[Any], hint: Any, value: Any, owner: str) -> Any:
+    """``value`` converted to the field's type, or ValueError."""
+    members = alternatives(hint)
+    if value is None and (field.default is None or type(None) in typing.get_args(hint)):
+        return None
+    remedy = f"; {field.metadata['hint']}" if field.metadata["hint"] else ""
+    try:
+        converted = _convert(members, value)
+        if isinstance(converted, (int, float)) and not _inside(field, converted):
+            raise ValueError(value)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {field.name} must be {allowed(field, hint)}, got {value!r}{remedy}") from error
+    return converted
+
+
+def allowed(field: dataclasses.Field[Any], hint: Any) -> str:
+    """What a setting accepts, in words: "a number > 0 and <= 1", "one of 'kl', 'ce'", ..."""
+    kind = alternatives(hint)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}.get(kind, "a list of texts")
+    return f"{words} {limits(field)}".strip()
+
+
+def limits(field: dataclasses.Field[Any]) -> str:
+    """The range of a setting: "> 0 and <= 1", or nothing."""
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    return " and ".join(f"{s} {field.metadata[key]:g}" for key, s in signs.items() if field.metadata[key] is not None)
+
+
+def _inside(field: dataclasses.Field[Any], value: float) -> bool:
+    low, above, high, below = (field.metadata[key] for key in ("low", "above", "high", "below"))
+    return not (
+        (low is not None and value < low)
+        or (above is not None and value <= above)
+        or (high is not None and value > high)
+        or (below is not None and value >= below)
+    )
+
+
+def _convert(members: tuple[Any, ...], value: Any) -> Any:
+    kind = members[0]
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(value)
+        return value
+    if kind is float:
+        return number(value)
+    if kind is int:
+        if isinstance(value, bool) or number(value) != int(number(value)):
+            raise ValueError(value)
+        return int(number(value))
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise ValueError(value)
+        return tuple(value)
+    if not isinstance(value, kind):
+        raise ValueError(value)
+    return value

@@ -1,0 +1,133 @@
+"""What a user sees while a model trains: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from .options import fraction
+
+
+class Display(Protocol):
+    """Is told of every epoch, and of a step whenever it wants one (a row of numbers waits for the device)."""
+
+    def start(self, title: str, steps: int) -> None: ...
+    def wants_step(self) -> bool: ...
+    def step(self, row: Mapping[str, Any]) -> None: ...
+    def epoch(self, row: Mapping[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, title: str, steps: int) -> None: ...
+    def wants_step(self) -> bool:
+        return False
+
+    def step(self, row: Mapping[str, Any]) -> None: ...
+    def epoch(self, row: Mapping[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Plain:
+    """A line per epoch, but not more than one in two seconds, and one every half minute in a long epoch."""
+
+    every, at_most = 30.0, 2.0
+
+    def start(self, title: str, steps: int) -> None:
+        self.say(title)
+
+    def wants_step(self) -> bool:
+        return time.monotonic() - self._last >= self.every
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.say("  " + "  ".join(describe(row)))
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        if row["epoch"] == row["epochs"] or time.monotonic() - self._last >= self.at_most:
+            self.say("  " + "  ".join(describe(row)))
+
+    def say(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(text, flush=True)
+
+    def stop(self) -> None: ...
+
+
+class Live:
+    """A bar that moves four times a second (rich)."""
+
+    every = 0.25
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=12),  # all of it fits into 80 columns
+            TaskProgressColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
+
+    def start(self, title: str, steps: int) -> None:
+        self._last = 0.0
+        self._bar.print(title, highlight=False)
+        self._task = self._bar.add_task(title.split(":")[0], total=steps, now="")
+        self._bar.start()
+
+    def wants_step(self) -> bool:
+        return time.monotonic() - self._last >= self.every
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._last = time.monotonic()
+        self._bar.update(self._task, completed=row["step"], now="\n".join(describe(row)))
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self.step(row)
+
+    def say(self, text: str) -> None:
+        self._bar.print(text, highlight=False, markup=False)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def make(kind: str = "auto") -> Display:
+    """The display for standard output. kind: auto (a bar on a terminal that has rich), live, plain or silent."""
+    if kind == "auto":
+        kind = "live" if sys.stdout.isatty() and _has_rich() else "plain"
+    if kind not in ("live", "plain", "silent"):
+        raise ValueError(f"progress must be auto, live, plain or silent, got {kind!r}")
+    kinds: dict[str, type[Display]] = {"live": Live, "plain": Plain, "silent": Silent}
+    return kinds[kind]()
+
+
+def _has_rich() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("rich") is not None
+
+
+def describe(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A row of numbers in words: how far and how fast; loss and accuracies."""
+    time_left = f"{row['images_per_s']:,.0f} images/s  ETA {clock(row['eta'])}"
+    parts = [f"loss {row['loss']:.3f}"]
+    names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "test_clean": "test", "test_pgd": "test PGD-10"}
+    parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
+    return f"epoch {row['epoch']}/{row['epochs']}  step {row['step']}  {time_left}", "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def headline(name: str, dataset: str, images: int, model: str, parameters: int, eps: float, device: str) -> str:
+    """The line above a run's progress."""
+    return f"{name}: {dataset}, {images:,} images, {model} ({parameters:,} parameters), eps {fraction(eps)}, {device}"

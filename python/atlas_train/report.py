@@ -1,0 +1,99 @@
+"""What a run leaves behind: a CSV log, a learning-curve picture, TensorBoard events, and the table at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import write_atomically, write_text
+from .evaluate import Evaluation
+from .options import fraction
+
+Row = Mapping[str, Any]
+COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "test_clean", "test_pgd", "images_per_s", "seconds")
+
+
+def write_csv(path: Path, history: Sequence[Row]) -> None:
+    """All epochs so far, one row each. The whole file is written anew, so a resumed run leaves no row twice."""
+    extra = sorted({key for row in history for key in row} - set(COLUMNS))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, *extra], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _rounded(value) for key, value in row.items()} for row in history)
+    write_atomically(path, lambda temporary: write_text(temporary, text.getvalue()))
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else "" if value is None else value
+
+
+def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
+    """A PNG of loss and accuracies over the epochs, one colour per method. False where matplotlib is not installed."""
+    if not find_spec("matplotlib"):
+        return False
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = {"clean": ":", "adv": "--", "probe": "-"}
+    for number, (name, history) in enumerate(histories.items()):
+        colour = f"C{number}"
+        left.plot([row["epoch"] for row in history], [row["loss"] for row in history], color=colour, label=name)
+        for key, style in styles.items():
+            points = [(row["epoch"], 100 * row[key]) for row in history if row.get(key) is not None]
+            if points:
+                right.plot(*zip(*points, strict=True), color=colour, linestyle=style, label=f"{name}, {key}")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
+    left.legend()
+    right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return True
+
+
+class TensorBoard:
+    """Writes the numbers of each epoch as scalars, after its checkpoint: a resumed run repeats none."""
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is None:
+            raise ValueError("tensorboard=True needs a folder to write to: give train one")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("tensorboard=True needs TensorBoard: pip install 'atlas-kernels[train]'") from error
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, row: Row) -> None:
+        for key, value in row.items():
+            if key not in ("epoch", "step") and value is not None:
+                self._writer.add_scalar(key, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def table(results: Mapping[str, tuple[Evaluation, float | None]]) -> str:
+    """The final table: clean, FGSM and PGD accuracy in percent and, where known, seconds of training, per method."""
+    evaluations = [evaluation for evaluation, _ in results.values()]
+    first = evaluations[0]
+    header = ["method", "clean", "FGSM", f"PGD-{first.pgd_steps}", "training"]
+    rows = [
+        [name, *(f"{100 * v:.1f} %" for v in (e.clean, e.fgsm, e.pgd)), "" if s is None else f"{s:.1f} s"]
+        for name, (e, s) in results.items()
+    ]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in [header, ["-" * w for w in widths], *rows]]  # fmt: skip
+    restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
+    lines.append(
+        f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
+        f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""A training run: what it is made of, and how it is written to its folder and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, data, models
+from .config import TrainConfig, from_dict, resolved, to_dict
+from .data import Batches, DataSplits
+from .methods import Method
+from .report import write_csv
+
+LOG = "log.csv"
+
+
+@dataclass
+class Run:
+    """A training run under way or done: what a checkpoint keeps, and what the loop needs beside it."""
+
+    config: TrainConfig
+    method: Method
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    splits: DataSplits
+    device: torch.device
+    folder: Path | None
+    arch: dict[str, Any]
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * len(self.batches)
+
+
+def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None) -> Run:
+    """Data, network, optimiser and method as the configuration says, before the first step."""
+    splits = splits or data.load(config.dataset, config.data_dir, config.download)
+    config = resolved(config, splits)
+    device = usable_device(config.device)
+    if config.train_size is not None:
+        splits = replace(splits, train=splits.train.subset(config.train_size, config.seed))
+    arch: dict[str, Any] = {
+        "name": config.model if model is None else type(model).__name__,
+        "by_name": model is None,
+        "num_classes": splits.num_classes,
+        "in_channels": splits.train.shape[0],
+        "width": config.width,
+    }
+    torch.manual_seed(config.seed)
+    if model is None:
+        model = models.build(
+            arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
+        )
+    model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = Batches(
+        splits.train,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        augment=config.augment,
+        device=device,
+        channels_last=config.channels_last,
+        drop_last=len(splits.train) >= config.batch_size,
+    )
+    if folder is None and config.resume:
+        folder = checkpoint.locate(config.resume).parent
+    return Run(config, config.build_method(), model, _optimizer(config, model), batches, splits, device, folder, arch)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name; None: cuda where there is one. Raises ValueError for a CUDA device that is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """torch with so many CPU threads (None: as it is), and then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def save(run: Run) -> None:
+    """last.pt and log.csv in the run's folder."""
+    assert run.folder
+    state = {
+        "config": to_dict(replace(run.config, resume=None)),
+        "arch": run.arch,
+        "epoch": run.epoch,
+        "step": run.step,
+        "seconds": run.seconds,
+        "history": run.history,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "rng": checkpoint.rng_state(),
+    }
+    checkpoint.save(run.folder / checkpoint.LAST, state)
+    write_csv(run.folder / LOG, run.history)
+
+
+def restore(run: Run, path: str) -> None:
+    """Puts the run where the checkpoint left off. Raises ValueError if it belongs to another run."""
+    found = checkpoint.locate(path)
+    state = checkpoint.load(found)
+    require_same(run, state, found)
+    checkpoint.load_weights(run.model, state["model"], found)
+    run.optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_rng(state["rng"])
+    run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
+    run.history = state["history"]
+
+
+def require_same(run: Run, state: dict[str, Any], source: Path) -> None:
+    """Method, network, data and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
+    old, new = from_dict(state["config"], str(source)), run.config
+    fixed = ("method", "dataset", "train_size", "batch_size", "optimizer", "seed")
+    changed = {name: (getattr(old, name), getattr(new, name)) for name in fixed}
+    changed |= {f"model {key}": (value, run.arch.get(key)) for key, value in state["arch"].items()}
+    changed["hyper-parameters"] = (old.build_method(), run.method) if old.method == new.method else (None, None)
+    for name, (then, now) in changed.items():
+        if then != now:
+            raise ValueError(f"{source} cannot be resumed with another {name}: it has {then!r}, you gave {now!r}")
+    if state["epoch"] > new.epochs:
+        raise ValueError(f"{source} has done {state['epoch']} epochs already; give epochs more than {new.epochs}")
+
+
+def export(run: Run) -> Path:
+    """The bare weights, for others to load; returns the file."""
+    assert run.folder
+    path = run.folder / checkpoint.export_name()
+    description = json.dumps({"arch": run.arch, "config": to_dict(replace(run.config, resume=None))})
+    checkpoint.export_state_dict(run.model, path, {"atlas": description, "format": "pt"})
+    return path

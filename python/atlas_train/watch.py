@@ -1,0 +1,63 @@
+"""What is looked at after each epoch: robustness that collapses, and test images on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atlas_kernels.attacks import PGD
+
+from . import progress
+from .data import Batches
+from .evaluate import eval_mode, evaluate, predict
+from .noise import noise_keys
+from .run import Run
+
+VAL_SIZE, VAL_STEPS, PROBE_STEPS = 500, 10, 5
+PROBE_DROP, PROBE_WINDOW = 0.2, 5
+
+
+def watch(run: Run, row: dict[str, Any], display: progress.Display) -> None:
+    """After an epoch: PGD accuracy of a few training images (and the alarm), and the optional look at test images."""
+    config = run.config
+    row["probe"] = probe(run) if run.method.adversarial and config.probe_size else None
+    if config.val_every and run.epoch % config.val_every == 0:
+        size = min(VAL_SIZE, len(run.splits.test))
+        seen = evaluate(
+            run.model, run.splits.test, config.eps, size=size, steps=VAL_STEPS, channels_last=config.channels_last
+        )
+        row |= {"test_clean": seen.clean, "test_pgd": seen.pgd}
+    display.epoch(row)
+    before = [past["probe"] for past in run.history[-PROBE_WINDOW:] if past.get("probe") is not None]
+    if row["probe"] is not None and overfits(row["probe"], before):
+        display.say(
+            f"WARNING: PGD-{PROBE_STEPS} accuracy on the same training images fell from {100 * max(before):.0f} % to "
+            f"{100 * row['probe']:.0f} % in epoch {run.epoch}: catastrophic overfitting. Try more attack steps, a "
+            "smaller step_size or eps, fewer epochs, or a term that keeps the loss smooth (atlas)"
+        )
+
+
+def overfits(now: float, before: Sequence[float]) -> bool:
+    """Whether an accuracy collapsed: by more than 20 points (Wong et al.'s rule) and to less than half of the best."""
+    return bool(before) and now < max(before) - PROBE_DROP and now < max(before) / 2
+
+
+def probe(run: Run) -> float:
+    """PGD accuracy on a fixed slice of the training images, with the same noise every time."""
+    images = run.splits.train
+    count = min(run.config.probe_size, len(images))
+    few = Batches(
+        images.subset(count),
+        count,
+        shuffle=False,
+        seed=0,
+        device=run.device,
+        channels_last=run.config.channels_last,
+    )
+    x, y, ids = next(iter(few))
+    key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
+    attack = PGD(run.config.eps, steps=PROBE_STEPS)
+    with eval_mode(run.model), torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        return (predict(run.model, attack(run.model, x, y, key=key, ids=ids)) == y).float().mean().item()

@@ -1,0 +1,223 @@
+"""The command line: flags from declarations, settings from files and checkpoints, errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atlas_train import cli, flags, methods
+from atlas_train import compare as comparing
+from atlas_train.config import TrainConfig
+
+pytest.importorskip("tyro")
+pytest.importorskip("sklearn")
+# Width 2, one epoch of 64 images, one process: a second of digits.
+QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "50", "--probe-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> TrainConfig:
+    """What `atlas train ...` would run."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(comparing, "compare", lambda config: seen.append(config))
+    assert cli.main(["train", *argv]) == 0
+    return seen[0]
+
+
+def test_no_flags_mean_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config_of(monkeypatch) == TrainConfig()
+
+
+def test_flags_reach_the_configuration_and_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = "--method atlas --dataset mnist --eps 8/255 --lr 0.1 --precision bf16 --channels-last --no-download"
+    argv += " --radius 4/255 --steps 2 --local-objective ce --project --augment false --beside adv standard --threads 3"
+    config = config_of(monkeypatch, *argv.split())
+    assert config == TrainConfig(
+        method="atlas",
+        dataset="mnist",
+        eps=8 / 255,
+        lr=0.1,
+        precision="bf16",
+        channels_last=True,
+        augment=False,
+        threads=3,
+        beside=("adv", "standard"),
+        hyper={"radius": 4 / 255, "steps": 2, "local_objective": "ce", "project": True},
+    )
+
+
+def test_flags_are_written_with_dashes_or_underscores_or_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(monkeypatch, "--method=adv", "--batch_size=7", "--step-size=2/255", "--epochs", "auto")
+    assert (config.method, config.batch_size, config.epochs) == ("adv", 7, None)
+    assert config.hyper == {"step_size": 2 / 255}
+    assert config_of(monkeypatch, "--beside", "none").beside == ()
+
+
+def test_flags_override_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = {
+        "method": "adv",
+        "epochs": 3,
+        "eps": "8/255",
+        "beside": ["atlas"],
+        "hyper": {"steps": 4, "atlas.count": 2},
+    }
+    Path("c.json").write_text(json.dumps(values))
+    config = config_of(monkeypatch, "--config", "c.json", "--epochs", "5")
+    assert (config.method, config.epochs, config.eps, config.beside) == ("adv", 5, 8 / 255, ("atlas",))
+    assert config.hyper == {"steps": 4, "atlas.count": 2}
+    assert config_of(monkeypatch, "--config", "c.json", "--steps", "6").hyper == {"steps": 6, "atlas.count": 2}
+    other = config_of(monkeypatch, "--config", "c.json", "--method", "one_step_adv")
+    assert other.method == "one_step_adv" and "steps" not in other.hyper
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_setting_and_hyper_parameter_is_a_flag_with_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--method", name, "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    own = methods.hyper_parameters(methods.get(name))
+    for field in [*dataclasses.fields(TrainConfig), *own.values()]:
+        if field.name != "hyper":
+            assert re.search(f"--{field.name.replace('_', '-')}[ ,]", text)
+            assert field.name in ("batch_size", "optimizer", "weight_decay") or field.metadata["help"] not in (
+                "",
+                "default: by data set",
+            )
+    assert text.count(f"[{name}]") - bool(own) == len(own)
+
+
+def test_no_hyper_parameter_hides_a_setting() -> None:
+    settings = {f.name for f in dataclasses.fields(TrainConfig)} | {"config"}
+    for name in methods.names():
+        assert not settings & set(methods.hyper_parameters(methods.get(name)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--eps", "8"], "eps must be a number > 0 and < 1, got '8'; images are in [0, 1], so write 8/255"),
+        (["train", "--epochs", "1.5"], "epochs must be an integer >= 1, got '1.5'"),
+        (["train", "--radius", "0"], "radius must be a number > 0 and <= 1, got '0'"),
+        (["train", "--local", "ball"], "local must be one of 'neighbours', 'none', got 'ball'"),
+        (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
+        (["train", "--raduis", "0.1"], "--radius"),
+        (["train", "--method", "standard", "--radius", "0.1"], "--radius"),
+    ],
+)
+def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    plain = " ".join(shown.replace("│", " ").split())
+    assert message in plain and "Traceback" not in plain
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tarin"], "no command 'tarin'; the nearest is 'train'"),
+        (["train", "--method", "atals"], "no method 'atals'; the nearest is 'atlas'"),
+        (["train", "--dataset", "minst"], "no data set 'minst'; the nearest is 'mnist'"),
+        (["train", "--dataset", "mnist", "--data-dir", "empty"], "no MNIST files"),
+        (["train", "--beside", "nothing"], "no method 'nothing'"),
+        (["train", "--config", "nowhere.json"], "nowhere.json does not exist"),
+        (["train", "--resume", "nowhere"], "no checkpoint nowhere"),
+        (["train", "--config", "a", "--resume", "b"], "give --config or --resume, not both"),
+        (["evaluate", "nowhere"], "no checkpoint nowhere"),
+        (["methods", "atlas"], "takes no arguments"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ATLAS_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_missing_tyro_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main(["train"]) == 2
+    assert "pip install 'atlas-kernels[train]'" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="needs tyro"):
+        flags.require_tyro()
+
+
+def test_methods_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    text = capsys.readouterr().out
+    for name in methods.names():
+        assert f"\n{name}: " in "\n" + text
+        for key in methods.hyper_parameters(methods.get(name)):
+            assert f"--{key.replace('_', '-')} " in text
+    assert "--radius auto   (a number > 0 and <= 1)" in text
+
+
+def test_usage_and_module(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0 and cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == 2 * cli.USAGE
+    done = subprocess.run([sys.executable, "-m", "atlas_train"], capture_output=True, text=True, check=True)
+    assert done.stdout == cli.USAGE
+
+
+def run(*argv: str) -> int:
+    return cli.main([*argv])
+
+
+def test_train_resume_and_evaluate_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", *QUICK) == 0
+    text = capsys.readouterr().out
+    rows = text[text.index("method ") :].splitlines()
+    assert [row.split()[0] for row in rows[2:5]] == ["standard", "one_step_adv", "atlas"]
+    assert "files: runs/digits-1" in text and "standard: digits, 64 images" in text
+    assert run("train", *QUICK, "--beside", "none") == 0
+    assert "files: runs/digits-2" in capsys.readouterr().out  # a finished run is never written over
+
+    assert run("train", "--resume", "runs/digits-2/atlas", "--epochs", "2") == 0
+    text = capsys.readouterr().out
+    assert "epoch 2/2" in text and "epoch 1/2" not in text and text.count("\natlas ") == 1
+    assert run("train", "--resume", "runs/digits-2/atlas", "--method", "adv") == 2
+    assert "cannot be resumed with another method" in capsys.readouterr().err
+
+    asked = ("--size", "50", "--json", "e.json")
+    for name in ("runs/digits-2/atlas", "runs/digits-2/atlas/last.pt"):
+        assert run("evaluate", name, *asked) == 0
+        written = json.loads(Path("e.json").read_text())
+        after: dict[str, Any] = json.loads(Path("runs/digits-2/atlas/evaluation.json").read_text())
+        same = ("clean", "fgsm", "pgd", "images", "eps_255", "pgd_steps")
+        assert [written[k] for k in same] == [after[k] for k in same] and written["images"] == 50
+    assert "PGD-20" in capsys.readouterr().out
+    assert run("evaluate", "runs/digits-2/atlas", "--eps", "0.01", "--steps", "3", "--size", "20") == 0
+    text = capsys.readouterr().out
+    assert "2.55/255" in text and "PGD-3" in text and "20 test images" in text
+
+
+def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "compare", stop)
+    assert run("train") == 130
+    assert "atlas train --resume" in capsys.readouterr().err

@@ -1,0 +1,573 @@
+"""Data sets (parsing, checksums, search, download) and batches of the trainer."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_train import data
+from atlas_train.data import Batches, Images, augment, cifar10, files, mnist, safe_pickle
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def images(n: int, channels: int = 1, size: int = 6, classes: int = 3) -> Images:
+    g = torch.Generator().manual_seed(n)
+    pixels = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=g)
+    return Images(pixels, torch.randint(0, classes, (n,), generator=g))
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No data in the environment: ATLAS_DATA unset, an empty cache folder (returned)."""
+    monkeypatch.delenv("ATLAS_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "atlas_kernels"
+
+
+# ---- names, types, subsets ------------------------------------------------------------------------------------------
+
+
+def test_unknown_data_set_offers_the_nearest():
+    with pytest.raises(ValueError, match="'CIFAR-10'; the nearest is 'cifar10'"):
+        data.load("CIFAR-10")
+    with pytest.raises(ValueError, match="'minst'; the nearest is 'mnist'"):
+        data.load("minst")
+
+
+def test_importing_needs_torch_and_numpy_only():
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'pooch', 'torchvision'): sys.modules[name] = None\n"
+        "import atlas_train.data, atlas_train.models\n"
+        "atlas_train.models.build('digits_net', num_classes=10, in_channels=1)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_images_refuse_other_types():
+    good = images(4)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        Images(good.images.float(), good.labels)
+    with pytest.raises(ValueError, match="labels must be int64 \\[4\\]"):
+        Images(good.images, good.labels[:3])
+    with pytest.raises(ValueError, match="labels of the test split must be in 0..1"):
+        data.DataSplits("toy", Images(good.images, good.labels * 0), Images(good.images, good.labels * 0 + 2), 2, 0.1)
+
+
+def test_subset_takes_the_first_or_a_stratified_draw():
+    full = images(200, classes=4)
+    first = full.subset(17)
+    assert torch.equal(first.images, full.images[:17]) and torch.equal(first.labels, full.labels[:17])
+
+    drawn, again, other = full.subset(61, seed=5), full.subset(61, seed=5), full.subset(61, seed=6)
+    assert len(drawn) == 61 and torch.equal(drawn.images, again.images)
+    assert not torch.equal(drawn.images, other.images)
+    share = full.labels.bincount() * 61 / 200
+    assert ((drawn.labels.bincount() - share).abs() < 1).all()
+    assert torch.equal(full.subset(200, seed=1).images, full.images)  # the order is the original one
+    for n in (0, 201):
+        with pytest.raises(ValueError, match=f"1..200 .*got {n}"):
+            full.subset(n)
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_a_fixed_stratified_split():
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits")
+    assert (len(digits.train), len(digits.test), digits.num_classes, digits.augment) == (1297, 500, 10, False)
+    assert digits.train.shape == (1, 8, 8)
+    share = torch.from_numpy(load_digits().target).bincount() * 500 / 1797
+    assert ((digits.test.labels.bincount() - share).abs() < 1).all()
+    # every image is in exactly one split, with its label
+    original = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    both = torch.cat([digits.train.images, digits.test.images]).numpy()[:, 0]
+    labels = torch.cat([digits.train.labels, digits.test.labels]).tolist()
+    found = sorted((image.tobytes(), label) for image, label in zip(both, labels, strict=True))
+    target = load_digits().target.tolist()
+    assert found == sorted((image.tobytes(), label) for image, label in zip(original, target, strict=True))
+    assert digits.train.images.max() == 255
+    # the split is part of every reported number: it must never change
+    assert md5(digits.test.labels.numpy().tobytes() + digits.test.images.numpy().tobytes()) == DIGITS_TEST_MD5
+
+
+DIGITS_TEST_MD5 = "b653a157b3cb1818a93074412415a123"
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'atlas-kernels\[train\]'"):
+        data.load("digits")
+
+
+# ---- MNIST ----------------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder: Path, suffix: str = ".gz", n: int = 5) -> Images:
+    made = images(n, size=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "t10k"):
+        for kind, content in (("images-idx3", made.images[:, 0]), ("labels-idx1", made.labels)):
+            raw = idx(content.numpy())
+            (folder / f"{split}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(raw) if suffix else raw)
+    return made
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_idx_files_are_read(tmp_path: Path, suffix: str):
+    made = write_mnist(tmp_path, suffix)
+    sums = {path.name: md5(path.read_bytes()) for path in tmp_path.iterdir()}
+    for split in ("train", "t10k"):
+        read = mnist.read_split(tmp_path, split, sums)
+        assert torch.equal(read.images, made.images) and torch.equal(read.labels, made.labels)
+    read.images[0] = 0  # writable
+
+
+def test_idx_damage_is_named(tmp_path: Path):
+    write_mnist(tmp_path, "")
+    path = tmp_path / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{path.name}.*md5 found {md5(whole)}, expected 6bbc9ace.*--download"):
+        mnist.read_split(tmp_path, "train")
+    for content, message in (
+        (whole[:-1], "95 bytes found, 96 expected for shape \\(5, 4, 4\\).*--download"),
+        (whole + b"x", "97 bytes found, 96 expected"),
+        (whole[:9], "9 bytes found"),
+        (b"", "magic number found '', expected '00000803'"),
+        (b"\0\0\x0d\3" + whole[4:], "magic number found '00000d03', expected '00000803'"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
+            mnist.read_split(tmp_path, "train", None)
+    path.write_bytes(idx(np.zeros((4, 4, 4))))
+    with pytest.raises(ValueError, match="4 train images but 5 labels"):
+        mnist.read_split(tmp_path, "train", None)
+
+
+def test_truncated_gzip_is_named(tmp_path: Path):
+    write_mnist(tmp_path)
+    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    for content in (path.read_bytes()[:-12], b"no gzip"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name} is no whole gzip file.*--download"):
+            mnist.read_split(tmp_path, "t10k", None)
+
+
+# ---- CIFAR-10 and its pickles ---------------------------------------------------------------------------------------
+
+
+def python2_batch(pixels: bytes, shape: tuple[int, int], labels: list[int]) -> bytes:
+    """A batch as Python 2 pickled the original ones: byte strings, protocol 2, NumPy's names of that time."""
+
+    def string(s: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(s)) + s
+
+    def integer(i: int) -> bytes:
+        return b"J" + struct.pack("<i", i)
+
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"tR"
+    dtype = b"cnumpy\ndtype\n" + string(b"u1") + integer(0) + integer(1) + b"\x87R"
+    dtype += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    state = integer(1) + integer(shape[0]) + integer(shape[1]) + b"\x86" + dtype + b"\x89" + string(pixels)
+    array = empty + b"(" + state + b"tb"
+    numbers = b"](" + b"".join(map(integer, labels)) + b"e"
+    return b"\x80\x02}(" + string(b"labels") + numbers + string(b"data") + array + b"u."
+
+
+def test_batches_of_both_pythons_are_read(tmp_path: Path):
+    made = images(4, channels=3, size=32, classes=10)
+    flat = made.images.reshape(4, -1).numpy()
+    half = python2_batch(flat[:2].tobytes(), (2, 3072), made.labels[:2].tolist())
+    assert np.array_equal(pickle.loads(half, encoding="bytes")[b"data"], flat[:2])  # the helper above is right
+    (tmp_path / "a").write_bytes(half)
+    (tmp_path / "b").write_bytes(pickle.dumps({b"data": flat[2:], b"labels": made.labels[2:].tolist()}, protocol=3))
+    sums = {name: md5((tmp_path / name).read_bytes()) for name in "ab"}
+    read = cifar10.read_batches(tmp_path, ("a", "b"), sums)
+    assert torch.equal(read.images, made.images) and torch.equal(read.labels, made.labels)
+
+    (tmp_path / "a").write_bytes(half[:-1])
+    with pytest.raises(ValueError, match="/a .*damaged: md5 found .*, expected .*--download"):
+        cifar10.read_batches(tmp_path, ("a",), sums)
+    with pytest.raises(ValueError, match="/a was refused"):
+        cifar10.read_batches(tmp_path, ("a",), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"found data \(2, 3072\) and labels \(1,\)"),
+        ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, r"found data \(2, 3071\)"),
+        ({b"data": np.zeros((2, 3072), np.float32), b"labels": [1, 2]}, "expected a uint8 array"),
+        ({b"data": np.zeros((3072, 2), np.uint8).T, b"labels": [1, 2]}, "C order"),
+        ({b"data": np.zeros((2, 3072), np.uint8)}, "no CIFAR-10 batch.*b'labels'"),
+        ({b"data": b"1234", b"labels": [1, 2]}, "expected an array, found bytes"),
+        ([1, 2], "no CIFAR-10 batch"),
+    ],
+)
+def test_other_pickles_are_no_batch(tmp_path: Path, content: object, message: str):
+    (tmp_path / "a").write_bytes(pickle.dumps(content, protocol=3))
+    with pytest.raises(ValueError, match=message):
+        cifar10.read_batches(tmp_path, ("a",), None)
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+def test_malicious_pickles_are_refused_and_not_run(tmp_path: Path):
+    mark = tmp_path / "ran"
+    write = f"open({str(mark)!r}, 'w').close()"
+    attempts = [Calls(os.mkdir, str(mark)), Calls(eval, write), Calls(exec, write), Calls(np.save, str(mark), 0)]
+    attempts += [Calls(getattr, "a", "upper"), Calls(np.array, [1]), Calls(bytearray, b"1")]
+    for protocol in (2, 3, 4, 5):
+        for attempt in attempts:
+            for content in (attempt, {b"data": attempt, b"labels": [1]}):
+                (tmp_path / "a").write_bytes(pickle.dumps(content, protocol=protocol))
+                with pytest.raises(ValueError, match="/a was refused: .*asks for"):
+                    cifar10.read_batches(tmp_path, ("a",), None)
+    assert not list(tmp_path.glob("ran*"))
+    # the names that are allowed do not lead to NumPy either
+    array = safe_pickle.loads(pickle.dumps(np.zeros(3, object), protocol=3), "here")
+    assert not isinstance(array, np.ndarray)
+    with pytest.raises(ValueError, match="uint8"):
+        safe_pickle.as_uint8(array)
+
+
+# ---- where files are looked for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["mnist", "MNIST/raw", "."])
+def test_mnist_layouts(tmp_path: Path, nowhere: Path, layout: str):
+    write_mnist(tmp_path / layout, "")
+    with pytest.raises(ValueError, match="is damaged: md5"):  # found, and then its checksum is wrong
+        data.load("mnist", tmp_path)
+
+
+def test_search_order(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    given, env = tmp_path / "given", tmp_path / "env"
+    for root in (nowhere, env, given):  # the later found wins over the earlier
+        write_mnist(root / "mnist")
+        if root is not nowhere:
+            monkeypatch.setenv("ATLAS_DATA", str(env))
+        with pytest.raises(ValueError, match=f"^{root}/mnist/train-images-idx3-ubyte.gz "):
+            data.load("mnist", given if root is given else None)
+
+
+def test_missing_files_say_where_and_how(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATLAS_DATA", str(tmp_path / "env"))
+    partial = tmp_path / "given" / "cifar-10-batches-py"
+    partial.mkdir(parents=True)
+    for name in list(cifar10.MD5)[:5]:
+        (partial / name).touch()
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("cifar10", tmp_path / "given")
+    message = str(error.value)
+    for part in (f"{partial}: lacks test_batch\n", f"{tmp_path / 'env'}: not there", str(nowhere)):
+        assert part in message
+    for remedy in ("--download", "--data-dir", "ATLAS_DATA"):
+        assert remedy in message
+
+
+# ---- download -------------------------------------------------------------------------------------------------------
+
+
+def cifar_archive(path: Path, content: dict[str, bytes | str]) -> None:
+    """A tar.gz; bytes become a regular file, a string a symbolic link to it."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, value in content.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(value, str):
+                member.type, member.linkname = tarfile.SYMTYPE, value
+                tar.addfile(member)
+            else:
+                member.size = len(value)
+                tar.addfile(member, io.BytesIO(value))
+
+
+def test_unpack_takes_the_known_members_only(tmp_path: Path):
+    archive, folder = tmp_path / "a.tar.gz", tmp_path / "in" / "folder"
+    good = {f"cifar-10-batches-py/{name}": name.encode() for name in cifar10.MD5}
+    sums = {name: md5(name.encode()) for name in cifar10.MD5}
+    cifar_archive(archive, {**good, "cifar-10-batches-py/../../evil": b"1", "/evil-atlas": b"1", "readme": b"1"})
+    cifar10.unpack(archive, folder, sums)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in sums}
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*sums, "a.tar.gz"])
+
+    first = "cifar-10-batches-py/data_batch_1"
+    for change, message in (
+        ({first: "/etc/hostname"}, "data_batch_1 is no regular file"),
+        ({first: b"other"}, "data_batch_1 .*md5 found"),
+        ({first: None}, "holds no cifar-10-batches-py/data_batch_1"),
+    ):
+        cifar_archive(archive, {k: v for k, v in {**good, **change}.items() if v is not None})
+        with pytest.raises(ValueError, match=message):
+            cifar10.unpack(archive, tmp_path / "refused", sums)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    pooch = pytest.importorskip("pooch")
+    asked = []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> None:
+        asked.append((url, known_hash))
+        if url.startswith(mnist.MIRRORS[0]):
+            raise OSError("this mirror is down")
+        (Path(path) / fname).write_bytes(b"")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with pytest.raises(ValueError, match=f"^{nowhere}/mnist/train-images-idx3-ubyte.gz"):  # arrived, with a wrong md5
+        data.load("mnist", download=True)
+    assert len(asked) == 8 and len(list((nowhere / "mnist").iterdir())) == 4
+    assert (mnist.MIRRORS[1] + "t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c") in asked
+
+    cifar_archive(tmp_path / "archive", {f"cifar-10-batches-py/{name}": b"" for name in cifar10.MD5})
+
+    def retrieve_archive(url: str, known_hash: str, fname: str, path: Path) -> None:
+        assert (url, known_hash) == (cifar10.URLS[0], "md5:c58f30108f718f92721af3b95e74349a")
+        (Path(path) / fname).write_bytes((tmp_path / "archive").read_bytes())
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve_archive)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/given/cifar-10-batches-py/data_batch_1 "):
+        data.load("cifar10", tmp_path / "given", download=True)
+
+
+def test_download_failures_say_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pooch = pytest.importorskip("pooch")
+
+    def retrieve(url: str, **_: object) -> None:
+        raise OSError(f"no route to {url}")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with pytest.raises(OSError, match="(?s)could not download f:.*no route to u1.*no route to u2.*Try again"):
+        files.fetch(["u1", "u2"], "0", tmp_path / "f")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot download into .*--data-dir"):
+        files.fetch(["u1"], "0", tmp_path / "file" / "f")
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(ImportError, match=r"pip install 'atlas-kernels\[train\]'"):
+        files.fetch(["u1"], "0", tmp_path / "f")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    files.write_atomically(tmp_path / "a", b"1")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(tmp_path / "a", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"1"
+
+
+# ---- crop and flip --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "height", "width", "pad"), [(3, 6, 6, 4), (1, 5, 7, 2)])
+def test_crop_flip_is_the_naive_loop(device: torch.device, channels: int, height: int, width: int, pad: int):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (40, channels, height, width), dtype=np.uint8)
+    choices = augment.draw(40, rng, pad)
+    choices[:, 0], choices[:, 1] = torch.tensor([0, 2 * pad, 1]), torch.tensor([pad, pad, 0])  # a corner; the image
+    expected = np.zeros_like(x)
+    for b, (top, left, flip) in enumerate(choices.T.tolist()):
+        for i in range(height):
+            for j in range(width):
+                r, c = i + top - pad, (width - 1 - j if flip else j) + left - pad
+                if 0 <= r < height and 0 <= c < width:
+                    expected[b, :, i, j] = x[b, :, r, c]
+    found = augment.crop_flip(torch.from_numpy(x).to(device), choices.to(device), pad)
+    assert np.array_equal(found.cpu().numpy(), expected)
+    assert np.array_equal(expected[1], x[1])  # offset `pad` without a flip is the identity
+
+
+def test_choices_are_uniform():
+    top, left, flip = augment.draw(27_000, np.random.default_rng(0))
+    for choice, count in ((top, 9), (left, 9), (flip, 2)):
+        share = choice.bincount() / 27_000
+        assert len(share) == count and (share - 1 / count).abs().max() < 0.013  # 4 standard deviations of the flips
+    assert torch.corrcoef(torch.stack([top, left, flip]).double()).fill_diagonal_(0).abs().max() < 0.025
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def epoch(batches: Batches, number: int) -> list[data.Batch]:
+    batches.set_epoch(number)
+    return list(batches)
+
+
+def same(a: list[data.Batch], b: list[data.Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(s, t) for p, q in zip(a, b, strict=True) for s, t in zip(p, q, strict=True)
+    )
+
+
+def test_every_sample_comes_once_with_its_label(device: torch.device):
+    full = images(53)
+    for shuffle in (False, True):
+        batches = Batches(full, 10, shuffle=shuffle, seed=3, device=device)
+        assert len(batches) == len(list(batches)) == 6
+        ids = torch.cat([batch.ids for batch in batches]).cpu()
+        assert torch.equal(ids.sort().values, torch.arange(53))
+        assert torch.equal(ids, torch.arange(53)) is not shuffle
+        for x, y, rows in batches:
+            assert x.device.type == y.device.type == rows.device.type == device.type
+            assert (x.dtype, y.dtype, rows.dtype) == (torch.float32, torch.int64, torch.int64)
+            assert torch.equal(y.cpu(), full.labels[rows.cpu()])
+            assert torch.equal((x * 255).round().to(torch.uint8).cpu(), full.images[rows.cpu()])
+    assert [len(b.y) for b in batches] == [10] * 5 + [3]
+    dropped = Batches(full, 10, shuffle=False, seed=3, device=device, drop_last=True)
+    assert [len(b.y) for b in dropped] == [10] * len(dropped) == [10] * 5
+
+
+def test_pixels_are_divided_exactly(device: torch.device):
+    ramp = torch.arange(256, dtype=torch.uint8)
+    full = Images(ramp.view(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64))
+    exact = ramp.double() / 255
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        (batch,) = Batches(full, 1, shuffle=False, seed=0, device=device, dtype=dtype)
+        rounded = exact if dtype == torch.float64 else exact.float()  # 16-bit types are rounded from float32
+        assert torch.equal(batch.x.flatten().cpu(), rounded.to(dtype))
+
+
+def test_batches_depend_on_seed_and_epoch_only(device: torch.device):
+    full = images(40, channels=3)
+
+    def make(seed: int = 1, where: torch.device | str = device) -> Batches:
+        return Batches(full, 16, shuffle=True, seed=seed, augment=True, device=where)
+
+    one = make()
+    history = [epoch(one, number) for number in range(4)]
+    torch.manual_seed(99)
+    assert same(epoch(make(), 3), history[3])  # resumed at epoch 3, in another state of the global generators
+    assert same(epoch(one, 0), history[0])
+    orders = [torch.cat([batch.ids for batch in batches]) for batches in history]
+    assert not any(torch.equal(orders[a], orders[b]) for a in range(4) for b in range(a))
+    assert not same(epoch(make(seed=2), 0), history[0])
+    assert not same(epoch(make(seed=1 + 2**32), 0), history[0])
+    on_cpu = epoch(make(where="cpu"), 2)
+    assert all(torch.equal(a.x, b.x.cpu()) for a, b in zip(on_cpu, history[2], strict=True))
+
+    one.set_epoch(0)
+    running = iter(one)
+    first = next(running)
+    one.set_epoch(1)
+    assert same([first, *running], history[0])  # an iteration keeps its epoch
+
+
+def test_augmentation_is_fresh_per_batch_and_in_every_epoch():
+    full = Images(images(1, channels=3, size=12).images.expand(64, -1, -1, -1), torch.zeros(64, dtype=torch.int64))
+    batches = Batches(full, 32, shuffle=False, seed=0, augment=True, device="cpu")
+    seen = [batch.x for number in range(3) for batch in epoch(batches, number)]
+    assert not any(torch.equal(seen[a], seen[b]) for a in range(6) for b in range(a))
+    assert len(torch.unique(seen[0], dim=0)) > 16  # each sample has its own crop and flip
+    expected = augment.crop_flip(full.images[:32], augment.draw(32, batches._rng(1, 0, 0)))
+    assert torch.equal((seen[0] * 255).round(), expected.float())
+
+
+def test_memory_formats_hold_the_same_values():
+    full = images(20, channels=3)
+    for augmented in (False, True):
+        plain, last = (
+            epoch(Batches(full, 8, shuffle=True, seed=0, augment=augmented, device="cpu", channels_last=flag), 1)
+            for flag in (False, True)
+        )
+        assert same(plain, last)
+        for a, b in zip(plain, last, strict=True):
+            assert a.x.is_contiguous() and b.x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ranks_share_the_batches_of_one_process():
+    full = images(41, channels=3)
+    whole = epoch(Batches(full, 8, shuffle=True, seed=4, augment=True, device="cpu"), 2)
+    for world_size in (2, 3):
+        ranks = [
+            epoch(Batches(full, 8, shuffle=True, seed=4, augment=True, device="cpu", rank=r, world_size=world_size), 2)
+            for r in range(world_size)
+        ]
+        assert {len(rank) for rank in ranks} == {len(whole)}
+        for number, batch in enumerate(whole):
+            for r, rank in enumerate(ranks):
+                assert same([data.Batch(*(t[r::world_size] for t in batch))], [rank[number]])
+
+
+def test_batches_refuse_what_cannot_work():
+    full = images(5)
+
+    def make(batch_size: int = 2, **changed: object) -> Batches:
+        return Batches(full, batch_size, **{"shuffle": True, "seed": 0, "device": "cpu", **changed})  # type: ignore
+
+    for changed, message in (
+        ({"dtype": torch.int32}, "dtype must be a floating-point type"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1 .*got 0"),
+        ({"batch_size": 6, "drop_last": True}, "batch_size 6 exceeds the set's 5 images"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
+        ({"batch_size": 2, "world_size": 3}, "at least 1 per rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**changed)
+    with pytest.raises(ValueError, match="at least one image"):
+        Batches(Images(full.images[:0], full.labels[:0]), 1, shuffle=True, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="epoch must not be negative"):
+        make().set_epoch(-1)
+
+
+# ---- the real files -------------------------------------------------------------------------------------------------
+
+
+def real(name: str, folder: str) -> data.DataSplits:
+    root = os.environ.get("ATLAS_DATA")
+    if not root:
+        pytest.skip(f"ATLAS_DATA names no folder with the {name} files")
+    if not (Path(root) / folder).is_dir():
+        pytest.skip(f"ATLAS_DATA ({root}) has no {folder}/")
+    return data.load(name)
+
+
+def test_real_mnist():
+    splits = real("mnist", "mnist")
+    assert splits.train.images.shape == (60_000, 1, 28, 28) and splits.test.images.shape == (10_000, 1, 28, 28)
+    assert splits.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and splits.test.labels[:3].tolist() == [7, 2, 1]
+    assert abs(splits.train.images.double().mean().item() / 255 - 0.1307) < 5e-5
+
+
+def test_real_cifar10():
+    splits = real("cifar10", "cifar-10-batches-py")
+    assert splits.train.images.shape == (50_000, 3, 32, 32) and splits.test.images.shape == (10_000, 3, 32, 32)
+    assert splits.train.labels.bincount().tolist() == [5000] * 10
+    mean = splits.train.images.sum((0, 2, 3)) / (50_000 * 1024 * 255)
+    assert (mean - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 6e-5
+    assert splits.class_names[splits.train.labels[0]] == "frog"
+    assert splits.augment and splits.eps == 8 / 255

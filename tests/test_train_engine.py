@@ -1,0 +1,631 @@
+"""The training loop and what it leaves behind: resuming to the bit, alarms, checkpoints, logs, evaluation."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels.attacks import FGSM, PGD
+from atlas_train import checkpoint, engine, progress, report, schedules, watch
+from atlas_train import evaluate as evaluation
+from atlas_train import run as runs
+from atlas_train.compare import compare
+from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, resolved, to_dict
+from atlas_train.data import Batch, DataSplits, Images
+from atlas_train.evaluate import Evaluation, evaluate, predict
+from atlas_train.noise import noise_keys
+
+EPS = 0.1
+TINY: dict[str, Any] = {
+    "eps": EPS, "epochs": 4, "batch_size": 16, "width": 4, "probe_size": 8, "device": "cpu", "model": "digits_net",
+    "optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "cyclic_peak": 0.4, "beside": (),
+}  # fmt: skip
+
+
+def splits(train: int = 64, test: int = 40, channels: int = 1) -> DataSplits:
+    """Four classes of noisy bars: easy to learn, 8x8."""
+    rng = torch.Generator().manual_seed(0)
+
+    def images(n: int) -> Images:
+        labels = torch.arange(n) % 4
+        pixels = torch.randint(0, 60, (n, channels, 8, 8), generator=rng, dtype=torch.uint8)
+        for i, label in enumerate(labels.tolist()):
+            pixels[i, :, 2 * label : 2 * label + 2] += 160
+        return Images(pixels, labels)
+
+    return DataSplits("bars", images(train), images(test), num_classes=4, eps=EPS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+class Dropping(nn.Module):
+    """BatchNorm and dropout: what draws random numbers and keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(4 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.bn(self.conv(x)).relu().flatten(1)))  # type: ignore[no-any-return]
+
+
+def dropping() -> Dropping:
+    torch.manual_seed(5)
+    return Dropping()
+
+
+def state(run: runs.Run) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Lines(progress.Silent):
+    """Keeps what a user would read."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize("method", ["standard", "one_step_adv", "adv", "atlas"])
+def test_training_learns_and_logs(method: str) -> None:
+    config = TrainConfig(method=method, hyper={"steps": 2} if method == "adv" else {}, **TINY)
+    run = engine.train(config, splits=splits())
+    assert (run.epoch, run.step, len(run.history)) == (4, 16, 4)
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    result = evaluate(run.model, run.splits.test, EPS)
+    assert result.clean > 0.8 and result.images == 40
+    row = run.history[-1]
+    assert {"epoch", "step", "lr", "loss", "probe", "images_per_s", "seconds"} <= set(row)
+    assert ("clean" in row) == (method in ("standard", "atlas")) and ("adv" in row) == (method != "standard")
+    assert (row["probe"] is None) == (method == "standard")
+    assert 0 < row["seconds"] == run.seconds
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("atlas", "adam"), ("one_step_adv", "sgd")])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, optimizer: str) -> None:
+    config = TrainConfig(**TINY | {"method": method, "optimizer": optimizer})
+    whole = engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "whole")
+
+    folder = tmp_path / "killed"
+    update = engine.update
+
+    def killed(run: runs.Run, loss: Tensor, lr: float) -> None:
+        if run.step == 10:  # in the middle of the third epoch
+            raise KeyboardInterrupt
+        update(run, loss, lr)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "update", killed)
+        engine.train(config, splits=splits(), model=dropping(), folder=folder)
+    assert checkpoint.load(folder)["epoch"] == 2
+    torch.manual_seed(123)  # another process has another random state
+    resumed = engine.train(dataclasses.replace(config, resume=str(folder)), splits=splits(), model=dropping())
+    assert_same(state(resumed), state(whole))
+    assert resumed.folder == folder and resumed.step == whole.step
+    drop = ("seconds", "images_per_s")
+    strip = [[{k: v for k, v in row.items() if k not in drop} for row in run.history] for run in (resumed, whole)]
+    assert strip[0] == strip[1]
+    rows = list(csv.DictReader((folder / runs.LOG).open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+
+
+def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
+    config = TrainConfig(**TINY | {"schedule": "constant"})
+    engine.train(dataclasses.replace(config, epochs=2), splits=splits(), folder=tmp_path / "a")
+    more = engine.train(dataclasses.replace(config, resume=str(tmp_path / "a")), splits=splits())
+    assert_same(state(more), state(engine.train(config, splits=splits())))  # a constant lr does not know the end
+    with pytest.raises(ValueError, match="has done 4 epochs already"):
+        engine.train(dataclasses.replace(config, epochs=3, resume=str(tmp_path / "a")), splits=splits())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "adv"}, "another method: it has 'atlas', you gave 'adv'"),
+        ({"hyper": {"radius": 0.07}}, "another hyper-parameters"),
+        ({"eps": 0.2}, "another hyper-parameters"),
+        ({"width": 8}, "another model width: it has 4, you gave 8"),
+        ({"optimizer": "sgd"}, "another optimizer"),
+        ({"seed": 1}, "another seed"),
+        ({"batch_size": 8}, "another batch_size"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), folder=tmp_path)
+    with pytest.raises(ValueError, match=f"cannot be resumed with {message}"):
+        engine.train(TrainConfig(**TINY | change, resume=str(tmp_path)), splits=splits())
+    with pytest.raises(ValueError, match="another model name: it has 'digits_net', you gave 'Dropping'"):
+        engine.train(TrainConfig(**TINY, resume=str(tmp_path)), splits=splits(), model=dropping())
+
+
+def test_noise_keys_depend_on_seed_and_step_alone() -> None:
+    keys = noise_keys(0, 0, 1000)
+    assert keys.dtype == torch.int64 and keys.shape == (1000, 2) and (keys[:, 1] == 0).all()
+    assert torch.equal(torch.cat([noise_keys(0, 0, 7), noise_keys(0, 7, 993)]), keys)
+    seeds = torch.cat([keys[:, 0], noise_keys(1, 0, 1000)[:, 0], noise_keys(2**40, 0, 1000)[:, 0]])
+    assert len(seeds.unique()) == 3000
+    ones = sum(bin(seed % 2**64).count("1") for seed in seeds.tolist()) / (64 * 3000)
+    assert abs(ones - 0.5) < 0.01  # well mixed: half of the bits
+    assert noise_keys(0, 0, 0).shape == (0, 2)
+
+
+def test_every_step_gets_its_own_key_whatever_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda run, batch, key: seen.append(key.clone()) or forward(run, batch, key))
+    engine.train(TrainConfig(**TINY), splits=splits())
+    assert torch.equal(torch.stack(seen), noise_keys(0, 0, 16))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_from_before(tmp_path: Path) -> None:
+    before: dict[str, Tensor] = {}
+
+    def poison(row: dict[str, Any]) -> None:
+        before.update(state(run[0]))
+        with torch.no_grad():
+            run[0].model.linear.bias[0] = float("nan")  # type: ignore[union-attr, operator]
+
+    run: list[runs.Run] = []
+    prepare = engine.prepare
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(engine.NonFiniteLoss) as caught:
+        patch.setattr(engine, "prepare", lambda *args: run.append(prepare(*args)) or run[0])
+        engine.train(TrainConfig(**TINY), splits=splits(), folder=tmp_path, on_epoch=poison)
+    error = caught.value
+    assert error.step == 4 and error.checkpoint == tmp_path / "last.pt"
+    assert len(error.ids) == 16 and len(set(error.ids)) == 16 and max(error.ids) < 64
+    for part in ("not finite at step 4", "loss nan", "training images", "last.pt", "smaller lr"):
+        assert part in str(error)
+    assert_same(checkpoint.load(error.checkpoint)["model"], before)
+
+
+def test_a_loss_that_is_never_finite_leaves_the_initial_state(tmp_path: Path) -> None:
+    model = dropping()
+    nn.init.constant_(model.out.bias, float("inf"))
+    with pytest.raises(engine.NonFiniteLoss, match="not finite at step 0"):
+        engine.train(TrainConfig(**TINY | {"method": "standard"}), splits=splits(), model=model, folder=tmp_path)
+    assert checkpoint.load(tmp_path)["epoch"] == 0
+
+
+def test_every_epoch_is_a_new_order_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda run, b, key: seen.extend(b.ids.tolist()) or forward(run, b, key))
+    engine.train(TrainConfig(**TINY), splits=splits())
+    epochs = [seen[i : i + 64] for i in range(0, 256, 64)]
+    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_collapse_under_pgd_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.45, 0.5, 0.3, 0.05])
+    monkeypatch.setattr(watch, "probe", lambda run: next(accuracies))
+    lines = Lines()
+    run = engine.train(TrainConfig(**TINY), splits=splits(), display=lines)
+    assert [row["probe"] for row in run.history] == [0.45, 0.5, 0.3, 0.05]
+    assert len(lines.said) == 1 and "from 50 % to 5 % in epoch 4: catastrophic overfitting" in lines.said[0]
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "alarm"),
+    [(0.0, [], False), (0.1, [0.5], True), (0.35, [0.5], False), (0.29, [0.5], False), (0.02, [0.2, 0.1], False)],
+)
+def test_the_alarm_needs_a_drop_of_20_points_and_by_half(now: float, before: list[float], alarm: bool) -> None:
+    assert watch.overfits(now, before) == alarm
+
+
+def test_the_probe_is_pgd_accuracy_of_fixed_images_and_draws_nothing() -> None:
+    run = engine.train(TrainConfig(**TINY | {"probe_size": 64, "eps": 0.3}), splits=splits())
+    random, before = torch.get_rng_state(), state(run)
+    first = watch.probe(run)
+    assert_same(state(run), before)
+    assert torch.equal(torch.get_rng_state(), random) and run.model.training
+    assert watch.probe(run) == first == run.history[-1]["probe"]
+    x, y = run.splits.train.images.float() / 255, run.splits.train.labels
+    adv = PGD(0.3, steps=5)(run.model, x, y, key=noise_keys(0, -1, 1)[0])
+    right = run.model.eval()(adv).argmax(1) == y
+    assert 0 < right.sum() < 64
+    assert first == right.float().mean().item()
+
+
+def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = engine.forward
+
+    def spied(run: runs.Run, batch: Batch, key: Tensor) -> Any:
+        seen.append(batch.x.is_contiguous(memory_format=torch.channels_last))
+        return forward(run, batch, key)
+
+    monkeypatch.setattr(engine, "forward", spied)
+    config = TrainConfig(**TINY | {"precision": "bf16", "channels_last": True})
+    run = engine.train(config, splits=splits(channels=3))
+    hook = run.model.conv2.register_forward_hook(lambda *a: seen.append(a[2].dtype))  # type: ignore[union-attr, operator]
+    batch = next(iter(run.batches))
+    forward(run, batch, noise_keys(0, 0, 1)[0])
+    hook.remove()
+    assert set(seen[:16]) == {True} and set(seen[16:]) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    assert run.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+def test_validation_and_early_end() -> None:
+    config = TrainConfig(**TINY | {"val_every": 2})
+    run = engine.train(config, splits=splits(), on_epoch=lambda row: row["epoch"] == 3)
+    assert run.epoch == 3
+    assert [row.get("test_pgd") is not None for row in run.history] == [False, True, False]
+    assert 0 <= run.history[1]["test_pgd"] <= run.history[1]["test_clean"] <= 1
+
+
+def test_threads_are_those_of_the_run_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(engine, "watch", lambda *args: seen.append(torch.get_num_threads()))
+    engine.train(TrainConfig(**TINY | {"threads": 2, "epochs": 1, "batch_size": 64}), splits=splits())
+    assert seen == [2] and torch.get_num_threads() == 1
+
+
+def test_the_learning_rate_of_the_step_reaches_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    update = engine.update
+
+    def spied(run: runs.Run, loss: Tensor, lr: float) -> None:
+        update(run, loss, lr)
+        rates.extend(group["lr"] for group in run.optimizer.param_groups)
+
+    monkeypatch.setattr(engine, "update", spied)
+    engine.train(TrainConfig(**TINY), splits=splits())
+    assert rates == [schedules.learning_rate("cyclic", 5e-3, step, 16, 0.4) for step in range(16)]
+
+
+# --- schedules
+
+
+def test_schedules() -> None:
+    def of(name: str, total: int = 100, **kw: float) -> list[float]:
+        return [schedules.learning_rate(name, 0.2, step, total, **kw) for step in range(total)]
+
+    cyclic = of("cyclic", 99, cyclic_peak=0.4)
+    assert cyclic.index(max(cyclic)) == 39 and max(cyclic) == pytest.approx(0.2)
+    assert min(cyclic) > 0 and cyclic[0] == pytest.approx(0.2 / 40) and cyclic[-1] == pytest.approx(0.2 / 60)
+    assert of("cyclic", 9, cyclic_peak=0.0)[0] == pytest.approx(0.2 * 0.9)
+    assert of("piecewise") == [0.2] * 50 + [0.2 * 0.1] * 25 + [0.2 * 0.01] * 25
+    cosine = of("cosine")
+    assert cosine[0] == 0.2 and cosine[50] == pytest.approx(0.1) and cosine == sorted(cosine, reverse=True)
+    assert set(of("constant")) == {0.2}
+    with pytest.raises(ValueError, match="schedule must be"):
+        of("step")
+
+
+# --- checkpoints
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run" / "last.pt"
+    checkpoint.save(path, {"model": {"w": torch.ones(2)}})
+
+    def broken(content: Any, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with path.open("rb") as reader:  # whoever reads the old file goes on reading the old file
+        content = path.read_bytes()
+        checkpoint.save(path, {"model": {"w": torch.ones(2)}, "more": 1})
+        assert reader.read() == content != path.read_bytes()
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"model": {"w": torch.zeros(2)}})
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+    assert torch.equal(checkpoint.load(path)["model"]["w"], torch.ones(2))
+
+
+def test_unusable_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*nowhere"):
+        checkpoint.load(tmp_path / "nowhere")
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(ValueError, match="last.pt cannot be read as a checkpoint .*damaged"):
+        checkpoint.load(tmp_path)
+    checkpoint.save(path, {"model": {"w": torch.randn(5000)}})
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(path)
+    torch.save({"w": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of atlas.*load_state_dict"):
+        checkpoint.load(path)
+    torch.save({"format": 99, "model": {}}, path)
+    with pytest.raises(ValueError, match="checkpoint format 99, this version reads 1"):
+        checkpoint.load(path)
+    (tmp_path / "group" / "adv").mkdir(parents=True)
+    checkpoint.save(tmp_path / "group" / "adv" / "last.pt", {"model": {}})
+    with pytest.raises(FileNotFoundError, match="it holds the runs .*adv"):
+        checkpoint.load(tmp_path / "group")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("file", ["", "last.pt", "model.safetensors"])
+def test_a_trained_network_loads_from_what_the_run_leaves(tmp_path: Path, file: str) -> None:
+    pytest.importorskip("safetensors")
+    run = engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), folder=tmp_path)
+    model, config = checkpoint.load_model(tmp_path / file)
+    assert not model.training and config["method"] == "atlas" and config["eps"] == EPS
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(model(x), run.model.eval()(x))
+
+
+def test_exports_are_bare_state_dicts(tmp_path: Path) -> None:
+    model = dropping()
+    checkpoint.export_state_dict(model, tmp_path / "m.pt")
+    other = Dropping()
+    other.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    safetensors = pytest.importorskip("safetensors.torch")
+    checkpoint.export_state_dict(model, tmp_path / "m.safetensors")
+    assert_same(dict(model.state_dict()), safetensors.load_file(tmp_path / "m.safetensors"))
+    with pytest.raises(ValueError, match="does not say which network"):
+        checkpoint.load_model(tmp_path / "m.safetensors")
+    engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), model=model, folder=tmp_path / "own")
+    with pytest.raises(ValueError, match="a Dropping of your own"):
+        checkpoint.load_model(tmp_path / "own")
+
+
+# --- evaluation
+
+
+def trained() -> runs.Run:
+    return engine.train(TrainConfig(**TINY | {"method": "standard"}), splits=splits())
+
+
+def test_evaluation_counts_what_stays_right() -> None:
+    run = trained()
+    images = run.splits.test
+    result = evaluate(run.model, images, EPS, steps=3)
+    x, y = images.images.float() / 255, images.labels
+    model = run.model.eval()
+    clean = model(x).argmax(1) == y
+    fgsm = clean & (model(FGSM(EPS)(model, x, y)).argmax(1) == y)
+    assert (result.clean, result.fgsm) == (clean.float().mean().item(), fgsm.double().mean().item())
+    assert result.pgd <= result.clean and result.pgd_step_size == 2.5 * EPS / 3 and result.images == 40
+    weak, strong = (evaluate(model, images, 0.4, step_size=s).pgd for s in (1e-6, 0.1))
+    assert strong < weak
+
+
+def test_evaluation_does_not_depend_on_the_batch_and_leaves_the_model_alone() -> None:
+    run = trained()
+    run.model.train()
+    run.model.bn1.eval()  # type: ignore[union-attr, operator]
+    modes = [module.training for module in run.model.modules()]
+    before, random = state(run), torch.get_rng_state()
+    lines: list[str] = []
+    small = evaluate(run.model, run.splits.test, EPS, size=30, batch_size=7, restarts=2, say=lines.append)
+    large = evaluate(run.model, run.splits.test, EPS, size=30, batch_size=30, restarts=2)
+    assert (small.clean, small.fgsm, small.pgd) == (large.clean, large.fgsm, large.pgd)
+    assert [module.training for module in run.model.modules()] == modes
+    assert_same(state(run), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "30 images" in lines[0] and "25.5/255" in lines[0] and lines[1].strip().endswith("s in all")
+    assert small.to_dict()["eps_255"] == "25.5/255" and json.loads(json.dumps(small.to_dict()))["images"] == 30
+
+
+def test_noise_goes_by_the_number_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained()
+    seen: list[Tensor] = []
+    monkeypatch.setattr(evaluation, "predict", lambda model, x: seen.append(x) or predict(model, x))
+    for batch_size in (40, 7):  # the third of each three is PGD's; a step of nothing leaves its random start
+        evaluate(run.model, run.splits.test, EPS, batch_size=batch_size, steps=1, step_size=1e-30)
+    assert torch.equal(seen[2], torch.cat(seen[5::3])) and len(seen[2]) == 40
+    assert (seen[2] - seen[0]).abs().max() > EPS / 2
+
+
+class Odd(nn.Module):
+    """Class 0 for flat images and class 1 for any other: an attack turns a wrong answer into a right one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rough = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))) * 100 + (x * torch.linspace(-1, 1, 8)).sum((1, 2, 3)) * 1e-3
+        return self.scale * torch.stack([torch.full_like(rough, 0.5), rough], 1)
+
+
+def test_an_attack_cannot_make_an_image_right() -> None:
+    images = Images(torch.full((10, 1, 8, 8), 128, dtype=torch.uint8), torch.ones(10, dtype=torch.int64))
+    model = Odd()
+    assert (model(PGD(EPS, steps=2)(model, images.images / 255, images.labels)).argmax(1) == 1).any()
+    result = evaluate(model, images, EPS, steps=2)
+    assert (result.clean, result.fgsm, result.pgd) == (0, 0, 0)
+
+
+# --- configuration
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert TrainConfig(eps="8/255").eps == 8 / 255  # type: ignore[arg-type]
+    for eps in (8, "8", 1.0):
+        with pytest.raises(
+            ValueError, match="config: eps must be a number > 0 and < 1, got .*write 8/255 instead of 8"
+        ):
+            TrainConfig(eps=eps)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eps must be a number .* got 'eight'"):
+        TrainConfig(eps="eight")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
+        ({"optimizer": "lion"}, "optimizer must be one of 'sgd', 'adam', got 'lion'"),
+        ({"method": "atals"}, "nearest is 'atlas'"),
+        ({"hyper": {"raduis": 1}}, "nearest is 'radius'"),
+        ({"hyper": {"radius": -1}}, "radius must be a number > 0"),
+        ({"hyper": {"adv.steps": 3}}, "'adv.steps' is for 'adv', which is neither method nor in beside"),
+        ({"beside": ["adv", "nothing"]}, "no method 'nothing'"),
+        ({"beside": ["adv"], "hyper": {"adv.steps": 0}}, "adv: steps must be an integer >= 1"),
+        ({"beside": "adv"}, "beside must be a list of texts"),
+        ({"epoch": 3}, "no setting 'epoch'; the nearest is 'epochs'"),
+    ],
+)
+def test_wrong_settings_are_refused_at_construction(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(values)
+
+
+def test_hyper_parameters_reach_their_method() -> None:
+    config = TrainConfig(method="atlas", beside=("adv",), hyper={"steps": 2, "adv.steps": 7, "atlas.radius": 0.3})
+    assert config.hyper_of("atlas") == {"steps": 2, "radius": 0.3}
+    assert config.hyper_of("adv") == {"steps": 7}
+
+
+def test_json_files_and_dicts_say_the_same(tmp_path: Path) -> None:
+    config = TrainConfig(method="adv", hyper={"steps": 3}, eps=0.1, beside=("standard",))
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    (tmp_path / "c.json").write_text(json.dumps({"method": "adv", "eps": "8/255", "hyper": {"steps": 3}}))
+    assert from_file(tmp_path / "c.json") == TrainConfig(method="adv", eps=8 / 255, hyper={"steps": 3})
+    for text, message in (("{", "is not JSON"), ("[1]", "must hold one JSON object"), ('{"mehtod": 1}', "'method'")):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            from_file(tmp_path / "c.json")
+    with pytest.raises(FileNotFoundError, match="no.json does not exist"):
+        from_file(tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
+def test_defaults_are_filled_in_and_never_override(name: str) -> None:
+    data = dataclasses.replace(splits(), name=name, eps=0.17)
+    config = resolved(TrainConfig(dataset=name, epochs=77), data)
+    may_be_none = {"data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
+    assert {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None} <= may_be_none
+    assert config.epochs == 77 and config.eps == 0.17 and config.lr == DEFAULTS[name]["lr"]
+    assert resolved(config, data) == config
+    assert resolved(TrainConfig(method="standard"), dataclasses.replace(data, name="digits")).beside == (
+        "one_step_adv",
+    )
+
+
+# --- reports
+
+
+def test_csv_columns_come_from_the_rows(tmp_path: Path) -> None:
+    rows = [{"epoch": 1, "loss": 0.123456789, "probe": None, "local": 2.0}, {"epoch": 2, "loss": 0.5, "local": 1.0}]
+    report.write_csv(tmp_path / "log.csv", rows)
+    lines = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [(line["epoch"], line["loss"], line["probe"], line["local"]) for line in lines] == [
+        ("1", "0.123457", "", "2.0"),
+        ("2", "0.5", "", "1.0"),
+    ]
+
+
+def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(**TINY | {"epochs": 2, "beside": ["standard"], "out_dir": str(tmp_path / "out")})
+    results = compare(config, splits=splits(), show="plain")
+    assert list(results) == ["standard", "atlas"]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("method ") :].splitlines()
+    assert table[0].split() == ["method", "clean", "FGSM", "PGD-20", "training"]
+    assert [line.split()[0] for line in table[2:4]] == ["standard", "atlas"]
+    assert "eps 25.5/255 (l_inf); 40 test images, standard error at most 7.9 points" in table[4]
+    for method in ("standard", "atlas"):
+        names = {p.name for p in (tmp_path / "out" / method).iterdir()}
+        assert names == {"last.pt", "log.csv", checkpoint.export_name(), "evaluation.json"}
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["atlas"]["pgd"] == results["atlas"][0].pgd and written["atlas"]["training_seconds"] > 0
+    if (tmp_path / "out" / "curves.png").exists():
+        assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError, match="already holds a run of atlas: go on with it"):
+        compare(config, splits=splits(), show="silent")
+
+
+def test_curves_need_matplotlib_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": 1, "loss": 1.0, "clean": 0.5, "probe": None}, {"epoch": 2, "loss": 0.5, "clean": 0.75}]
+    assert report.write_curves(tmp_path / "c.png", {"standard": history})
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert not report.write_curves(tmp_path / "d.png", {"standard": history}) and not (tmp_path / "d.png").exists()
+
+
+def test_tensorboard_events_are_written_on_request(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine.train(TrainConfig(**TINY | {"tensorboard": True, "epochs": 2}), splits=splits(), folder=tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [4, 8]
+
+
+def test_a_table_without_times() -> None:
+    evaluation = Evaluation(0.5, 0.25, 0.125, 100, 8 / 255, 20, 1 / 255, 3, 1.0, "cpu")
+    text = report.table({"adv": (evaluation, None)})
+    assert (
+        "training" not in text
+        and "50.0 %" in text
+        and "12.5 %" in text
+        and "eps 8/255" in text
+        and "3 restarts" in text
+    )
+    assert "standard error at most 5.0 points" in text
+
+
+def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "epoch": 2,
+        "epochs": 9,
+        "step": 7,
+        "loss": 1.5,
+        "adv": 0.25,
+        "probe": None,
+        "images_per_s": 1234.5,
+        "eta": 3725,
+    }
+    assert progress.describe(row) == ("epoch 2/9  step 7  1,234 images/s  ETA 1:02:05", "loss 1.500  adv 25.0 %")
+    display = progress.make("plain")
+    display.start("title", 63)
+    display.epoch(row)  # within two seconds of the last line
+    display.epoch(row | {"epoch": 9})
+    assert [line.split("  1,")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "title",
+        "epoch 9/9  step 7",
+    ]
+    with pytest.raises(ValueError, match="progress must be"):
+        progress.make("bars")
+
+
+def test_the_live_bar_runs() -> None:
+    pytest.importorskip("rich")
+    run = engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), display=progress.make("live"))
+    assert run.epoch == 1

@@ -1,0 +1,252 @@
+"""The trainer's networks: sizes, names, initialisation, formats, and gradients of gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atlas_train import models
+from atlas_train.models import Normalize
+
+SIZES = {"digits_net": (1, 8), "small_cnn": (1, 28), "preact_resnet18": (3, 32)}
+DATASETS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
+
+
+def make(name: str, width: int | None = 4, **changed: object) -> models.Classifier:
+    """A small model whose last layer is not zero, so that gradients flow."""
+    torch.manual_seed(0)
+    model = models.build(name, **{"num_classes": 5, "in_channels": SIZES[name][0], "width": width, **changed})
+    if name == "small_cnn":
+        nn.init.normal_(model.classifier["fc3"].weight)
+    return model
+
+
+def batch(name: str, n: int = 3, size: int | None = None) -> torch.Tensor:
+    channels, usual = SIZES[name]
+    return torch.rand(n, channels, size or usual, size or usual, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_are_the_head_of_the_features(name: str, device: torch.device):
+    assert models.names() == tuple(SIZES)
+    model, x = make(name).to(device).eval(), batch(name).to(device)
+    features = model.features(x)
+    assert features.shape == (3, model.num_features)
+    assert (features >= 0).all() and features.any()  # after the last ReLU
+    assert torch.equal(model(x), model.head(features)) and model(x).shape == (3, 5)
+    # the head is linear: nothing but the last layer comes after the features
+    with torch.no_grad():
+        bias = model.head(torch.zeros_like(features))
+        torch.testing.assert_close(model.head(2 * features) - bias, 2 * (model.head(features) - bias))
+
+
+def test_parameter_counts():
+    def count(name: str, **sizes: int) -> int:
+        model = models.build(name, num_classes=10, in_channels=SIZES[name][0], **sizes)
+        return sum(p.numel() for p in model.parameters())
+
+    def preact(w: int) -> int:  # convolutions, shortcuts, BatchNorms and the linear layer, stage by stage
+        convs = 27 * w + 9 * w * w * (4 + (2 + 3 * 4) + (8 + 3 * 16) + (32 + 3 * 64))
+        shortcuts = w * w * (2 + 8 + 32)
+        norms = 2 * w * (4 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8) + 8)
+        return convs + shortcuts + norms + 80 * w + 10
+
+    assert count("preact_resnet18") == preact(64) == 11_172_170
+    assert count("preact_resnet18", width=16) == preact(16) == 701_018
+    assert count("small_cnn") == 320 + 9_248 + 18_496 + 36_928 + 205_000 + 40_200 + 2_010 == 312_202
+    assert count("digits_net") == 288 + 64 + 18_432 + 128 + 131_200 + 1_290 == 151_402
+
+
+def test_preact_resnet_has_the_usual_names():
+    keys = set(models.build("preact_resnet18", num_classes=10, in_channels=3, normalize=False).state_dict())
+    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    expected = {"conv1.weight", "linear.weight", "linear.bias"} | {f"bn.{part}" for part in norm}
+    for stage in range(1, 5):
+        for block in range(2):
+            prefix = f"layer{stage}.{block}"
+            expected |= {f"{prefix}.conv{i}.weight" for i in (1, 2)}
+            expected |= {f"{prefix}.bn{i}.{part}" for i in (1, 2) for part in norm}
+        if stage > 1:
+            expected.add(f"layer{stage}.0.shortcut.0.weight")
+    assert keys == expected
+
+
+def test_small_cnn_is_that_of_trades():
+    torch.manual_seed(0)
+    model = models.build("small_cnn", num_classes=10, in_channels=1)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")}
+    assert shapes == {
+        "feature_extractor.conv1.weight": (32, 1, 3, 3),
+        "feature_extractor.conv2.weight": (32, 32, 3, 3),
+        "feature_extractor.conv3.weight": (64, 32, 3, 3),
+        "feature_extractor.conv4.weight": (64, 64, 3, 3),
+        "classifier.fc1.weight": (200, 1024),
+        "classifier.fc2.weight": (200, 200),
+        "classifier.fc3.weight": (10, 200),
+    }
+    # Kaiming's normal distribution, zero biases, zero last layer
+    for conv in model.feature_extractor.values():
+        assert not conv.bias.any()
+    last = model.feature_extractor["conv4"].weight.flatten()
+    assert abs(last.std().item() / (2 / 576) ** 0.5 - 1) < 0.02
+    assert abs(last.pow(4).mean().item() / last.var().item() ** 2 - 3) < 0.2  # a uniform one would have 1.8
+    assert not model(batch("small_cnn")).any()
+    # dropout sits between the fully connected layers
+    model = make("small_cnn")
+    x = batch("small_cnn")
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_preact_blocks_compute_what_they_say():
+    """Against the definition, block by block: pre-activation, shortcut from the activated input where shapes change."""
+    model = make("preact_resnet18").eval()
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():  # BatchNorms that do something, so that their order matters
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+
+    x = batch("preact_resnet18")
+    w = model.state_dict()
+
+    def bn_relu(name: str, h: torch.Tensor) -> torch.Tensor:
+        mean, var, gain, bias = (
+            w[f"{name}.{p}"].view(1, -1, 1, 1) for p in ("running_mean", "running_var", "weight", "bias")
+        )
+        return ((h - mean) / (var + 1e-5).sqrt() * gain + bias).clamp_min(0)
+
+    h = (x - torch.tensor(models.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(models.CIFAR10_STD).view(3, 1, 1)
+    h = F.conv2d(h, w["conv1.weight"], padding=1)
+    for stage in range(1, 5):
+        for block in range(2):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            a = bn_relu(f"{name}.bn1", h)
+            short = F.conv2d(a, w[f"{name}.shortcut.0.weight"], stride=2) if stride == 2 else h
+            h = F.conv2d(a, w[f"{name}.conv1.weight"], stride=stride, padding=1)
+            h = F.conv2d(bn_relu(f"{name}.bn2", h), w[f"{name}.conv2.weight"], padding=1) + short
+    features = bn_relu("bn", h).mean((2, 3))
+    torch.testing.assert_close(model.features(x), features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), features @ w["linear.weight"].T + w["linear.bias"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("train", [False, True])
+def test_double_backward(name: str, train: bool):
+    """The parameter gradient of a penalty on the input gradient, against a difference quotient in float64."""
+    model = make(name, width=2).double().train(train)
+    x = batch(name, n=2, size=16 if name == "preact_resnet18" else None).double().requires_grad_()
+    y = torch.tensor([1, 3])
+
+    def penalty() -> torch.Tensor:
+        torch.manual_seed(7)  # the same dropout mask each time
+        loss = F.cross_entropy(model(x), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return gradient.square().sum()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True)
+    assert sum(g is not None and bool(g.any()) for g in gradients) > len(parameters) / 2
+
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True) if g is not None)
+    h = 1e-7  # small enough that no ReLU or pool switches between the two points
+
+    def shifted(by: float) -> torch.Tensor:
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=by)
+        return penalty().detach()
+
+    difference = (shifted(h) - shifted(-2 * h)) / (2 * h)
+    torch.testing.assert_close(slope, difference, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_channels_last_and_bf16(name: str, device: torch.device):
+    model, x = make(name, width=8).to(device).eval(), batch(name).to(device)
+    plain = model(x)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        low = model(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.05 * plain.abs().max().item())
+    model = model.to(memory_format=torch.channels_last)
+    last = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    logits = model(last)
+    torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)
+    (gradient,) = torch.autograd.grad(logits.sum(), last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    half = model.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain, rtol=0.1, atol=0.1 * plain.abs().max().item())
+
+
+def test_normalisation_is_inside():
+    x = batch("preact_resnet18", size=8)
+    model = make("preact_resnet18").eval()
+    bare = make("preact_resnet18", normalize=False).eval()  # the same initialisation
+    assert bare.normalize is None and make("small_cnn").normalize is None and make("digits_net").normalize is None
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    normalised = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    torch.testing.assert_close(model(x), bare(normalised), rtol=1e-4, atol=1e-4)
+    assert {"normalize.mean", "normalize.std"} == set(model.state_dict()) - set(bare.state_dict())
+    assert not any(name.startswith("normalize") for name, _ in model.named_parameters())
+
+    own = make("digits_net", normalize=([0.5], [0.25])).eval()
+    torch.testing.assert_close(own(batch("digits_net")), make("digits_net").eval()((batch("digits_net") - 0.5) / 0.25))
+    with pytest.raises(ValueError, match="got 3 means, expected one for each of 1 channels"):
+        make("digits_net", normalize=(mean, std))
+    for bad in ([1.0, 0.0, 1.0], [1.0]):
+        with pytest.raises(ValueError, match="std must be positive and as many as mean"):
+            Normalize(mean, bad)
+
+
+def test_names_and_defaults():
+    for dataset, model in DATASETS.items():
+        assert models.default_for(dataset) == model
+    with pytest.raises(ValueError, match="name: nothing known as 'resnet18'; the nearest is 'preact_resnet18'"):
+        models.build("resnet18", num_classes=10, in_channels=3)
+    with pytest.raises(ValueError, match="dataset: nothing known as 'cifar'; the nearest is 'cifar10'"):
+        models.default_for("cifar")
+
+
+def test_bad_sizes_are_refused():
+    for width in (0, -1, 2.5, True, "64"):
+        with pytest.raises(ValueError, match=f"width must be a positive integer, got {width!r}; None takes"):
+            make("preact_resnet18", width=width)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_classes must be a positive integer, got 0"):
+        make("digits_net", num_classes=0)
+    for name, x in (
+        ("small_cnn", batch("digits_net")),
+        ("digits_net", batch("small_cnn")),
+        ("preact_resnet18", batch("small_cnn")),
+        ("preact_resnet18", batch("preact_resnet18")[0]),
+    ):
+        with pytest.raises(ValueError, match=r"x must be \[B, \d, \w+, \w+\] for \w+, got "):
+            make(name)(x)
+
+
+def test_seed_rules_the_initialisation():
+    for name in SIZES:
+        first, again = make(name).state_dict(), make(name).state_dict()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_digits_net_learns():
+    """Bright upper or lower half, with noise: 30 steps are enough, or something in the network is broken."""
+    torch.manual_seed(0)
+    y = torch.arange(64) % 2
+    x = 0.5 * torch.rand(64, 1, 8, 8)
+    x[y == 0, :, :4] += 0.3
+    x[y == 1, :, 4:] += 0.3
+    model = models.build("digits_net", num_classes=2, in_channels=1, width=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert (model.eval()(x).argmax(1) == y).all()
