@@ -32,25 +32,43 @@ template <class To, class From> ATLAS_HD To bit_cast(From from) {
   return to;
 }
 
-// The conversions are branch-free (selects only), so that loops over them vectorise. To 16 bits: nearest, ties to even.
+// To 16 bits: nearest, ties to even. Branch-free (selects only), so that loops over them vectorise; a GPU has
+// instructions that do the same.
 ATLAS_HD float to_float(bfloat16_t v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
 
 ATLAS_HD bfloat16_t to_bfloat16(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t rounded_by_hardware;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded_by_hardware) : "f"(v));
+  return {rounded_by_hardware};
+#else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+#endif
 }
 
 ATLAS_HD float to_float(half_t v) {
+#if defined(__CUDA_ARCH__)
+  float exact;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(exact) : "h"(v.bits));
+  return exact;
+#else
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, magnitude = v.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + 0x38000000u;  // exponent bias 15 -> 127
   const uint32_t special = normal + 0x38000000u;            // inf and NaN keep an all-ones exponent
   const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
   const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
   return bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : finite));
+#endif
 }
 
 ATLAS_HD half_t to_half(float v) {
+#if defined(__CUDA_ARCH__)
+  uint16_t rounded_by_hardware;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded_by_hardware) : "f"(v));
+  return {rounded_by_hardware};
+#else
   const uint32_t bits = bit_cast<uint32_t>(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Adding 0.5 lines the last bit up with 2^-24, the spacing of half's subnormals: the addition itself rounds.
@@ -58,6 +76,7 @@ ATLAS_HD half_t to_half(float v) {
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return {uint16_t(sign | (magnitude >= 0x47800000u ? large : finite))};
+#endif
 }
 
 template <class To, class From> struct convert_to;

@@ -1,0 +1,211 @@
+"""The operators on the CUDA kernels, which g++ compiled for the CPU: tests/test_cuda_on_host.py runs this file in a
+process of its own, under sanitizers. The reference backend says what is right, to the bit."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import random
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atlas_kernels as ak
+from atlas_kernels.backends import native
+from atlas_kernels.backends.native import perturb as native_perturb
+from cases import SHAPES, problem, same_bits, to_layout
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]
+PATH = os.environ["ATLAS_CUDA_ON_HOST"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
+    native.core().load_cuda(PATH)
+    original = native_perturb.where
+    native_perturb.where = lambda device: (0, 1, 0)
+    yield ctypes.CDLL(PATH)
+    native_perturb.where = original
+
+
+def unaligned(t: torch.Tensor) -> torch.Tensor:
+    """The same tensor one element further in memory than any allocator would put it."""
+    strides = t.stride()
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].as_strided(t.shape, strides).copy_(t)
+
+
+def check(adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, key, count=2, out_dtype=None, out_layout="c", **options):
+    """All four operators, into results of every kind, against the reference."""
+    noise = {"key": key, "ids": options.pop("ids", None), "draw": 3}
+    stepping = {name: options.pop(name) for name in ("active", "descend") if name in options}
+    project = options.pop("project", False)
+    ball = {"x": x, "eps": eps} if project else {}
+
+    def run():
+        cast = to_layout(torch.empty_like(adv, dtype=out_dtype or adv.dtype), out_layout == "l")
+        many = torch.empty((count + 2) * adv.shape[0], *adv.shape[1:], dtype=out_dtype or adv.dtype)
+        many = to_layout(many, out_layout == "l")
+        moved = adv.clone()
+        return {
+            "start": ak.random_start(x, eps, **noise, **options),
+            "step": ak.pgd_step(adv, grad, x, eps, step, cast=cast, **stepping, **options),
+            "cast": cast,
+            "step in place": ak.pgd_step(moved, grad, x, eps, step, out=moved, **stepping, **options),
+            "neighbours": ak.sample_neighbours(adv, radius, count, **ball, **noise, **options),
+            "both": ak.pgd_step_neighbours(
+                adv, grad, x, eps, step, radius, count, project=project, out=many, **noise, **stepping, **options
+            ),
+            "both without x": ak.pgd_step_neighbours(
+                adv, grad, x, eps, step, radius, count, include_x=False, **noise, **stepping, **options
+            ),
+        }
+
+    got = run()
+    with ak.backend("reference"):
+        expected = run()
+    for name, t in got.items():
+        assert same_bits(t, expected[name]), name
+
+
+KEY = torch.tensor([-(2**62) - 12345, 2**33 + 7])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 3, 8, 12), (130, 1, 4, 4), (3, 3, 2, 2)], ids=str)
+def test_shapes_and_dtypes(shape, dtype):
+    check(*problem(shape, dtype=dtype, special=True), key=KEY)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8, 8), (2, 5, 7, 3), (2, 4, 4, 4), (3, 3, 3, 5)], ids=str)
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("out_layout", ["c", "l"])
+def test_layouts(shape, out_layout, out_dtype):
+    for layouts in LAYOUTS:
+        inputs = problem(shape, layouts=layouts, special=True)
+        check(*inputs, key=KEY, out_dtype=out_dtype, out_layout=out_layout, project=out_layout == "l")
+
+
+@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dtype_pairs(dtype, grad_dtype):
+    for layouts, out_dtype in itertools.product(("ccc", "clc", "lll"), FLOATS):
+        inputs = problem((2, 3, 4, 6), dtype=dtype, grad_dtype=grad_dtype, layouts=layouts, special=True)
+        check(*inputs, key=KEY, out_dtype=out_dtype, count=1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_tiny_fp64_gradients(dtype):
+    """Far below the smallest fp32 number: their direction counts all the same."""
+    for layouts in ("ccc", "clc"):
+        adv, grad, x = problem((2, 3, 4, 4), dtype=dtype, grad_dtype=torch.float64, layouts=layouts)
+        check(adv, grad * 1e-300, x, key=KEY)
+
+
+@pytest.mark.parametrize("layouts", ["ccc", "lll", "clc", "llc"])
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (4, 3, 3, 3), (3, 5, 2, 2)], ids=str)
+def test_per_sample_and_per_channel(shape, layouts):
+    batch, channels = shape[:2]
+    g = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        adv, grad, x = problem(shape, layouts=layouts, dtype=dtype)
+        rows = [torch.rand(batch, generator=g) * 0.2 for _ in range(3)]
+        low, high = torch.rand(channels, generator=g) * 0.3, 1 - torch.rand(channels, generator=g) * 0.3
+        active = torch.rand(batch, generator=g) < 0.5
+        ids = torch.randint(-(2**62), 2**62, (batch,), generator=g)
+        for options in itertools.product(
+            ({}, {"active": active}), ({}, {"ids": ids}), ({}, {"clip_min": low}, {"clip_min": low, "clip_max": high})
+        ):
+            merged = {name: value for part in options for name, value in part.items()}
+            check(adv, grad, x, *rows, key=KEY, descend=bool(active[0]), project=bool(active[1]), **merged)
+            check(adv, grad, x, key=KEY, **merged)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layouts", ["ccc", "lll", "cll"])
+def test_unaligned(layouts, dtype):
+    inputs = problem((3, 3, 4, 4), layouts=layouts, dtype=dtype)
+    for mask in itertools.product((False, True), repeat=3):
+        check(*(unaligned(t) if shift else t for t, shift in zip(inputs, mask, strict=True)), key=KEY)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_anything(data):
+    draw = data.draw
+    ndim = draw(st.integers(1, 5))
+    shape = tuple(draw(st.integers(0 if i == 0 else 1, 7)) for i in range(ndim))
+    inputs = problem(
+        shape, dtype=draw(st.sampled_from(FLOATS)), grad_dtype=draw(st.sampled_from(FLOATS)),
+        layouts=draw(st.sampled_from(LAYOUTS)), special=draw(st.booleans()), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+    if shape[0] and draw(st.booleans()):
+        inputs = tuple(map(unaligned, inputs))
+    number = st.sampled_from([0.0, 1e-45, 0.03, 0.1, 2.0, *([float("inf")] if draw(st.booleans()) else [])])
+    key = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), 0])
+    check(
+        *inputs, draw(number), draw(number), draw(number), key=key,
+        count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
+        out_dtype=draw(st.sampled_from(FLOATS)), out_layout=draw(st.sampled_from("cl")),
+    )  # fmt: skip
+
+
+def test_nothing_is_launched_for_nothing(library):
+    adv, grad, x = problem((2, 3, 4, 4))
+    ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    before = ran(library)
+    check(*problem((0, 3, 4, 4)), key=KEY)
+    assert ran(library) == before
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_device_of_the_call_and_back(library, monkeypatch, device):
+    monkeypatch.setattr(native_perturb, "where", lambda _: (device, 1, 0))
+    check(*problem((2, 3, 4, 4)), key=KEY)
+    assert library.on_host_launched_on() == device and library.on_host_device() == 0
+
+
+def test_errors_are_reported_and_cleared(library, monkeypatch):
+    adv, grad, x = problem((2, 3, 4, 4))
+    monkeypatch.setattr(native_perturb, "where", lambda _: (7, 1, 0))
+    with pytest.raises(RuntimeError, match="invalid device"):
+        ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    assert library.on_host_last_error() == 0 and library.on_host_device() == 0
+
+
+def test_places_in_batches_beyond_32_bits(library):
+    """Where units lie, against Python's integers."""
+    library.on_host_locate.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
+    numbers, at = random.Random(0), (ctypes.c_int64 * 5)()
+    sizes = [(2**21, 3, 224 * 224), (1, 1, 2**36), (3, 7, 2**31 + 1), (2**33, 1, 1), (5, 2**20, 49), (2, 2**30, 2**20)]
+    for (batch, channels, pixels), plane_major in itertools.product(sizes, (False, True)):
+        groups = -(-pixels // 4)
+        units = batch * channels * groups
+        for unit in [0, units - 1, units // 2, *(numbers.randrange(units) for _ in range(200))]:
+            sample, rest = divmod(unit, channels * groups)
+            channel, group = divmod(rest, groups) if plane_major else divmod(rest, channels)[::-1]
+            library.on_host_locate(batch, channels, pixels, plane_major, unit, at)
+            assert list(at) == [
+                sample, channel, min(4, pixels - 4 * group), (sample * channels + channel) * pixels + 4 * group,
+                (sample * pixels + 4 * group) * channels + channel,
+            ]  # fmt: skip
+
+
+def ran(library) -> set[int]:
+    addresses = (ctypes.c_size_t * 1000)()
+    library.on_host_ran.restype = ctypes.c_size_t
+    library.on_host_ran.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return set(addresses[: library.on_host_ran(addresses, len(addresses))])
+
+
+def test_zzz_every_kernel_ran(library):
+    """Last in this file: no kernel in the library is one that the tests above have never run."""
+    symbols = subprocess.run(["nm", "-C", PATH], capture_output=True, text=True, check=True).stdout
+    kernels = [line.split(maxsplit=2) for line in symbols.splitlines() if "_kernel<" in line]
+    assert kernels
+    assert not {name for address, _, name in kernels if int(address, 16) not in ran(library)}

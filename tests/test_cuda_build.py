@@ -1,0 +1,168 @@
+"""The CUDA library without a GPU: no warning in the build, machine code as it was meant, and it loads anywhere."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHS = ("80", "90")
+STRICT = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+
+
+def nvcc() -> str:
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    found = next((str(p) for h in homes if h and (p := Path(h, "bin", "nvcc")).exists()), None) or shutil.which("nvcc")
+    if found is None:
+        pytest.skip("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
+    return found
+
+
+def cuobjdump() -> str:
+    """The disassembler, which toolkits may leave out, but Triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    packages = (triton and triton.submodule_search_locations) or []
+    folders = [Path(nvcc()).resolve().parent, *(Path(p, "backends", "nvidia", "bin") for p in packages)]
+    found = next((str(p) for f in folders if (p := f / "cuobjdump").exists()), None) or shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("cuobjdump was found neither beside nvcc nor in the triton package")
+    return found
+
+
+def project_flags() -> list[str]:
+    """NVCC_FLAGS of setup.py, which cannot be imported: it would start a build."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
+            return ast.literal_eval(node.value).split()
+    raise AssertionError("setup.py no longer has NVCC_FLAGS")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Each .cu file's object and what the assembler said of it."""
+    folder, compiler, flags = tmp_path_factory.mktemp("cuda"), nvcc(), project_flags()
+    for arch in ARCHS:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    flags += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
+    objects = {}
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = folder / f"{source.stem}.o"
+        command = [compiler, *flags, *STRICT, "-c", str(source), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        objects[source.stem] = target, result.stderr
+    return objects
+
+
+@pytest.fixture(scope="module")
+def library(built: dict[str, tuple[Path, str]]) -> Path:
+    objects = [str(path) for path, _ in built.values()]
+    target = Path(objects[0]).parent / "libatlas_cuda.so"
+    subprocess.run([nvcc(), "-shared", "-cudart", "static", *objects, "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str], list[str]]:
+    """The operations of every kernel, in order, by (stem, architecture, mangled name)."""
+    code: dict[tuple[str, str, str], list[str]] = {}
+    for stem, (path, _) in built.items():
+        listing = subprocess.run([cuobjdump(), "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+        arch, operations = "", []
+        for line in listing.splitlines():
+            if found := re.search(r"arch = (sm_\d+)", line):
+                arch = found[1]
+            elif found := re.search(r"Function : (\S+)", line):
+                operations = code.setdefault((stem, arch, found[1]), [])
+            elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+                operations.append(found[1])
+    return code
+
+
+def test_every_file_compiles_without_a_warning(built):
+    assert {"perturb", "runtime"} <= built.keys()
+
+
+def test_nothing_is_spilled(built):
+    properties = r"for '(sm_\d+)'\n.*Function properties for (\S+)\n\s+(.*bytes stack frame.*)"
+    for stem, (_, said) in built.items():
+        kernels = re.findall(properties, said)
+        assert len(kernels) == said.count("Compiling entry function")
+        assert {arch for arch, _, _ in kernels} == ({f"sm_{a}" for a in ARCHS} if stem != "runtime" else set())
+        for arch, name, found in kernels:
+            assert found == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", (arch, name)
+
+
+def perturb_kernels(machine_code: dict[tuple[str, str, str], list[str]], arch: str) -> dict[str, list[str]]:
+    return {name: code for (stem, at, name), code in machine_code.items() if (stem, at) == ("perturb", f"sm_{arch}")}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_vector_kernels_access_128_bits(machine_code, arch):
+    kernels = {name: code for name, code in perturb_kernels(machine_code, arch).items() if "Vectors" in name}
+    assert len(kernels) == 4
+    for name, code in kernels.items():
+        assert any(op.startswith("LDG.") and op.endswith(".128") for op in code), name
+        assert any(op.startswith("STG.") and op.endswith(".128") for op in code), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_steps_are_not_contracted(machine_code, arch):
+    """adv + step * sign and adv + radius * noise round twice, as on every backend."""
+    kernels = perturb_kernels(machine_code, arch)
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        families = {op.split(".")[0] for op in code}
+        assert families >= ({"DMUL", "DADD"} if "SinglesId" in name else {"FMUL", "FADD"})
+        assert not families & {"FFMA", "DFMA"}, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_vector_kernels_load_before_they_compute(machine_code, arch):
+    """Up to the last load of images no arithmetic waits for an earlier one: all tensors are under way at once."""
+    for name, code in perturb_kernels(machine_code, arch).items():
+        if "Vectors" in name:
+            last_load = max(i for i, op in enumerate(code) if op.startswith("LDG.") and op.endswith(".128"))
+            arithmetic = [i for i, op in enumerate(code) if op.split(".")[0] in ("FADD", "FMUL", "FSET")]
+            assert last_load < min(arithmetic), name
+
+
+def test_library_needs_nothing_of_cuda_or_torch(library):
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf was not found")
+    dynamic = subprocess.run([readelf, "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"NEEDED.*(cuda|nvrtc|torch|c10)", dynamic)
+
+
+def test_library_fails_cleanly_without_a_driver(library):
+    """It loads, says that there is no driver, and a launch is an error with CUDA's own text."""
+    built, driver, devices = ctypes.c_int(-1), ctypes.c_int(-1), ctypes.c_int(-1)
+    cuda = ctypes.CDLL(str(library))
+    status = cuda.atlas_cuda_runtime(ctypes.byref(built), ctypes.byref(driver), ctypes.byref(devices))
+    assert built.value >= 11000
+    if driver.value:
+        pytest.skip("this machine has a CUDA driver")
+    assert status > 0 and driver.value == 0 and devices.value == 0
+    # In a process of its own: a process has one CUDA library, and this is not the installed one.
+    script = f"""
+import torch
+from atlas_kernels.backends import native
+from atlas_kernels.backends.native import perturb
+native.core().load_cuda({str(library)!r})
+assert native.core().cuda_runtime()[1:3] == (0, 0)
+perturb.where = lambda device: (0, 1, 0)
+x = torch.rand(2, 3, 4, 4)
+torch.ops.atlas_kernels.pgd_step(x, x, x, 0.1, None, 0.1, None, 0.0, None, 1.0, None, False, None, x.clone(), None)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "RuntimeError: atlas_perturb: CUDA: CUDA driver version" in result.stderr
