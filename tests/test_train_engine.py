@@ -536,6 +536,21 @@ def test_defaults_are_filled_in_and_never_override(name: str) -> None:
     )
 
 
+def test_shares_of_eps_are_for_one_step_methods_and_never_override() -> None:
+    data = dataclasses.replace(splits(), name="mnist", eps=0.3)
+
+    def atlas(**settings: Any) -> dict[str, Any]:
+        config = resolved(TrainConfig(dataset="mnist", **settings), data)
+        assert resolved(config, data) == config
+        return config.hyper_of("atlas")
+
+    assert atlas() == pytest.approx({"step_size": 0.2, "radius": 0.3})
+    assert atlas(eps=0.15, hyper={"radius": 0.01}) == pytest.approx({"step_size": 0.1, "radius": 0.01})
+    assert atlas(hyper={"steps": 10}) == {"steps": 10}
+    assert atlas(method="standard", beside=("atlas",)) == pytest.approx({"step_size": 0.2, "radius": 0.3})
+    assert atlas(method="standard") == {}
+
+
 # --- reports
 
 
