@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.native import advise_huge_pages
 from .checks import (
     per_channel,
     per_sample,
@@ -71,7 +72,7 @@ def random_start(
     if _needs_grad(x, radius[1]):
         _refuse_out(out)
         return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)
-    out = torch.empty_like(x) if out is None else _checked(out, x.shape, x, x.dtype)
+    out = _like(x) if out is None else _checked(out, x.shape, x, x.dtype)
     _random_start(x, *radius, *bounds, *noise, out)
     return out
 
@@ -119,7 +120,7 @@ def pgd_step(
     if _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
-    out = torch.empty_like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
+    out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
     return out
 
@@ -269,10 +270,15 @@ def _checked(out: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype
     return out
 
 
+def _like(t: Tensor) -> Tensor:
+    """A new tensor in the shape, dtype and layout of ``t``."""
+    return advise_huge_pages(torch.empty_like(t))
+
+
 def _stacked(shape: Sequence[int], like: Tensor) -> Tensor:
     """A new tensor of several batches in the dtype and layout of ``like``."""
     layout = torch.channels_last if is_channels_last(like) and like.ndim == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return advise_huge_pages(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
 
 
 def _over(values: Tensor, per_row: Tensor | None) -> Tensor | None:
@@ -313,7 +319,7 @@ class _PGDStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, adv, x, eps_rows, step_rows, grad, eps, step_size, bounds, descend, active):  # type: ignore[no-untyped-def]
-        out = torch.empty_like(adv)
+        out = _like(adv)
         _pgd_step(adv, grad, x, eps, eps_rows, step_size, step_rows, *bounds, descend, active, out, None)
         ctx.save_for_backward(adv, x, eps_rows, step_rows, grad, active)
         ctx.rest = eps, step_size, bounds, descend

@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 
 #ifndef ATLAS_BUILD_NOTES
 #define ATLAS_BUILD_NOTES ""
@@ -84,6 +85,7 @@ void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uin
 
 PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
+  m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);
   m.def("best_isa", [] { return int(atlas::cpu::best_isa()); });

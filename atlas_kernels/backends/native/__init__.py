@@ -8,15 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 CUDA_LIBRARY = Path(__file__).resolve().parents[2] / "libatlas_cuda.so"
+_HUGE = 4 << 20  # two huge pages, of which one at least is aligned
 ISAS = ("baseline", "v3", "v4")
 
 
 @lru_cache(maxsize=1)
 def core() -> ModuleType:
     """The compiled CPU core. Raises ``ImportError`` with the remedy if it was not built for this Python."""
-    import torch  # noqa: F401  # first, so that the core binds to the OpenMP runtime that torch has loaded
-
+    # torch was imported above, first: so the core binds to the OpenMP runtime that torch has loaded.
     try:
         module = importlib.import_module("atlas_kernels._C")
     except ImportError as error:
@@ -40,6 +42,15 @@ def force_isa(name: str, module: ModuleType | None = None) -> None:
         raise ValueError(f"ATLAS_ISA={name!r} is unknown: choose from {', '.join(ISAS)}")
     if not module.force_isa(ISAS.index(name)):
         raise ValueError(f"ATLAS_ISA={name!r}: this machine runs at most {ISAS[module.best_isa()]!r}")
+
+
+def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
+    """``t``, just allocated; if it is a large CPU tensor, with huge pages under it where the system has them."""
+    if t.nbytes < _HUGE or not t.is_cpu or torch.compiler.is_compiling() or type(t) is not torch.Tensor:
+        return t
+    if unavailable_reason("cpu") is None:
+        core().advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def available_isas() -> tuple[str, ...]:
