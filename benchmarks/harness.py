@@ -1,6 +1,6 @@
 """How a row is measured: every contender in one process, in turn, medians; bytes from a written model beside the time.
 
-On the CPU a measurement repeats a call for at least a millisecond, caches warm as in a training step. On CUDA each call
+On the CPU a measurement repeats a call for about five milliseconds, caches warm as in training. On CUDA each call
 is timed by events with a cold L2 (a buffer larger than L2 is written in between).
 """
 
@@ -64,7 +64,7 @@ def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = ROUN
         start = time.perf_counter()
         call()
         _synchronise(device)
-        repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+        repeats[name] = max(1, int(5e-3 / max(time.perf_counter() - start, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

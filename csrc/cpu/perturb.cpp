@@ -59,7 +59,7 @@ template <class T> struct Body {
     if (job.streaming) finish_streaming();
   }
 
-  // One call each of load (of images, of a gradient) and store: they are long once inlined for every dtype and order.
+  // Few calls of load and store: they are long once inlined for every dtype and order.
   static ATLAS_HD void run_tile(const Job& job, const Place& at) {
     const AtlasPerturb& p = job.p;
     const T step = at_row<T>(p.step_size, at.sample);
@@ -74,15 +74,16 @@ template <class T> struct Body {
     if (p.grad.data && (!p.active || p.active[at.sample])) adv = step_tile(job, at, row, adv, x, buffers[0]);
 
     for (int64_t i = 0; i < job.copies + p.count; ++i) {
-      const int64_t k = i - job.copies;
-      const AtlasImages& out = k < 0 ? job.copy[i].to : p.out_z;
-      const T* tile = k < 0 ? (job.copy[i].of_x ? x : adv) : z;
-      Place to = at;
-      if (k >= 0) {
-        neighbour_tile(job, at, row, k, z, adv, x);
-        to.sample += k * p.batch;
+      if (i < job.copies) {
+        store(job.copy[i].to, job.shape, at, job.copy[i].of_x ? x : adv, job.streaming);
+        continue;
       }
-      store(out, job.shape, to, tile, job.streaming);
+      const int64_t k = i - job.copies;
+      Place to = at;
+      to.sample += k * p.batch;
+      T* tile = in_place_of(p.out_z, job.shape, to, z, job.streaming);
+      neighbour_tile(job, at, row, k, tile, adv, x);
+      store(p.out_z, job.shape, to, tile, job.streaming);
     }
   }
 
@@ -90,10 +91,8 @@ template <class T> struct Body {
                                      const T* x, T* buffer) {
     alignas(64) T sign_tile[kTile];
     const T* grad = load<T, SignOf<T>>(job.p.grad, job.shape, at, sign_tile);
-    // Straight into the result where that is possible: always so when tiles are longer than a buffer (see plan()).
-    const AtlasImages& out = job.p.out_adv;
-    T* to = out.data && is_direct<T>(out) && !job.streaming ? static_cast<T*>(out.data) + job.shape.offset(at, false)
-                                                            : buffer;
+    // Always in place when tiles are longer than a buffer (see plan()).
+    T* to = in_place_of(job.p.out_adv, job.shape, at, buffer, job.streaming);
     ATLAS_IVDEP for (int64_t i = 0; i < at.size; ++i) to[i] = pgd_step(adv[i], sign<T>(grad[i]), x[i], row);
     return to;
   }

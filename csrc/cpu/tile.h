@@ -98,6 +98,13 @@ ATLAS_HD void store(const AtlasImages& images, PlaneShape shape, const Place& at
   }
 }
 
+// Where to compute a tile of a result: in the result itself where that is possible, else in `buffer`, for store().
+template <class T>
+ATLAS_HD T* in_place_of(const AtlasImages& images, PlaneShape shape, const Place& at, T* buffer, bool streaming) {
+  if (!images.data || !is_direct<T>(images) || streaming) return buffer;
+  return static_cast<T*>(images.data) + shape.offset(at, false);
+}
+
 // Results larger than the last-level cache are streamed: nobody finds them there anyway.
 bool outgrows_cache(int64_t bytes);
 
