@@ -48,22 +48,9 @@ def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, 
 
 
 def pgd_step(
-    adv,
-    grad,
-    x,
-    eps,
-    eps_rows,
-    step_size,
-    step_rows,
-    clip_min,
-    min_rows,
-    clip_max,
-    max_rows,
-    descend,
-    active,
-    out,
-    cast,
-):
+    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
+    out, cast,
+):  # fmt: skip
     require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
     if cast is not None:
         require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
@@ -84,29 +71,9 @@ def sample_neighbours(
 
 
 def pgd_step_neighbours(
-    adv,
-    grad,
-    x,
-    eps,
-    eps_rows,
-    step_size,
-    step_rows,
-    radius,
-    radius_rows,
-    count,
-    project,
-    include_x,
-    clip_min,
-    min_rows,
-    clip_max,
-    max_rows,
-    descend,
-    active,
-    key,
-    ids,
-    draw,
-    out,
-):
+    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x, clip_min,
+    min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
+):  # fmt: skip
     batch, first = adv.shape[0], int(include_x)
     if out.shape[0] != (first + 1 + count) * batch:
         raise DoorError(f"out has {out.shape[0]} rows, expected {(first + 1 + count) * batch}")

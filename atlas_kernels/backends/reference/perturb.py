@@ -61,22 +61,9 @@ def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, 
 
 @torch.no_grad()
 def pgd_step(
-    adv,
-    grad,
-    x,
-    eps,
-    eps_rows,
-    step_size,
-    step_rows,
-    clip_min,
-    min_rows,
-    clip_max,
-    max_rows,
-    descend,
-    active,
-    out,
-    cast,
-):
+    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
+    out, cast,
+):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
     out.copy_(moved)
@@ -96,29 +83,9 @@ def sample_neighbours(
 
 @torch.no_grad()
 def pgd_step_neighbours(
-    adv,
-    grad,
-    x,
-    eps,
-    eps_rows,
-    step_size,
-    step_rows,
-    radius,
-    radius_rows,
-    count,
-    project,
-    include_x,
-    clip_min,
-    min_rows,
-    clip_max,
-    max_rows,
-    descend,
-    active,
-    key,
-    ids,
-    draw,
-    out,
-):
+    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x, clip_min,
+    min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
+):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
     ball = x if project else None
