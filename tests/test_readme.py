@@ -1,0 +1,25 @@
+"""README's example runs as printed, and learns."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def test_example_trains_a_model():
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    y = torch.arange(64) % 2
+    x = 0.4 * torch.rand(64, 3, 4, 4) + 0.6 * y.view(-1, 1, 1, 1)
+    names = {
+        "model": model,
+        "loader": [(x, y)] * 60,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
+    }
+    exec(compile(example, "README.md", "exec"), names)
+    assert (model(x).argmax(1) == y).float().mean() > 0.95
+    assert names["images"].shape == (3 * 64, 3, 4, 4)
