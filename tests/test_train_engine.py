@@ -224,6 +224,7 @@ def test_every_epoch_is_a_new_order_of_all_images(monkeypatch: pytest.MonkeyPatc
 def test_a_collapse_under_pgd_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.45, 0.5, 0.3, 0.05])
     monkeypatch.setattr(watch, "probe", lambda run: next(accuracies))
+    monkeypatch.setattr(watch, "PROBE_GAP", 1.0)  # the other sign, tested below
     lines = Lines()
     run = engine.train(TrainConfig(**TINY), splits=splits(), display=lines)
     assert [row["probe"] for row in run.history] == [0.45, 0.5, 0.3, 0.05]
@@ -236,6 +237,15 @@ def test_a_collapse_under_pgd_is_announced(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_alarm_needs_a_drop_of_20_points_and_by_half(now: float, before: list[float], alarm: bool) -> None:
     assert watch.overfits(now, before) == alarm
+
+
+def test_the_alarm_sees_a_method_that_fits_its_own_attack_only() -> None:
+    healthy, masked = {"adv": 0.9, "probe": 0.6}, {"adv": 0.95, "probe": 0.5}
+    assert watch.collapse(masked, [healthy]) == "is 50 %, but 95 % under the method's own attack,"
+    assert watch.collapse(masked, []) is not None
+    assert watch.collapse(masked, [healthy, masked]) is None  # said once
+    assert watch.collapse(healthy, [healthy]) is None
+    assert watch.collapse({"probe": 0.1}, [{"probe": 0.2}]) is None  # a method that logs no adversarial accuracy
 
 
 def test_the_probe_is_pgd_accuracy_of_fixed_images_and_draws_nothing() -> None:

@@ -16,7 +16,7 @@ from .noise import noise_keys
 from .run import Run
 
 VAL_SIZE, VAL_STEPS, PROBE_STEPS = 500, 10, 5
-PROBE_DROP, PROBE_WINDOW = 0.2, 5
+PROBE_DROP, PROBE_WINDOW, PROBE_GAP = 0.2, 5, 0.4
 
 
 def watch(run: Run, row: dict[str, Any], display: progress.Display) -> None:
@@ -30,18 +30,32 @@ def watch(run: Run, row: dict[str, Any], display: progress.Display) -> None:
         )
         row |= {"test_clean": seen.clean, "test_pgd": seen.pgd}
     display.epoch(row)
-    before = [past["probe"] for past in run.history[-PROBE_WINDOW:] if past.get("probe") is not None]
-    if row["probe"] is not None and overfits(row["probe"], before):
+    if row["probe"] is not None and (sign := collapse(row, run.history)):
         display.say(
-            f"WARNING: PGD-{PROBE_STEPS} accuracy on the same training images fell from {100 * max(before):.0f} % to "
-            f"{100 * row['probe']:.0f} % in epoch {run.epoch}: catastrophic overfitting. Try more attack steps, a "
-            "smaller step_size or eps, fewer epochs, or a term that keeps the loss smooth (atlas)"
+            f"WARNING: PGD-{PROBE_STEPS} accuracy on the same training images {sign} in epoch {run.epoch}: "
+            "catastrophic overfitting. Try more attack steps, a smaller step_size or eps, fewer epochs, or a term that "
+            "keeps the loss smooth (atlas)"
         )
+
+
+def collapse(row: dict[str, Any], history: Sequence[dict[str, Any]]) -> str | None:
+    """How an epoch's numbers show catastrophic overfitting for the first time, or None."""
+    before = [past["probe"] for past in history[-PROBE_WINDOW:] if past.get("probe") is not None]
+    if overfits(row["probe"], before):
+        return f"fell from {100 * max(before):.0f} % to {100 * row['probe']:.0f} %"
+    if fits_its_own_attack_only(row) and not (history and fits_its_own_attack_only(history[-1])):
+        return f"is {100 * row['probe']:.0f} %, but {100 * row['adv']:.0f} % under the method's own attack,"
+    return None
 
 
 def overfits(now: float, before: Sequence[float]) -> bool:
     """Whether an accuracy collapsed: by more than 20 points (Wong et al.'s rule) and to less than half of the best."""
     return bool(before) and now < max(before) - PROBE_DROP and now < max(before) / 2
+
+
+def fits_its_own_attack_only(row: dict[str, Any]) -> bool:
+    """Whether training looks robust to its own attack, and is not to PGD."""
+    return None not in (row.get("adv"), row.get("probe")) and row["adv"] - row["probe"] > PROBE_GAP
 
 
 def probe(run: Run) -> float:
