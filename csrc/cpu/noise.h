@@ -5,7 +5,8 @@
 
 namespace atlas::cpu {
 
-constexpr int64_t kGroupsAtOnce = 16;
+constexpr int kChains = 4;                    // of the loop; the widest has 8 lanes
+constexpr int64_t kGroupsAtOnce = 8 * kChains;
 
 // words[4 g + j] = word j of group first + g, for g < groups, rounded up to a multiple of kGroupsAtOnce.
 using FillWords = void (*)(uint32_t* words, const NoiseCounter& counter, uint32_t first, int64_t groups);

@@ -102,6 +102,7 @@ template <class T> struct Body {
     const AtlasPerturb& p = job.p;
     const int64_t sample = p.ids ? p.ids[at.sample] : job.base + at.sample;
     const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
+    static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];
     job.fill(words, NoiseCounter(job.seed, sample, p.draw, p.stream, uint32_t(k)), uint32_t(first),
              groups_per_plane(at.size));
