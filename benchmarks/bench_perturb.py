@@ -65,7 +65,7 @@ def run(report, op, size, floats_per_pixel, ours, contenders, *inputs):  # type:
         compiled = torch.compile(form, dynamic=False)
         calls[f"plain {name}"] = lambda form=form: form(*inputs)
         calls[f"compile {name}"] = lambda compiled=compiled: compiled(*inputs)
-    checked = torch.equal(ours(), in_reference(ours))
+    checked = torch.equal(ours().clone(), in_reference(ours))  # a copy: both may write the same buffer
     bytes_moved = 4 * floats_per_pixel * inputs[0].numel()
     report(measure(op, size, bytes_moved, calls, checked, DEVICE), ours)
 
@@ -101,3 +101,13 @@ def test_pgd_step_neighbours(size, report):
     ours = lambda: ak.pgd_step_neighbours(adv, grad, x, EPS, STEP, RADIUS, COUNT, key=key)  # noqa: E731
     forms = {"minmax": step_neighbours_plain(step_minmax), "delta": step_neighbours_plain(step_delta)}
     run(report, f"pgd_step_neighbours n={COUNT}", size, 5 + COUNT, ours, forms, adv, grad, x)
+
+
+def test_pgd_step_neighbours_out(size, report):
+    """As a trainer calls it: one batch buffer for all steps, beside plain code that has to concatenate."""
+    adv, grad, x = images(size)
+    key = ak.noise_key(DEVICE)
+    out = torch.empty((2 + COUNT) * size[0], *size[1:], device=DEVICE)
+    ours = lambda: ak.pgd_step_neighbours(adv, grad, x, EPS, STEP, RADIUS, COUNT, key=key, out=out)  # noqa: E731
+    forms = {"minmax": step_neighbours_plain(step_minmax), "delta": step_neighbours_plain(step_delta)}
+    run(report, f"pgd_step_neighbours n={COUNT} out=", size, 5 + COUNT, ours, forms, adv, grad, x)
