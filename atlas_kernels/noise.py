@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Who draws: low byte of the last counter word. csrc/core/philox.h says the same.
+# Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
 STREAM_START, STREAM_NEIGHBOUR = 0, 1
 
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ class Row:
     times: dict[str, float]  # seconds, medians; "ours" and the contenders
     copy_bandwidth: float  # bytes/s of copying the same amount, same run
     checked: bool  # ours gave the expected result in this run
-    notes: dict[str, float] = field(default_factory=dict)
 
     def best(self, *prefixes: str) -> float | None:
         """The fastest contender whose name starts with one of these."""

@@ -8,8 +8,6 @@ namespace atlas {
 
 struct Words4 { uint32_t w[4]; };
 
-ATLAS_HD uint32_t mul_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
-
 ATLAS_HD uint64_t mul_wide(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint64_t product;
@@ -37,10 +35,8 @@ ATLAS_HD Words4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3
 // [-1, 1) on a grid of 2^-23: shift, conversion and product are all exact, so no compiler is free to differ.
 template <class T> ATLAS_HD T uniform(uint32_t word) { return T(int32_t(word) >> 8) * T(0x1p-23); }
 
-// Who draws: part of counter word 3, so that two kinds of noise of one attack never share words.
-enum Stream : uint32_t { kStreamStart = 0, kStreamNeighbour = 1 };
-
-// One sample's place in the counter space: word 0 is left for the group of four pixels.
+// One sample's place in the counter space: word 0 is left for the group of four pixels. `stream` says who draws, so that
+// two kinds of noise of one attack never share words (atlas_kernels/noise.py numbers them).
 struct NoiseCounter {
   uint32_t k0, k1, c1, c2, c3;
 
