@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,8 +81,15 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     reason = unavailable_reason(name, device_type)
     if reason is not None:
         raise BackendUnavailable(f"the {name} backend cannot run on {device_type} tensors: {reason}")
+    if importlib.util.find_spec(f"{__name__}.{name}.{stem}") is None:
+        if forced:
+            raise BackendUnavailable(
+                f'the {name} backend has no {stem} kernels: use backend("native") or backend("reference")'
+            )
+        name = "reference"
     if name == "reference" and forced is None:
-        warnings.warn(f"no kernels for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
+        what = f"{stem} kernels" if device_type in ("cpu", "cuda") else "kernels"
+        warnings.warn(f"no {what} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 
@@ -110,7 +118,9 @@ _implementations: dict[str, Callable[..., None]] = {}
 
 
 def register() -> None:
-    """Define every operator of the schema table and its implementations."""
+    """Define every operator of the schema table and its implementations, once."""
+    if _implementations:
+        return
     define(_library)
     for stem, operators in OPERATORS.items():
         for name in operators:
