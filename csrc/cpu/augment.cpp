@@ -115,13 +115,28 @@ ATLAS_HD void fetch(uint8_t* bytes, const AtlasAugment& p, const Block& b, const
   else interleave(rows, step, b.channels, plane, at.mirrored);
 }
 
+// The set is far larger than the caches, and where its next image lies is nothing a processor can guess: each block asks
+// for as much of it.
+ATLAS_HD void prefetch_next(const Job& job, int64_t unit) {
+  const AtlasAugment& p = job.p;
+  const int64_t blocks = job.by_channels * job.by_rows * job.by_columns, sample = unit / blocks + 1;
+  const int64_t image = sample < p.batch ? p.index[sample] : -1;
+  if (image < 0 || image >= p.count) return;
+  const int64_t bytes = p.channels * p.height * p.width, part = (bytes + blocks - 1) / blocks;
+  const int64_t begin = unit % blocks * part, end = least(begin + part, bytes);
+  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(p.images + image * bytes + i);
+}
+
 template <class T> ATLAS_HD T at_channel(const AtlasScalar& s, int64_t channel) {
   return s.per_row ? static_cast<const T*>(s.per_row)[channel] : T(s.value);
 }
 
 template <class T> struct Body {
   static ATLAS_HD void run(const Job& job, int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) run_block(job, locate(job, unit));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      prefetch_next(job, unit);
+      run_block(job, locate(job, unit));
+    }
     if (job.streaming) finish_streaming();
   }
 
