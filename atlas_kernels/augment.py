@@ -1,4 +1,4 @@
-"""Training batches from a resident set of 8-bit images: gather, random crop, horizontal flip and dequantise in one pass."""
+"""Training batches from a resident set of 8-bit images: gather, crop, flip and dequantise in one pass."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def augment(
     channels_last: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Random crop and horizontal flip of ``images[index]``, in [0, 1]: the usual augmentation of CIFAR (Lee et al. 2015,
-    arXiv 1409.5185, section 4; He et al. 2016, arXiv 1512.03385, section 4.2), in one pass over a resident set.
+    """Random crop and horizontal flip of ``images[index]``, in [0, 1], as usual for CIFAR (He et al. 2016, section 4.2,
+    arXiv 1512.03385), in one pass over a resident set.
 
     Each image is padded with zeros by ``padding`` on every side, cropped at a place that is uniform over all possible
     ones, and mirrored left-right with probability 1/2. A pixel u becomes ``u / 255``, then ``(u / 255 - mean) / std``,
-    padding included; every operation is rounded in float32 (float64 if ``dtype`` is), the result once more to ``dtype``.
+    padding included. Every operation is rounded in float32 (in float64 if that is ``dtype``), the result to ``dtype``.
 
     What a sample draws is a function of the key's seed, its number and ``draw`` alone, never of its place in the batch
-    or on the ranks. ``padding=0, flip=False`` only gathers and dequantises, and draws nothing.
+    or of the ranks. ``padding=0, flip=False`` only gathers and dequantises, and draws nothing.
 
     Args:
-        images: uint8 [N, C, H, W], contiguous or channels_last, or [N, H, W] (one channel).
+        images: uint8 [N, C, H, W], contiguous or channels_last, or [N, H, W] (one channel). Fastest in the result's
+            memory format.
         index: rows to gather, int64 [B] in [0, N), on the device of ``images``.
         padding: pixels on every side, at least 0.
         crop: size of the result, (h, w) or one number for both, at most [H + 2 padding, W + 2 padding]; default (H, W).
@@ -57,8 +58,8 @@ def augment(
         channels_last: memory format of a new result.
         out: result tensor [B, C, h, w] of ``dtype``, in either memory format.
 
-    Returns [B, C, h, w]. Raises ``TypeError`` and ``ValueError`` that name the argument. With value checks off (CUDA), a
-    sample whose index is outside the set becomes NaN.
+    Returns [B, C, h, w]. Raises ``TypeError`` and ``ValueError`` that name the argument. Where the values of ``index``
+    are not checked (on CUDA, by default), a sample that is not in the set becomes NaN.
     """
     require_bytes("images", images)
     images = images.unsqueeze(1) if images.ndim == 3 else images
@@ -88,18 +89,15 @@ def augment(
 def _crop_size(crop: int | tuple[int, int] | None, padding: int, images: Tensor) -> tuple[int, int]:
     if not isinstance(padding, int) or not 0 <= padding < 2**31:
         raise ValueError(f"padding must be an integer in [0, 2**31), got {padding!r}")
-    whole = images.shape[2:]
-    size = tuple(whole) if crop is None else (crop, crop) if isinstance(crop, int) else tuple(crop)
-    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size) and crop is not None:
+    whole, padded = tuple(images.shape[2:]), tuple(side + 2 * padding for side in images.shape[2:])
+    if crop is None:
+        return whole
+    size = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
         raise ValueError(f"crop must be one or two integers >= 1, got {crop!r}")
-    padded = tuple(side + 2 * padding for side in whole)
     if any(side > most for side, most in zip(size, padded, strict=True)):
-        raise ValueError(
-            f"crop {list(size)} is larger than the padded image {list(padded)}: choose a smaller crop, or a padding of at "
-            "least half of what is missing"
-        )
-    return size[0], size[1]
-
+        raise ValueError(f"crop {list(size)} is larger than the padded image {list(padded)}: choose more padding")
+    return size
 
 def _divisor(std: float | Tensor | Sequence[float] | None, out: Tensor) -> tuple[float, Tensor | None]:
     if std is None:

@@ -12,15 +12,11 @@ from .perturb import rows
 from .philox import below, philox4x32_10
 
 
-def draw_windows(
-    number: Tensor, key: Tensor, draw: int, stream: int, positions: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each sample's offsets from the top and the left, and whether it is mirrored: int64, int64, bool [B]."""
+def draw_windows(number: Tensor, key: Tensor, draw: int, positions: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each sample's offsets from the top and from the left, and whether it is mirrored: int64, int64 and bool [B]."""
     mask = 0xFFFFFFFF
-    counter = tuple(torch.full_like(number, word & mask) for word in (0, draw, stream))
-    words = philox4x32_10(
-        (counter[0], number & mask, counter[1], counter[2]), key[0] & mask, key[0] >> 32 & mask
-    )
+    c0, c2, c3 = (torch.full_like(number, word & mask) for word in (0, draw, STREAM_AUGMENT))
+    words = philox4x32_10((c0, number & mask, c2, c3), key[0] & mask, key[0] >> 32 & mask)
     return below(words[0], positions[0]), below(words[1], positions[1]), below(words[2], 2).bool()
 
 
@@ -35,7 +31,7 @@ def augment(
     mirrored = torch.zeros_like(index, dtype=torch.bool)
     if key is not None:
         positions = height + 2 * padding - crop_height + 1, width + 2 * padding - crop_width + 1
-        top, left, mirrored = draw_windows(index if ids is None else ids, key, draw, STREAM_AUGMENT, positions)
+        top, left, mirrored = draw_windows(index if ids is None else ids, key, draw, positions)
     across = torch.arange(crop_width, device=images.device)
     columns = left[:, None] + torch.where(mirrored[:, None] & flip, across.flip(0), across)
     lines = top[:, None] + torch.arange(crop_height, device=images.device)
