@@ -89,15 +89,17 @@ def augment(
 def _crop_size(crop: int | tuple[int, int] | None, padding: int, images: Tensor) -> tuple[int, int]:
     if not isinstance(padding, int) or not 0 <= padding < 2**31:
         raise ValueError(f"padding must be an integer in [0, 2**31), got {padding!r}")
-    whole, padded = tuple(images.shape[2:]), tuple(side + 2 * padding for side in images.shape[2:])
+    height, width = images.shape[2:]
     if crop is None:
-        return whole
+        return height, width
     size = (crop, crop) if isinstance(crop, int) else tuple(crop)
     if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
         raise ValueError(f"crop must be one or two integers >= 1, got {crop!r}")
-    if any(side > most for side, most in zip(size, padded, strict=True)):
+    padded = height + 2 * padding, width + 2 * padding
+    if size[0] > padded[0] or size[1] > padded[1]:
         raise ValueError(f"crop {list(size)} is larger than the padded image {list(padded)}: choose more padding")
     return size
+
 
 def _divisor(std: float | Tensor | Sequence[float] | None, out: Tensor) -> tuple[float, Tensor | None]:
     if std is None:
