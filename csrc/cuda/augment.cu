@@ -73,7 +73,7 @@ template <class S, int V, bool Normalise> struct Tile {
     for (int v = 0; v < V; ++v) {
       const int64_t column = window.column(at.column, p.crop_width);
       const bool inside = (row >= 0) & (row < p.height) & (column >= 0) & (column < p.width);
-      const uint32_t byte = image[inside ? line + column * step : 0];  // no branch, so that no load waits for another
+      const uint32_t byte = image[inside ? line + column * step : 0];  // no branch: no load waits for another
       bytes[v] = inside ? byte : 0;
       if (job.in_rows) {
         ++at.column;
@@ -105,12 +105,14 @@ template <class S, int V, bool Normalise>
 __global__ void __launch_bounds__(kThreads) augment_kernel(const __grid_constant__ Job<S> job) {
   const AtlasAugment& p = job.p;
   const Quotient block = divide(blockIdx.x, job.by_blocks);
-  const int64_t sample = block.whole, number = p.index[sample];
+  const int64_t sample = block.whole, number = p.index[sample], size = p.channels * p.height * p.width;
   const bool there = number >= 0 && number < p.count;
-  const Window window = draw_window(p, p.key ? p.key[0] : 0, p.ids ? p.ids[sample] : number);
-  const int64_t size = p.channels * p.height * p.width;
-  // Where there is no image, any byte may be read.
-  const uint8_t* const image = there && size ? p.images + number * size : reinterpret_cast<const uint8_t*>(p.index);
+  Window window = draw_window(p, p.key ? p.key[0] : 0, p.ids ? p.ids[sample] : number);
+  const uint8_t* image = p.images + (there ? number : 0) * size;
+  if (!there || size == 0) {  // a window beyond the image, whose byte 0 is any that can be read
+    window.top = p.height;
+    image = reinterpret_cast<const uint8_t*>(p.index);
+  }
   const int64_t first = block.rest * kThreads * kTiles + threadIdx.x;
   if (first >= job.vectors) return;
   Tile<S, V, Normalise> tiles[kTiles];
