@@ -78,10 +78,9 @@ def augment(
     if flip or (height, width) != tuple(side + 2 * padding for side in images.shape[2:]):
         key = noise_key(images.device) if key is None else key
         require_noise(key, ids, draw, index)
-        key = key.contiguous()
+        key, ids = key.contiguous(), None if ids is None else ids.contiguous()
     else:
-        key = None
-    ids = None if ids is None else ids.contiguous()
+        key = ids = None
     _augment(images, index.contiguous(), padding, flip, *scale, key, ids, draw, out)
     return out
 

@@ -51,8 +51,8 @@ struct AtlasPerturb {
   uint32_t stream, draw;
 };
 
-// Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right as
-// (key, number) say: out = (u / 255 - mean) / std. The number is ids[b], else index[b]. NaN where the set has no such image.
+// Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right
+// as the key and its number (ids[b], else index[b]) say: out = (u / 255 - mean) / std. NaN where there is no such image.
 struct AtlasAugment {
   int64_t count, channels, height, width;  // of the set
   int64_t batch, crop_height, crop_width, padding;

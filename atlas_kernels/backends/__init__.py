@@ -1,8 +1,9 @@
 """Which code runs an operator.
 
 CPU tensors: the native CPU kernels. CUDA tensors: the native CUDA kernels where they were built, else Triton. Any other
-device: the plain PyTorch reference, with one warning. ``with backend("triton")`` or the environment variable
-``ATLAS_BACKEND`` force one; a forced backend that is missing raises and says why and what to do.
+device, and an operator that Triton lacks: the plain PyTorch reference, with one warning. ``with backend("triton")`` or
+the environment variable ``ATLAS_BACKEND`` force one; a forced backend that is missing raises and says why and what to
+do.
 """
 
 from __future__ import annotations
@@ -78,18 +79,18 @@ def default_for(device_type: str) -> str:
 
 def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     name = forced or default_for(device_type)
+    known = importlib.util.find_spec(f"{__name__}.{name}.{stem}") is not None
+    if forced and not known:
+        raise BackendUnavailable(
+            f'the {name} backend has no {stem} kernels: use backend("native") or backend("reference")'
+        )
+    name = name if known else "reference"
     reason = unavailable_reason(name, device_type)
     if reason is not None:
         raise BackendUnavailable(f"the {name} backend cannot run on {device_type} tensors: {reason}")
-    if importlib.util.find_spec(f"{__name__}.{name}.{stem}") is None:
-        if forced:
-            raise BackendUnavailable(
-                f'the {name} backend has no {stem} kernels: use backend("native") or backend("reference")'
-            )
-        name = "reference"
     if name == "reference" and forced is None:
-        what = f"{stem} kernels" if device_type in ("cpu", "cuda") else "kernels"
-        warnings.warn(f"no {what} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
+        kernels = "kernels" if known else f"{stem} kernels"
+        warnings.warn(f"no {kernels} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 

@@ -115,8 +115,8 @@ ATLAS_HD void fetch(uint8_t* bytes, const AtlasAugment& p, const Block& b, const
   else interleave(rows, step, b.channels, plane, at.mirrored);
 }
 
-// The set is far larger than the caches, and where its next image lies is nothing a processor can guess: each block asks
-// for as much of it.
+// The set is far larger than the caches, and no processor can guess where its next image lies: each block of a sample
+// asks for its share of that.
 ATLAS_HD void prefetch_next(const Job& job, int64_t unit) {
   const AtlasAugment& p = job.p;
   const int64_t blocks = job.by_channels * job.by_rows * job.by_columns, sample = unit / blocks + 1;

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(const __grid_constant
   const bool there = number >= 0 && number < p.count;
   Window window = draw_window(p, p.key ? p.key[0] : 0, p.ids ? p.ids[sample] : number);
   const uint8_t* image = p.images + (there ? number : 0) * size;
-  if (!there || size == 0) {  // a window beyond the image, whose byte 0 is any that can be read
+  if (!there || size == 0) {  // nothing lies inside such a window; byte 0, which is read all the same, may be any
     window.top = p.height;
     image = reinterpret_cast<const uint8_t*>(p.index);
   }
