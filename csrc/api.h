@@ -52,7 +52,7 @@ struct AtlasPerturb {
 };
 
 // Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right
-// as the key and its number (ids[b], else index[b]) say: out = (u / 255 - mean) / std. NaN where there is no such image.
+// as the key and its number (ids[b], else index[b]) say: out = (u / 255 - mean) / std. NaN where no such image is.
 struct AtlasAugment {
   int64_t count, channels, height, width;  // of the set
   int64_t batch, crop_height, crop_width, padding;
