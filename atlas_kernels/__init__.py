@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from .attacks import FGSM, PGD, AttackResult, LastStep
+from .augment import augment
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
 from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
@@ -19,6 +20,7 @@ __all__ = [
     "AttackResult",
     "BackendUnavailable",
     "LastStep",
+    "augment",
     "backend",
     "noise_key",
     "pgd_step",

@@ -152,6 +152,32 @@ def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Te
     return value.reshape(-1).to(compute_dtype(like.dtype)).contiguous()
 
 
+def require_bytes(name: str, t: Tensor) -> None:
+    """A uint8 set of images [N, C, H, W] or [N, H, W] that the kernels can address as it lies."""
+    if not isinstance(t, Tensor) or t.dtype != torch.uint8:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a uint8 tensor, got {got}; (255 * x).round().to(torch.uint8) makes one of x")
+    if t.layout != torch.strided or t.ndim not in (3, 4):
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected [N, C, H, W] or [N, H, W]")
+    if not is_supported(t):
+        raise ValueError(f"{name} has strides {t.stride()}: call .contiguous() once, before training")
+
+
+def require_rows(name: str, index: Tensor, of: Tensor) -> None:
+    """Rows of a resident set: int64 [B] on its device, all of which it has."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+        got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name} must be an int64 tensor [B] of rows, got {got}; convert it with .long()")
+    if index.device != of.device:
+        raise ValueError(f"{name} is on {index.device}, the images on {of.device}: move them to one device")
+    if not index.numel() or not value_checks_enabled(index):
+        return
+    low, high = torch.aminmax(index)
+    if int(low) < 0 or int(high) >= of.shape[0]:
+        first = int(((index < 0) | (index >= of.shape[0])).nonzero()[0])
+        raise ValueError(f"{name}[{first}] = {int(index[first])} is no row of the {of.shape[0]} images, 0 on")
+
+
 def require_active(active: Tensor, like: Tensor) -> None:
     """A bool tensor, one value per sample."""
     if not isinstance(active, Tensor) or active.dtype != torch.bool:

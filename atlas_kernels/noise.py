@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
-STREAM_START, STREAM_NEIGHBOUR = 0, 1
+STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
 
 
 def noise_key(device: torch.device | str = "cpu", *, generator: torch.Generator | None = None, base: int = 0) -> Tensor:

@@ -26,6 +26,10 @@ OPERATORS: dict[str, dict[str, str]] = {
         "pgd_step_neighbours": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_RADIUS}, int count, "
         f"bool project, bool include_x, {_CLIP}, bool descend, Tensor? active, {_NOISE}, Tensor(a!) out",
     },
+    "augment": {
+        "augment": "Tensor images, Tensor index, int padding, bool flip, float mean, Tensor? mean_rows, float std, "
+        "Tensor? std_rows, Tensor? key, Tensor? ids, int draw, Tensor(a!) out",
+    },
 }
 
 

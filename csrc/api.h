@@ -51,10 +51,27 @@ struct AtlasPerturb {
   uint32_t stream, draw;
 };
 
+// Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right
+// as the key and its number (ids[b], else index[b]) say: out = (u / 255 - mean) / std. NaN where no such image is.
+struct AtlasAugment {
+  int64_t count, channels, height, width;  // of the set
+  int64_t batch, crop_height, crop_width, padding;
+  const uint8_t* images;
+  AtlasImages out;
+  AtlasScalar mean, std;  // per channel, in the compute type: fp64 if out is fp64, else fp32
+  const int64_t* index;   // per sample
+  const int64_t* key;     // (seed, base); null: the crop lies at the top left, and nothing is mirrored
+  const int64_t* ids;     // per sample, or null
+  int32_t channels_last;  // of the set
+  int32_t flip;
+  uint32_t stream, draw;
+};
+
 // The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
 ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
 ATLAS_EXPORT const char* atlas_cuda_error(int status);
 
 ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 
 }  // extern "C"

@@ -19,6 +19,7 @@ namespace {
 // What the CUDA library exports, found by name when it is loaded.
 struct CudaLibrary {
   decltype(&atlas_perturb) perturb = nullptr;
+  decltype(&atlas_augment) augment = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -34,6 +35,7 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_cuda_runtime", cuda.runtime);
   find(library, "atlas_cuda_error", cuda.error);
   find(library, "atlas_perturb", cuda.perturb);
+  find(library, "atlas_augment", cuda.augment);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -46,7 +48,7 @@ py::tuple cuda_runtime() {
 std::string explain(int status) {
   switch (status) {
     case ATLAS_BAD_DTYPE: return "dtype not supported";
-    case ATLAS_BAD_SIZE: return "negative size";
+    case ATLAS_BAD_SIZE: return "negative or impossible size";
     case ATLAS_NO_CUDA: return "the CUDA library is not loaded";
     default: return std::string("CUDA: ") + cuda.error(status);
   }
@@ -81,10 +83,31 @@ void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uin
   if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb: " + explain(status));
 }
 
+void augment(uintptr_t images, bool channels_last, int64_t count, int64_t channels, int64_t height, int64_t width,
+             uintptr_t out, int out_format, int64_t batch, int64_t crop_height, int64_t crop_width, int64_t padding,
+             bool flip, double mean, uintptr_t mean_rows, double std, uintptr_t std_rows, uintptr_t index,
+             uintptr_t key, uintptr_t ids, uint32_t stream, uint32_t draw, int device, int threads,
+             uintptr_t cuda_stream) {
+  const auto integers = [](uintptr_t data) { return reinterpret_cast<const int64_t*>(data); };
+  const AtlasAugment params = {
+      count, channels, height, width, batch, crop_height, crop_width, padding,
+      reinterpret_cast<const uint8_t*>(images), {reinterpret_cast<void*>(out), out_format & 3, out_format >> 2},
+      {mean, reinterpret_cast<const void*>(mean_rows)}, {std, reinterpret_cast<const void*>(std_rows)},
+      integers(index), integers(key), integers(ids), channels_last, flip, stream, draw};
+  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0 ? atlas_augment(&params, &where) : cuda.augment ? cuda.augment(&params, &where) : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error("atlas_augment: " + explain(status));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
+  m.def("augment", &augment);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

@@ -89,7 +89,7 @@ def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str
 
 
 def test_every_file_compiles_without_a_warning(built):
-    assert {"perturb", "runtime"} <= built.keys()
+    assert {"augment", "perturb", "runtime"} <= built.keys()
 
 
 def test_nothing_is_spilled(built):
@@ -134,6 +134,28 @@ def test_vector_kernels_load_before_they_compute(machine_code, arch):
             last_load = max(i for i, op in enumerate(code) if op.startswith("LDG.") and op.endswith(".128"))
             arithmetic = [i for i, op in enumerate(code) if op.split(".")[0] in ("FADD", "FMUL", "FSET")]
             assert last_load < min(arithmetic), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_augment_stores_128_bits(machine_code, arch):
+    """A vector of 8, 4 or 2 elements is one store; unaligned results go one by one."""
+    kernels = {name: code for (stem, at, name), code in machine_code.items() if (stem, at) == ("augment", f"sm_{arch}")}
+    assert len(kernels) == 16
+    for name, code in kernels.items():
+        stores = [op for op in code if op.startswith("STG.")]
+        assert len(stores) == 2, name
+        assert all(op.endswith(".128") for op in stores) is ("Li1E" not in name), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_augment_loads_do_not_wait(machine_code, arch):
+    """Every byte of a vector is under way before one is converted."""
+    for (stem, at, name), code in machine_code.items():
+        if (stem, at) == ("augment", f"sm_{arch}") and "Li1E" not in name and "Lb0E" in name:
+            vector = int(re.search(r"Li(\d)E", name)[1])
+            loads = [i for i, op in enumerate(code) if op.startswith("LDG.") and ".U8" in op]
+            first = next(i for i, op in enumerate(code) if op.split(".")[0] in ("I2F", "I2FP"))
+            assert len(loads) == 2 * vector and sum(i < first for i in loads) >= vector, name
 
 
 def test_library_needs_nothing_of_cuda_or_torch(library):

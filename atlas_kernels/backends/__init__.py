@@ -1,14 +1,16 @@
 """Which code runs an operator.
 
 CPU tensors: the native CPU kernels. CUDA tensors: the native CUDA kernels where they were built, else Triton. Any other
-device: the plain PyTorch reference, with one warning. ``with backend("triton")`` or the environment variable
-``ATLAS_BACKEND`` force one; a forced backend that is missing raises and says why and what to do.
+device, and an operator that Triton lacks: the plain PyTorch reference, with one warning. ``with backend("triton")`` or
+the environment variable ``ATLAS_BACKEND`` force one; a forced backend that is missing raises and says why and what to
+do.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,11 +79,18 @@ def default_for(device_type: str) -> str:
 
 def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     name = forced or default_for(device_type)
+    known = importlib.util.find_spec(f"{__name__}.{name}.{stem}") is not None
+    if forced and not known:
+        raise BackendUnavailable(
+            f'the {name} backend has no {stem} kernels: use backend("native") or backend("reference")'
+        )
+    name = name if known else "reference"
     reason = unavailable_reason(name, device_type)
     if reason is not None:
         raise BackendUnavailable(f"the {name} backend cannot run on {device_type} tensors: {reason}")
     if name == "reference" and forced is None:
-        warnings.warn(f"no kernels for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
+        kernels = "kernels" if known else f"{stem} kernels"
+        warnings.warn(f"no {kernels} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 
@@ -110,7 +119,9 @@ _implementations: dict[str, Callable[..., None]] = {}
 
 
 def register() -> None:
-    """Define every operator of the schema table and its implementations."""
+    """Define every operator of the schema table and its implementations, once."""
+    if _implementations:
+        return
     define(_library)
     for stem, operators in OPERATORS.items():
         for name in operators:

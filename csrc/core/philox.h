@@ -35,6 +35,9 @@ ATLAS_HD Words4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3
 // [-1, 1) on a grid of 2^-23: shift, conversion and product are all exact, so no compiler is free to differ.
 template <class T> ATLAS_HD T uniform(uint32_t word) { return T(int32_t(word) >> 8) * T(0x1p-23); }
 
+// An integer in [0, bound), by multiply-high: no value is more than 2^-32 likelier than another.
+ATLAS_HD uint32_t below(uint32_t word, uint32_t bound) { return uint32_t(mul_wide(word, bound) >> 32); }
+
 // One sample's place in the counter space: word 0 is left for the group of four pixels. `stream` says who draws, so that
 // two kinds of noise of one attack never share words (atlas_kernels/noise.py numbers them).
 struct NoiseCounter {

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends import native
+from atlas_kernels.backends.native import augment as native_augment
 from atlas_kernels.backends.native import perturb as native_perturb
 from cases import SHAPES, problem, same_bits, to_layout
 
@@ -29,9 +30,11 @@ def library():
     """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
     native.core().load_cuda(PATH)
     original = native_perturb.where
-    native_perturb.where = lambda device: (0, 1, 0)
+    for stem in (native_perturb, native_augment):
+        stem.where = lambda device: (0, 1, 0)
     yield ctypes.CDLL(PATH)
-    native_perturb.where = original
+    for stem in (native_perturb, native_augment):
+        stem.where = original
 
 
 def unaligned(t: torch.Tensor) -> torch.Tensor:
@@ -152,6 +155,50 @@ def test_anything(data):
         *inputs, draw(number), draw(number), draw(number), key=key,
         count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
         out_dtype=draw(st.sampled_from(FLOATS)), out_layout=draw(st.sampled_from("cl")),
+    )  # fmt: skip
+
+
+def check_augment(images, index, shift=False, **options):
+    options = {"key": KEY, "draw": 2, **options}
+    with ak.backend("reference"):
+        expected = ak.augment(images, index, **options)
+    out = unaligned(expected) if shift else torch.empty_like(expected)
+    assert same_bits(ak.augment(images, index, out=out, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layouts", ["cc", "cl", "lc", "ll"])
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (3, 1, 28, 28), (5, 2, 7, 9), (2, 3, 1, 1), (3, 5, 4, 6)], ids=str)
+def test_augment(shape, layouts, dtype, monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    g = torch.Generator().manual_seed(2)
+    images = to_layout(torch.randint(0, 256, shape, dtype=torch.uint8, generator=g), layouts[0] == "l")
+    index = torch.tensor([shape[0] - 1, 0, -1, 1, 1, shape[0], 2**62])
+    last = {"dtype": dtype, "channels_last": layouts[1] == "l"}
+    per_channel = {"mean": torch.rand(shape[1]).tolist(), "std": torch.rand(shape[1]) + 0.1}
+    for options in ({}, {"std": 0.3}, per_channel, {"padding": 1, "crop": 1}, {"padding": 30, "crop": (40, 17)}):
+        for shift in (False, True):
+            check_augment(images, index, shift, **options, **last)
+    check_augment(images, index, ids=torch.arange(7) - 2**40, flip=False, **last)
+    check_augment(images, index, padding=0, flip=False, **last)
+    check_augment(images[:0], index, **last)
+    check_augment(images[:, :, :0], index, crop=2, **last)
+    check_augment(images, index[:0], **last)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_augment_anything(data):
+    draw = data.draw
+    shape = tuple(draw(st.integers(1, most)) for most in (4, 6, 9, 40))
+    padding = draw(st.integers(0, 9))
+    crop = tuple(draw(st.integers(1, side + 2 * padding)) for side in shape[2:])
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(shape[3]))
+    index = torch.tensor(draw(st.lists(st.integers(0, shape[0] - 1), max_size=6)), dtype=torch.int64)
+    check_augment(
+        to_layout(images, draw(st.booleans())), index, draw(st.booleans()), padding=padding, crop=crop,
+        flip=draw(st.booleans()), key=torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), 0]),
+        dtype=draw(st.sampled_from(FLOATS)), channels_last=draw(st.booleans()), mean=draw(st.sampled_from([0.0, 0.5])),
     )  # fmt: skip
 
 

@@ -36,6 +36,16 @@ def images(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -
     )
 
 
+def byte_images(name: str, t: Tensor) -> tuple[int, bool, torch.Size]:
+    """(address, whether channels_last, shape) of a dense uint8 tensor [N, C, H, W]."""
+    if t.dtype == torch.uint8 and t.ndim == 4 and (t.is_contiguous() or is_channels_last(t)):
+        return t.data_ptr(), is_channels_last(t), t.shape
+    raise DoorError(
+        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()}, expected uint8 [N, C, H, W], contiguous or "
+        "channels_last"
+    )
+
+
 def vector(name: str, t: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Address of a contiguous vector of exactly this size, dtype and device."""
     if t.numel() == size and t.dtype == dtype and t.device == device and t.is_contiguous():

@@ -26,6 +26,11 @@ def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
     return (signed >> 8).to(dtype) * 2.0**-23
 
 
+def below(word: Tensor, bound: int) -> Tensor:
+    """32-bit words to integers in [0, bound), bound < 2**32, by multiply-high."""
+    return word * bound >> 32 & _MASK
+
+
 def noise(
     shape: tuple[int, int, int],
     key: Tensor,

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import augment as augmentation
+import atlas_kernels as ak
+
+from ..noise import noise_keys
 from .images import Images
 
-_SHUFFLE, _AUGMENT = 0, 1  # separate streams of random numbers
+PADDING = 4  # of augmented images, on every side
 
 
 class Batch(NamedTuple):
@@ -25,10 +27,10 @@ class Batch(NamedTuple):
 class Batches:
     """Iterates over `Batch`es of `images`; one iteration is one epoch.
 
-    The set is kept on `device` as uint8, so an epoch copies only its order. What an epoch holds depends on
-    (seed, epoch), and its crops and flips on (seed, epoch, batch), never on what was drawn before: a run resumed at an
-    epoch sees the batches that an uninterrupted run sees, on every kind of device. Call `set_epoch` before each epoch,
-    or every epoch is the same.
+    The set is kept on `device` as uint8, so an epoch copies only its order; one operator makes x of it. What an epoch
+    holds depends on (seed, epoch), and a sample's crop and flip on (seed, epoch, its row in the set), never on what was
+    drawn before: a run resumed at an epoch sees the batches that an uninterrupted run sees, on every kind of device.
+    Call `set_epoch` before each epoch, or every epoch is the same.
 
     batch_size: samples per batch over all ranks. shuffle: a new order per epoch, else the set's own.
     augment: crop (padding 4) and horizontal flip. dtype: of x; u/255 is rounded once, to float32 (float64 for
@@ -72,12 +74,11 @@ class Batches:
         self.dtype, self.drop_last = dtype, drop_last
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._images = images.images.to(device).contiguous(memory_format=self._format)
+        self.channels_last = channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._images = images.images.to(device).contiguous(memory_format=layout)
         self._labels = images.labels.to(device)
-        # On the device: CUDA multiplies by 1/255 when the divisor is a number, which is not the rounded quotient.
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scale = torch.tensor(255, dtype=exact, device=device)
+        self._key = noise_keys(seed, 0, 1)[0].to(device)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._labels), self.batch_size)
@@ -95,21 +96,25 @@ class Batches:
         for batch in range(len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
-            choices = augmentation.draw(len(ids), self._rng(_AUGMENT, epoch, batch)) if self.augment else None
-            yield self._batch(ids[self.rank :: self.world_size], choices)
+            yield self._batch(ids[self.rank :: self.world_size], epoch)
 
-    def _batch(self, ids: torch.Tensor, choices: torch.Tensor | None) -> Batch:
-        pixels = self._images[ids]
-        if choices is not None:
-            pixels = augmentation.crop_flip(pixels, choices[:, self.rank :: self.world_size].to(pixels.device))
-        x = pixels.contiguous(memory_format=self._format).to(self._scale.dtype).div_(self._scale)
-        return Batch(x.to(self.dtype), self._labels[ids], ids)
+    def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
+        x = ak.augment(
+            self._images,
+            ids,
+            padding=PADDING if self.augment else 0,
+            flip=self.augment,
+            key=self._key,
+            draw=epoch,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+        )
+        return Batch(x, self._labels[ids], ids)
 
     def _order(self, epoch: int) -> torch.Tensor:
         n = len(self._labels)
-        order = self._rng(_SHUFFLE, epoch).permutation(n) if self.shuffle else np.arange(n)
-        return torch.from_numpy(order).to(self._labels.device)
-
-    def _rng(self, *key: int) -> np.random.Generator:
+        if not self.shuffle:
+            return torch.arange(n, device=self._labels.device)
         # NumPy mixes (seed, key) into independent streams; torch's CPU generator keeps only 32 bits of a seed.
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(0, epoch)))
+        return torch.from_numpy(rng.permutation(n)).to(self._labels.device)
