@@ -9,6 +9,7 @@ from __future__ import annotations
 from .attacks import FGSM, PGD, AttackResult, LastStep
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
+from .pairwise import compactness
 from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "BackendUnavailable",
     "LastStep",
     "backend",
+    "compactness",
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",

@@ -26,6 +26,11 @@ OPERATORS: dict[str, dict[str, str]] = {
         "pgd_step_neighbours": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_RADIUS}, int count, "
         f"bool project, bool include_x, {_CLIP}, bool descend, Tensor? active, {_NOISE}, Tensor(a!) out",
     },
+    # value[i] = factor * loss of adversary i; total = sum of value; grads = d(total)/d(h, h_adv).
+    "pairwise": {
+        "compactness": "Tensor h, Tensor h_adv, Tensor labels, float scale, bool squared, float factor, "
+        "Tensor(a!)? value, Tensor(b!)? total, Tensor(c!)? grad, Tensor(d!)? adv_grad",
+    },
 }
 
 

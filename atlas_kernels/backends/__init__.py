@@ -8,7 +8,7 @@ device: the plain PyTorch reference, with one warning. ``with backend("triton")`
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,7 +82,12 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
         raise BackendUnavailable(f"the {name} backend cannot run on {device_type} tensors: {reason}")
     if name == "reference" and forced is None:
         warnings.warn(f"no kernels for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
-    return importlib.import_module(f"{__name__}.{name}.{stem}")
+    module = f"{__name__}.{name}.{stem}"
+    if importlib.util.find_spec(module) is None:
+        reason = unavailable_reason("native", device_type)
+        hint = f" (which cannot run here: {reason})" if reason else ""
+        raise BackendUnavailable(f"the {name} backend has no {stem} kernels: use backend('native'){hint}")
+    return importlib.import_module(module)
 
 
 def _implementation(stem: str, name: str) -> Callable[..., None]:
