@@ -79,9 +79,9 @@ def _require_features(h: Tensor, h_adv: Tensor, labels: Tensor) -> None:
 
 
 def _scale(scale: float) -> float:
-    if isinstance(scale, (str, bytes, Tensor)):
+    if not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale) or scale == 0.0:
+    if not (scale and math.isfinite(scale) and math.isfinite(1.0 / scale)):
         raise ValueError(f"scale must be finite and not 0 (other classes weigh 1 - 1/scale), got {scale}")
     return float(scale)
 
