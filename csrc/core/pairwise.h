@@ -45,9 +45,8 @@ template <class V, class I> struct L1Sum {
   }
 
   template <class C> static ATLAS_HD double weigh(C counts, double other) {
-    constexpr int kHalf = 4 * sizeof(C);
-    const C others = C(counts << kHalf) >> kHalf;
-    return double((counts - others) >> kHalf) + other * double(others);
+    const C others = sizeof(C) == 4 ? C(int16_t(counts)) : C(int32_t(counts));
+    return double((counts - others) >> 4 * sizeof(C)) + other * double(others);
   }
 };
 

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+import test_pairwise as pairwise
 from atlas_kernels.backends import native
+from atlas_kernels.backends.native import pairwise as native_pairwise
 from atlas_kernels.backends.native import perturb as native_perturb
 from cases import SHAPES, problem, same_bits, to_layout
 
@@ -29,9 +31,9 @@ def library():
     """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
     native.core().load_cuda(PATH)
     original = native_perturb.where
-    native_perturb.where = lambda device: (0, 1, 0)
+    native_perturb.where = native_pairwise.where = lambda device: (0, 1, 0)
     yield ctypes.CDLL(PATH)
-    native_perturb.where = original
+    native_perturb.where = native_pairwise.where = original
 
 
 def unaligned(t: torch.Tensor) -> torch.Tensor:
@@ -217,6 +219,26 @@ def test_reductions(library, dtype, special):
     expected += [x[:, lane - lane % 32 + 3], x[:, torch.where(lane % 8 < 6, lane + 2, lane)], first.expand(5, 96)]
     for i, t in enumerate(expected):
         assert same_bits(got[..., i], t.to(dtype)), i
+
+
+@pytest.mark.parametrize("distance", pairwise.DISTANCES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [*pairwise.SIZES, (16, 32), (17, 33), (300, 3)], ids=str)
+def test_compactness(size, dtype, distance):
+    h, h_adv, labels = pairwise.features(*size, dtype=dtype)
+    pairwise.check(unaligned(h), unaligned(h_adv), labels, distance=distance)
+    pairwise.check(h, h_adv, labels, distance=distance, detach=False, scale=-2.0)
+    pairwise.check(h, h_adv, labels, distance=distance, reduction="none")
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_compactness_of_special_features(special):
+    for distance in pairwise.DISTANCES:
+        pairwise.test_special_features(special, distance, "cpu")
+
+
+def test_compactness_of_nothing():
+    pairwise.test_an_empty_batch_has_no_pairs("cpu")
 
 
 def ran(library) -> set[int]:
