@@ -86,7 +86,7 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     if importlib.util.find_spec(module) is None:
         reason = unavailable_reason("native", device_type)
         hint = f" (which cannot run here: {reason})" if reason else ""
-        raise BackendUnavailable(f"the {name} backend has no {stem} kernels: use backend('native'){hint}")
+        raise BackendUnavailable(f"the {name} backend has no {stem} kernels: use backend('native'){hint} or 'reference'")
     return importlib.import_module(module)
 
 

@@ -7,7 +7,7 @@ namespace atlas::cpu {
 namespace {
 
 constexpr int64_t kAnchors = 32, kOthers = 64, kColumns = 64;  // of a block; what it holds stays in L1
-static_assert(kColumns % kPairColumns == 0, "");
+static_assert(kColumns % kPairColumns == 0 && kOthers < 1 << 15, "");
 
 struct Job {
   AtlasPairwise p;
@@ -70,7 +70,8 @@ template <class T, template <class, class> class Sum, int Bytes> struct Body {
     const int64_t anchor = anchor_block * kAnchors, anchors = least(kAnchors, p.batch - anchor);
     const int64_t column = column_block * kColumns, columns = least(kColumns, p.features - column);
     Block block;
-    memset(block.values, 0, sizeof(block.values) + sizeof(block.slopes));
+    memset(block.values, 0, sizeof(block.values));
+    memset(block.slopes, 0, sizeof(block.slopes));
     load_block(block.anchors, p, clean ? p.h : p.h_adv, anchor, anchors, column, columns);
     for (int64_t other = 0; other < p.batch; other += kOthers) {
       const int64_t others = least(kOthers, p.batch - other);

@@ -10,7 +10,7 @@ namespace {
 // A block: 32 columns, one a lane, of some anchors, kRows a warp; the others come by in tiles of shared memory.
 constexpr int kColumns = 32, kWarps = 4, kRows = 4, kAnchors = kWarps * kRows, kOthers = 64;
 constexpr int kThreads = kColumns * kWarps, kSumThreads = 256;
-static_assert(kColumns % kPairColumns == 0, "");
+static_assert(kColumns % kPairColumns == 0 && kOthers < 1 << 15, "");
 
 struct Job {
   AtlasPairwise p;
