@@ -49,7 +49,7 @@ def with_gradients(loss, h, h_adv, labels, dtype, **options):
 
 
 def check(h, h_adv, labels, **options):
-    """Not more than twice as far from float64 as plain PyTorch in the compute type, or within a rounding of it."""
+    """Not more than twice as far from float64 as plain PyTorch in the compute type, or a few roundings away."""
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     exact = with_gradients(broadcast, h.double(), h_adv.double(), labels, torch.float64, **options)
     eager = with_gradients(broadcast, h, h_adv, labels, wide, **options)
@@ -63,7 +63,7 @@ def check(h, h_adv, labels, **options):
             continue
         assert a.dtype == (wide if what == "loss" else h.dtype) and a.shape == c.shape, what
         size = terms.max() if what == "loss" else c.abs().max()
-        rounding = torch.finfo(a.dtype).eps * (2 if wide == torch.float32 else 256)  # float64 has no better judge
+        rounding = torch.finfo(a.dtype).eps * (4 if wide == torch.float32 else 256)  # float64 has no better judge
         bound = 2 * (b.double() - c).abs().max() + rounding * size + torch.finfo(a.dtype).tiny
         assert (a.double() - c).abs().max() <= bound, what
 

@@ -85,8 +85,8 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     module = f"{__name__}.{name}.{stem}"
     if importlib.util.find_spec(module) is None:
         reason = unavailable_reason("native", device_type)
-        hint = f" (which cannot run here: {reason})" if reason else ""
-        raise BackendUnavailable(f"the {name} backend has no {stem} kernels: use backend('native'){hint} or 'reference'")
+        hint = f" (not here: {reason})" if reason else ""
+        raise BackendUnavailable(f"the {name} backend has no {stem} kernels: use 'reference', or 'native'{hint}")
     return importlib.import_module(module)
 
 

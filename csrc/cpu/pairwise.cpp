@@ -7,6 +7,7 @@ namespace atlas::cpu {
 namespace {
 
 constexpr int64_t kAnchors = 32, kOthers = 64, kColumns = 64;  // of a block; what it holds stays in L1
+constexpr int64_t kRun = 16;                                   // pairs that are summed one after another
 static_assert(kColumns % kPairColumns == 0 && kOthers < 1 << 15, "");
 
 struct Job {
@@ -96,9 +97,16 @@ template <class T, template <class, class> class Sum, int Bytes> struct Body {
       Values anchor[kAtOnce], near[kAtOnce];
       Distance sum[kAtOnce] = {};
       memcpy(anchor, &block.anchors[i][c], sizeof(anchor));
-      for (int64_t j = 0; j < others; ++j) {
-        memcpy(near, &block.others[j][c], sizeof(near));
-        for (int v = 0; v < kAtOnce; ++v) sum[v].add(anchor[v], near[v], block.weights[i][j]);
+      for (int64_t j = 0; j < others;) {  // sums of sums, which round less
+        Distance part[kAtOnce] = {};
+        for (const int64_t end = least(j + kRun, others); j < end; ++j) {
+          memcpy(near, &block.others[j][c], sizeof(near));
+          for (int v = 0; v < kAtOnce; ++v) part[v].add(anchor[v], near[v], block.weights[i][j]);
+        }
+        for (int v = 0; v < kAtOnce; ++v) {
+          sum[v].value += part[v].value;
+          sum[v].slope += part[v].slope;
+        }
       }
       decltype(Sum<T, Count<T>>::slope) slopes[kAtOnce * kLanes];
       for (int v = 0; v < kAtOnce; ++v) {
