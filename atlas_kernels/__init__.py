@@ -10,6 +10,7 @@ from .attacks import FGSM, PGD, AttackResult, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
+from .pairwise import compactness
 from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "LastStep",
     "augment",
     "backend",
+    "compactness",
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",

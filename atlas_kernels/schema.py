@@ -30,6 +30,11 @@ OPERATORS: dict[str, dict[str, str]] = {
         "augment": "Tensor images, Tensor index, int padding, bool flip, float mean, Tensor? mean_rows, float std, "
         "Tensor? std_rows, Tensor? key, Tensor? ids, int draw, Tensor(a!) out",
     },
+    # value[i] = factor * loss of adversary i; total = sum of value; grads = d(total)/d(h, h_adv).
+    "pairwise": {
+        "compactness": "Tensor h, Tensor h_adv, Tensor labels, float scale, bool squared, float factor, "
+        "Tensor(a!)? value, Tensor(b!)? total, Tensor(c!)? grad, Tensor(d!)? adv_grad",
+    },
 }
 
 

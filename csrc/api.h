@@ -67,11 +67,24 @@ struct AtlasAugment {
   uint32_t stream, draw;
 };
 
+// sum_j w_ij ||h_adv_i - h_j|| of every adversary i, times `factor`; w_ij = 1 for labels that are equal, else `other`.
+struct AtlasPairwise {
+  int64_t batch, features;
+  const void *h, *h_adv;   // dense [batch, features], both of `dtype`
+  const int64_t* labels;
+  void *value, *total;     // per adversary, and their sum, in the compute type (fp64 if h is, else fp32); null: not wanted
+  void *grad, *adv_grad;   // of the total by h and by h_adv, in the compute type; null: not wanted
+  double* partial;         // workspace [ceil(features / 32), batch]
+  double other, factor;
+  int32_t dtype, squared;  // squared: the squared l2 distance, else l1
+};
+
 // The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
 ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
 ATLAS_EXPORT const char* atlas_cuda_error(int status);
 
 ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
 
 }  // extern "C"

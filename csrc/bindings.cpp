@@ -20,6 +20,7 @@ namespace {
 struct CudaLibrary {
   decltype(&atlas_perturb) perturb = nullptr;
   decltype(&atlas_augment) augment = nullptr;
+  decltype(&atlas_pairwise) pairwise = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -36,6 +37,7 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_cuda_error", cuda.error);
   find(library, "atlas_perturb", cuda.perturb);
   find(library, "atlas_augment", cuda.augment);
+  find(library, "atlas_pairwise", cuda.pairwise);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -103,11 +105,29 @@ void augment(uintptr_t images, bool channels_last, int64_t count, int64_t channe
   if (status != ATLAS_OK) throw std::runtime_error("atlas_augment: " + explain(status));
 }
 
+void pairwise(uintptr_t h, int dtype, uintptr_t h_adv, uintptr_t labels, uintptr_t value, uintptr_t total,
+              uintptr_t grad, uintptr_t adv_grad, uintptr_t partial, int64_t batch, int64_t features, double other,
+              double factor, bool squared, int device, int threads, uintptr_t cuda_stream) {
+  const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  const AtlasPairwise params = {batch, features, at(h), at(h_adv), static_cast<const int64_t*>(at(labels)), at(value),
+                                at(total), at(grad), at(adv_grad), static_cast<double*>(at(partial)), other, factor,
+                                dtype, squared};
+  const AtlasWhere where = {device, threads, at(cuda_stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0 ? atlas_pairwise(&params, &where)
+             : cuda.pairwise ? cuda.pairwise(&params, &where) : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error("atlas_pairwise: " + explain(status));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
   m.def("augment", &augment);
+  m.def("pairwise", &pairwise);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

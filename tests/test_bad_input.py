@@ -63,6 +63,43 @@ def test_message(error, message, call):
         call()
 
 
+H, LABELS = torch.rand(4, 6), torch.arange(4)
+
+
+def compact(h=H, h_adv=H, labels=LABELS, **rest):
+    return ak.compactness(h, h_adv, labels, **rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "h must be a dense float tensor, got list", lambda: compact(h=[1.0])),
+        (TypeError, "h must be a dense float tensor, got torch.int64", lambda: compact(h=H.long())),
+        (TypeError, "h_adv must be a dense float tensor, got torch.float32 .*sparse", lambda: compact(h_adv=H.to_sparse())),
+        (ValueError, r"h has shape \[4, 3, 8, 8\], expected features \[B, k\] .*flatten", lambda: compact(ADV, ADV)),
+        (ValueError, r"h has shape \[4, 0\], expected features \[B, k\] with k >= 1", lambda: compact(H[:, :0], H[:, :0])),
+        (ValueError, r"h_adv has shape \[4, 5\], h has \[4, 6\]", lambda: compact(h_adv=H[:, :5])),
+        (TypeError, "h_adv is torch.float64, h is torch.float32", lambda: compact(h_adv=H.double())),
+        (ValueError, "h_adv is on meta, h on cpu", lambda: compact(h_adv=H.to("meta"))),
+        (TypeError, "labels must be an int64 tensor .*, got torch.int32: call .long", lambda: compact(labels=LABELS.int())),
+        (TypeError, "labels must be an int64 tensor .*, got list", lambda: compact(labels=[0, 1, 2, 3])),
+        (ValueError, r"labels is \[3\] on cpu, expected \[4\]", lambda: compact(labels=LABELS[:3])),
+        (ValueError, r"labels is \[4, 1\] on cpu", lambda: compact(labels=LABELS[:, None])),
+        (ValueError, r"labels is \[4\] on meta, expected \[4\] on cpu", lambda: compact(labels=LABELS.to("meta"))),
+        (ValueError, "scale must be finite and not 0 .*, got 0.0", lambda: compact(scale=0.0)),
+        (ValueError, "scale must be finite and not 0 .*, got nan", lambda: compact(scale=NAN)),
+        (TypeError, "scale must be a number, got str", lambda: compact(scale="0.99")),
+        (TypeError, "scale must be a number, got NoneType", lambda: compact(scale=None)),
+        (ValueError, "distance 'l11' is unknown: choose from l1, squared; did you mean 'l1'", lambda: compact(distance="l11")),
+        (ValueError, "reduction 'average' is unknown: choose from mean, sum, none", lambda: compact(reduction="average")),
+        (ValueError, "'none' has no gradient for h", lambda: compact(H.clone().requires_grad_(), detach=False, reduction="none")),
+    ],
+)  # fmt: skip
+def test_message_of_compactness(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
 def test_overlap_is_refused_before_anything_is_written():
     memory = torch.rand(2 * ADV.numel())
     adv, shifted = memory[: ADV.numel()].view_as(ADV), memory[64 : 64 + ADV.numel()].view_as(ADV)

@@ -89,7 +89,7 @@ def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str
 
 
 def test_every_file_compiles_without_a_warning(built):
-    assert {"augment", "perturb", "runtime"} <= built.keys()
+    assert {"augment", "pairwise", "perturb", "runtime"} <= built.keys()
 
 
 def test_nothing_is_spilled(built):
@@ -156,6 +156,16 @@ def test_augment_loads_do_not_wait(machine_code, arch):
             loads = [i for i, op in enumerate(code) if op.startswith("LDG.") and ".U8" in op]
             first = next(i for i, op in enumerate(code) if op.split(".")[0] in ("I2F", "I2FP"))
             assert len(loads) == 2 * vector and sum(i < first for i in loads) >= vector, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pairs_come_from_shared_memory_in_wide_reads(machine_code, arch):
+    """The weights of two pairs or more a read, nothing contracted, and no atomics: sums are in a fixed order."""
+    kernels = {n: c for (stem, at, n), c in machine_code.items() if (stem, at) == ("pairwise", f"sm_{arch}")}
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        assert not {op.split(".")[0] for op in code} & {"FFMA", "DFMA", "ATOM", "ATOMG", "RED"}, name
+        assert "L1Sum" not in name or "LDS.128" in code, name
 
 
 def test_library_needs_nothing_of_cuda_or_torch(library):

@@ -38,11 +38,11 @@ bool force_isa(Isa isa);  // false: this machine cannot run it
 
 template <class Job> using RangeFunction = void (*)(const Job&, int64_t begin, int64_t end);
 
-template <class Body, class Job> struct Compiled {
+template <class Body, class V3, class V4, class Job> struct Compiled {
   static void baseline(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
 #if ATLAS_X86
-  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
-  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
+  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) { V3::run(job, begin, end); }
+  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) { V4::run(job, begin, end); }
 #endif
   static RangeFunction<Job> best() {
 #if ATLAS_X86
@@ -54,9 +54,11 @@ template <class Body, class Job> struct Compiled {
   }
 };
 
-// Splits [0, total) over at most `threads` OpenMP threads, at least `grain` each.
-template <class Body, class Job> void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
-  const RangeFunction<Job> run = Compiled<Body, Job>::best();
+// Splits [0, total) over at most `threads` OpenMP threads, at least `grain` each. V3, V4: bodies that know how wide the
+// registers of their instruction set are.
+template <class Body, class V3 = Body, class V4 = Body, class Job>
+void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
+  const RangeFunction<Job> run = Compiled<Body, V3, V4, Job>::best();
   const int64_t most = (total + grain - 1) / grain, parts = most < threads ? most : threads;
   if (parts <= 1) return run(job, 0, total);
 #if defined(_OPENMP)

@@ -1,0 +1,135 @@
+"""Losses over all pairs of clean and adversarial features, in the memory of one batch of features."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import FLOATS, require_like
+from .layout import compute_dtype
+
+_compactness = backends.caller("compactness")
+
+_DISTANCES = ("l1", "squared")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def compactness(
+    h: Tensor,
+    h_adv: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 0.99,
+    distance: str = "l1",
+    detach: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Global compactness of ADR (Bui et al., ECCV 2020, arXiv 2007.05123): pulls adversaries to the clean features of
+    their class and pushes them slightly from the other classes,
+
+        ``1/B^2 sum_ij w_ij 1/k |h_j - h_adv_i|_1``,  ``w_ij = 1 if y_i == y_j else 1 - 1/scale``
+
+    over all B^2 pairs, i = j included. Neither the B x B x k differences nor the B x B distances are ever in memory. At
+    a tie the gradient of ``|.|`` is 0. A batch of one class has weights 1 (the published code divides by zero there);
+    an empty batch has no pairs, so its loss is 0. NaN features give a NaN loss.
+
+    Args:
+        h, h_adv: clean and adversarial features [B, k] of one layer, k >= 1, one float dtype; computed in float32
+            (float64 stays).
+        labels: class indices, int64 [B]; any values.
+        scale: s of the weights, not 0. The paper's 0.99 weighs pairs of different classes by -0.0101.
+        distance: "l1" as published, or "squared", the squared l2 distance.
+        detach: no gradient to ``h``, as published: only the adversaries are moved.
+        reduction: "mean" is the formula; "sum" is B times that, the sum over adversaries; "none" is float [B], one for
+            each adversary (its gradient goes to ``h_adv`` only).
+
+    Returns a float32 (float64) tensor, differentiable any number of times. Raises ``TypeError`` and ``ValueError`` that
+    name the argument.
+    """
+    _require_features(h, h_adv, labels)
+    scale = _scale(scale)
+    _one_of("distance", distance, _DISTANCES)
+    _one_of("reduction", reduction, _REDUCTIONS)
+    clean = h.detach() if detach else h
+    if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad:
+        raise ValueError("reduction='none' has no gradient for h: use detach=True, or reduction='mean' or 'sum'")
+    inputs = clean.contiguous(), h_adv.contiguous(), labels.contiguous()
+    return _Compactness.apply(*inputs, scale, distance == "squared", reduction)
+
+
+def _require_features(h: Tensor, h_adv: Tensor, labels: Tensor) -> None:
+    for name, t in (("h", h), ("h_adv", h_adv)):
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.layout != torch.strided:
+            got = f"{t.dtype} ({t.layout})" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a dense float tensor, got {got}")
+    if h.ndim != 2 or h.shape[1] == 0:
+        raise ValueError(f"h has shape {list(h.shape)}, expected features [B, k] with k >= 1: call .flatten(1) on maps")
+    require_like("h_adv", h_adv, "h", h, dtype=True)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor of class indices, got {got}: call .long()")
+    if labels.shape != h.shape[:1] or labels.device != h.device:
+        raise ValueError(
+            f"labels is {list(labels.shape)} on {labels.device}, expected [{h.shape[0]}] on {h.device}, one per sample"
+        )
+
+
+def _scale(scale: float) -> float:
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not (scale and math.isfinite(scale) and math.isfinite(1.0 / scale)):
+        raise ValueError(f"scale must be finite and not 0 (other classes weigh 1 - 1/scale), got {scale}")
+    return float(scale)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}{hint}")
+
+
+class _Compactness(torch.autograd.Function):
+    """The kernel makes value and gradients at once; ``backward`` only scales."""
+
+    @staticmethod
+    def forward(ctx, h, h_adv, labels, scale, squared, reduction):  # type: ignore[no-untyped-def]
+        (batch, features), dtype = h.shape, compute_dtype(h.dtype)
+        factor = 1.0 / (max(batch, 1) * features) / (max(batch, 1) if reduction == "mean" else 1)
+        loss = torch.empty((batch,) if reduction == "none" else (), dtype=dtype, device=h.device)
+        grads = [torch.empty_like(h, dtype=dtype) if needed else None for needed in ctx.needs_input_grad[:2]]
+        value, total = (loss, None) if reduction == "none" else (None, loss)
+        _compactness(h, h_adv, labels, scale, squared, factor, value, total, *grads)
+        ctx.save_for_backward(h, h_adv, labels, *grads)
+        ctx.rest = scale, squared, factor
+        return loss
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        h, h_adv, labels, *grads = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _slopes(h, h_adv, labels, grads, *ctx.rest)
+        over = cotangent.unsqueeze(1) if cotangent.ndim else cotangent
+        return *(None if g is None else (over * g).to(h.dtype) for g in grads), *[None] * 4
+
+
+def _slopes(h, h_adv, labels, grads, scale, squared, factor):  # type: ignore[no-untyped-def]
+    """The gradients by h and h_adv again, from differentiable operations."""
+    if not squared:  # piecewise constant: all that is missing is the derivative, which is 0
+        flat = 0.0 * (h.sign() + h_adv.sign())
+        return [None if g is None else g + flat for g in grads]
+    classes, index, size = labels.unique(return_inverse=True, return_counts=True)
+    other, wide = 1.0 - 1.0 / scale, compute_dtype(h.dtype)
+    weight = (other * labels.shape[0] + size[index].to(wide) / scale).unsqueeze(1)  # sum of w_ij over j
+
+    def slope(own: Tensor, far: Tensor) -> Tensor:
+        sums = far.new_zeros((len(classes), far.shape[1])).index_add(0, index, far)
+        return 2.0 * factor * (weight * own - other * far.sum(0) - sums[index] / scale)
+
+    clean, adversarial = h.to(wide), h_adv.to(wide)
+    pairs = (clean, adversarial), (adversarial, clean)
+    return [None if g is None else slope(*pair) for g, pair in zip(grads, pairs, strict=True)]
