@@ -9,7 +9,7 @@ from __future__ import annotations
 from .attacks import FGSM, PGD, AttackResult, LastStep
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
-from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
+from .perturb import pgd_step, pgd_step_neighbours, project, random_start, sample_neighbours
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",
+    "project",
     "random_start",
     "sample_neighbours",
 ]

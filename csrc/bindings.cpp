@@ -19,6 +19,7 @@ namespace {
 // What the CUDA library exports, found by name when it is loaded.
 struct CudaLibrary {
   decltype(&atlas_perturb) perturb = nullptr;
+  decltype(&atlas_perturb_norm) perturb_norm = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -34,6 +35,7 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_cuda_runtime", cuda.runtime);
   find(library, "atlas_cuda_error", cuda.error);
   find(library, "atlas_perturb", cuda.perturb);
+  find(library, "atlas_perturb_norm", cuda.perturb_norm);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -81,10 +83,39 @@ void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uin
   if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb: " + explain(status));
 }
 
+void perturb_norm(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format,
+                  uintptr_t out, int out_format, uintptr_t cast, int cast_format, int64_t batch, int64_t channels,
+                  int64_t pixels, double eps, uintptr_t eps_rows, double step_size, uintptr_t step_rows,
+                  double clip_min, uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active,
+                  uintptr_t key, uintptr_t ids, int norm, bool descend, uint32_t stream, uint32_t draw, int device,
+                  int threads, uintptr_t cuda_stream) {
+  const auto images = [](uintptr_t data, int format) {
+    return AtlasImages{reinterpret_cast<void*>(data), format & 3, format >> 2};
+  };
+  const auto scalar = [](double value, uintptr_t rows) {
+    return AtlasScalar{value, reinterpret_cast<const void*>(rows)};
+  };
+  const AtlasPerturbNorm params = {
+      batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
+      images(out, out_format), images(cast, cast_format), scalar(eps, eps_rows), scalar(step_size, step_rows),
+      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), reinterpret_cast<const uint8_t*>(active),
+      reinterpret_cast<const int64_t*>(key), reinterpret_cast<const int64_t*>(ids), norm, descend, stream, draw};
+  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0          ? atlas_perturb_norm(&params, &where)
+             : cuda.perturb_norm ? cuda.perturb_norm(&params, &where)
+                                 : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb_norm: " + explain(status));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
+  m.def("perturb_norm", &perturb_norm);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);
