@@ -7,9 +7,9 @@ float32 or float64. 16-bit images are computed in float32 and rounded once on th
 half a unit in the last place of the pixel: for bfloat16 at eps = 8/255 up to 0.002 near 1.0, which is 6 % of eps.
 
 In l2 and l1 the length of a sample is taken in float64, where squares of float32 neither over- nor underflow, and
-rounded once: the backends agree to 4 units in the last place, usually to the bit, whatever the number of threads. Clean
-images must lie in the range. A sample at no finite distance from its clean image (a pixel is NaN or infinite) is clipped
-to the range but not projected.
+rounded once: the backends agree to 4 units in the last place (of the larger of pixel and way), usually to the bit, and
+the number of threads does not matter. Clean images must lie in the range. A sample at no finite distance from its clean
+image (a pixel is NaN or infinite) is clipped to the range but not projected.
 
 Every operator is differentiable in its images and radii (not in the gradient, the clip bounds or the noise), with the
 exact masks of the clips, any number of times. Where noise is drawn, ``key`` is a ``noise_key`` (default: a fresh one),
@@ -29,7 +29,6 @@ from torch import Tensor
 from . import backends
 from .backends.native import advise_huge_pages
 from .backends.reference import perturb_norms as plain
-from .backends.reference.perturb import rows
 from .checks import (
     per_channel,
     per_sample,
@@ -96,8 +95,7 @@ def random_start(
     if _needs_grad(x, radius[1]):
         _refuse_out(out)
         if number:
-            wide = x.to(compute_dtype(x.dtype))
-            return plain.started(wide, rows(*radius, x), norm, *plain.limits(*bounds, x), *noise).to(x.dtype)
+            return plain.start(x, norm, radius, bounds, *noise).to(x.dtype)
         return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)
     out = _like(x) if out is None else _checked(out, x.shape, x, x.dtype)
     if number:
@@ -158,7 +156,7 @@ def pgd_step(
     if _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
         if number:
-            return _differentiable_step(adv, grad, x, ball, step, norm, bounds, descend, active)
+            return plain.step(adv, grad, x, norm, ball, step, bounds, descend, active).to(adv.dtype)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
     out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     if number:
@@ -202,8 +200,7 @@ def project(
     number = _number_of(norm)
     if _needs_grad(v, x, ball[1]):
         _refuse_out(out)
-        wide, dtype = compute_dtype(v.dtype), v.dtype
-        return plain.projected(v.to(wide), x.to(wide), rows(*ball, v), norm, *plain.limits(*bounds, v)).to(dtype)
+        return plain.inside(v, x, norm, ball, bounds).to(v.dtype)
     out = _like(v) if out is None else _checked(out, v.shape, v, v.dtype)
     _project(v, x, number, *ball, *bounds, out)
     return out
@@ -346,15 +343,6 @@ def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
     largest = plain.flat(grad).abs().amax(1).view(-1, *[1] * (grad.ndim - 1))
     scaled = grad / torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
     return scaled.to(compute_dtype(like.dtype))
-
-
-def _differentiable_step(adv, grad, x, ball, step, norm, bounds, descend, active):  # type: ignore[no-untyped-def]
-    """``pgd_step`` in l2 or l1, as the plain formula."""
-    wide = compute_dtype(adv.dtype)
-    size, limits = rows(*step, adv), plain.limits(*bounds, adv)
-    found = plain.moved(adv.to(wide), grad.to(wide), -size if descend else size, norm)
-    found = plain.projected(found, x.to(wide), rows(*ball, adv), norm, *limits).to(adv.dtype)
-    return found if active is None else torch.where(active.view([-1] + [1] * (adv.ndim - 1)), found, adv)
 
 
 def _require_count(count: int) -> None:

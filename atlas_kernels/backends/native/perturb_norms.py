@@ -20,7 +20,7 @@ def _pass(
     batch, channels, pixels = plane_shape(shape)
     dtype = compute_dtype(adv.dtype)
     if not (grad is not None or key is not None) <= norm < len(NORMS):
-        raise DoorError(f"norm is {norm}, expected the index of one of {NORMS}; steps and starts in linf are pgd_step's")
+        raise DoorError(f"norm is {norm}, expected an index of {NORMS}, of linf for project alone")
     core().perturb_norm(
         *images("adv", adv, shape, device),
         *(ABSENT if grad is None else images("grad", grad, shape, device)),

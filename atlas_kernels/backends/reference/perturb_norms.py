@@ -1,5 +1,4 @@
-"""The l2 and l1 perturbation operators in plain PyTorch: the definition. ``moved``, ``projected`` and ``started`` are
-differentiable in images, radii and steps. Lengths are taken in fp64 and rounded once."""
+"""The l2 and l1 perturbation operators in plain PyTorch: the definition. Lengths are taken in fp64 and rounded once."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_START
 from ...schema import L2, LINF, NORMS
-from .perturb import clip, rows, to_range
+from .perturb import clip, rows
 from .philox import uniform, words
 
 
@@ -41,8 +40,8 @@ def moved(adv: Tensor, grad: Tensor, step: Tensor, norm: str) -> Tensor:
 
 
 def projected(v: Tensor, x: Tensor, eps: Tensor, norm: str, low: Tensor, high: Tensor) -> Tensor:
-    """``v`` in the eps-ball of x and in [low, high]: for l_inf and l2 in the ball, then in the range; for l1 the nearest
-    point of both. A sample at no finite distance from x is only clipped to the range."""
+    """``v`` in the eps-ball of x and in [low, high]: for l_inf and l2 in the ball, then in the range; for l1 the
+    nearest point of both. A sample at no finite distance from x is only clipped to the range."""
     if norm == LINF:
         return clip(clip(v, x - eps, x + eps), low, high)
     d = v - x
@@ -95,22 +94,34 @@ def _positive_uniform(word: Tensor) -> Tensor:
     return ((word >> 8) + 1).double() * 2.0**-24
 
 
-def started(
-    x: Tensor, eps: Tensor, norm: str, low: Tensor, high: Tensor, key: Tensor, ids: Tensor | None, draw: int
-) -> Tensor:
-    """A uniform point of the eps-ball of x, clipped to [low, high]."""
-    z, share = direction(x, norm, key, ids, draw)
-    return clip(moved(x, z.to(x.dtype), (eps.double() * share).to(x.dtype), norm), low, high)
-
-
-def limits(clip_min: float, min_rows: Tensor | None, clip_max: float, max_rows: Tensor | None, like: Tensor):
+def _limits(clip_min, min_rows, clip_max, max_rows, like):
     return rows(clip_min, min_rows, like, dim=1), rows(clip_max, max_rows, like, dim=1)
+
+
+def start(x, norm, eps, bounds, key, ids, draw):
+    """A uniform point of the ball, clipped to the range; eps and bounds are the operators' pairs. In the compute type,
+    as what ``step`` and ``inside`` make, and like that differentiable in images, radii and steps."""
+    radius, dtype = rows(*eps, like=x), compute_dtype(x.dtype)
+    z, share = direction(x, norm, key, ids, draw)
+    return clip(moved(x.to(dtype), z.to(dtype), (radius.double() * share).to(dtype), norm), *_limits(*bounds, like=x))
+
+
+def step(adv, grad, x, norm, eps, step_size, bounds, descend, active):
+    """One step of the samples that are active, projected."""
+    dtype, size = compute_dtype(adv.dtype), rows(*step_size, like=adv)
+    found = inside(moved(adv.to(dtype), grad.to(dtype), -size if descend else size, norm), x, norm, eps, bounds)
+    return found if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), found, adv.to(dtype))
+
+
+def inside(v, x, norm, eps, bounds):
+    """``v`` in the ball and in the range."""
+    dtype = compute_dtype(v.dtype)
+    return projected(v.to(dtype), x.to(dtype), rows(*eps, like=v), norm, *_limits(*bounds, like=v))
 
 
 @torch.no_grad()
 def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    bounds = limits(clip_min, min_rows, clip_max, max_rows, x)
-    out.copy_(started(x.to(compute_dtype(x.dtype)), rows(eps, eps_rows, x), NORMS[norm], *bounds, key, ids, draw))
+    out.copy_(start(x, NORMS[norm], (eps, eps_rows), (clip_min, min_rows, clip_max, max_rows), key, ids, draw))
 
 
 @torch.no_grad()
@@ -118,13 +129,8 @@ def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
     out, cast,
 ):  # fmt: skip
-    dtype = compute_dtype(adv.dtype)
-    step = rows(step_size, step_rows, adv)
-    bounds = limits(clip_min, min_rows, clip_max, max_rows, adv)
-    found = moved(adv.to(dtype), grad.to(dtype), -step if descend else step, NORMS[norm])
-    found = projected(found, x.to(dtype), rows(eps, eps_rows, adv), NORMS[norm], *bounds)
-    if active is not None:
-        found = torch.where(active.view(-1, *[1] * (adv.ndim - 1)), found, adv.to(dtype))
+    bounds = clip_min, min_rows, clip_max, max_rows
+    found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active)
     out.copy_(found)
     if cast is not None:
         cast.copy_(found)
@@ -132,6 +138,4 @@ def pgd_step_norm(
 
 @torch.no_grad()
 def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):
-    dtype = compute_dtype(v.dtype)
-    bounds = limits(clip_min, min_rows, clip_max, max_rows, v)
-    out.copy_(projected(v.to(dtype), x.to(dtype), rows(eps, eps_rows, v), NORMS[norm], *bounds))
+    out.copy_(inside(v, x, NORMS[norm], (eps, eps_rows), (clip_min, min_rows, clip_max, max_rows)))
