@@ -13,6 +13,9 @@ from ...schema import L2, LINF, NORMS
 from .perturb import clip, rows
 from .philox import uniform, words
 
+_PerSample = tuple[float, Tensor | None]
+_Bounds = tuple[float, Tensor | None, float, Tensor | None]
+
 
 def flat(t: Tensor) -> Tensor:
     """One row per sample."""
@@ -94,29 +97,32 @@ def _positive_uniform(word: Tensor) -> Tensor:
     return ((word >> 8) + 1).double() * 2.0**-24
 
 
-def _limits(clip_min, min_rows, clip_max, max_rows, like):
+def _limits(clip_min: float, min_rows: Tensor | None, clip_max: float, max_rows: Tensor | None, like: Tensor):
     return rows(clip_min, min_rows, like, dim=1), rows(clip_max, max_rows, like, dim=1)
 
 
-def start(x, norm, eps, bounds, key, ids, draw):
+def start(x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds, key: Tensor, ids: Tensor | None, draw: int) -> Tensor:
     """A uniform point of the ball, clipped to the range; eps and bounds are the operators' pairs. In the compute type,
     as what ``step`` and ``inside`` make, and like that differentiable in images, radii and steps."""
-    radius, dtype = rows(*eps, like=x), compute_dtype(x.dtype)
+    radius, dtype = rows(*eps, x), compute_dtype(x.dtype)
     z, share = direction(x, norm, key, ids, draw)
-    return clip(moved(x.to(dtype), z.to(dtype), (radius.double() * share).to(dtype), norm), *_limits(*bounds, like=x))
+    return clip(moved(x.to(dtype), z.to(dtype), (radius.double() * share).to(dtype), norm), *_limits(*bounds, x))
 
 
-def step(adv, grad, x, norm, eps, step_size, bounds, descend, active):
+def step(
+    adv: Tensor, grad: Tensor, x: Tensor, norm: str, eps: _PerSample, step_size: _PerSample, bounds: _Bounds,
+    descend: bool, active: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One step of the samples that are active, projected."""
-    dtype, size = compute_dtype(adv.dtype), rows(*step_size, like=adv)
+    dtype, size = compute_dtype(adv.dtype), rows(*step_size, adv)
     found = inside(moved(adv.to(dtype), grad.to(dtype), -size if descend else size, norm), x, norm, eps, bounds)
     return found if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), found, adv.to(dtype))
 
 
-def inside(v, x, norm, eps, bounds):
+def inside(v: Tensor, x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds) -> Tensor:
     """``v`` in the ball and in the range."""
     dtype = compute_dtype(v.dtype)
-    return projected(v.to(dtype), x.to(dtype), rows(*eps, like=v), norm, *_limits(*bounds, like=v))
+    return projected(v.to(dtype), x.to(dtype), rows(*eps, v), norm, *_limits(*bounds, v))
 
 
 @torch.no_grad()
