@@ -56,3 +56,13 @@ def problem(
     made = (adv.to(dtype), grad.to(grad_dtype or dtype), x.to(dtype))
     adv, grad, x = (to_layout(t.to(device), c == "l") for t, c in zip(made, layouts, strict=True))
     return adv, grad, x
+
+
+def same_within_ulps(a: Tensor, b: Tensor, x: Tensor, ulps: int = 4) -> bool:
+    """Equal to ``ulps`` units in the last place of the largest of a, b and x (one, where 16 bits were rounded to), NaN
+    and infinities at the same places."""
+    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    size = torch.stack([a, b, x]).double().abs().nan_to_num(0, 0).amax(0)
+    allowed = size * torch.finfo(a.dtype).eps * (ulps if a.element_size() > 2 else 1)
+    return bool(((a == b) | a.isnan() | ((a.double() - b.double()).abs() <= allowed)).all())

@@ -108,20 +108,19 @@ template <class T> struct NormStep {
     factor = T(double(step) / (length * power));
   }
 
-  // What is kept falls piecewise linearly with lambda. Newton's method inside the bracket, then bisection; either ends
-  // where the root of a piece lies on it.
+  // What is kept falls piecewise linearly with lambda. Newton's method inside the bracket, then bisection, until the root
+  // of the piece at lambda is lambda, or nothing is left between the ends.
   ATLAS_HD void search(const Sums& sums) {
-    const double root = (sums.a - double(eps)) / sums.b;  // of the piece at lambda
+    const T root = T((sums.a - double(eps)) / sums.b);
     (sums.a - sums.b * double(shrink) > double(eps) ? low : high) = shrink;
-    const bool inside = root > double(low) && root < double(high);
-    T next = T(root);
-    const bool found = next == shrink;
-    if (!inside || searched >= kNewtonSweeps) next = low + (high - low) * T(0.5);
-    if (found || next == low || next == high || ++searched == kSearchSweeps) {
-      next = found || inside ? T(root) : high;
+    const T middle = low + (high - low) * T(0.5);
+    const bool inside = root > low && root < high;
+    if (root == shrink || middle == low || middle == high || ++searched == kSearchSweeps) {
+      shrink = root >= low && root <= high ? root : high;
       sweep = kWrite;
+    } else {
+      shrink = inside && searched <= kNewtonSweeps ? root : middle;
     }
-    shrink = next;
   }
 };
 
