@@ -263,7 +263,8 @@ def test_starts_are_uniform_in_the_ball(norm):
     """Moments of 20,000 points, each to five standard errors."""
     count, eps, p = 20_000, 3.0, int(norm[1])
     shape = (3, 5) if norm == "l2" else (2, 7)  # planes that do not end on a group of four pixels
-    d = ak.random_start(torch.zeros(count, *shape), eps, norm=norm, key=torch.tensor([5, 0]), **WIDE).double().flatten(1)
+    d = ak.random_start(torch.zeros(count, *shape), eps, norm=norm, key=torch.tensor([5, 0]), **WIDE)
+    d = d.double().flatten(1)
     dims = d.shape[1]
 
     def close(values, mean):
@@ -406,3 +407,50 @@ def test_the_door(device):
         OPS.project(adv, x, 1, 0.1, torch.ones(1, device=device), *clip, out)
     with pytest.raises(ValueError, match="out shares memory with x"):
         ak.project(adv[:1], x[:1], 0.1, norm="l2", out=x.flatten()[16:64].view(1, 3, 4, 4))
+
+
+# --- attacks ---
+
+
+def plain_attack(model, x, y, eps, steps, step, norm, start):
+    """PGD as people write it; l1 with the independent projection."""
+    adv = start.clone()
+    for _ in range(steps):
+        leaf = adv.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+        adv = adv + step * grad / length(grad, norm).view(-1, 1, 1, 1)
+        if norm == "l2":
+            shrink = (eps / length(adv - x, norm)).clamp(max=1).view(-1, 1, 1, 1)
+            adv = (x + (adv - x) * shrink).clamp(0, 1)
+        else:
+            adv = nearest_in_l1_ball_and_box(adv, x, eps, 0.0, 1.0)
+    return adv
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.5), ("l1", 12.0)])
+@pytest.mark.parametrize("random", [False, True])
+def test_attacks(norm, eps, random):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
+    model = model.double()
+    x, y, key = torch.rand(20, 3, 8, 8).double(), torch.randint(5, (20,)), torch.tensor([3, 0])
+    attack = ak.PGD(eps, steps=5, norm=norm, random_start=random)
+    adv = attack(model, x, y, key=key)
+    start = ak.random_start(x, eps, norm=norm, key=key) if random else x
+    expected = plain_attack(model, x, y, eps, 5, 2.5 * eps / 5, norm, start)
+    assert torch.allclose(adv, expected, rtol=0, atol=1e-9)
+    last = attack.last_gradient(model, x, y, key=key)
+    assert torch.equal(adv, ak.pgd_step(last.adv, last.grad, x, eps, attack.effective_step_size, norm=norm))
+    one = ak.FGSM(eps, norm=norm)(model, x, y)
+    assert torch.allclose(one, plain_attack(model, x, y, eps, 1, eps, norm, x), rtol=0, atol=1e-9)
+    towards = ak.PGD(eps, steps=5, norm=norm, targeted=True)(model, x, y, key=key)
+    assert torch.nn.functional.cross_entropy(model(towards), y) < torch.nn.functional.cross_entropy(model(x), y)
+
+
+def test_attacks_name_their_norms():
+    with pytest.raises(ValueError, match="norm must be one of 'linf', 'l2', 'l1', got 'L_2'; did you mean 'l2'"):
+        ak.PGD(1.0, norm="L_2")
+    with pytest.raises(ValueError, match="eps=1 covers all of"):
+        ak.PGD(1.0)
+    with pytest.raises(ValueError, match="eps must be finite"):
+        ak.FGSM(math.inf, norm="l2")

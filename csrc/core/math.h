@@ -47,7 +47,7 @@ template <class V> ATLAS_HD V log_fp32(V x) {
   const V scaled = x < tiny ? x * 0x1p23f : x;
   // x = 2^k (1 + f), with 1 + f from sqrt(1/2) to sqrt(2).
   const int_of<V> bits = bit_cast<int_of<V>>(scaled), k = (bits - 0x3f3504f3) >> 23;
-  const V f = bit_cast<V>(bits - (k << 23)) - 1.0f;
+  const V f = bit_cast<V>(bits - k * 0x800000) - 1.0f;
   const V n = whole<V>(k) - (x < tiny ? all<V>(23.0f) : all<V>(0.0f));
   V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
