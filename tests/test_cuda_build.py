@@ -89,7 +89,7 @@ def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str
 
 
 def test_every_file_compiles_without_a_warning(built):
-    assert {"perturb", "runtime"} <= built.keys()
+    assert {"perturb", "perturb_norms", "runtime"} <= built.keys()
 
 
 def test_nothing_is_spilled(built):
@@ -134,6 +134,17 @@ def test_vector_kernels_load_before_they_compute(machine_code, arch):
             last_load = max(i for i, op in enumerate(code) if op.startswith("LDG.") and op.endswith(".128"))
             arithmetic = [i for i, op in enumerate(code) if op.split(".")[0] in ("FADD", "FMUL", "FSET")]
             assert last_load < min(arithmetic), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norm_kernels_access_128_bits_and_add_in_double_precision(machine_code, arch):
+    kernels = {n: code for (stem, at, n), code in machine_code.items() if (stem, at) == ("perturb_norms", f"sm_{arch}")}
+    assert len(kernels) == 4
+    for name, code in kernels.items():
+        assert "DADD" in {op.split(".")[0] for op in code}, name
+        if "Vectors" in name:
+            assert any(op.startswith("LDG.") and op.endswith(".128") for op in code), name
+            assert any(op.startswith("STG.") and op.endswith(".128") for op in code), name
 
 
 def test_library_needs_nothing_of_cuda_or_torch(library):

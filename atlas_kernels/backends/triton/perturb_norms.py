@@ -157,7 +157,9 @@ def norms_kernel(
             g = 0.0
             if grad is not None:
                 g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
-            v, clean = _points(adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST, X_LAST, GROUPS)
+            v, clean = _points(
+                adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST, X_LAST, GROUPS
+            )
             d = v - clean
             m = _magnitude(d)
             if NORM == 1:
