@@ -1,8 +1,8 @@
 """Steps and starts in the l2 and l1 ball against the forms people write, eager and compiled.
 
 Bytes by the model: what the operator must read and write once. Plain forms: "renorm" is the step of Rice et al. 2020,
-"in place" the same with the fewest passes that PyTorch allows; "sort" projects on the l1 ball alone (Duchi et al. 2008),
-then clips, which is less than ours does.
+"in place" the same with the fewest passes that PyTorch allows; "sort" projects on the l1 ball alone (Duchi et al.
+2008), then clips, which is less than ours does.
 """
 
 from __future__ import annotations

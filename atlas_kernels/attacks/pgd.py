@@ -153,8 +153,8 @@ class PGD:
         """All of ``run`` but the last step, for a caller who fuses that with more work; same arguments.
 
         ``pgd_step(adv, grad, x, eps, effective_step_size, norm=norm, descend=targeted)`` then makes what ``run``
-        returns, and in l_inf ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for steps=0,
-        restarts > 1, compact and keep="best".
+        returns, and in l_inf ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for
+        steps=0, restarts > 1, compact and keep="best".
         """
         if self.steps == 0 or self._judged or self.compact:
             raise ValueError('last_gradient needs steps >= 1, restarts=1, keep="last" and compact=False; else use run')
