@@ -109,7 +109,7 @@ def norms_kernel(
     sample = tl.program_id(0).to(tl.int64)
     ball = _row(eps, eps_rows, sample, None)
     wide_ball = ball.to(tl.float64)
-    dimensions = (channels * pixels).to(tl.float64) if TILES > 0 else 1.0
+    dimensions = tl.cast(channels * pixels, tl.float64)
     moving = sample >= 0
     if active is not None:
         moving = tl.load(active + sample)
@@ -341,5 +341,6 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "l1 start, per sample": partial(_START, 2, rows=True),
     "l1 project, fp16": partial(_example, 2, torch.float16, step=False),
     "l_inf project": partial(_example, 0, step=False),
-    "l2 step, one pixel": partial(_example, 1, shape=(1, 2, 1, 1)),
+    "l1 step, one pixel": partial(_example, 2, shape=(1, 1, 1, 1)),
+    "l2 start, one pixel": partial(_START, 1, shape=(1, 1, 1, 1)),
 }
