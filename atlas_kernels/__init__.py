@@ -11,7 +11,7 @@ from .augment import augment
 from .backends import BackendUnavailable, backend
 from .noise import noise_key
 from .pairwise import compactness
-from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
+from .perturb import pgd_step, pgd_step_neighbours, project, random_start, sample_neighbours
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",
+    "project",
     "random_start",
     "sample_neighbours",
 ]

@@ -6,6 +6,7 @@ the CPU, and on CUDA once per attack, never under capture; ``ATLAS_CHECKS=0|1`` 
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -240,3 +241,11 @@ def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes}, from 0 on")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the names on offer; the error proposes the nearest."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")

@@ -1,17 +1,25 @@
-"""The l_inf perturbation operators: random start, projected-gradient step, local-neighbour sampling, and all in one.
+"""The perturbation operators: random start, projected-gradient step and projection in the l_inf, l2 or l1 ball; in the
+l_inf ball also local-neighbour sampling, and all in one.
 
 Images are batches [B, C, H, W] (contiguous or channels_last; layouts may differ between arguments) or [B, ...]; other
 strides are copied first. Values and radii are in one unit, images usually in [0, 1] and eps = 8/255 or 0.3. Images are
 float32 or float64. 16-bit images are computed in float32 and rounded once on the way out, so they may leave the ball by
 half a unit in the last place of the pixel: for bfloat16 at eps = 8/255 up to 0.002 near 1.0, which is 6 % of eps.
 
+In l2 and l1 the length of a sample is taken in float64, where squares of float32 neither over- nor underflow, and
+rounded once: the backends agree to 4 units in the last place (of the larger of pixel and way), usually to the bit, and
+the number of threads does not matter. Clean images must lie in the range. A sample at no finite distance from its clean
+image (a pixel is NaN or infinite) is clipped to the range but not projected.
+
 Every operator is differentiable in its images and radii (not in the gradient, the clip bounds or the noise), with the
 exact masks of the clips, any number of times. Where noise is drawn, ``key`` is a ``noise_key`` (default: a fresh one),
-``ids`` the samples' numbers (default: base + row) and ``draw`` the number of the step or restart.
+``ids`` the samples' numbers (default: base + row) and ``draw`` the number of the step or restart. In l2 and l1 the
+gradients are those of the plain PyTorch definition, which also makes the result wherever one is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +28,12 @@ from torch import Tensor
 
 from . import backends
 from .backends.native import advise_huge_pages
+from .backends.reference import perturb_norms as plain
 from .checks import (
     per_channel,
     per_sample,
     require_active,
+    require_choice,
     require_float_images,
     require_like,
     require_noise,
@@ -31,12 +41,16 @@ from .checks import (
 )
 from .layout import compute_dtype, dense, is_channels_last
 from .noise import noise_key
+from .schema import LINF, NORMS
 
 backends.register()
 _random_start = backends.caller("random_start")
 _pgd_step = backends.caller("pgd_step")
 _sample_neighbours = backends.caller("sample_neighbours")
 _pgd_step_neighbours = backends.caller("pgd_step_neighbours")
+_random_start_norm = backends.caller("random_start_norm")
+_pgd_step_norm = backends.caller("pgd_step_norm")
+_project = backends.caller("project")
 
 _Bound = float | Tensor | Sequence[float]
 _INFINITE = (float("-inf"), None, float("inf"), None)
@@ -46,6 +60,7 @@ def random_start(
     x: Tensor,
     eps: float | Tensor,
     *,
+    norm: str = LINF,
     key: Tensor | None = None,
     ids: Tensor | None = None,
     draw: int = 0,
@@ -53,11 +68,18 @@ def random_start(
     clip_max: _Bound = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Uniform start in the l_inf ball: ``clip(x + eps * u)``, ``u`` uniform in [-1, 1) (Madry et al. 2018, section 2).
+    """Uniform start in the ball: ``clip(x + eps * u)`` (Madry et al. 2018, section 2).
+
+    In l_inf ``u`` is uniform in [-1, 1). In l2 and l1 it is ``U^(1/D) z / ||z||``, U uniform in (0, 1), D the pixels of
+    a sample with its channels, z normal (l2) or Laplace (l1), which is uniform in the unit ball. The clip only shortens
+    the way from an x in the range, so the start stays in the ball. z is drawn from the words of the l_inf noise: two
+    make two normal numbers (Box & Muller 1958), one makes a Laplace number; U is word 0 of the sample's own counter
+    (c0 = 0, neighbour 1).
 
     Args:
         x: images [B, ...].
         eps: radius, one number or float [B].
+        norm: "linf", "l2" or "l1".
         key, ids, draw: the noise (see the module's text); ``draw`` is the restart.
         clip_min, clip_max: image range, one number or one per channel.
         out: result tensor like ``x``, or ``x`` itself.
@@ -69,11 +91,17 @@ def random_start(
     radius = per_sample("eps", eps, x)
     bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
     noise = _noise(x, key, ids, draw)
+    number = _number_of(norm)
     if _needs_grad(x, radius[1]):
         _refuse_out(out)
+        if number:
+            return plain.start(x, norm, radius, bounds, *noise).to(x.dtype)
         return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)
     out = _like(x) if out is None else _checked(out, x.shape, x, x.dtype)
-    _random_start(x, *radius, *bounds, *noise, out)
+    if number:
+        _random_start_norm(x, number, *radius, *bounds, *noise, out)
+    else:
+        _random_start(x, *radius, *bounds, *noise, out)
     return out
 
 
@@ -84,6 +112,7 @@ def pgd_step(
     eps: float | Tensor,
     step_size: float | Tensor,
     *,
+    norm: str = LINF,
     clip_min: _Bound = 0.0,
     clip_max: _Bound = 1.0,
     descend: bool = False,
@@ -94,10 +123,14 @@ def pgd_step(
     """One projected-gradient step: ``adv + step_size * sign(grad)``, into the eps-ball of x, into the image range
     (Madry et al. 2018, equation 2). A pixel whose gradient is 0 or NaN does not move.
 
+    In l2 and l1 the step is ``adv + step_size * grad / ||grad||``, and a sample whose gradient is zero or has a NaN or
+    an infinity does not move; the projection is that of ``project``.
+
     Args:
         adv, x: current iterate and clean images [B, ...], one dtype.
         grad: gradient of the objective at ``adv``, any float dtype.
         eps, step_size: one number or float [B].
+        norm: "linf", "l2" or "l1".
         clip_min, clip_max: image range, one number or one per channel.
         descend: step down the gradient.
         active: bool [B]; rows that are False keep ``adv`` as it is.
@@ -117,11 +150,59 @@ def pgd_step(
         active = active.contiguous()
     if cast is not None:
         require_out("cast", cast, adv.shape, adv, None)
+    number = _number_of(norm)
+    if number:
+        grad = _in_fp32_range(grad.detach(), adv)
     if _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
+        if number:
+            return plain.step(adv, grad, x, norm, ball, step, bounds, descend, active).to(adv.dtype)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
     out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
-    _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
+    if number:
+        _pgd_step_norm(adv, grad, x, number, *ball, *step, *bounds, descend, active, out, cast)
+    else:
+        _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
+    return out
+
+
+def project(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: str = LINF,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``v`` brought into the eps-ball of ``x`` and into the image range.
+
+    l_inf: clipped to both, which is the nearest point of their intersection. l2: scaled back to the ball, then clipped
+    to the range (Rice et al. 2020, arXiv 2002.11569): in both, though not the nearest such point. l1: the nearest point
+    of the intersection (Croce & Hein 2021, arXiv 2103.01208): every pixel loses the same lambda, and goes no further
+    than the range; lambda is found by bracketed Newton steps and solved exactly on its linear piece.
+
+    Args:
+        v, x: points and clean images [B, ...], one dtype.
+        eps: radius, one number or float [B].
+        norm: "linf", "l2" or "l1".
+        clip_min, clip_max: image range, one number or one per channel.
+        out: result tensor like ``v``, or ``v`` itself (in place).
+
+    Returns a tensor of v's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    """
+    require_float_images("v", v)
+    require_like("x", x, "v", v, dtype=True)
+    v, x = dense(v), dense(x)
+    ball = per_sample("eps", eps, v)
+    bounds = (*per_channel("clip_min", clip_min, v), *per_channel("clip_max", clip_max, v))
+    number = _number_of(norm)
+    if _needs_grad(v, x, ball[1]):
+        _refuse_out(out)
+        return plain.inside(v, x, norm, ball, bounds).to(v.dtype)
+    out = _like(v) if out is None else _checked(out, v.shape, v, v.dtype)
+    _project(v, x, number, *ball, *bounds, out)
     return out
 
 
@@ -139,7 +220,7 @@ def sample_neighbours(
     clip_max: _Bound = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``count`` points uniform in the local l_inf ball around each adversary: ``clip(adv + radius * u_k)``.
+    """``count`` points uniform in the local l_inf ball around each adversary: ``clip(adv + radius * u_k)``; l_inf only.
 
     The local balls of ATLAS (Lu & Kumar 2021, arXiv 2110.14030). Whether they may leave the eps-ball of the clean image
     is not known from the paper: they may here, unless ``x`` and ``eps`` are given, which project them onto it.
@@ -196,7 +277,8 @@ def pgd_step_neighbours(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The last attack step, both clips and the neighbours in one pass, as the batch ``[x; adv'; z_1; ...; z_count]``.
+    """The last attack step, both clips and the neighbours in one pass, as the batch ``[x; adv'; z_1; ...; z_count]``;
+    l_inf only.
 
     ``adv'`` is ``pgd_step(adv, grad, x, ...)`` and ``z_k`` the k-th slice of ``sample_neighbours(adv', ...)`` with the
     same noise; no noise tensor is made and nothing is concatenated.
@@ -245,6 +327,22 @@ def _noise(like: Tensor, key: Tensor | None, ids: Tensor | None, draw: int) -> t
     key = noise_key(like.device) if key is None else key
     require_noise(key, ids, draw, like)
     return key.contiguous(), None if ids is None else ids.contiguous(), draw
+
+
+def _number_of(norm: str) -> int:
+    """What the operators call the norm."""
+    if norm != LINF:
+        require_choice("norm", norm, NORMS)
+    return NORMS.index(norm)
+
+
+def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
+    """An fp64 gradient over its sample's largest entry: then its length fits fp64, and its entries fp32."""
+    if grad.dtype != torch.float64 or not grad.numel():
+        return grad
+    largest = plain.flat(grad).abs().amax(1).view(-1, *[1] * (grad.ndim - 1))
+    scaled = grad / torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+    return scaled.to(compute_dtype(like.dtype))
 
 
 def _require_count(count: int) -> None:

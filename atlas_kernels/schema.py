@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 NAMESPACE = "atlas_kernels"
+NORMS = LINF, L2, L1 = "linf", "l2", "l1"  # numbered as in csrc/core/perturb_norms.h
 
 _EPS = "float eps, Tensor? eps_rows"
 _STEP = "float step_size, Tensor? step_rows"
@@ -34,6 +35,13 @@ OPERATORS: dict[str, dict[str, str]] = {
     "pairwise": {
         "compactness": "Tensor h, Tensor h_adv, Tensor labels, float scale, bool squared, float factor, "
         "Tensor(a!)? value, Tensor(b!)? total, Tensor(c!)? grad, Tensor(d!)? adv_grad",
+    },
+    # norm: its index in NORMS.
+    "perturb_norms": {
+        "random_start_norm": f"Tensor x, int norm, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
+        "pgd_step_norm": f"Tensor adv, Tensor grad, Tensor x, int norm, {_EPS}, {_STEP}, {_CLIP}, bool descend, "
+        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast",
+        "project": f"Tensor v, Tensor x, int norm, {_EPS}, {_CLIP}, Tensor(a!) out",
     },
 }
 

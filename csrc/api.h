@@ -79,6 +79,20 @@ struct AtlasPairwise {
   int32_t dtype, squared;  // squared: the squared l2 distance, else l1
 };
 
+// The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
+//   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad
+//   adv' = clip(x + eps U^(1/D) z / ||z||)              where key is given; z normal (l2) or Laplace (l1); adv is x
+struct AtlasPerturbNorm {
+  int64_t batch, channels, pixels;
+  AtlasImages adv, grad, x, out, cast;
+  AtlasScalar eps, step_size;      // per sample
+  AtlasScalar clip_min, clip_max;  // per channel
+  const uint8_t* active;           // per sample; null: all
+  const int64_t *key, *ids;        // as in AtlasPerturb
+  int32_t norm, descend;
+  uint32_t stream, draw;
+};
+
 // The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
 ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
 ATLAS_EXPORT const char* atlas_cuda_error(int status);
@@ -86,5 +100,6 @@ ATLAS_EXPORT const char* atlas_cuda_error(int status);
 ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_perturb_norm(const AtlasPerturbNorm* params, const AtlasWhere* where);
 
 }  // extern "C"

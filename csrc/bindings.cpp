@@ -21,6 +21,7 @@ struct CudaLibrary {
   decltype(&atlas_perturb) perturb = nullptr;
   decltype(&atlas_augment) augment = nullptr;
   decltype(&atlas_pairwise) pairwise = nullptr;
+  decltype(&atlas_perturb_norm) perturb_norm = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -38,6 +39,7 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_perturb", cuda.perturb);
   find(library, "atlas_augment", cuda.augment);
   find(library, "atlas_pairwise", cuda.pairwise);
+  find(library, "atlas_perturb_norm", cuda.perturb_norm);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -56,70 +58,72 @@ std::string explain(int status) {
   }
 }
 
+// Runs the CPU's function or, for a CUDA device, the library's; Python's lock is released meanwhile.
+template <class Params>
+void call(const char* name, int (*cpu)(const Params*, const AtlasWhere*), int (*gpu)(const Params*, const AtlasWhere*),
+          const Params& params, int device, int threads, uintptr_t stream) {
+  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0 ? cpu(&params, &where) : gpu ? gpu(&params, &where) : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error(std::string(name) + ": " + explain(status));
+}
+
+template <class T = void> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+const int64_t* integers(uintptr_t address) { return at<const int64_t>(address); }
+AtlasImages images(uintptr_t data, int format) { return {at(data), format & 3, format >> 2}; }
+AtlasScalar scalar(double value, uintptr_t rows) { return {value, at(rows)}; }
+
 void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format, uintptr_t out_x,
              int out_x_format, uintptr_t out_adv, int out_adv_format, uintptr_t cast, int cast_format, uintptr_t out_z,
              int out_z_format, int64_t batch, int64_t channels, int64_t pixels, double eps, uintptr_t eps_rows,
              double step_size, uintptr_t step_rows, double radius, uintptr_t radius_rows, double clip_min,
              uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active, uintptr_t key,
-             uintptr_t ids, int64_t count, bool descend, bool project, uint32_t stream, uint32_t draw, int device,
-             int threads, uintptr_t cuda_stream) {
-  const auto images = [](uintptr_t data, int format) {
-    return AtlasImages{reinterpret_cast<void*>(data), format & 3, format >> 2};
-  };
-  const auto scalar = [](double value, uintptr_t rows) {
-    return AtlasScalar{value, reinterpret_cast<const void*>(rows)};
-  };
+             uintptr_t ids, int64_t count, bool descend, bool project, uint32_t noise, uint32_t draw, int device,
+             int threads, uintptr_t stream) {
   const AtlasPerturb params = {
       batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
       images(out_x, out_x_format), images(out_adv, out_adv_format), images(cast, cast_format),
       images(out_z, out_z_format), scalar(eps, eps_rows), scalar(step_size, step_rows), scalar(radius, radius_rows),
-      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), reinterpret_cast<const uint8_t*>(active),
-      reinterpret_cast<const int64_t*>(key), reinterpret_cast<const int64_t*>(ids), count, descend, project, stream,
-      draw};
-  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
-  int status;
-  {
-    py::gil_scoped_release released;
-    status = device < 0 ? atlas_perturb(&params, &where) : cuda.perturb ? cuda.perturb(&params, &where) : ATLAS_NO_CUDA;
-  }
-  if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb: " + explain(status));
+      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), at<const uint8_t>(active), integers(key),
+      integers(ids), count, descend, project, noise, draw};
+  call("atlas_perturb", atlas_perturb, cuda.perturb, params, device, threads, stream);
 }
 
-void augment(uintptr_t images, bool channels_last, int64_t count, int64_t channels, int64_t height, int64_t width,
+void perturb_norm(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format,
+                  uintptr_t out, int out_format, uintptr_t cast, int cast_format, int64_t batch, int64_t channels,
+                  int64_t pixels, double eps, uintptr_t eps_rows, double step_size, uintptr_t step_rows,
+                  double clip_min, uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active,
+                  uintptr_t key, uintptr_t ids, int norm, bool descend, uint32_t noise, uint32_t draw, int device,
+                  int threads, uintptr_t stream) {
+  const AtlasPerturbNorm params = {
+      batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
+      images(out, out_format), images(cast, cast_format), scalar(eps, eps_rows), scalar(step_size, step_rows),
+      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), at<const uint8_t>(active), integers(key),
+      integers(ids), norm, descend, noise, draw};
+  call("atlas_perturb_norm", atlas_perturb_norm, cuda.perturb_norm, params, device, threads, stream);
+}
+
+void augment(uintptr_t set, bool channels_last, int64_t count, int64_t channels, int64_t height, int64_t width,
              uintptr_t out, int out_format, int64_t batch, int64_t crop_height, int64_t crop_width, int64_t padding,
              bool flip, double mean, uintptr_t mean_rows, double std, uintptr_t std_rows, uintptr_t index,
-             uintptr_t key, uintptr_t ids, uint32_t stream, uint32_t draw, int device, int threads,
-             uintptr_t cuda_stream) {
-  const auto integers = [](uintptr_t data) { return reinterpret_cast<const int64_t*>(data); };
+             uintptr_t key, uintptr_t ids, uint32_t noise, uint32_t draw, int device, int threads, uintptr_t stream) {
   const AtlasAugment params = {
-      count, channels, height, width, batch, crop_height, crop_width, padding,
-      reinterpret_cast<const uint8_t*>(images), {reinterpret_cast<void*>(out), out_format & 3, out_format >> 2},
-      {mean, reinterpret_cast<const void*>(mean_rows)}, {std, reinterpret_cast<const void*>(std_rows)},
-      integers(index), integers(key), integers(ids), channels_last, flip, stream, draw};
-  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
-  int status;
-  {
-    py::gil_scoped_release released;
-    status = device < 0 ? atlas_augment(&params, &where) : cuda.augment ? cuda.augment(&params, &where) : ATLAS_NO_CUDA;
-  }
-  if (status != ATLAS_OK) throw std::runtime_error("atlas_augment: " + explain(status));
+      count, channels, height, width, batch, crop_height, crop_width, padding, at<const uint8_t>(set),
+      images(out, out_format), scalar(mean, mean_rows), scalar(std, std_rows), integers(index), integers(key),
+      integers(ids), channels_last, flip, noise, draw};
+  call("atlas_augment", atlas_augment, cuda.augment, params, device, threads, stream);
 }
 
 void pairwise(uintptr_t h, int dtype, uintptr_t h_adv, uintptr_t labels, uintptr_t value, uintptr_t total,
               uintptr_t grad, uintptr_t adv_grad, uintptr_t partial, int64_t batch, int64_t features, double other,
-              double factor, bool squared, int device, int threads, uintptr_t cuda_stream) {
-  const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const AtlasPairwise params = {batch, features, at(h), at(h_adv), static_cast<const int64_t*>(at(labels)), at(value),
-                                at(total), at(grad), at(adv_grad), static_cast<double*>(at(partial)), other, factor,
-                                dtype, squared};
-  const AtlasWhere where = {device, threads, at(cuda_stream)};
-  int status;
-  {
-    py::gil_scoped_release released;
-    status = device < 0 ? atlas_pairwise(&params, &where)
-             : cuda.pairwise ? cuda.pairwise(&params, &where) : ATLAS_NO_CUDA;
-  }
-  if (status != ATLAS_OK) throw std::runtime_error("atlas_pairwise: " + explain(status));
+              double factor, bool squared, int device, int threads, uintptr_t stream) {
+  const AtlasPairwise params = {
+      batch, features, at(h), at(h_adv), integers(labels), at(value), at(total), at(grad), at(adv_grad),
+      at<double>(partial), other, factor, dtype, squared};
+  call("atlas_pairwise", atlas_pairwise, cuda.pairwise, params, device, threads, stream);
 }
 
 }  // namespace
@@ -128,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
   m.def("augment", &augment);
   m.def("pairwise", &pairwise);
+  m.def("perturb_norm", &perturb_norm);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

@@ -56,3 +56,14 @@ def problem(
     made = (adv.to(dtype), grad.to(grad_dtype or dtype), x.to(dtype))
     adv, grad, x = (to_layout(t.to(device), c == "l") for t, c in zip(made, layouts, strict=True))
     return adv, grad, x
+
+
+def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:
+    """Equal to four units in the last place of the largest of a, b and x (one, where 16 bits were rounded to; fp64,
+    whose sums are not exact: to 1e-13), with NaN and infinities at the same places."""
+    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    size = torch.stack([a, b, x]).double().abs().nan_to_num(0, 0).amax(0)
+    unit = torch.finfo(a.dtype).eps
+    allowed = {2: size * unit, 4: size * 4 * unit, 8: size.clamp(min=1) * 1e-13}[a.element_size()]
+    return bool(((a == b) | a.isnan() | ((a.double() - b.double()).abs() <= allowed)).all())

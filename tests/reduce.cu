@@ -12,13 +12,14 @@ template <class T> __global__ void reduce_kernel(const T* in, T* out) {
   __shared__ T mirror[kThreads];
   const int t = int(threadIdx.x);
   const T v = in[blockIdx.x * kThreads + t];
-  T* const results = out + (blockIdx.x * kThreads + t) * 10;
+  T* const results = out + (blockIdx.x * kThreads + t) * 11;
   mirror[kThreads - 1 - t] = v;
   __syncthreads();
   results[0] = mirror[t];
   results[1] = warp_sum<8>(v), results[2] = warp_max<8>(v);
   results[3] = warp_sum(v), results[4] = warp_max(v);
-  results[5] = block_sum<kThreads>(v), results[6] = block_max<kThreads>(v);
+  results[5] = block_sum<kThreads>(v), results[10] = block_sum<kThreads>(T(t));
+  results[6] = block_max<kThreads>(v);
   results[9] = T(block_fold<Min, kThreads>(v == results[6] ? t : kThreads));
   results[7] = __shfl_sync(0xffffffff, v, 3), results[8] = __shfl_down_sync(0xffffffff, v, 2, 8);
 }

@@ -506,7 +506,7 @@ def test_bad_images(x, error, model: Rowwise) -> None:  # type: ignore[no-untype
         ({"keep": "Best"}, ValueError, "did you mean 'best'"),
         ({"attack_mode": "evaluate"}, ValueError, "did you mean 'eval'"),
         ({"objective": "kl", "targeted": True}, ValueError, "targeted"),
-        ({"norm": "linf"}, TypeError, "norm"),
+        ({"norm": "inf"}, ValueError, "did you mean 'linf'"),
     ],
 )
 def test_bad_attacks(options: dict, error: type[Exception], message: str) -> None:

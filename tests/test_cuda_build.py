@@ -89,7 +89,7 @@ def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str
 
 
 def test_every_file_compiles_without_a_warning(built):
-    assert {"augment", "pairwise", "perturb", "runtime"} <= built.keys()
+    assert {"augment", "pairwise", "perturb", "perturb_norms", "runtime"} <= built.keys()
 
 
 def test_nothing_is_spilled(built):
@@ -166,6 +166,17 @@ def test_pairs_come_from_shared_memory_in_wide_reads(machine_code, arch):
     for name, code in kernels.items():
         assert not {op.split(".")[0] for op in code} & {"FFMA", "DFMA", "ATOM", "ATOMG", "RED"}, name
         assert "L1Sum" not in name or "LDS.128" in code, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norm_kernels_access_128_bits_and_add_in_double_precision(machine_code, arch):
+    kernels = {n: code for (stem, at, n), code in machine_code.items() if (stem, at) == ("perturb_norms", f"sm_{arch}")}
+    assert len(kernels) == 4
+    for name, code in kernels.items():
+        assert "DADD" in {op.split(".")[0] for op in code}, name
+        if "Vectors" in name:
+            assert any(op.startswith("LDG.") and op.endswith(".128") for op in code), name
+            assert any(op.startswith("STG.") and op.endswith(".128") for op in code), name
 
 
 def test_library_needs_nothing_of_cuda_or_torch(library):

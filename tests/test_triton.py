@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
 from atlas_kernels.backends.native.door import DoorError
-from cases import SHAPES, problem, same_bits, to_layout
+from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton.perturb import TILE, VARIANTS
+from atlas_kernels.backends.triton.perturb_norms import VARIANTS as NORM_VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -209,6 +210,64 @@ def test_bits_of_anything(data):
     )  # fmt: skip
 
 
+def norms_on(backend, adv, grad, x, norm, eps, step, **options):
+    clip = {name: options[name] for name in ("clip_min", "clip_max") if name in options}
+    noise = {"key": torch.tensor([7, 5], device=adv.device), "ids": options.pop("ids", None), "draw": 3}
+    with ak.backend(backend):
+        cast, moved = to_layout(torch.empty_like(adv, dtype=HALF), True), adv.clone()
+        return {
+            "start": ak.random_start(x, eps, norm=norm, **noise, **clip),
+            "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
+            "cast": cast,
+            "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "project": ak.project(adv, x, eps, norm=norm, **clip),
+            "project linf": ak.project(adv, x, 0.05, **clip),
+        }
+
+
+def check_norms(adv, grad, x, *args, **options):
+    got, expected = (norms_on(name, adv, grad, x, *args, **options) for name in ("triton", "reference"))
+    for name, t in got.items():
+        assert same_within_ulps(t, expected[name], x.to(t.dtype)), name
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize(("norm", "eps", "step"), [("l2", 0.6, 0.4), ("l1", 4.0, 2.0), ("l1", 0.1, 2.0)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "grad_dtype"),
+    [((1, 3, 19, 23), SINGLE, SINGLE), ((3,), SINGLE, BRAIN), ((2, 3, 4, 4), HALF, SINGLE)],
+)
+def test_norms(shape, dtype, grad_dtype, norm, eps, step):
+    check_norms(*problem(shape, dtype=dtype, grad_dtype=grad_dtype, device=DEVICE), norm, eps, step, descend=True)
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("layouts", ["ccc", "clc"])
+def test_norms_per_sample_and_per_channel(layouts, norm):
+    adv, grad, x = problem((5, 3, 5, 8), layouts=layouts, device=DEVICE)
+    grad[1], grad[2, 0, 0, 0], adv[3, 0, 0, 0] = 0.0, float("nan"), float("inf")
+    grad[4] *= 2.0**120
+    eps, step = torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE)
+    clip = {"clip_min": torch.tensor([0.0, -0.1, -0.5], device=DEVICE), "clip_max": 1.5}
+    active = torch.tensor([False, True, True, True, True], device=DEVICE)
+    ids = torch.tensor([3, 1, 2**40 + 9, -4, 0], device=DEVICE)
+    check_norms(adv, grad, x, norm, eps, step, active=active, ids=ids, **clip)
+
+
+@runs
+def test_norms_refuse_what_they_do_not_compute():
+    adv, grad, x = problem((2, 3, 4, 4), device=DEVICE)
+    with ak.backend("triton"):
+        with pytest.raises(BackendUnavailable, match="got float64"):
+            ak.project(adv.double(), x.double(), 0.1, norm="l2")
+        with pytest.raises(DoorError, match="norm is 3"):
+            torch.ops.atlas_kernels.project(adv, x, 3, 0.1, None, 0.0, None, 1.0, None, torch.empty_like(adv))
+        assert ak.project(adv[:0], x[:0], 0.1, norm="l1").shape == (0, 3, 4, 4)
+
+
 @runs
 def test_empty_batch():
     for got in all_four("triton", *problem((0, 3, 8, 8), device=DEVICE)).values():
@@ -275,7 +334,7 @@ def compiled(tmp_path_factory):
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
 
         def build(variant: str, capability: int) -> tuple[str, str, str]:
-            kernel = triton.compile_ahead(VARIANTS[variant](), capability)
+            kernel = triton.compile_ahead({**VARIANTS, **NORM_VARIANTS}[variant](), capability)
             cubin = folder / "kernel.cubin"
             cubin.write_bytes(kernel.asm["cubin"])
             usage = tool_output("cuobjdump", "-res-usage", cubin)
@@ -301,6 +360,18 @@ def test_compiles_ahead_of_time(compiled, variant, capability):
     stores = [access for access in images if access.startswith("STG")]
     narrow = variant in ("step, fp16", "step, bf16")
     assert stores and set(stores) == {"STG.E.64" if narrow else "STG.E.128"}
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", NORM_VARIANTS)
+def test_norms_compile_ahead_of_time(compiled, variant, capability):
+    """fp32 is neither contracted nor flushed; in fp64 only the logarithm and the exponential are the library's."""
+    ptx, sass, usage = compiled(variant, capability)
+    forbidden = ["fma.rn.f32", "mad.f", "min.f", "max.f", "sqrt.approx", "div.full", "div.approx"]
+    for operation in [*forbidden, *([] if "start" in variant else ["fma.", ".ftz"])]:
+        assert operation not in re.sub(r"//.*", "", ptx), operation
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
 
 
 @compiles

@@ -1,4 +1,4 @@
-"""Projected gradient descent in the l_inf ball (Madry et al. 2018, arXiv 1706.06083), as one frozen dataclass."""
+"""Projected gradient descent in the l_inf, l2 or l1 ball (Madry et al. 2018, arXiv 1706.06083): a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..checks import per_channel, per_sample, require_float_images, require_imag
 from ..layout import compute_dtype
 from ..noise import noise_key
 from ..perturb import pgd_step, random_start
+from ..schema import LINF, NORMS
 from .arguments import class_indices, require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
 from .objective import Model, Objective, log_probabilities
@@ -55,7 +56,8 @@ class LastStep(NamedTuple):
 
 @dataclass(frozen=True)
 class PGD:
-    """Signed gradient steps from a uniform random start, each projected onto the ball and clipped to the image range.
+    """Signed gradient steps (in l2 and l1: of the gradient over its norm) from a uniform random start, each projected
+    onto the ball and clipped to the image range.
 
     ``attack(model, x, y)`` gives the adversaries, detached, in x's dtype and layout; ``attack.run`` gives them with
     their noise key. The model maps images [B, ...] to logits [B, C] and is left as it was found (see ``contract.py``);
@@ -63,9 +65,11 @@ class PGD:
     input alone; whatever costs more says so below.
 
     Args:
-        eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]).
+        eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]; on CIFAR-10 the
+            usual l2 radius is 128/255, the usual l1 radius 12).
         step_size: a number or a tensor [B]. Default: 2.5 eps / steps; for one step eps, or 1.25 eps after a random
             start (Wong et al. 2020, arXiv 2001.03994).
+        norm: of the ball: "linf", "l2" or "l1"; steps, starts and projections as in ``atlas_kernels.perturb``.
         steps: gradient steps; 0 leaves the random start.
         restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
             larger objective. Above 1, each restart costs one more forward.
@@ -90,6 +94,7 @@ class PGD:
     step_size: float | Tensor | None = None
     steps: int = 10
     _: KW_ONLY
+    norm: str = LINF
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
@@ -106,7 +111,10 @@ class PGD:
         require_choice("objective", self.objective, ("ce", "kl"))
         require_choice("keep", self.keep, ("last", "best"))
         require_choice("attack_mode", self.attack_mode, ATTACK_MODES)
-        require_radius("eps", self.eps, clip_min=self.clip_min, clip_max=self.clip_max)
+        require_choice("norm", self.norm, NORMS)
+        # In l2 and l1 a radius adds up over the pixels.
+        box = {"clip_min": self.clip_min, "clip_max": self.clip_max} if self.norm == LINF else {}
+        require_radius("eps", self.eps, **box)
         if self.step_size is not None:
             require_radius("step_size", self.step_size)
         if self.targeted and self.objective == "kl":
@@ -144,9 +152,9 @@ class PGD:
     def last_gradient(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> LastStep:
         """All of ``run`` but the last step, for a caller who fuses that with more work; same arguments.
 
-        ``pgd_step(adv, grad, x, eps, effective_step_size, descend=targeted)`` then makes what ``run`` returns, and
-        ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for steps=0, restarts > 1,
-        compact and keep="best".
+        ``pgd_step(adv, grad, x, eps, effective_step_size, norm=norm, descend=targeted)`` then makes what ``run``
+        returns, and in l_inf ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for
+        steps=0, restarts > 1, compact and keep="best".
         """
         if self.steps == 0 or self._judged or self.compact:
             raise ValueError('last_gradient needs steps >= 1, restarts=1, keep="last" and compact=False; else use run')
@@ -198,7 +206,7 @@ class PGD:
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, self.restarts - 1, x)
         with leave_no_trace(model, self.attack_mode, key):
-            batch = _Batch(x.detach(), goal, key, ids, self.random_start, *radii, *clips)
+            batch = _Batch(x.detach(), goal, key, ids, self.norm, self.random_start, *radii, *clips)
             if self.objective == "kl":
                 with torch.no_grad():
                     z = goal.logits(model, batch.x) if reference_logits is None else reference_logits
@@ -261,6 +269,7 @@ class _Batch:
     goal: Objective
     key: Tensor
     ids: Tensor | None
+    norm: str
     random_start: bool
     eps: float | Tensor
     step_size: float | Tensor
@@ -270,13 +279,17 @@ class _Batch:
     def start(self, draw: int) -> Tensor:
         if not self.random_start:
             return self.x.clone()
-        low, high = self.clip_min, self.clip_max
-        return random_start(self.x, self.eps, key=self.key, ids=self.ids, draw=draw, clip_min=low, clip_max=high)
+        return random_start(
+            self.x, self.eps, norm=self.norm, key=self.key, ids=self.ids, draw=draw, clip_min=self.clip_min,
+            clip_max=self.clip_max,
+        )  # fmt: skip
 
     def step(self, adv: Tensor, grad: Tensor) -> Tensor:
         # Not in place: a hook of the user's may have kept the iterate.
-        low, high, descend = self.clip_min, self.clip_max, self.goal.targeted
-        return pgd_step(adv, grad, self.x, self.eps, self.step_size, clip_min=low, clip_max=high, descend=descend)
+        return pgd_step(
+            adv, grad, self.x, self.eps, self.step_size, norm=self.norm, clip_min=self.clip_min, clip_max=self.clip_max,
+            descend=self.goal.targeted,
+        )  # fmt: skip
 
     def every_row(self) -> Tensor:
         return torch.arange(len(self.x), device=self.x.device)

@@ -20,14 +20,15 @@ from atlas_kernels.backends import native
 from atlas_kernels.backends.native import augment as native_augment
 from atlas_kernels.backends.native import pairwise as native_pairwise
 from atlas_kernels.backends.native import perturb as native_perturb
-from cases import SHAPES, problem, same_bits, to_layout
+from atlas_kernels.backends.native import perturb_norms as native_perturb_norms
+from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]
 PATH = os.environ["ATLAS_CUDA_ON_HOST"]
 
 
-STEMS = native_perturb, native_augment, native_pairwise
+STEMS = native_perturb, native_perturb_norms, native_augment, native_pairwise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,6 +208,50 @@ def test_augment_anything(data):
     )  # fmt: skip
 
 
+def check_norms(adv, grad, x, norm, eps, step, *, key=KEY, out_dtype=None, out_layout="c", ids=None, **options):
+    """Start, step and projections in l2 and l1, on one block a sample."""
+    clip = {name: options[name] for name in ("clip_min", "clip_max") if name in options}
+
+    def run():
+        cast = to_layout(torch.empty_like(adv, dtype=out_dtype or adv.dtype), out_layout == "l")
+        moved, inside, start = adv.clone(), adv.clone(), x.clone()
+        return {
+            "start": ak.random_start(start, eps, norm=norm, key=key, ids=ids, draw=3, out=start, **clip),
+            "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
+            "cast": cast,
+            "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "project": ak.project(inside, x, eps, norm=norm, out=inside, **clip),
+            "project linf": ak.project(adv, x, eps, **clip),
+        }
+
+    got = run()
+    with ak.backend("reference"):
+        expected = run()
+    for name, t in got.items():
+        assert same_within_ulps(t, expected[name], x.to(t.dtype)), name
+
+
+@pytest.mark.parametrize(("norm", "eps", "step"), [("l2", 0.6, 0.4), ("l1", 4.0, 2.0), ("l1", 0.1, 2.0)])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 3, 8, 12), (2, 3, 33, 31), (1, 3, 32, 64)], ids=str)
+def test_norms(shape, norm, eps, step):
+    for dtype, layouts in itertools.product(FLOATS, ("ccc", "lll", "clc")):
+        adv, grad, x = problem(shape, dtype=dtype, layouts=layouts)
+        check_norms(adv, grad, x, norm, eps, step, out_dtype=torch.bfloat16, out_layout=layouts[1])
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_norms_with_everything(norm):
+    g = torch.Generator().manual_seed(1)
+    for layouts, special in itertools.product(("ccc", "lll", "clc", "llc"), (False, True)):
+        adv, grad, x = map(unaligned, problem((5, 3, 4, 4), layouts=layouts, special=special))
+        eps, step = torch.rand(5, generator=g), torch.rand(5, generator=g)
+        low, high = torch.rand(3, generator=g) * -0.3, 1 + torch.rand(3, generator=g) * 0.3
+        ids, active = torch.randint(-(2**62), 2**62, (5,), generator=g), torch.rand(5, generator=g) < 0.7
+        options = {"active": active, "descend": True, "clip_min": low, "clip_max": high}
+        check_norms(adv, grad, x, norm, eps, step, ids=ids, **options)
+        check_norms(*problem((0, 3, 4, 4)), norm, 1.0, 1.0)
+
+
 def test_nothing_is_launched_for_nothing(library):
     adv, grad, x = problem((2, 3, 4, 4))
     ak.pgd_step(adv, grad, x, 0.1, 0.03)
@@ -256,7 +301,7 @@ def test_reductions(library, dtype, special):
     if special:
         x[0, 17], x[1, :], x[2, 40:60], x[3, 95] = torch.nan, torch.nan, -torch.inf, torch.inf
         x[4, :32] = torch.tensor([0.0, -0.0] * 16)
-    got = torch.empty(5, 96, 10, dtype=dtype)
+    got = torch.empty(5, 96, 11, dtype=dtype)
     library.test_reduce.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_bool]
     assert library.test_reduce(x.data_ptr(), got.data_ptr(), 5, dtype == torch.float64) == 0
     ordered = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -266,7 +311,12 @@ def test_reductions(library, dtype, special):
         expected += [part.repeat_interleave(size, 1) for part in (groups.sum(2), finite.amax(2) + 0.0)]
     lane, largest = torch.arange(96), ordered.amax(1, keepdim=True)
     first = torch.where(x == largest, lane, 96).amin(1, keepdim=True)
-    expected += [x[:, lane - lane % 32 + 3], x[:, torch.where(lane % 8 < 6, lane + 2, lane)], first.expand(5, 96)]
+    expected += [
+        x[:, lane - lane % 32 + 3],
+        x[:, torch.where(lane % 8 < 6, lane + 2, lane)],
+        first.expand(5, 96),
+        torch.full((5, 96), 95 * 48),
+    ]
     for i, t in enumerate(expected):
         assert same_bits(got[..., i], t.to(dtype)), i
 

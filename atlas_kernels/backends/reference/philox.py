@@ -31,6 +31,27 @@ def below(word: Tensor, bound: int) -> Tensor:
     return word * bound >> 32 & _MASK
 
 
+def words(
+    shape: tuple[int, int, int], key: Tensor, ids: Tensor | None, draw: int, stream: int, neighbour: int
+) -> Tensor:
+    """The words of ``shape`` = (batch, channels, pixels), with pixels rounded up to whole groups of four."""
+    batch, channels, pixels = shape
+    groups = -(-pixels // 4)
+    place = torch.arange(channels * groups, device=key.device).view(1, channels, groups)
+    sample = key[1] + torch.arange(batch, device=key.device) if ids is None else ids
+    four = philox4x32_10(
+        (
+            place & _MASK,
+            sample.view(-1, 1, 1) & _MASK,
+            torch.full_like(place, draw & _MASK),
+            torch.full_like(place, (stream | neighbour << 8) & _MASK),
+        ),
+        key[0] & _MASK,
+        key[0] >> 32 & _MASK,
+    )
+    return torch.stack(torch.broadcast_tensors(*four), dim=-1).reshape(batch, channels, 4 * groups)
+
+
 def noise(
     shape: tuple[int, int, int],
     key: Tensor,
@@ -41,19 +62,4 @@ def noise(
     dtype: torch.dtype,
 ) -> Tensor:
     """Uniform noise in [-1, 1) for ``shape`` = (batch, channels, pixels)."""
-    batch, channels, pixels = shape
-    groups = -(-pixels // 4)
-    place = torch.arange(channels * groups, device=key.device).view(1, channels, groups)
-    sample = key[1] + torch.arange(batch, device=key.device) if ids is None else ids
-    words = philox4x32_10(
-        (
-            place & _MASK,
-            sample.view(-1, 1, 1) & _MASK,
-            torch.full_like(place, draw & _MASK),
-            torch.full_like(place, (stream | neighbour << 8) & _MASK),
-        ),
-        key[0] & _MASK,
-        key[0] >> 32 & _MASK,
-    )
-    together = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(batch, channels, 4 * groups)
-    return uniform(together[..., :pixels], dtype)
+    return uniform(words(shape, key, ids, draw, stream, neighbour)[..., : shape[2]], dtype)
