@@ -53,7 +53,7 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
     z = _wide(logits)
-    top = z.sort(1, descending=True, stable=True).values
+    top = z.sort(dim=1, descending=True, stable=True).values
     if targets is None:
         return margin_loss(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
     return (_of(z, targets) - _of(z, labels)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
