@@ -349,13 +349,14 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, g, *_):  # type: ignore[no-untyped-def]
         weights, *grads = ctx.saved_tensors[:3]
         name, numbers, scale, late = ctx.rest
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled():
             tensors = ctx.saved_tensors[3:]
             made = _differentiable(name, numbers, weights, tensors, ctx.needs_input_grad[6:8], g * scale)
             return *[None] * 6, *made, *[None] * (len(tensors) - 2)
         unused = len(ctx.needs_input_grad) - 8
         g = g if late == 1.0 else g * late
-        if type(g) is not Tensor or g.ndim or not g.is_cpu or g.item() != 1.0:
+        if not (eager and type(g) is Tensor and g.is_cpu and g.ndim == 0 and g.item() == 1.0):
             grads = [None if t is None else _scaled(t, g) for t in grads]
         return *[None] * 6, *grads, *[None] * unused
 
