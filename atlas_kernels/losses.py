@@ -187,8 +187,9 @@ def atlas_loss(
     logits = dense_logits("logits", logits)
     require_choice("local", local, _TERMS)
     require_choice("global_term", global_term, _TERMS)
-    batch = _atlas_batch(logits, labels, local, global_term)
+    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
     labels = class_indices("labels", labels, logits, batch)
+    _require_whole_batches(logits, batch, local, global_term)
     numbers = (
         _TERMS.index(local) if local != "none" else 0, number_in("local_weight", local_weight, 0.0),
         _TERMS.index(global_term), number_in("global_weight", global_weight, 0.0),
@@ -251,9 +252,8 @@ def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, T
     return logits, adv_logits, class_indices("labels", labels, logits, logits.shape[0])
 
 
-def _atlas_batch(logits: Tensor, labels: Tensor, local: str, global_term: str) -> int:
-    """The number of samples, once the rows of the logits make whole batches of the right number."""
-    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
+def _require_whole_batches(logits: Tensor, batch: int, local: str, global_term: str) -> None:
+    """The rows of joint logits make whole batches, as many as the terms need."""
     rows, least = logits.shape[0], 1 if global_term == "none" else 2
     parts, rest = divmod(rows, batch) if batch else (least, rows)
     if rest or parts < least or (local == "none" and parts > least):
@@ -263,7 +263,6 @@ def _atlas_batch(logits: Tensor, labels: Tensor, local: str, global_term: str) -
             f"logits has {rows} rows for {batch} labels; with local={local!r} and global_term={global_term!r} it must "
             f"be {wanted} {layout}{']' if local == 'none' else '; z_1; ..; z_n]'} of one row per label"
         )
-    return batch
 
 
 def _loss(
