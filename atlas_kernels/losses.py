@@ -55,9 +55,7 @@ def cross_entropy(
     return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
 
 
-def kl_div(
-    p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def kl_div(p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """``KL(p || q) = sum_c p_c (log p_c - log q_c)``, p and q the softmax of ``p_logits`` and ``q_logits``.
 
     TRADES' second term (Zhang et al. 2019, arXiv 1901.08573, section 4) with p of the clean and q of the adversarial
@@ -111,9 +109,7 @@ def entropy(logits: Tensor, *, weights: Tensor | None = None, reduction: str = "
     return _loss("entropy", dense_logits("logits", logits), None, (), (), weights, reduction)
 
 
-def margin_loss(
-    logits: Tensor, labels: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def margin_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """The CW margin ``max_{k != y} z_k - z_y``: larger is more adversarial, above 0 is misclassified (Carlini & Wagner
     2017, arXiv 1608.04644, section V-A, f_6 without its clip). Of equal logits the first counts.
     """
@@ -303,7 +299,7 @@ def _run(
     scale: float,
     weights: Tensor | None,
     tensors: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """The operator itself: (total or value, terms), and the gradients, where there is a tensor for them."""
     logits, other, *indices = tensors

@@ -45,14 +45,20 @@ def atlas(local: str, global_term: str, batches: int) -> Loss:
 
 
 LOSSES = {
-    "cross_entropy": Loss(lambda z, y, t, **o: ak.cross_entropy(*z, y, **o), lambda z, y, t: published.cross_entropy(*z, y)),
+    "cross_entropy": Loss(
+        lambda z, y, t, **o: ak.cross_entropy(*z, y, **o), lambda z, y, t: published.cross_entropy(*z, y)
+    ),
     "smoothed": Loss(
         lambda z, y, t, **o: ak.cross_entropy(*z, y, label_smoothing=0.1, **o),
         lambda z, y, t: published.cross_entropy(*z, y, 0.1),
     ),
     "kl_div": Loss(lambda z, y, t, **o: ak.kl_div(*z, **o), lambda z, y, t: published.kl_div(*z), 2),
-    "trades": Loss(lambda z, y, t, **o: ak.trades_loss(*z, y, beta=5.0, **o), lambda z, y, t: published.trades(*z, y, 5.0), 2),
-    "mart": Loss(lambda z, y, t, **o: ak.mart_loss(*z, y, beta=5.0, **o), lambda z, y, t: published.mart(*z, y, 5.0), 2),
+    "trades": Loss(
+        lambda z, y, t, **o: ak.trades_loss(*z, y, beta=5.0, **o), lambda z, y, t: published.trades(*z, y, 5.0), 2
+    ),
+    "mart": Loss(
+        lambda z, y, t, **o: ak.mart_loss(*z, y, beta=5.0, **o), lambda z, y, t: published.mart(*z, y, 5.0), 2
+    ),
     "entropy": Loss(lambda z, y, t, **o: ak.entropy(*z, **o), lambda z, y, t: published.entropy(*z)),
     "margin": Loss(lambda z, y, t, **o: ak.margin_loss(*z, y, **o), lambda z, y, t: published.margin(*z, y)),
     "dlr": Loss(lambda z, y, t, **o: ak.dlr_loss(*z, y, **o), lambda z, y, t: published.dlr(*z, y), classes=3),
@@ -61,10 +67,14 @@ LOSSES = {
         lambda z, y, t: published.dlr_targeted(*z, y, t),
         classes=4,
     ),
-    "logit_pairing": Loss(lambda z, y, t, **o: ak.logit_pairing(*z, **o), lambda z, y, t: published.logit_pairing(*z), 2),
+    "logit_pairing": Loss(
+        lambda z, y, t, **o: ak.logit_pairing(*z, **o), lambda z, y, t: published.logit_pairing(*z), 2
+    ),
     "atlas": atlas("kl", "kl", 4),
 }
-ATLAS = {f"atlas {a} {b} {n}": atlas(a, b, 1 + (b != "none") + n) for a in TERMS for b in [*TERMS, "none"] for n in (0, 1, 3)}
+ATLAS = {
+    f"atlas {a} {b} {n}": atlas(a, b, 1 + (b != "none") + n) for a in TERMS for b in [*TERMS, "none"] for n in (0, 1, 3)
+}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -105,7 +115,9 @@ def assert_as_exact_as_eager(name, loss, z, y, t, weights=None, reduction="none"
     ):
         # In fp64 eager PyTorch is itself the truth.
         units = ulps * (1 if got.dtype != torch.float64 else 1000) * torch.finfo(got.dtype).eps
-        allowed = 2 * (by_eager.double() - truth).abs().max() + units * truth.abs().max().clamp(min=0.1)  # what is left of larger terms
+        allowed = 2 * (by_eager.double() - truth).abs().max() + units * truth.abs().max().clamp(
+            min=0.1
+        )  # what is left of larger terms
         error = (got.double() - truth).abs().max()
         assert error <= allowed, f"{what} of {name}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -62,7 +62,9 @@ def check(objective, z, reference, y, t, descend=False, ulps=16.0) -> None:
     sign = -1 if descend else 1
     for got, plain, truth in zip((made.value, made.cotangent), eager, exact, strict=True):
         units = ulps * (1 if got.dtype != torch.float64 else 1000) * torch.finfo(got.dtype).eps
-        allowed = 2 * (plain.double() - truth).abs().max() + units * truth.abs().max().clamp(min=0.1)  # what is left of larger terms
+        allowed = 2 * (plain.double() - truth).abs().max() + units * truth.abs().max().clamp(
+            min=0.1
+        )  # what is left of larger terms
         assert (sign * got.double() - truth).abs().max() <= allowed
 
 
@@ -195,7 +197,12 @@ def test_bits_do_not_depend_on_the_thread_count():
 
 def test_opcheck(engine):
     z, reference, y, t = problem(3, 5, device=engine)
-    outs = torch.empty_like(z), torch.empty(3, dtype=torch.bool, device=engine), y.clone(), torch.empty(3, device=engine)
+    outs = (
+        torch.empty_like(z),
+        torch.empty(3, dtype=torch.bool, device=engine),
+        y.clone(),
+        torch.empty(3, device=engine),
+    )
     for code in range(5):
         for needs_grad in (False, True):
             logits = z.clone().requires_grad_(needs_grad)
@@ -222,7 +229,12 @@ def test_labels_that_do_not_exist_are_safe(engine):
         y = torch.tensor([0, classes, -1, 2**62, -(2**62), 1], device=engine)
         outside = [False, True, True, True, True, False]
         for code in (0, 2, 3, 4):
-            outs = torch.empty_like(z), torch.empty(6, dtype=torch.bool, device=engine), y * 0, torch.empty(6, device=engine)
+            outs = (
+                torch.empty_like(z),
+                torch.empty(6, dtype=torch.bool, device=engine),
+                y * 0,
+                torch.empty(6, device=engine),
+            )
             OPS.attack_cotangent(z, y, (t + (t == y)) % classes, None, code, False, *outs)
             assert outs[3].isnan().tolist() == outside and outs[0][[0, 5]].isfinite().all()
             assert not outs[1][1:5].any() and not outs[2][1:5].any()
@@ -239,7 +251,9 @@ def test_pgd_climbs_the_objective(objective, targeted, device):
     model = lambda x: torch.tanh(x.flatten(1) @ weight) * 3  # noqa: E731
     x = torch.rand(8, 3, 4, 4, dtype=torch.float64, device=device)
     y = (model(x).argmax(1) + targeted) % 5
-    attack = PGD(0.1, 0.03, 4, random_start=False, objective=objective, targeted=targeted, keep="best", attack_mode="keep")
+    attack = PGD(
+        0.1, 0.03, 4, random_start=False, objective=objective, targeted=targeted, keep="best", attack_mode="keep"
+    )
     result = attack.run(model, x, y)
     loss, sign = getattr(published, objective), -1 if targeted else 1
     iterates = [x]
