@@ -23,8 +23,8 @@ Model = Callable[[Tensor], Tensor]
 class Objective:
     """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``.
 
-    labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where the
-    attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
+    labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where
+    the attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
     """
 
     labels: Tensor | None = None
