@@ -230,8 +230,8 @@ def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tenso
     classes, needed = logits.shape[1], 3 if targets is None else 4
     if classes < needed:
         raise ValueError(
-            f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss divides by a difference "
-            f"down to logit number {needed}, so it needs {needed} classes; use the margin"
+            f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss looks "
+            f"as far as logit number {needed}, so it needs {needed} classes; use the margin"
         )
     if targets is None:
         return None

@@ -93,7 +93,7 @@ def test_message(error, message, call):
         (ValueError, "beta must be a number >= 0, got -1.0", lambda: ak.trades_loss(Z, Z, Y, beta=-1)),
         (ValueError, "beta must be a number >= 0, got nan", lambda: ak.mart_loss(Z, Z, Y, beta=NAN)),
         (TypeError, "beta must be a number or a tensor, got the string", lambda: ak.mart_loss(Z, Z, Y, beta="6")),
-        (ValueError, "logits has 2 classes: the DLR loss divides by .* number 3, so it needs 3", lambda: ak.dlr_loss(Z[:, :2], Y % 2)),
+        (ValueError, "logits has 2 classes: the DLR loss looks as far as logit number 3, so it needs 3", lambda: ak.dlr_loss(Z[:, :2], Y % 2)),
         (ValueError, "logits has 3 classes: the targeted DLR loss .* number 4", lambda: ak.dlr_loss(Z[:, :3], Y % 3, targets=(Y + 1) % 3)),
         (ValueError, r"targets\[2\] = 2 is the label itself", lambda: ak.dlr_loss(Z, Y, targets=torch.tensor([1, 2, 2, 3]))),
         (ValueError, r"targets\[3\] = 5 is not a class", lambda: ak.dlr_loss(Z, Y, targets=torch.tensor([1, 2, 3, 5]))),
