@@ -9,7 +9,20 @@ from __future__ import annotations
 from .attacks import FGSM, PGD, AttackResult, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
+from .losses import (
+    atlas_loss,
+    cross_entropy,
+    dlr_loss,
+    entropy,
+    gairat_weights,
+    kl_div,
+    logit_pairing,
+    margin_loss,
+    mart_loss,
+    trades_loss,
+)
 from .noise import noise_key
+from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
 from .perturb import pgd_step, pgd_step_neighbours, project, random_start, sample_neighbours
 
@@ -20,14 +33,26 @@ __all__ = [
     "PGD",
     "AttackResult",
     "BackendUnavailable",
+    "Cotangent",
     "LastStep",
+    "atlas_loss",
+    "attack_cotangent",
     "augment",
     "backend",
     "compactness",
+    "cross_entropy",
+    "dlr_loss",
+    "entropy",
+    "gairat_weights",
+    "kl_div",
+    "logit_pairing",
+    "margin_loss",
+    "mart_loss",
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",
     "project",
     "random_start",
     "sample_neighbours",
+    "trades_loss",
 ]

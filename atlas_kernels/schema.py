@@ -16,6 +16,7 @@ _STEP = "float step_size, Tensor? step_rows"
 _RADIUS = "float radius, Tensor? radius_rows"
 _CLIP = "float clip_min, Tensor? clip_min_rows, float clip_max, Tensor? clip_max_rows"
 _NOISE = "Tensor key, Tensor? ids, int draw"
+_REDUCED = "Tensor? weights, float scale, Tensor(a!) value, Tensor(b!)? total"
 
 # stem -> operator -> arguments
 OPERATORS: dict[str, dict[str, str]] = {
@@ -42,6 +43,27 @@ OPERATORS: dict[str, dict[str, str]] = {
         "pgd_step_norm": f"Tensor adv, Tensor grad, Tensor x, int norm, {_EPS}, {_STEP}, {_CLIP}, bool descend, "
         "Tensor? active, Tensor(a!) out, Tensor(b!)? cast",
         "project": f"Tensor v, Tensor x, int norm, {_EPS}, {_CLIP}, Tensor(a!) out",
+    },
+    "objectives": {
+        "attack_cotangent": "Tensor logits, Tensor? labels, Tensor? targets, Tensor? reference, int objective, "
+        "bool descend, Tensor(a!)? cotangent, Tensor(b!)? correct, Tensor(c!)? kappa, Tensor(d!)? value",
+    },
+    # value[i] = weights[i] * loss_i; total = scale * sum of value; grad = scale * d(sum of value)/d(logits).
+    "losses": {
+        "cross_entropy": f"Tensor logits, Tensor labels, float label_smoothing, {_REDUCED}, Tensor(c!)? grad",
+        "kl_div": f"Tensor p_logits, Tensor q_logits, {_REDUCED}, Tensor(c!)? p_grad, Tensor(d!)? q_grad",
+        "trades_loss": f"Tensor logits, Tensor adv_logits, Tensor labels, float beta, {_REDUCED}, Tensor(c!)? grad, "
+        "Tensor(d!)? adv_grad",
+        "mart_loss": f"Tensor logits, Tensor adv_logits, Tensor labels, float beta, {_REDUCED}, Tensor(c!)? grad, "
+        "Tensor(d!)? adv_grad",
+        "entropy": f"Tensor logits, {_REDUCED}, Tensor(c!)? grad",
+        "margin_loss": f"Tensor logits, Tensor labels, {_REDUCED}, Tensor(c!)? grad",
+        "dlr_loss": f"Tensor logits, Tensor labels, Tensor? targets, {_REDUCED}, Tensor(c!)? grad",
+        "logit_pairing": f"Tensor logits, Tensor adv_logits, {_REDUCED}, Tensor(c!)? grad, Tensor(d!)? adv_grad",
+        # logits [x; adv; z_1; ..; z_n] one batch after another, x where global_term is not none. terms: float[3, B].
+        "atlas_loss": "Tensor logits, Tensor labels, int local, float local_weight, int global_term, "
+        f"float global_weight, {_REDUCED}, Tensor(c!)? grad, Tensor(d!)? terms",
+        "gairat_weights": "Tensor kappa, int steps, float lam, Tensor(a!) out",
     },
 }
 

@@ -93,6 +93,65 @@ struct AtlasPerturbNorm {
   uint32_t stream, draw;
 };
 
+// Logits and what is shaped like them: dense [batch, classes], all of one call in one dtype.
+enum AtlasObjective {
+  ATLAS_OBJECTIVE_CE = 0,
+  ATLAS_OBJECTIVE_KL = 1,  // KL(softmax(reference) || softmax(logits))
+  ATLAS_OBJECTIVE_MARGIN = 2,
+  ATLAS_OBJECTIVE_DLR = 3,
+  ATLAS_OBJECTIVE_DLR_TARGETED = 4,
+};
+
+// Per sample: cotangent = d(objective)/d(logits) and value = objective, both negated if `descend`; correct = whether the
+// prediction is the label; kappa += correct. Null: not wanted, or, for an input, absent.
+struct AtlasObjectives {
+  int64_t batch, classes;
+  const void *logits, *reference;
+  const int64_t *labels, *targets;
+  void* cotangent;
+  uint8_t* correct;
+  int64_t* kappa;
+  void* value;  // in the compute type: fp64 if the logits are fp64, else fp32
+  int32_t dtype, objective, descend;
+};
+
+enum AtlasLoss {
+  ATLAS_LOSS_CROSS_ENTROPY = 0,  // parameter: label smoothing
+  ATLAS_LOSS_KL_DIV = 1,         // KL(softmax(logits) || softmax(adv_logits))
+  ATLAS_LOSS_TRADES = 2,         // parameter: beta
+  ATLAS_LOSS_MART = 3,           // parameter: beta
+  ATLAS_LOSS_ENTROPY = 4,
+  ATLAS_LOSS_MARGIN = 5,
+  ATLAS_LOSS_DLR = 6,
+  ATLAS_LOSS_LOGIT_PAIRING = 7,
+  ATLAS_LOSS_ATLAS = 8,
+};
+
+// The terms that atlas_loss is made of: kl, ce, logit; none.
+enum AtlasTerm { ATLAS_TERM_KL = 0, ATLAS_TERM_CE = 1, ATLAS_TERM_LOGIT = 2, ATLAS_TERM_NONE = 3 };
+
+// value[i] = weights[i] * loss_i;  total = scale * sum of value;  grads = scale * d(sum of value)/d(logits).
+struct AtlasLosses {
+  int64_t batch, classes;
+  const void *logits, *adv_logits;  // atlas_loss: logits = [x; adv; z_1; ..; z_n] in one, x unless global is none
+  const int64_t *labels, *targets;
+  const void* weights;              // in the compute type; null: 1
+  void *value, *total;              // in the compute type; total may be null
+  void *grad, *adv_grad;            // null: not wanted
+  void* terms;                      // atlas_loss: [3, batch] CE, LOCAL, GLOBAL in the compute type, or null
+  double parameter, scale, local_weight, global_weight;
+  int64_t neighbours;
+  int32_t dtype, loss, local, global;
+};
+
+// out[i] = sigmoid(2 lam + 10/h (h - kappa[i])), h = steps / 2 rounded down, divided by the mean over the batch.
+struct AtlasGairatWeights {
+  int64_t batch, steps;
+  const int64_t* kappa;
+  float* out;
+  double lam;
+};
+
 // The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
 ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
 ATLAS_EXPORT const char* atlas_cuda_error(int status);
@@ -101,5 +160,8 @@ ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* whe
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_perturb_norm(const AtlasPerturbNorm* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_losses(const AtlasLosses* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere* where);
 
 }  // extern "C"

@@ -22,6 +22,9 @@ struct CudaLibrary {
   decltype(&atlas_augment) augment = nullptr;
   decltype(&atlas_pairwise) pairwise = nullptr;
   decltype(&atlas_perturb_norm) perturb_norm = nullptr;
+  decltype(&atlas_objectives) objectives = nullptr;
+  decltype(&atlas_losses) losses = nullptr;
+  decltype(&atlas_gairat_weights) gairat_weights = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -40,6 +43,9 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_augment", cuda.augment);
   find(library, "atlas_pairwise", cuda.pairwise);
   find(library, "atlas_perturb_norm", cuda.perturb_norm);
+  find(library, "atlas_objectives", cuda.objectives);
+  find(library, "atlas_losses", cuda.losses);
+  find(library, "atlas_gairat_weights", cuda.gairat_weights);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -126,6 +132,32 @@ void pairwise(uintptr_t h, int dtype, uintptr_t h_adv, uintptr_t labels, uintptr
   call("atlas_pairwise", atlas_pairwise, cuda.pairwise, params, device, threads, stream);
 }
 
+void objectives(int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t reference, uintptr_t labels,
+                uintptr_t targets, int objective, bool descend, uintptr_t cotangent, uintptr_t correct, uintptr_t kappa,
+                uintptr_t value, int device, int threads, uintptr_t stream) {
+  const AtlasObjectives params = {
+      batch, classes, at(logits), at(reference), integers(labels), integers(targets), at(cotangent),
+      at<uint8_t>(correct), at<int64_t>(kappa), at(value), dtype, objective, descend};
+  call("atlas_objectives", atlas_objectives, cuda.objectives, params, device, threads, stream);
+}
+
+void losses(int loss, int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t adv_logits,
+            uintptr_t labels, uintptr_t targets, uintptr_t weights, double parameter, double scale, uintptr_t value,
+            uintptr_t total, uintptr_t grad, uintptr_t adv_grad, int64_t neighbours, int local, double local_weight,
+            int global, double global_weight, uintptr_t terms, int device, int threads, uintptr_t stream) {
+  const AtlasLosses params = {
+      batch, classes, at(logits), at(adv_logits), integers(labels), integers(targets), at(weights),
+      at(value), at(total), at(grad), at(adv_grad), at(terms), parameter, scale, local_weight, global_weight,
+      neighbours, dtype, loss, local, global};
+  call("atlas_losses", atlas_losses, cuda.losses, params, device, threads, stream);
+}
+
+void gairat_weights(int64_t batch, int64_t steps, uintptr_t kappa, double lam, uintptr_t out, int device, int threads,
+                    uintptr_t stream) {
+  const AtlasGairatWeights params = {batch, steps, integers(kappa), at<float>(out), lam};
+  call("atlas_gairat_weights", atlas_gairat_weights, cuda.gairat_weights, params, device, threads, stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,6 +165,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("augment", &augment);
   m.def("pairwise", &pairwise);
   m.def("perturb_norm", &perturb_norm);
+  m.def("objectives", &objectives);
+  m.def("losses", &losses);
+  m.def("gairat_weights", &gairat_weights);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

@@ -18,6 +18,19 @@
 #define ATLAS_X86 0
 #endif
 
+// Between these, functions are compiled for an instruction set, templates by where they are defined. Inside may only be
+// what is always inlined or has the instruction set in its type: the linker keeps one copy of any other function.
+#if defined(__clang__)
+#define ATLAS_BEGIN_V3 _Pragma("clang attribute push(__attribute__((target(\"arch=x86-64-v3\"))), apply_to = function)")
+#define ATLAS_BEGIN_V4 _Pragma("clang attribute push(__attribute__((target(\"arch=x86-64-v4\"))), apply_to = function)")
+#define ATLAS_END_TARGET _Pragma("clang attribute pop")
+#else
+#define ATLAS_BEGIN_V3 _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v3\")")
+#define ATLAS_BEGIN_V4 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v4,prefer-vector-width=512\")")
+#define ATLAS_END_TARGET _Pragma("GCC pop_options")
+#endif
+
 // "No iteration reads what another one writes": true for all of our loops, in-place ones included, which the compiler
 // could otherwise only find out by falling back to scalar code.
 #if defined(__clang__)
@@ -26,6 +39,13 @@
 #define ATLAS_IVDEP _Pragma("GCC ivdep")
 #else
 #define ATLAS_IVDEP
+#endif
+
+// For a lambda that a range body calls: it has to follow into the body's instruction set.
+#if defined(__GNUC__)
+#define ATLAS_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define ATLAS_INLINE_LAMBDA
 #endif
 
 namespace atlas::cpu {
@@ -54,17 +74,21 @@ template <class Body, class V3, class V4, class Job> struct Compiled {
   }
 };
 
-// Splits [0, total) over at most `threads` OpenMP threads, at least `grain` each. V3, V4: bodies that know how wide the
-// registers of their instruction set are.
-template <class Body, class V3 = Body, class V4 = Body, class Job>
-void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
-  const RangeFunction<Job> run = Compiled<Body, V3, V4, Job>::best();
+// Splits [0, total) over at most `threads` OpenMP threads, at least `grain` each.
+template <class Job>
+void parallel_ranges(RangeFunction<Job> run, const Job& job, int64_t total, int64_t grain, int threads) {
   const int64_t most = (total + grain - 1) / grain, parts = most < threads ? most : threads;
   if (parts <= 1) return run(job, 0, total);
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(parts)) schedule(static, 1)
 #endif
   for (int64_t part = 0; part < parts; ++part) run(job, total * part / parts, total * (part + 1) / parts);
+}
+
+// V3, V4: bodies that know how wide the registers of their instruction set are.
+template <class Body, class V3 = Body, class V4 = Body, class Job>
+void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
+  parallel_ranges(Compiled<Body, V3, V4, Job>::best(), job, total, grain, threads);
 }
 
 }  // namespace atlas::cpu

@@ -1,0 +1,46 @@
+#include "losses.h"
+
+#include <cmath>
+
+namespace atlas::cpu {
+namespace {
+
+template <class T> void sum_up(const AtlasLosses& p) {
+  double sum = 0;
+  for (int64_t row = 0; row < p.batch; ++row) sum += static_cast<const T*>(p.value)[row];
+  *static_cast<T*>(p.total) = T(sum * p.scale);
+}
+
+int run(const AtlasLosses& p, int threads) {
+  const int parts = p.loss == ATLAS_LOSS_ATLAS ? int(p.neighbours) + (p.global == ATLAS_TERM_NONE ? 1 : 2) : 1;
+  const LossJob job = {p, {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype}};
+  run_rows<LossRange>(job, threads);
+  if (p.total) p.dtype == kFloat64 ? sum_up<double>(p) : sum_up<float>(p);
+  return ATLAS_OK;
+}
+
+}  // namespace
+}  // namespace atlas::cpu
+
+extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) {
+  if (params->batch < 0 || params->classes < 1 || params->neighbours < 0) return ATLAS_BAD_SIZE;
+  if (params->dtype < atlas::kFloat32 || params->dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
+  return atlas::cpu::run(*params, where->threads);
+}
+
+// Normalised by the largest before the sum: a batch whose weights all underflow has weights all the same.
+extern "C" int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere*) {
+  const AtlasGairatWeights& p = *params;
+  if (p.batch < 0 || p.steps < 2) return ATLAS_BAD_SIZE;
+  const double half = double(p.steps / 2), lam = p.lam;
+  const auto log_weight = [&](int64_t kappa) {
+    const double a = 2 * lam + 10 / half * (half - double(kappa));
+    return a < 0 ? a - std::log1p(std::exp(a)) : -std::log1p(std::exp(-a));
+  };
+  double largest = -HUGE_VAL, sum = 0;
+  for (int64_t i = 0; i < p.batch; ++i) largest = std::fmax(largest, log_weight(p.kappa[i]));
+  for (int64_t i = 0; i < p.batch; ++i) sum += std::exp(log_weight(p.kappa[i]) - largest);
+  for (int64_t i = 0; i < p.batch; ++i)
+    p.out[i] = float(std::exp(log_weight(p.kappa[i]) - largest) * double(p.batch) / sum);
+  return ATLAS_OK;
+}
