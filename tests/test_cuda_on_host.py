@@ -35,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("g++ was not found")
     runtime_libraries()
     out = tmp_path_factory.mktemp("cuda_on_host") / "libatlas_cuda_on_host.so"
-    sources = [*sorted(CUDA.glob("*.cu")), HERE / "observe.cpp"]
+    sources = [*sorted(CUDA.glob("*.cu")), HERE / "observe.cpp", TESTS / "reduce.cu"]
     command = ["g++", *FLAGS, f"-I{HERE}", "-x", "c++", *map(str, sources), "-ldl", "-o", str(out)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
