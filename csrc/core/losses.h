@@ -276,10 +276,4 @@ template <class Row> ATLAS_HD AtlasParts<Row> loss_of(Row& row, const AtlasLosse
   }
 }
 
-// GAIRAT's weight before it is normalised: log sigmoid(2 lam + 10/h (h - kappa)), h = steps / 2 rounded down.
-ATLAS_HD double gairat_log_weight(const AtlasGairatWeights& p, int64_t kappa) {
-  const double half = double(p.steps / 2), a = 2 * p.lam + 10 / half * (half - double(kappa));
-  return a < 0 ? a - ::log1p(::exp(a)) : -::log1p(::exp(-a));
-}
-
 }  // namespace atlas

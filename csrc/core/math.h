@@ -11,8 +11,8 @@ namespace atlas {
 template <class V> struct lanes_of;
 template <> struct lanes_of<float> { using Scalar = float; using Int = int32_t; };
 template <> struct lanes_of<double> { using Scalar = double; using Int = int64_t; };
-template <> struct lanes_of<int32_t> { using Scalar = int32_t; };
-template <> struct lanes_of<int64_t> { using Scalar = int64_t; };
+template <> struct lanes_of<int32_t> { using Scalar = int32_t; using Int = int32_t; };
+template <> struct lanes_of<int64_t> { using Scalar = int64_t; using Int = int64_t; };
 template <class V> using scalar_of = typename lanes_of<V>::Scalar;
 template <class V> using int_of = typename lanes_of<V>::Int;
 

@@ -15,20 +15,6 @@ namespace atlas {
 
 constexpr int32_t kNoClass = INT32_MAX;
 
-// The logits of a loss, each [batch, classes], and where their gradients go. `parts`: batches in one tensor.
-struct RowSlots {
-  static constexpr int kTensors = 2;
-  const void* logits[kTensors];
-  void* gradients[kTensors];
-  int64_t batch, classes;
-  int parts;  // slots that the first tensor holds; each other tensor is one more slot
-  int32_t dtype;
-
-  ATLAS_HD int count() const { return parts + (logits[1] != nullptr); }
-  ATLAS_HD int tensor(int slot) const { return slot >= parts; }
-  ATLAS_HD int64_t offset(int slot, int64_t row) const { return ((slot < parts ? slot : 0) * batch + row) * classes; }
-};
-
 template <class Row> struct Softmax {
   typename Row::V max, rest, log_sum, inverse;  // rest: the sum of the powers of all classes but the best
   typename Row::I best;                         // the first largest logit

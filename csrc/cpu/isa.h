@@ -1,5 +1,5 @@
-// One range body, three targets, one table: a Body's static `run<isa>(job, begin, end)` is compiled for each instruction
-// set by target attributes (never by flags on the whole file, which would leak into code that any machine runs), and the
+// One range body, three targets, one table: a Body's static `run(job, begin, end)` is compiled for each instruction set
+// by target attributes (never by flags on the whole file, which would leak into code that any machine runs), and the
 // best one this machine has is chosen once.
 #pragma once
 #include <cstdint>
@@ -16,6 +16,19 @@
 #endif
 #else
 #define ATLAS_X86 0
+#endif
+
+// Between these, functions are compiled for an instruction set, templates by where they are defined. Inside may only be
+// what is always inlined or has the instruction set in its type: the linker keeps one copy of any other function.
+#if defined(__clang__)
+#define ATLAS_BEGIN_V3 _Pragma("clang attribute push(__attribute__((target(\"arch=x86-64-v3\"))), apply_to = function)")
+#define ATLAS_BEGIN_V4 _Pragma("clang attribute push(__attribute__((target(\"arch=x86-64-v4\"))), apply_to = function)")
+#define ATLAS_END_TARGET _Pragma("clang attribute pop")
+#else
+#define ATLAS_BEGIN_V3 _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v3\")")
+#define ATLAS_BEGIN_V4 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v4,prefer-vector-width=512\")")
+#define ATLAS_END_TARGET _Pragma("GCC pop_options")
 #endif
 
 // "No iteration reads what another one writes": true for all of our loops, in-place ones included, which the compiler
@@ -46,16 +59,10 @@ bool force_isa(Isa isa);  // false: this machine cannot run it
 template <class Job> using RangeFunction = void (*)(const Job&, int64_t begin, int64_t end);
 
 template <class Body, class Job> struct Compiled {
-  static void baseline(const Job& job, int64_t begin, int64_t end) {
-    Body::template run<kBaseline>(job, begin, end);
-  }
+  static void baseline(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
 #if ATLAS_X86
-  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) {
-    Body::template run<kV3>(job, begin, end);
-  }
-  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) {
-    Body::template run<kV4>(job, begin, end);
-  }
+  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
+  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
 #endif
   static RangeFunction<Job> best() {
 #if ATLAS_X86
@@ -68,14 +75,18 @@ template <class Body, class Job> struct Compiled {
 };
 
 // Splits [0, total) over at most `threads` OpenMP threads, at least `grain` each.
-template <class Body, class Job> void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
-  const RangeFunction<Job> run = Compiled<Body, Job>::best();
+template <class Job>
+void parallel_ranges(RangeFunction<Job> run, const Job& job, int64_t total, int64_t grain, int threads) {
   const int64_t most = (total + grain - 1) / grain, parts = most < threads ? most : threads;
   if (parts <= 1) return run(job, 0, total);
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(parts)) schedule(static, 1)
 #endif
   for (int64_t part = 0; part < parts; ++part) run(job, total * part / parts, total * (part + 1) / parts);
+}
+
+template <class Body, class Job> void parallel_ranges(const Job& job, int64_t total, int64_t grain, int threads) {
+  parallel_ranges(Compiled<Body, Job>::best(), job, total, grain, threads);
 }
 
 }  // namespace atlas::cpu

@@ -18,7 +18,7 @@ template <class T, Isa isa> constexpr int kLanes = (isa == kV4 ? 64 : isa == kV3
   template <> struct vector<Scalar_, Count> { using type = Name; };                                              \
   }                                                                                                              \
   template <> struct atlas::lanes_of<atlas::cpu::Name> { using Scalar = Scalar_; using Int = cpu::IntName; };    \
-  template <> struct atlas::lanes_of<atlas::cpu::IntName> { using Scalar = Int_; };
+  template <> struct atlas::lanes_of<atlas::cpu::IntName> { using Scalar = Int_; using Int = cpu::IntName; };
 ATLAS_VECTOR(float4, int4, float, int32_t, 4)
 ATLAS_VECTOR(float8, int8, float, int32_t, 8)
 ATLAS_VECTOR(float16, int16, float, int32_t, 16)
@@ -44,16 +44,39 @@ template <class V> struct math<V, double> {
 
 namespace cpu {
 
-// Folds a vector over its lanes; all lanes of the result are the same. The order does not depend on anything.
-template <class V, class Combine> ATLAS_HD V fold(V v, Combine&& combine) {
+// v with its lanes exchanged: lane l has what lane l ^ Step had.
+template <int Step, class V> ATLAS_HD V exchanged(V v) {
   constexpr int kCount = sizeof(V) / sizeof(scalar_of<V>);
-  for (int step = kCount / 2; step > 0; step /= 2) {
-    V other;
-    for (int l = 0; l < kCount; ++l) other[l] = v[l ^ step];
-    v = combine(v, other);
-  }
-  return v;
+#if defined(__clang__)
+  V other;
+  for (int l = 0; l < kCount; ++l) other[l] = v[l ^ Step];
+  return other;
+#else
+  int_of<V> from;
+  for (int l = 0; l < kCount; ++l) from[l] = l ^ Step;
+  return __builtin_shuffle(v, from);
+#endif
 }
+
+// Folds a vector over its lanes; all lanes of the result are the same. The order does not depend on anything.
+template <class Combine, int Step, class V> ATLAS_HD V fold(V v) {
+  v = Combine::of(v, exchanged<Step>(v));
+  if constexpr (Step > 1) return fold<Combine, Step / 2>(v);
+  else return v;
+}
+template <class Combine, class V> ATLAS_HD V fold(V v) {
+  return fold<Combine, int(sizeof(V) / sizeof(scalar_of<V>)) / 2>(v);
+}
+
+struct Sum {
+  template <class V> static ATLAS_HD V of(V a, V b) { return a + b; }
+};
+struct Max {
+  template <class V> static ATLAS_HD V of(V a, V b) { return a > b ? a : b; }
+};
+struct Min {
+  template <class V> static ATLAS_HD V of(V a, V b) { return a < b ? a : b; }
+};
 
 }  // namespace cpu
 }  // namespace atlas

@@ -1,5 +1,9 @@
 #include "memory.h"
 
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,6 +19,21 @@ void advise_huge_pages(uintptr_t address, int64_t bytes) {
 #else
   (void)address, (void)bytes;
 #endif
+}
+
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<void, Free> kept;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    kept.reset(std::aligned_alloc(64, (size_t(bytes) + 63) / 64 * 64));
+    if (!kept) throw std::bad_alloc();
+    size = bytes;
+  }
+  return kept.get();
 }
 
 }  // namespace atlas::cpu

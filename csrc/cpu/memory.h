@@ -7,4 +7,7 @@ namespace atlas::cpu {
 // faults than in arithmetic. Where the system has none, nothing happens.
 void advise_huge_pages(uintptr_t address, int64_t bytes);
 
+// Memory that belongs to the calling thread until it asks again, aligned to 64 bytes.
+void* scratch(int64_t bytes);
+
 }  // namespace atlas::cpu

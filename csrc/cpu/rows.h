@@ -2,35 +2,11 @@
 // the lanes are neighbouring classes of one row. Either way the algorithms see fp32 or fp64 in aligned, padded vectors,
 // and leave the gradients where the logits were.
 #pragma once
-#include <cstdlib>
-
-#include "../api.h"
 #include "../core/rows.h"
 #include "lanes.h"
+#include "slots.h"
 
 namespace atlas::cpu {
-
-constexpr int64_t kFewClasses = 64;  // from here on a row fills vectors of its own
-
-// Memory that a thread keeps for its rows.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(64, size_);
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
-
-inline thread_local Scratch row_scratch;
 
 template <class Number, class S> ATLAS_HD void copy_rows(Number* to, const S* from, int64_t rows, int64_t classes, int lanes) {
   if (lanes == 1) {
@@ -69,8 +45,10 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   using Index = scalar_of<I>;
   static constexpr int kRows = LanesAreRows ? kCount : 1;
 
-  // Logits and powers, slot by slot.
-  static size_t scratch_bytes(const RowSlots& slots) { return 2 * slots.count() * vectors_of(slots) * sizeof(V); }
+  // For logits and powers, slot by slot.
+  static ATLAS_HD int64_t scratch_bytes(const RowSlots& slots) {
+    return 2 * slots.count() * vectors_of(slots) * int64_t(sizeof(V));
+  }
 
   // Rows from `first` on, before `end`.
   ATLAS_HD Row(const RowSlots& slots, void* scratch, int64_t first, int64_t end)
@@ -121,15 +99,9 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
     return z;
   }
 
-  ATLAS_HD V sum(V v) const {
-    return LanesAreRows ? v : fold(v, [](V a, V b) ATLAS_INLINE_LAMBDA { return a + b; });
-  }
-  ATLAS_HD V max(V v) const {
-    return LanesAreRows ? v : fold(v, [](V a, V b) ATLAS_INLINE_LAMBDA { return a > b ? a : b; });
-  }
-  ATLAS_HD I min(I i) const {
-    return LanesAreRows ? i : fold(i, [](I a, I b) ATLAS_INLINE_LAMBDA { return a < b ? a : b; });
-  }
+  ATLAS_HD V sum(V v) const { return over_lanes<Sum>(v); }
+  ATLAS_HD V max(V v) const { return over_lanes<Max>(v); }
+  ATLAS_HD I min(I i) const { return over_lanes<Min>(i); }
 
   // What every row has one of: from memory into lanes and back. A lane without a row gets `otherwise`.
   template <class S> ATLAS_HD V numbers(const S* values, T otherwise) const {
@@ -156,6 +128,11 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   ATLAS_HD int64_t rows() const { return rows_; }
 
  private:
+  template <class Combine, class W> static ATLAS_HD W over_lanes(W w) {
+    if constexpr (LanesAreRows) return w;
+    else return fold<Combine>(w);
+  }
+
   static ATLAS_HD int64_t vectors_of(const RowSlots& slots) {
     return LanesAreRows ? slots.classes : (slots.classes + kCount - 1) / kCount;
   }
@@ -165,8 +142,5 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   I lane_;
   int64_t first_, rows_, vectors_;
 };
-
-// Rows that make up what a thread must do to be worth waking.
-inline int64_t rows_grain(const RowSlots& slots) { return 16384 / (slots.classes * slots.count()) + 1; }
 
 }  // namespace atlas::cpu

@@ -1,5 +1,6 @@
 #include "../core/losses.h"
 
+#include "../core/gairat.h"
 #include "rows.h"
 
 namespace atlas::cuda {
@@ -19,7 +20,8 @@ template <class R> struct LossRow : R {
 };
 
 // A kernel for each loss: they differ in how many registers they need.
-template <class R, int Loss> __global__ void __launch_bounds__(kRowThreads, 1) losses_kernel(const __grid_constant__ Job job) {
+template <class R, int Loss>
+__global__ void __launch_bounds__(kRowThreads, 1) losses_kernel(const __grid_constant__ Job job) {
   using T = typename R::V;
   AtlasLosses p = job.p;
   p.loss = Loss;
@@ -74,12 +76,13 @@ template <class T> int add_up(const AtlasLosses& p, const AtlasWhere& where) {
 
 // Normalised by the largest before the sum: a batch whose weights all underflow has weights all the same.
 __global__ void __launch_bounds__(kSumThreads) gairat_kernel(const AtlasGairatWeights p) {
+  const int64_t t = threadIdx.x;
   double largest = -HUGE_VAL, sum = 0;
-  for (int64_t i = threadIdx.x; i < p.batch; i += kSumThreads) largest = fmax(largest, gairat_log_weight(p, p.kappa[i]));
+  for (int64_t i = t; i < p.batch; i += kSumThreads) largest = fmax(largest, gairat_log_weight(p, p.kappa[i]));
   largest = block_max<kSumThreads>(largest);
-  for (int64_t i = threadIdx.x; i < p.batch; i += kSumThreads) sum += ::exp(gairat_log_weight(p, p.kappa[i]) - largest);
+  for (int64_t i = t; i < p.batch; i += kSumThreads) sum += ::exp(gairat_log_weight(p, p.kappa[i]) - largest);
   sum = block_sum<kSumThreads>(sum);
-  for (int64_t i = threadIdx.x; i < p.batch; i += kSumThreads)
+  for (int64_t i = t; i < p.batch; i += kSumThreads)
     p.out[i] = float(::exp(gairat_log_weight(p, p.kappa[i]) - largest) * double(p.batch) / sum);
 }
 

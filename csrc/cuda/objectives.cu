@@ -18,7 +18,8 @@ template <class R> struct ObjectiveRow : R {
   const AtlasObjectives& p;
 };
 
-template <class R> __global__ void __launch_bounds__(kRowThreads, 1) objectives_kernel(const __grid_constant__ Job job) {
+template <class R>
+__global__ void __launch_bounds__(kRowThreads, 1) objectives_kernel(const __grid_constant__ Job job) {
   const AtlasObjectives& p = job.p;
   ObjectiveRow<R> row(job);
   const Objective<ObjectiveRow<R>> found = objective_of(row, p);

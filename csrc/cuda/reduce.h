@@ -1,6 +1,6 @@
 // Sums, maxima and minima over a warp or a block. All of its threads call, and all get the same bits: the terms are
-// folded in a fixed order, whatever the timing. NaN is not a maximum: it is passed over, and -inf is left where there is
-// nothing else. A caller sees NaN in its sums.
+// folded in a fixed order, whatever the timing. NaN is not a maximum: it is passed over, and -inf is left where there
+// is nothing else. A caller sees NaN in its sums.
 #pragma once
 #include <cuda_runtime.h>
 

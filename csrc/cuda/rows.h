@@ -1,10 +1,11 @@
 // The Row (core/rows.h) of a GPU: every thread is a lane. A row of few classes has a part of a warp, of more a warp, of
-// many a block, and its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and a
-// power is computed again.
+// many a block, and its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and
+// a power is computed again.
 #pragma once
 #include <type_traits>
 
 #include "../core/rows.h"
+#include "../core/slots.h"
 #include "launch.h"
 #include "reduce.h"
 

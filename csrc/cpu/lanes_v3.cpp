@@ -1,0 +1,15 @@
+// What computes in lanes, for AVX2. The headers before the switch hold what is not to be compiled for it.
+#include <cmath>
+
+#include "losses.h"
+#include "memory.h"
+#include "objectives.h"
+
+#if ATLAS_X86
+ATLAS_BEGIN_V3
+#include "losses_rows.h"
+#include "objectives_rows.h"
+template struct atlas::cpu::LossRange<atlas::cpu::kV3>;
+template struct atlas::cpu::ObjectiveRange<atlas::cpu::kV3>;
+ATLAS_END_TARGET
+#endif
