@@ -15,7 +15,7 @@ HERE = TESTS / "cuda_on_host"
 CUDA = TESTS.parent / "csrc" / "cuda"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DATLAS_HD=inline"]
 
 
 def runtime_libraries() -> list[str]:

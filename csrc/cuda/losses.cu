@@ -9,10 +9,11 @@ namespace {
 struct Job {
   AtlasLosses p;
   RowSlots slots;
+  int lane_bits;
 };
 
 template <class R> struct LossRow : R {
-  __device__ explicit LossRow(const Job& job) : R(job.slots), p(job.p) {}
+  __device__ explicit LossRow(const Job& job) : R(job.slots, job.lane_bits), p(job.p) {}
   __device__ typename R::I label() const { return R::label(p.labels); }
   __device__ typename R::I target() const { return R::label(p.targets); }
   __device__ typename R::V weight() const { return R::number(p.weights, 1); }
@@ -38,9 +39,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) losses_kernel(const __grid_con
 }
 
 template <int Loss> int run(const Job& job, const AtlasWhere& where) {
-  return with_row(job.slots, [&](auto kind) {
-    using R = typename decltype(kind)::Row;
-    return launch(where, kind.threads(job.p.batch), 1, kRowThreads, losses_kernel<R, Loss>, job);
+  return with_row(job.slots, [&](auto row) {
+    auto* const kernel = losses_kernel<typename decltype(row)::type, Loss>;
+    return launch(where, job.p.batch << job.lane_bits, 1, kRowThreads, kernel, job);
   });
 }
 
@@ -95,7 +96,8 @@ extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) 
   if (p.batch < 0 || p.classes < 1 || p.neighbours < 0) return ATLAS_BAD_SIZE;
   if (p.dtype < atlas::kFloat32 || p.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
   const int parts = p.loss == ATLAS_LOSS_ATLAS ? int(p.neighbours) + (p.global == ATLAS_TERM_NONE ? 1 : 2) : 1;
-  const Job job = {p, {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype}};
+  const atlas::RowSlots slots = {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype};
+  const Job job = {p, slots, lane_bits(p.classes)};
   int status = ATLAS_OK;
   if (p.batch) status = run(job, *where);
   if (status != ATLAS_OK || !p.total) return status;

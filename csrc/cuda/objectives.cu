@@ -8,10 +8,11 @@ namespace {
 struct Job {
   AtlasObjectives p;
   RowSlots slots;
+  int lane_bits;
 };
 
 template <class R> struct ObjectiveRow : R {
-  __device__ explicit ObjectiveRow(const Job& job) : R(job.slots), p(job.p) {}
+  __device__ explicit ObjectiveRow(const Job& job) : R(job.slots, job.lane_bits), p(job.p) {}
   __device__ typename R::I label() const { return R::label(p.labels); }
   __device__ typename R::I target() const { return R::label(p.targets); }
   __device__ bool wants_prediction() const { return p.correct || p.kappa; }
@@ -37,9 +38,12 @@ extern "C" int atlas_objectives(const AtlasObjectives* params, const AtlasWhere*
   using namespace atlas::cuda;
   const AtlasObjectives& p = *params;
   if (p.batch < 0 || p.classes < 1) return ATLAS_BAD_SIZE;
+  if (p.dtype < atlas::kFloat32 || p.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
   if (p.batch == 0) return ATLAS_OK;
-  const Job job = {p, {{p.logits, p.reference}, {p.cotangent, nullptr}, p.batch, p.classes, 1, p.dtype}};
-  return with_row(job.slots, [&](auto kind) {
-    return launch(*where, kind.threads(p.batch), 1, kRowThreads, objectives_kernel<typename decltype(kind)::Row>, job);
+  const atlas::RowSlots slots = {{p.logits, p.reference}, {p.cotangent, nullptr}, p.batch, p.classes, 1, p.dtype};
+  const Job job = {p, slots, lane_bits(p.classes)};
+  return with_row(slots, [&](auto row) {
+    auto* const kernel = objectives_kernel<typename decltype(row)::type>;
+    return launch(*where, p.batch << job.lane_bits, 1, kRowThreads, kernel, job);
   });
 }
