@@ -23,10 +23,8 @@ from setuptools.command.editable_wheel import _StaticPth, editable_wheel
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "libatlas_cuda.so"
 # Numerics are a promise (the same bits everywhere), so: no contraction of a*b+c, and never fast-math.
-CXX_FLAGS = (  # psabi: how vectors are passed is no matter, since everything that takes them is inlined
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
-    " -ffp-contract=off -fno-math-errno -fno-trapping-math"
-)
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"  # vectors are never passed
+CXX_FLAGS += " -ffp-contract=off -fno-math-errno -fno-trapping-math"
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static"
 
 
@@ -92,6 +90,7 @@ def write_ninja(folder: Path, core: str) -> list[str]:
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + [ROOT / "csrc" / "bindings.cpp"]
     for source in sources:
         extra = binding_flags.replace("$", "$$") if source.name == "bindings.cpp" else ""
+        extra += "-O2 -fvect-cost-model=dynamic" if source.stem.startswith("lanes") else ""  # vectors as written
         lines.append(f"build {source.stem}.o: cxx {source}\n  extra = {extra}")
     lines.append(f"build {core}: link {' '.join(f'{s.stem}.o' for s in sources)}")
     if nvcc:

@@ -91,7 +91,7 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
 
   ATLAS_HD V at(int slot, I label) const {
     const T* logits = reinterpret_cast<const T*>(logits_ + slot * vectors_);
-    V z;
+    V z = {};
     for (int l = 0; l < kCount; ++l) {
       const int64_t c = label[l];
       z[l] = c >= 0 && c < slots_.classes ? logits[LanesAreRows ? c * kCount + l : c] : T(NAN);
@@ -139,7 +139,7 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
 
   const RowSlots& slots_;
   V *logits_, *powers_;
-  I lane_;
+  I lane_ = {};
   int64_t first_, rows_, vectors_;
 };
 
