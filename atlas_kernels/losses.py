@@ -43,8 +43,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy ``-log p_y``, p = softmax(logits); as ``torch.nn.functional.cross_entropy``, but ``weights`` are per
-    sample. log p_y and the gradient p_y - 1 keep their relative precision where p_y comes close to 1.
+    """Cross-entropy ``-log p_y``, p = softmax(logits); as ``torch.nn.functional.cross_entropy``, but ``weights`` are
+    per sample. log p_y and the gradient p_y - 1 keep their relative precision where p_y comes close to 1.
 
     label_smoothing: s in [0, 1], the share of the target that is spread evenly over all classes (Szegedy et al. 2016,
     arXiv 1512.00567, section 7).
@@ -55,12 +55,10 @@ def cross_entropy(
     return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
 
 
-def kl_div(
-    p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def kl_div(p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """``KL(p || q) = sum_c p_c (log p_c - log q_c)``, p and q the softmax of ``p_logits`` and ``q_logits``.
 
-    TRADES' second term (Zhang et al. 2019, arXiv 1901.08573, section 4) with p of the clean and q of the adversarial
+    TRADES' second term (Zhang et al. 2019, arXiv 1901.08573) with p of the clean and q of the adversarial
     image, that is ``F.kl_div(q_logits.log_softmax(1), p_logits.softmax(1))``. Gradients go to both; detach one to hold
     it. p > 0 where q = 0 makes it inf.
     """
@@ -79,7 +77,7 @@ def trades_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """TRADES: ``CE(logits, y) + beta KL(p || q)``, p of the clean, q of the adversarial logits (Zhang et al. 2019,
-    arXiv 1901.08573, equation 5; gradients to both sides, as in the published code; beta there is 6 on CIFAR-10).
+    arXiv 1901.08573, with gradients to both sides, as in the published code, whose beta is 6 on CIFAR-10).
     """
     logits, adv_logits, labels = _pair(logits, adv_logits, labels)
     beta = number_in("beta", beta, 0.0)
@@ -111,9 +109,7 @@ def entropy(logits: Tensor, *, weights: Tensor | None = None, reduction: str = "
     return _loss("entropy", dense_logits("logits", logits), None, (), (), weights, reduction)
 
 
-def margin_loss(
-    logits: Tensor, labels: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def margin_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """The CW margin ``max_{k != y} z_k - z_y``: larger is more adversarial, above 0 is misclassified (Carlini & Wagner
     2017, arXiv 1608.04644, section V-A, f_6 without its clip). Of equal logits the first counts.
     """
@@ -146,7 +142,7 @@ def logit_pairing(
     logits: Tensor, adv_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Squared distance of the logits, ``sum_c (z_c - z'_c)^2`` (adversarial logit pairing; Kannan et al. 2018, arXiv
-    1803.06373, section 3.2; the published code divides by C as well)."""
+    1803.06373; the published code divides by C as well)."""
     logits = dense_logits("logits", logits)
     adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
     return _loss("logit_pairing", logits, adv_logits, (), (), weights, reduction)
@@ -187,8 +183,9 @@ def atlas_loss(
     logits = dense_logits("logits", logits)
     require_choice("local", local, _TERMS)
     require_choice("global_term", global_term, _TERMS)
-    batch = _atlas_batch(logits, labels, local, global_term)
+    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
     labels = class_indices("labels", labels, logits, batch)
+    _require_whole_batches(logits, batch, local, global_term)
     numbers = (
         _TERMS.index(local) if local != "none" else 0, number_in("local_weight", local_weight, 0.0),
         _TERMS.index(global_term), number_in("global_weight", global_weight, 0.0),
@@ -198,7 +195,7 @@ def atlas_loss(
 
 
 def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0) -> Tensor:
-    """GAIRAT's geometry-aware weights (Zhang et al. 2021, arXiv 2010.01736, equation 5 "tanh", as in the published code):
+    """GAIRAT's geometry-aware weights (Zhang et al. 2021, arXiv 2010.01736, "tanh" in the published code):
     ``(1 + tanh(lam + 5 (h - kappa) / h)) / 2`` with h = steps // 2, divided by its mean over the batch.
 
     Computed as ``sigmoid(2 lam + 10 (h - kappa) / h)`` relative to the largest, so the weights stay finite where all of
@@ -233,7 +230,7 @@ def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tenso
     classes, needed = logits.shape[1], 3 if targets is None else 4
     if classes < needed:
         raise ValueError(
-            f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss divides by differences "
+            f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss divides by a difference "
             f"down to logit number {needed}, so it needs {needed} classes; use the margin"
         )
     if targets is None:
@@ -251,9 +248,8 @@ def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, T
     return logits, adv_logits, class_indices("labels", labels, logits, logits.shape[0])
 
 
-def _atlas_batch(logits: Tensor, labels: Tensor, local: str, global_term: str) -> int:
-    """The number of samples, once the rows of the logits make whole batches of the right number."""
-    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
+def _require_whole_batches(logits: Tensor, batch: int, local: str, global_term: str) -> None:
+    """The rows of joint logits make whole batches, as many as the terms need."""
     rows, least = logits.shape[0], 1 if global_term == "none" else 2
     parts, rest = divmod(rows, batch) if batch else (least, rows)
     if rest or parts < least or (local == "none" and parts > least):
@@ -263,7 +259,6 @@ def _atlas_batch(logits: Tensor, labels: Tensor, local: str, global_term: str) -
             f"logits has {rows} rows for {batch} labels; with local={local!r} and global_term={global_term!r} it must "
             f"be {wanted} {layout}{']' if local == 'none' else '; z_1; ..; z_n]'} of one row per label"
         )
-    return batch
 
 
 def _loss(
@@ -304,7 +299,7 @@ def _run(
     scale: float,
     weights: Tensor | None,
     tensors: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """The operator itself: (total or value, terms), and the gradients, where there is a tensor for them."""
     logits, other, *indices = tensors

@@ -1,7 +1,7 @@
 """What a gradient attack climbs, and the cotangent that it pulls back through the network.
 
-A sign step needs only one vector-Jacobian product of the network with d(objective)/d(logits). ``attack_cotangent`` writes
-that in one pass over the logits: no loss, no graph, no mean over the batch whose 1/B underflows in 16 bits.
+A sign step needs only one vector-Jacobian product of the network with d(objective)/d(logits). ``attack_cotangent``
+writes that in one pass over the logits: no loss, no graph, no mean over the batch whose 1/B underflows in 16 bits.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def attack_cotangent(
         reference: logits [B, C] of the same dtype, a constant; for "kl".
         targets: integers [B], the classes to reach; for "dlr_targeted".
         descend: negate value and cotangent, so that a step up goes down.
-        kappa: int64 [B], contiguous; where the prediction is right, 1 is added to it (GAIRAT's count; Zhang et al. 2021,
-            arXiv 2010.01736, algorithm 1).
+        kappa: int64 [B], contiguous; where the prediction is right, 1 is added to it (GAIRAT's count; Zhang et al.
+            2021, arXiv 2010.01736, algorithm 1).
         return_cotangent, return_correct, return_value: what to make.
 
     Nothing has a gradient. Raises ``TypeError`` and ``ValueError`` that name the argument.

@@ -11,6 +11,7 @@ from cases import problem
 
 ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")
+Z, Y, T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4])
 
 
 def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
@@ -61,6 +62,80 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
 def test_message(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "logits must be a float tensor, got list", lambda: ak.cross_entropy([1.0], Y)),
+        (TypeError, "logits must be a float tensor, got torch.int64", lambda: ak.entropy(Z.long())),
+        (TypeError, "logits must be a strided tensor", lambda: ak.entropy(Z.to_sparse())),
+        (ValueError, r"logits has shape \[5\], expected \[batch, classes\]", lambda: ak.entropy(Z[0])),
+        (ValueError, r"logits has shape \[4, 1\].*two classes or more; stack", lambda: ak.entropy(Z[:, :1])),
+        (ValueError, r"logits has shape \[1, 4, 5\]", lambda: ak.cross_entropy(Z[None], Y)),
+        (ValueError, r"q_logits has shape \[4, 4\], p_logits has \[4, 5\]", lambda: ak.kl_div(Z, Z[:, :4])),
+        (ValueError, r"adv_logits has shape \[3, 5\], logits has \[4, 5\]", lambda: ak.trades_loss(Z, Z[:3], Y)),
+        (TypeError, "adv_logits is torch.float64, logits is torch.float32", lambda: ak.mart_loss(Z, Z.double(), Y)),
+        (ValueError, "adv_logits is on meta, logits on cpu", lambda: ak.logit_pairing(Z, Z.to("meta"))),
+        (TypeError, "labels must be an integer tensor of class indices, got torch.float32", lambda: ak.cross_entropy(Z, Y.float())),
+        (TypeError, "labels must be an integer tensor of class indices, got list", lambda: ak.margin_loss(Z, [0, 1, 2, 3])),
+        (ValueError, r"labels is \[3\] on cpu, expected \[4\]", lambda: ak.cross_entropy(Z, Y[:3])),
+        (ValueError, r"labels is \[4, 1\] on cpu, expected \[4\]", lambda: ak.cross_entropy(Z, Y[:, None])),
+        (ValueError, r"labels is \[4\] on meta, expected \[4\] on cpu", lambda: ak.cross_entropy(Z, Y.to("meta"))),
+        (ValueError, r"labels\[1\] = 5 is not a class: the logits have 5", lambda: ak.cross_entropy(Z, Y + torch.tensor([0, 4, 9, 0]))),
+        (ValueError, r"labels\[2\] = -1 is not a class", lambda: ak.trades_loss(Z, Z, Y - torch.tensor([0, 0, 3, 9]))),
+        (ValueError, r"labels\[0\] = -100 is not a class", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y.to(torch.int16) - 100)),
+        (ValueError, r"weights is \[3\] on cpu, expected \[4\]", lambda: ak.cross_entropy(Z, Y, weights=torch.ones(3))),
+        (ValueError, r"weights is \[5\] on cpu, expected \[4\].*one per sample", lambda: ak.kl_div(Z, Z, weights=torch.ones(5))),
+        (TypeError, "weights must be a real tensor", lambda: ak.entropy(Z, weights=2.0)),
+        (ValueError, "reduction must be one of .*'means'; did you mean 'mean'", lambda: ak.entropy(Z, reduction="means")),
+        (ValueError, r"label_smoothing must be a number in \[0, 1\], got 1.5", lambda: ak.cross_entropy(Z, Y, label_smoothing=1.5)),
+        (ValueError, "beta must be a number >= 0, got -1.0", lambda: ak.trades_loss(Z, Z, Y, beta=-1)),
+        (ValueError, "beta must be a number >= 0, got nan", lambda: ak.mart_loss(Z, Z, Y, beta=NAN)),
+        (TypeError, "beta must be a number or a tensor, got the string", lambda: ak.mart_loss(Z, Z, Y, beta="6")),
+        (ValueError, "logits has 2 classes: the DLR loss divides by .* number 3, so it needs 3", lambda: ak.dlr_loss(Z[:, :2], Y % 2)),
+        (ValueError, "logits has 3 classes: the targeted DLR loss .* number 4", lambda: ak.dlr_loss(Z[:, :3], Y % 3, targets=(Y + 1) % 3)),
+        (ValueError, r"targets\[2\] = 2 is the label itself", lambda: ak.dlr_loss(Z, Y, targets=torch.tensor([1, 2, 2, 3]))),
+        (ValueError, r"targets\[3\] = 5 is not a class", lambda: ak.dlr_loss(Z, Y, targets=torch.tensor([1, 2, 3, 5]))),
+        (ValueError, r"targets is \[3\]", lambda: ak.dlr_loss(Z, Y, targets=T[:3])),
+        (ValueError, r"logits has 7 rows for 4 labels.*2 \+ n batches \[x; x'; z_1", lambda: ak.atlas_loss(torch.randn(7, 5), Y)),
+        (ValueError, r"logits has 4 rows for 4 labels.*2 \+ n batches", lambda: ak.atlas_loss(Z, Y)),
+        (ValueError, r"logits has 12 rows for 4 labels.*local='none'.*2 batches \[x; x'\]", lambda: ak.atlas_loss(torch.randn(12, 5), Y, local="none")),
+        (ValueError, r"logits has 8 rows for 4 labels.*1 batches \[x'\]", lambda: ak.atlas_loss(torch.randn(8, 5), Y, local="none", global_term="none")),
+        (ValueError, "logits has 4 rows for 0 labels", lambda: ak.atlas_loss(Z, Y[:0])),
+        (TypeError, "labels must be an integer tensor", lambda: ak.atlas_loss(torch.cat([Z, Z]), None)),
+        (ValueError, "local must be one of .*did you mean 'kl'", lambda: ak.atlas_loss(Z, Y, local="kld")),
+        (ValueError, "global_term must be one of .*got 'mse'", lambda: ak.atlas_loss(Z, Y, global_term="mse")),
+        (ValueError, "global_weight must be a number >= 0", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, global_weight=-1)),
+        (ValueError, "steps must be an integer of at least 2", lambda: ak.gairat_weights(Y, 1)),
+        (ValueError, "lam must be a number", lambda: ak.gairat_weights(Y, 10, float("-inf"))),
+        (TypeError, "kappa must be an integer tensor", lambda: ak.gairat_weights(Y.float(), 10)),
+        (ValueError, r"kappa\[3\] = 3 is not in \[0, steps\] = \[0, 2\]", lambda: ak.gairat_weights(Y, 2)),
+        (ValueError, "objective must be one of .*did you mean 'margin'", lambda: ak.attack_cotangent(Z, Y, objective="margins")),
+        (ValueError, "labels is missing", lambda: ak.attack_cotangent(Z)),
+        (ValueError, "labels is missing", lambda: ak.attack_cotangent(Z, objective="kl", reference=Z, kappa=Y.clone())),
+        (ValueError, "reference is missing", lambda: ak.attack_cotangent(Z, Y, objective="kl")),
+        (ValueError, 'reference plays no part in objective="ce"', lambda: ak.attack_cotangent(Z, Y, reference=Z)),
+        (ValueError, r"reference has shape \[4, 4\], logits has", lambda: ak.attack_cotangent(Z, objective="kl", reference=Z[:, :4])),
+        (ValueError, "targets and objective=\"dlr_targeted\" go together", lambda: ak.attack_cotangent(Z, Y, objective="dlr", targets=T)),
+        (ValueError, "targets and objective=\"dlr_targeted\" go together", lambda: ak.attack_cotangent(Z, Y, objective="dlr_targeted")),
+        (ValueError, "logits has 2 classes: the DLR", lambda: ak.attack_cotangent(Z[:, :2], Y % 2, objective="dlr")),
+        (ValueError, r"labels\[3\] = 3 is not a class", lambda: ak.attack_cotangent(Z[:, :3], Y)),
+        (TypeError, "kappa must be an int64 tensor, got torch.int32", lambda: ak.attack_cotangent(Z, Y, kappa=Y.int())),
+        (ValueError, r"kappa is \[3\]", lambda: ak.attack_cotangent(Z, Y, kappa=Y[:3].clone())),
+        (ValueError, "kappa is .* expected contiguous", lambda: ak.attack_cotangent(Z, Y, kappa=torch.zeros(8, dtype=torch.int64)[::2])),
+    ],
+)  # fmt: skip
+def test_message_of_losses_and_objectives(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nothing_is_counted_when_a_label_is_refused():
+    kappa = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="not a class"):
+        ak.attack_cotangent(Z, Y + 3, kappa=kappa)
+    assert not kappa.any()
 
 
 def test_overlap_is_refused_before_anything_is_written():

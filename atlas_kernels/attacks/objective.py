@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ Model = Callable[[Tensor], Tensor]
 class Objective:
     """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``.
 
-    labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where the
-    attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
+    labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where
+    the attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
     """
 
     labels: Tensor | None = None
@@ -47,14 +48,15 @@ class Objective:
         fooled: the prediction differs from the label, or, if targeted, equals it; all False without labels.
         """
         labelled = self.labels is not None
-        wanted = {"return_cotangent": False, "return_value": True, "return_correct": labelled}
-        _, correct, value = self._of(logits, descend=self.targeted, **wanted)
+        _, correct, value = self._of(
+            logits, descend=self.targeted, return_cotangent=False, return_value=True, return_correct=labelled
+        )
         assert value is not None
         if correct is None:
             return value, torch.zeros_like(value, dtype=torch.bool)
         return value, correct if self.targeted else ~correct
 
-    def _of(self, logits: Tensor, **options: bool) -> Cotangent:
+    def _of(self, logits: Tensor, **options: Any) -> Cotangent:
         reference = self.reference
         if reference is not None and reference.dtype != logits.dtype:
             dtype = torch.promote_types(reference.dtype, logits.dtype)

@@ -12,7 +12,8 @@ template <class Row> ATLAS_HD typename Row::V one_hot(typename Row::I classes, t
   return classes == label ? all<V>(1) : V{};
 }
 
-template <class Row> ATLAS_HD typename Row::V ce_value(const Softmax<Row>& s, Row& row, int slot, typename Row::I label) {
+template <class Row>
+ATLAS_HD typename Row::V ce_value(const Softmax<Row>& s, Row& row, int slot, typename Row::I label) {
   return s.log_sum + (s.max - row.at(slot, label));
 }
 
@@ -37,31 +38,52 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   return value;
 }
 
-// p (log p - log q), 0 where p is.
-template <class V> ATLAS_HD V relative(V p, V log_p, V log_q) { return p == V{} ? p : p * (log_p - log_q); }
+// p times something that may be infinite where p is 0.
+template <class V> ATLAS_HD V weighted(V p, V v) { return p == V{} ? p : p * v; }
 
-template <class Row>
-ATLAS_HD typename Row::V kl_value(Row& row, const Softmax<Row>& p, int p_slot, const Softmax<Row>& q, int q_slot) {
-  typename Row::V kl = {};
-  for (int64_t j = 0; j < row.vectors(); ++j)
-    kl = kl + relative(p.p(row, p_slot, j), p.log_p(row, p_slot, j), q.log_p(row, q_slot, j));
-  return row.sum(kl);
-}
+// Two predictions beside each other; what is alike in them cancels before anything is rounded.
+template <class Row> struct Pair {
+  using V = typename Row::V;
+  const Softmax<Row>&p, &q;
+  int p_slot, q_slot;
+  V shift;
 
-// d KL(p||q) / d(logits of p).
-template <class V> ATLAS_HD V kl_to_p(V p, V log_p, V log_q, V kl) {
-  return p == V{} ? p : p * ((log_p - log_q) - kl);
-}
+  ATLAS_HD Pair(const Softmax<Row>& p, int p_slot, const Softmax<Row>& q, int q_slot)
+      : p(p), q(q), p_slot(p_slot), q_slot(q_slot), shift((p.max - q.max) + (p.log_sum - q.log_sum)) {}
+
+  // log p - log q.
+  ATLAS_HD V log_ratio(const Row& row, int64_t j) const {
+    return (row.logit(p_slot, j) - row.logit(q_slot, j)) - shift;
+  }
+
+  // q - p.
+  ATLAS_HD V difference(const Row& row, int64_t j) const {
+    const typename Row::I c = row.classes(j);
+    const V plain = q.p(row, q_slot, j) - p.p(row, p_slot, j), others = p.rest * p.inverse - q.rest * q.inverse;
+    return (c == p.best) & (c == q.best) ? others : plain;
+  }
+
+  // KL(p||q), and its derivative with respect to the logits of p.
+  ATLAS_HD V kl(Row& row) const {
+    V sum = {};
+    for (int64_t j = 0; j < row.vectors(); ++j) sum = sum + weighted(p.p(row, p_slot, j), log_ratio(row, j));
+    return row.sum(sum);
+  }
+  ATLAS_HD V kl_to_p(const Row& row, int64_t j, V kl) const {
+    return weighted(p.p(row, p_slot, j), log_ratio(row, j) - kl);
+  }
+};
 
 template <class Row> ATLAS_HD typename Row::V kl_div(Row& row, typename Row::V scale) {
   using V = typename Row::V;
   const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
-  const V kl = kl_value(row, p, 0, q, 1);
+  const Pair<Row> pair(p, 0, q, 1);
+  const V kl = pair.kl(row);
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V p_j = p.p(row, 0, j), to_p = kl_to_p(p_j, p.log_p(row, 0, j), q.log_p(row, 1, j), kl);
-      row.gradient(1, j, (q.p(row, 1, j) - p_j) * scale);
+      const V to_p = pair.kl_to_p(row, j, kl), to_q = pair.difference(row, j);
       row.gradient(0, j, to_p * scale);
+      row.gradient(1, j, to_q * scale);
     }
   return kl;
 }
@@ -71,13 +93,14 @@ ATLAS_HD typename Row::V trades(Row& row, typename Row::I label, double beta, ty
   using V = typename Row::V;
   const scalar_of<V> b = scalar_of<V>(beta);
   const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
-  const V kl = kl_value(row, p, 0, q, 1), value = ce_value(p, row, 0, label) + b * kl;
+  const Pair<Row> pair(p, 0, q, 1);
+  const V kl = pair.kl(row), value = ce_value(p, row, 0, label) + b * kl;
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V p_j = p.p(row, 0, j), to_p = kl_to_p(p_j, p.log_p(row, 0, j), q.log_p(row, 1, j), kl);
-      const V ce = p.p_minus_one_at(row, 0, j, label);
-      row.gradient(1, j, b * (q.p(row, 1, j) - p_j) * scale);
-      row.gradient(0, j, (ce + b * to_p) * scale);
+      const V to_p = p.p_minus_one_at(row, 0, j, label) + b * pair.kl_to_p(row, j, kl);
+      const V to_q = b * pair.difference(row, j);
+      row.gradient(0, j, to_p * scale);
+      row.gradient(1, j, to_q * scale);
     }
   return value;
 }
@@ -93,20 +116,21 @@ ATLAS_HD typename Row::V mart(Row& row, typename Row::I label, double beta, type
   V kl = {}, pull = {};
   for (int64_t j = 0; j < row.vectors(); ++j) {
     const V p_j = p.p(row, 0, j), q_j = q.p(row, 1, j);
-    kl = kl + relative(p_j, p.log_p(row, 0, j), log(q_j + tiny));
+    kl = kl + weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny));
     pull = pull + p_j * (q_j / (q_j + tiny));
   }
   kl = row.sum(kl), pull = row.sum(pull);
   const V z_y = row.at(0, label), p_y = exp(z_y - p.max) * p.inverse;
   const V weight = (T(1.0000001) - T(1)) + p.one_minus_p(label, z_y);
-  const V q_m = exp(other.logit[0] - q.max) * q.inverse, room = T(1.0001 + 1e-12) - q_m;
+  const V q_m = exp(other.logit[0] - q.max) * q.inverse;
+  const V room = T(1.0001 + 1e-12 - 1) + q.one_minus_p(other.index[0], other.logit[0]);
   const V value = ce_value(q, row, 1, label) - log(room) + b * kl * weight;
   const V push = q_m / room;
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const typename Row::I c = row.classes(j);
       const V p_j = p.p(row, 0, j), q_j = q.p(row, 1, j), ratio = p_j * (q_j / (q_j + tiny));
-      const V to_p = kl_to_p(p_j, p.log_p(row, 0, j), log(q_j + tiny), kl);
+      const V to_p = weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny) - kl);
       const V bce = q.p_minus_one_at(row, 1, j, label) + push * (one_hot<Row>(c, other.index[0]) - q_j);
       row.gradient(0, j, b * (weight * to_p + kl * p_y * p.p_minus_one_at(row, 0, j, label)) * scale);
       row.gradient(1, j, (bce + b * weight * (q_j * pull - ratio)) * scale);
@@ -118,11 +142,11 @@ template <class Row> ATLAS_HD typename Row::V entropy(Row& row, typename Row::V 
   using V = typename Row::V;
   const Softmax<Row> s = softmax(row, 0);
   V h = {};
-  for (int64_t j = 0; j < row.vectors(); ++j) h = h - relative(s.p(row, 0, j), s.log_p(row, 0, j), V{});
+  for (int64_t j = 0; j < row.vectors(); ++j) h = h - weighted(s.p(row, 0, j), s.log_p(row, 0, j));
   h = row.sum(h);
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j)
-      row.gradient(0, j, kl_to_p(s.p(row, 0, j), s.log_p(row, 0, j), V{}, -h) * -scale);
+      row.gradient(0, j, weighted(s.p(row, 0, j), s.log_p(row, 0, j) + h) * -scale);
   return h;
 }
 
@@ -206,7 +230,8 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
   // What a term that pulls at both sides adds to the adversary's gradient is asked for again when that is written.
   Softmax<Row> p = q;
   if (terms.global == ATLAS_TERM_KL || terms.global == ATLAS_TERM_CE) p = softmax(row, 0);
-  if (terms.global == ATLAS_TERM_KL) parts.global = kl_value(row, p, 0, q, adv);
+  const Pair<Row> pair(p, 0, q, adv);
+  if (terms.global == ATLAS_TERM_KL) parts.global = pair.kl(row);
   if (terms.global == ATLAS_TERM_CE) parts.global = ce_value(p, row, 0, label);
   if (terms.global == ATLAS_TERM_LOGIT) parts.global = squared_distance(row, 0, adv);
 
@@ -216,10 +241,11 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
       continue;
     }
     const Softmax<Row> r = softmax(row, k);
-    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? kl_value(row, q, adv, r, k) : ce_value(r, row, k, label));
+    const Pair<Row> ball(q, adv, r, k);
+    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? ball.kl(row) : ce_value(r, row, k, label));
     if (row.wants(k))
       for (int64_t j = 0; j < row.vectors(); ++j) {
-        const V pull = terms.local == ATLAS_TERM_KL ? r.p(row, k, j) - q.p(row, adv, j) : r.p_minus_one_at(row, k, j, label);
+        const V pull = terms.local == ATLAS_TERM_KL ? ball.difference(row, j) : r.p_minus_one_at(row, k, j, label);
         row.gradient(k, j, pull * local_scale);
       }
   }
@@ -235,9 +261,8 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
           to_adv = to_adv - d;
         }
       if (terms.global == ATLAS_TERM_KL) {
-        const V p_j = p.p(row, 0, j), q_j = q.p(row, adv, j);
-        const V to_p = kl_to_p(p_j, p.log_p(row, 0, j), q.log_p(row, adv, j), parts.global);
-        to_adv = to_adv + (q_j - p_j) * global_scale;
+        const V to_p = pair.kl_to_p(row, j, parts.global);
+        to_adv = to_adv + pair.difference(row, j) * global_scale;
         row.gradient(0, j, to_p * global_scale);
       } else if (terms.global == ATLAS_TERM_CE) {
         row.gradient(0, j, p.p_minus_one_at(row, 0, j, label) * global_scale);

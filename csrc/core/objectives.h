@@ -18,10 +18,11 @@ ATLAS_HD Objective<Row> smooth_objective_of(Row& row, const AtlasObjectives& p, 
   const Softmax<Row> q = softmax(row, 0);
   Softmax<Row> reference = q;
   if (!ce) reference = softmax(row, 1);
-  const V value = ce ? ce_value(q, row, 0, row.label()) : kl_value(row, reference, 1, q, 0);
+  const Pair<Row> pair(reference, 1, q, 0);
+  const V value = ce ? ce_value(q, row, 0, row.label()) : pair.kl(row);
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V pull = ce ? q.p_minus_one_at(row, 0, j, row.label()) : q.p(row, 0, j) - reference.p(row, 1, j);
+      const V pull = ce ? q.p_minus_one_at(row, 0, j, row.label()) : pair.difference(row, j);
       row.gradient(0, j, sign * pull);
     }
   return {value, q.best, q.rest};

@@ -1,5 +1,5 @@
-// Rows of logits. The algorithms are written over a Row, so that the same lines run as SIMD on a CPU and as threads on a
-// GPU. A Row handles as many rows as it has lanes, or one row (or a few) with lanes of classes, and offers:
+// Rows of logits. The algorithms are written over a Row, so that the same lines run as SIMD on a CPU and as threads on
+// a GPU. A Row handles as many rows as it has lanes, or one row (or a few) with lanes of classes, and offers:
 //   V, I                     numbers and class indices of all lanes: vectors on a CPU, one of each in a GPU's thread
 //   int64_t vectors()        how many V a row takes
 //   I classes(j)             the classes of V number j
@@ -20,7 +20,9 @@ template <class Row> struct Softmax {
   typename Row::I best;                         // the first largest logit
 
   ATLAS_HD typename Row::V p(const Row& row, int slot, int64_t j) const { return row.power(slot, j, max) * inverse; }
-  ATLAS_HD typename Row::V log_p(const Row& row, int slot, int64_t j) const { return row.logit(slot, j) - max - log_sum; }
+  ATLAS_HD typename Row::V log_p(const Row& row, int slot, int64_t j) const {
+    return row.logit(slot, j) - max - log_sum;
+  }
   // p - [class is label], exact where p is nearly 1; and 1 - p of one class, whose logit is given.
   ATLAS_HD typename Row::V p_minus_one_at(const Row& row, int slot, int64_t j, typename Row::I label) const {
     using V = typename Row::V;

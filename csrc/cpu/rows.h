@@ -8,7 +8,8 @@
 
 namespace atlas::cpu {
 
-template <class Number, class S> ATLAS_HD void copy_rows(Number* to, const S* from, int64_t rows, int64_t classes, int lanes) {
+template <class Number, class S>
+ATLAS_HD void copy_rows(Number* to, const S* from, int64_t rows, int64_t classes, int lanes) {
   if (lanes == 1) {
     ATLAS_IVDEP for (int64_t c = 0; c < classes; ++c) to[c] = convert<Number>(from[c]);
     return;
@@ -17,7 +18,8 @@ template <class Number, class S> ATLAS_HD void copy_rows(Number* to, const S* fr
     for (int64_t c = 0; c < classes; ++c) to[c * lanes + r] = convert<Number>(from[r * classes + c]);
 }
 
-template <class Number, class S> ATLAS_HD void copy_back(S* to, const Number* from, int64_t rows, int64_t classes, int lanes) {
+template <class Number, class S>
+ATLAS_HD void copy_back(S* to, const Number* from, int64_t rows, int64_t classes, int lanes) {
   if (lanes == 1) {
     ATLAS_IVDEP for (int64_t c = 0; c < classes; ++c) to[c] = convert<S>(from[c]);
     return;
@@ -63,8 +65,8 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
       if (!LanesAreRows) to[vectors_ - 1] = all<V>(-HUGE_VALF);
       with_dtype(slots.dtype, [&](auto stored) ATLAS_INLINE_LAMBDA {
         using S = decltype(stored);
-        copy_rows(reinterpret_cast<T*>(to), static_cast<const S*>(slots.logits[slots.tensor(slot)]) + slots.offset(slot, first),
-                  rows_, slots.classes, kRows);
+        const S* from = static_cast<const S*>(slots.logits[slots.tensor(slot)]) + slots.offset(slot, first);
+        copy_rows(reinterpret_cast<T*>(to), from, rows_, slots.classes, kRows);
       });
     }
   }
@@ -75,8 +77,8 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
       if (wants(slot))
         with_dtype(slots_.dtype, [&](auto stored) ATLAS_INLINE_LAMBDA {
           using S = decltype(stored);
-          copy_back(static_cast<S*>(slots_.gradients[slots_.tensor(slot)]) + slots_.offset(slot, first_),
-                    reinterpret_cast<const T*>(logits_ + slot * vectors_), rows_, slots_.classes, kRows);
+          S* to = static_cast<S*>(slots_.gradients[slots_.tensor(slot)]) + slots_.offset(slot, first_);
+          copy_back(to, reinterpret_cast<const T*>(logits_ + slot * vectors_), rows_, slots_.classes, kRows);
         });
   }
 

@@ -12,7 +12,8 @@ constexpr int64_t kFewClasses = 64;  // from here on a row fills vectors of its 
 template <template <Isa> class Chosen, class Job> void run_rows(const Job& job, int threads) {
   const bool fp64 = job.slots.dtype == kFloat64, few = job.slots.classes < kFewClasses;
 #if ATLAS_X86
-  static constexpr RangeFunction<Job> (*table[])(bool, bool) = {Chosen<kBaseline>::range, Chosen<kV3>::range, Chosen<kV4>::range};
+  static constexpr RangeFunction<Job> (*table[])(bool, bool) = {Chosen<kBaseline>::range, Chosen<kV3>::range,
+                                                                Chosen<kV4>::range};
   const RangeFunction<Job> range = table[current_isa()](fp64, few);
 #else
   const RangeFunction<Job> range = Chosen<kBaseline>::range(fp64, few);

@@ -193,7 +193,8 @@ def atlas_loss(
     if global_term == KL:
         global_loss, to_x, to_adv = kl_rows(Softmax(x), Softmax(adv))
     elif global_term == CE:
-        (global_loss, to_x), to_adv = ce_rows(Softmax(x), labels), 0.0
+        global_loss, to_x = ce_rows(Softmax(x), labels)
+        to_adv = torch.zeros_like(to_x)
     elif first:
         global_loss, to_x = _pairing(x, adv)
         to_adv = -to_x
