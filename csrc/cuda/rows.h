@@ -1,5 +1,5 @@
-// The Row (core/rows.h) of a GPU: every thread is a lane. A row has a part of a warp, or a block if it has many classes,
-// and its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and a power is
+// The Row (core/rows.h) of a GPU: every thread is a lane. A row has a part of a warp, or a block if it has many classes;
+// its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and a power is
 // computed again.
 #pragma once
 #include <type_traits>
@@ -11,11 +11,8 @@
 
 namespace atlas::cuda {
 
-constexpr int kRowThreads = 128;
+constexpr int kBlockBits = 7, kRowThreads = 1 << kBlockBits;
 constexpr int64_t kManyClasses = 512;  // beyond, a row has a block
-
-constexpr int kBlockBits = 7;
-static_assert(kRowThreads == 1 << kBlockBits);
 
 // A row has 2^bits lanes: while a warp has room, each takes one or two classes. Only the classes decide, so that a
 // row's result does not depend on its batch.
