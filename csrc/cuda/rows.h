@@ -1,6 +1,6 @@
-// The Row (core/rows.h) of a GPU: every thread is a lane. A row has a part of a warp, or a block if it has many classes;
-// its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and a power is
-// computed again.
+// The Row (core/rows.h) of a GPU: every thread is a lane. A row has a part of a warp, or a block if it has many
+// classes; its lanes read neighbouring classes. Nothing is kept of a row: what is read again comes from L1, and a power
+// is computed again.
 #pragma once
 #include <type_traits>
 
