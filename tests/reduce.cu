@@ -16,7 +16,7 @@ template <class T> __global__ void reduce_kernel(const T* in, T* out) {
   mirror[kThreads - 1 - t] = v;
   __syncthreads();
   results[0] = mirror[t];
-  results[1] = warp_sum<8>(v), results[2] = warp_max<8>(v);
+  results[1] = warp_sum(v, 8), results[2] = warp_max(v, 8);
   results[3] = warp_sum(v), results[4] = warp_max(v);
   results[5] = block_sum<kThreads>(v), results[10] = block_sum<kThreads>(T(t));
   results[6] = block_max<kThreads>(v);

@@ -89,7 +89,8 @@ def machine_code(built: dict[str, tuple[Path, str]]) -> dict[tuple[str, str, str
 
 
 def test_every_file_compiles_without_a_warning(built):
-    assert {"augment", "pairwise", "perturb", "perturb_norms", "runtime"} <= built.keys()
+    stems = {"augment", "losses", "objectives", "pairwise", "perturb", "perturb_norms"}
+    assert {*stems, "runtime"} == built.keys()
 
 
 def test_nothing_is_spilled(built):
@@ -124,6 +125,30 @@ def test_steps_are_not_contracted(machine_code, arch):
         families = {op.split(".")[0] for op in code}
         assert families >= ({"DMUL", "DADD"} if "SinglesId" in name else {"FMUL", "FADD"})
         assert not families & {"FFMA", "DFMA"}, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_losses_are_not_contracted(machine_code, arch):
+    """Those that do not divide, which takes fused operations: the sums of squares of logit_pairing are made without."""
+    pairing = "Li7E"
+    kernels = {
+        name: code for (stem, at, name), code in machine_code.items()
+        if (stem, at) == ("losses", f"sm_{arch}") and "losses_kernel" in name and pairing in name
+    }  # fmt: skip
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        families = {op.split(".")[0] for op in code}
+        assert families >= ({"DMUL", "DADD"} if "RowId" in name else {"FMUL", "FADD"})
+        assert not families & {"FFMA", "DFMA"}, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_losses_of_few_classes_need_no_barrier(machine_code, arch):
+    """A row is folded by shuffles within its warp."""
+    for (stem, at, name), code in machine_code.items():
+        if stem in ("losses", "objectives") and at == f"sm_{arch}" and "3RowI" in name:
+            families = {op.split(".")[0] for op in code}
+            assert "SHFL" in families and ("BAR" in families) == ("Lb1E" in name), name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
+#if defined(ATLAS_HD)
+// Told by the build: always_inline under sanitizers takes minutes.
+#elif defined(__CUDACC__)
 #define ATLAS_HD __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
 // always_inline, so that a range body compiled for one instruction set pulls all of its callees along (cpu/isa.h).

@@ -1,6 +1,6 @@
 #include "losses.h"
 
-#include <cmath>
+#include "../core/gairat.h"
 
 namespace atlas::cpu {
 namespace {
@@ -32,11 +32,7 @@ extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) 
 extern "C" int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere*) {
   const AtlasGairatWeights& p = *params;
   if (p.batch < 0 || p.steps < 2) return ATLAS_BAD_SIZE;
-  const double half = double(p.steps / 2), lam = p.lam;
-  const auto log_weight = [&](int64_t kappa) {
-    const double a = 2 * lam + 10 / half * (half - double(kappa));
-    return a < 0 ? a - std::log1p(std::exp(a)) : -std::log1p(std::exp(-a));
-  };
+  const auto log_weight = [&](int64_t kappa) { return atlas::gairat_log_weight(p, kappa); };
   double largest = -HUGE_VAL, sum = 0;
   for (int64_t i = 0; i < p.batch; ++i) largest = std::fmax(largest, log_weight(p.kappa[i]));
   for (int64_t i = 0; i < p.batch; ++i) sum += std::exp(log_weight(p.kappa[i]) - largest);

@@ -1,23 +1,10 @@
-// Which logits a loss reads, and how its rows are shared out. Nothing here depends on the instruction set.
+// How the rows of a loss are shared out. Nothing here depends on the instruction set.
 #pragma once
 #include "../api.h"
+#include "../core/slots.h"
 #include "isa.h"
 
 namespace atlas::cpu {
-
-// The logits of a loss, each [batch, classes], and where their gradients go. `parts`: batches in one tensor.
-struct RowSlots {
-  static constexpr int kTensors = 2;
-  const void* logits[kTensors];
-  void* gradients[kTensors];
-  int64_t batch, classes;
-  int parts;  // slots that the first tensor holds; each other tensor is one more slot
-  int32_t dtype;
-
-  ATLAS_HD int count() const { return parts + (logits[1] != nullptr); }
-  ATLAS_HD int tensor(int slot) const { return slot >= parts; }
-  ATLAS_HD int64_t offset(int slot, int64_t row) const { return ((slot < parts ? slot : 0) * batch + row) * classes; }
-};
 
 constexpr int64_t kFewClasses = 64;  // from here on a row fills vectors of its own
 

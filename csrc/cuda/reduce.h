@@ -1,6 +1,6 @@
 // Sums, maxima and minima over a warp or a block. All of its threads call, and all get the same bits: the terms are
-// folded in a fixed order, whatever the timing. NaN is not a maximum: it is passed over, and -inf is left where there is
-// nothing else. A caller sees NaN in its sums.
+// folded in a fixed order, whatever the timing. NaN is not a maximum: it is passed over, and -inf is left where there
+// is nothing else. A caller sees NaN in its sums.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,10 +18,11 @@ struct Min {
   template <class T> static __device__ __forceinline__ T of(T a, T b) { return a < b ? a : b; }
 };
 
-// Over each group of Lanes neighbours in the warp, a power of two. Not for numbers of which neither is first.
-template <class Fold, int Lanes = 32, class T> __device__ __forceinline__ T warp_fold(T v) {
+// Over each group of `lanes` neighbours in the warp, a power of two. Not for numbers of which neither is first.
+template <class Fold, class T> __device__ __forceinline__ T warp_fold(T v, int lanes = 32) {
 #pragma unroll
-  for (int by = Lanes / 2; by > 0; by /= 2) v = Fold::of(v, __shfl_xor_sync(0xffffffff, v, by));
+  for (int by = 16; by > 0; by /= 2)
+    if (by < lanes) v = Fold::of(v, __shfl_xor_sync(0xffffffff, v, by));
   return v;
 }
 
@@ -40,9 +41,9 @@ template <class Fold, int Threads, class T> __device__ __forceinline__ T block_f
 // So that any two are in order: no NaN, and one zero.
 template <class T> __device__ __forceinline__ T in_order(T v) { return v == v ? v + T(0) : T(-HUGE_VAL); }
 
-template <int Lanes = 32, class T> __device__ __forceinline__ T warp_sum(T v) { return warp_fold<Sum, Lanes>(v); }
-template <int Lanes = 32, class T> __device__ __forceinline__ T warp_max(T v) {
-  return warp_fold<Max, Lanes>(in_order(v));
+template <class T> __device__ __forceinline__ T warp_sum(T v, int lanes = 32) { return warp_fold<Sum>(v, lanes); }
+template <class T> __device__ __forceinline__ T warp_max(T v, int lanes = 32) {
+  return warp_fold<Max>(in_order(v), lanes);
 }
 template <int Threads, class T> __device__ __forceinline__ T block_sum(T v) { return block_fold<Sum, Threads>(v); }
 template <int Threads, class T> __device__ __forceinline__ T block_max(T v) {

@@ -348,7 +348,7 @@ def ran(library) -> set[int]:
 
 
 def test_zzz_every_kernel_ran(library):
-    """Last in this file: no kernel in the library is one that the tests above have never run."""
+    """Last of all: no kernel in the library is one that the tests above have never run."""
     listing = subprocess.run(["nm", "-C", PATH], capture_output=True, text=True, check=True).stdout
     symbols = [line.split(maxsplit=2) for line in listing.splitlines() if line[0] != " "]
     address = {name: int(value, 16) for value, kind, name in symbols if kind in "tT"}
