@@ -214,8 +214,8 @@ def _margin(
             column = columns(tile, BLOCK)
             g = (column == other).to(tl.float32) - (column == y).to(tl.float32)
             if LOSS == DLR:
-                low = 0.5 * ((column == third).to(tl.float32) + (column == fourth).to(tl.float32))
-                g = tl.div_rn(g - loss * ((column == first).to(tl.float32) - low), divisor)
+                down = 0.5 * ((column == third).to(tl.float32) + (column == fourth).to(tl.float32))
+                g = tl.div_rn(g - loss * ((column == first).to(tl.float32) - down), divisor)
             store(to, scale * (g + nan), inside, tile, classes, BLOCK)
     return loss
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import BackendUnavailable
 from ..native.door import DoorError, images
 
-WIDEST = 2048  # classes of a tile: 16 a thread, so that two tensors and their gradients fit the registers
-NARROWEST = 512  # elements of a tile
+TILE = 512  # elements, unless
+WIDEST = 2048  # classes, that still fit the registers with two tensors and their gradients, are a tile
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def power_of_two(n: int) -> int:
 
 def tiling(classes: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, TILES), of the number of classes alone: so a row's result does not depend on the batch."""
-    block = min(WIDEST, power_of_two(classes))
-    return max(1, NARROWEST // block), block, -(-classes // block)
+    block = power_of_two(classes) if classes <= WIDEST else TILE
+    return max(1, TILE // block), block, -(-classes // block)
 
 
 def require_rows(rows: int, classes: int, logits: Tensor, **others: Tensor | None) -> None:
