@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from .attacks import FGSM, PGD, AttackResult, LastStep
 from .backends import BackendUnavailable, backend
+from .losses import (
+    atlas_loss,
+    cross_entropy,
+    dlr_loss,
+    entropy,
+    gairat_weights,
+    kl_div,
+    logit_pairing,
+    margin_loss,
+    mart_loss,
+    trades_loss,
+)
 from .noise import noise_key
+from .objectives import Cotangent, attack_cotangent
 from .perturb import pgd_step, pgd_step_neighbours, random_start, sample_neighbours
 
 __version__ = "0.1.0"
@@ -18,11 +31,23 @@ __all__ = [
     "PGD",
     "AttackResult",
     "BackendUnavailable",
+    "Cotangent",
     "LastStep",
+    "atlas_loss",
+    "attack_cotangent",
     "backend",
+    "cross_entropy",
+    "dlr_loss",
+    "entropy",
+    "gairat_weights",
+    "kl_div",
+    "logit_pairing",
+    "margin_loss",
+    "mart_loss",
     "noise_key",
     "pgd_step",
     "pgd_step_neighbours",
     "random_start",
     "sample_neighbours",
+    "trades_loss",
 ]

@@ -6,6 +6,7 @@ the CPU, and on CUDA once per attack, never under capture; ``ATLAS_CHECKS=0|1`` 
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -214,3 +215,66 @@ def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes}, from 0 on")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the names on offer; the error proposes the nearest."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def number_in(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """A number in [low, high]."""
+    number = value if type(value) is float else _number(name, value)
+    if not low <= number <= high:
+        allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a number {allowed}, got {number}")
+    return number
+
+
+def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = None) -> Tensor:
+    """Float logits [B, C] of at least two classes, contiguous; of the shape, dtype and device of ``like``."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a float tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}; call .to_dense()")
+    if t.ndim != 2 or t.shape[1] < 2:
+        hint = "; stack a single logit z of two classes as [-z/2, z/2]" if t.ndim == 2 and t.shape[1] == 1 else ""
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected [batch, classes], two classes or more{hint}")
+    if like is not None:
+        require_like(name, t, other, like, dtype=True)
+    return t.contiguous()
+
+
+def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
+    """int64 [batch] class indices of ``logits``, contiguous; integers of any width are welcome."""
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex():
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be an integer tensor of class indices, got {got}")
+    if t.ndim != 1 or t.shape[0] != batch or t.device != logits.device:
+        raise ValueError(
+            f"{name} is {list(t.shape)} on {t.device}, expected [{batch}] on {logits.device}, as the logits"
+        )
+    if t.dtype != torch.int64:
+        t = t.to(torch.int64)
+    if batch and value_checks_enabled(t):
+        classes = logits.shape[1]
+        low, high = torch.aminmax(t)
+        if int(low) < 0 or int(high) >= classes:
+            row = int(((t < 0) | (t >= classes)).nonzero()[0])
+            raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: the logits have {classes}, from 0 on")
+    return t.contiguous()
+
+
+def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:
+    """A weight per sample, [batch], in the dtype that ``like`` is computed in."""
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a real tensor [{batch}], got {got}")
+    if weights.ndim != 1 or weights.shape[0] != batch or weights.device != like.device:
+        raise ValueError(
+            f"weights is {list(weights.shape)} on {weights.device}, expected [{batch}] on {like.device}, one per sample"
+        )
+    return weights.to(compute_dtype(like.dtype)).contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -10,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..checks import require_choice as require_choice
 from ..checks import value_checks_enabled
 
 
@@ -19,14 +19,6 @@ def require_count(name: str, value: int, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of the names on offer; the error proposes the nearest."""
-    if value not in choices:
-        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
 def require_radius(

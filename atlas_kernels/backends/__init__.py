@@ -110,7 +110,9 @@ _implementations: dict[str, Callable[..., None]] = {}
 
 
 def register() -> None:
-    """Define every operator of the schema table and its implementations."""
+    """Define every operator of the schema table and its implementations, once."""
+    if _implementations:
+        return
     define(_library)
     for stem, operators in OPERATORS.items():
         for name in operators:

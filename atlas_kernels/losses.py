@@ -1,0 +1,378 @@
+"""The losses of adversarial training on logits: per-sample values and logit gradients in one pass over the logits.
+
+Logits are float [B, C], C at least 2; strides other than contiguous are copied first. 16-bit logits are computed with
+in float32 and the loss is float32 (float64 for float64), so no cast is needed under autocast; gradients come in the
+dtype of the logits. Labels are integers [B] of any width. A class of probability 0 contributes 0, also at a logit of
+-inf; a NaN among the logits makes its sample's loss and gradient NaN and no other's.
+
+Common arguments: ``weights``, a number per sample, float [B], that multiplies its loss; ``reduction``, "mean" (the sum
+over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for float [B].
+Every loss raises ``TypeError`` and ``ValueError`` that name the argument.
+
+Every loss is differentiable in its logits and weights any number of times. The gradient is made in the forward pass and
+``backward`` only scales it; ``create_graph=True`` takes the derivatives of the plain formula instead (``formulas.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, formulas
+from .checks import class_indices, dense_logits, number_in, require_choice, sample_weights, value_checks_enabled
+from .layout import compute_dtype
+
+backends.register()
+_NAMES = (
+    "cross_entropy", "kl_div", "trades_loss", "mart_loss", "entropy", "margin_loss", "dlr_loss", "logit_pairing",
+    "atlas_loss",
+)  # fmt: skip
+_KERNELS = {name: backends.caller(name) for name in _NAMES}
+_gairat_weights = backends.caller("gairat_weights")
+_REDUCTIONS = ("mean", "sum", "none")
+_TERMS = ("kl", "ce", "logit", "none")
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy ``-log p_y``, p = softmax(logits); as ``torch.nn.functional.cross_entropy``, but ``weights`` are per
+    sample. log p_y and the gradient p_y - 1 keep their relative precision where p_y comes close to 1.
+
+    label_smoothing: s in [0, 1], the share of the target that is spread evenly over all classes (Szegedy et al. 2016,
+    arXiv 1512.00567, section 7).
+    """
+    logits = dense_logits("logits", logits)
+    labels = class_indices("labels", labels, logits, logits.shape[0])
+    smoothing = number_in("label_smoothing", label_smoothing, 0.0, 1.0)
+    return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
+
+
+def kl_div(
+    p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """``KL(p || q) = sum_c p_c (log p_c - log q_c)``, p and q the softmax of ``p_logits`` and ``q_logits``.
+
+    TRADES' second term (Zhang et al. 2019, arXiv 1901.08573, section 4) with p of the clean and q of the adversarial
+    image, that is ``F.kl_div(q_logits.log_softmax(1), p_logits.softmax(1))``. Gradients go to both; detach one to hold
+    it. p > 0 where q = 0 makes it inf.
+    """
+    p = dense_logits("p_logits", p_logits)
+    q = dense_logits("q_logits", q_logits, "p_logits", p)
+    return _loss("kl_div", p, q, (), (), weights, reduction)
+
+
+def trades_loss(
+    logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 6.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """TRADES: ``CE(logits, y) + beta KL(p || q)``, p of the clean, q of the adversarial logits (Zhang et al. 2019,
+    arXiv 1901.08573, equation 5; gradients to both sides, as in the published code; beta there is 6 on CIFAR-10).
+    """
+    logits, adv_logits, labels = _pair(logits, adv_logits, labels)
+    beta = number_in("beta", beta, 0.0)
+    return _loss("trades_loss", logits, adv_logits, (labels,), (beta,), weights, reduction)
+
+
+def mart_loss(
+    logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 6.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """MART: ``-log q_y - log(1.0001 - max_{k != y} q_k + 1e-12) + beta KL(p || q + 1e-12) (1.0000001 - p_y)``, p of the
+    clean, q of the adversarial logits (Wang et al. 2020, "Improving adversarial robustness requires revisiting
+    misclassified examples", ICLR, with the constants of the published code).
+
+    As there, the gradient flows through the factor 1 - p_y too.
+    """
+    logits, adv_logits, labels = _pair(logits, adv_logits, labels)
+    beta = number_in("beta", beta, 0.0)
+    return _loss("mart_loss", logits, adv_logits, (labels,), (beta,), weights, reduction)
+
+
+def entropy(logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """Entropy of the prediction, ``-sum_c p_c log p_c`` in nats."""
+    return _loss("entropy", dense_logits("logits", logits), None, (), (), weights, reduction)
+
+
+def margin_loss(
+    logits: Tensor, labels: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The CW margin ``max_{k != y} z_k - z_y``: larger is more adversarial, above 0 is misclassified (Carlini & Wagner
+    2017, arXiv 1608.04644, section V-A, f_6 without its clip). Of equal logits the first counts.
+    """
+    logits = dense_logits("logits", logits)
+    labels = class_indices("labels", labels, logits, logits.shape[0])
+    return _loss("margin_loss", logits, None, (labels,), (), weights, reduction)
+
+
+def dlr_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    targets: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The difference-of-logits ratio ``-(z_y - max_{k != y} z_k) / (z_(1) - z_(3) + 1e-12)``, z_(i) the i-th largest
+    logit; it does not change with the scale of the logits (Croce & Hein 2020, arXiv 2003.01690, equation 6).
+
+    targets: classes to reach, integers [B] other than the labels; the loss is then
+    ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (equation 7). Needs three classes, with targets four.
+    """
+    logits = dense_logits("logits", logits)
+    labels = class_indices("labels", labels, logits, logits.shape[0])
+    targets = dlr_targets(logits, labels, targets)
+    return _loss("dlr_loss", logits, None, (labels, targets), (), weights, reduction)
+
+
+def logit_pairing(
+    logits: Tensor, adv_logits: Tensor, *, weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Squared distance of the logits, ``sum_c (z_c - z'_c)^2`` (adversarial logit pairing; Kannan et al. 2018, arXiv
+    1803.06373, section 3.2; the published code divides by C as well)."""
+    logits = dense_logits("logits", logits)
+    adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
+    return _loss("logit_pairing", logits, adv_logits, (), (), weights, reduction)
+
+
+def atlas_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    local: str = "kl",
+    local_weight: float = 1.0,
+    global_term: str = "kl",
+    global_weight: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_terms: bool = False,
+) -> Any:
+    """ATLAS on the joint logits of clean images, adversaries and their neighbours:
+
+        CE(z(x'), y) + local_weight * LOCAL + global_weight * GLOBAL
+
+        LOCAL   kl: mean_k KL(sg p(x') || p(z_k))     ce: mean_k CE(z(z_k), y)    logit: mean_k ||z(z_k) - z(x')||^2
+        GLOBAL  kl: KL(p(x) || p(x')), to both sides  ce: CE(z(x), y)             logit: ||z(x) - z(x')||^2
+
+    x' is the adversary, z_k its k-th neighbour, p = softmax(z), sg = no gradient. Adversarial training via local
+    stability (Lu & Kumar, arXiv 2110.14030) is a framework; the text that we could read gives no closed form of its
+    terms. These are our documented instance, not a reproduction (see ``atlas_train.methods.ATLAS``).
+
+    Args:
+        logits: [(1 + 1 + n) * B, C], the logits of ``[x; x'; z_1; ..; z_n]`` as ``pgd_step_neighbours`` lays out the
+            images; without x where ``global_term`` is "none". n follows from the number of rows; 0: no LOCAL.
+        labels: integers [B].
+        local, global_term: "kl", "ce", "logit" or "none"; "none" leaves that term, and its rows, out.
+        return_terms: also return CE, LOCAL and GLOBAL of each sample, unweighted and without gradient: float [3, B].
+
+    Returns the loss, or (loss, terms).
+    """
+    logits = dense_logits("logits", logits)
+    require_choice("local", local, _TERMS)
+    require_choice("global_term", global_term, _TERMS)
+    batch = _atlas_batch(logits, labels, local, global_term)
+    labels = class_indices("labels", labels, logits, batch)
+    numbers = (
+        _TERMS.index(local), number_in("local_weight", local_weight, 0.0),
+        _TERMS.index(global_term), number_in("global_weight", global_weight, 0.0),
+    )  # fmt: skip
+    loss, terms = _loss("atlas_loss", logits, None, (labels,), numbers, weights, reduction)
+    return (loss, terms) if return_terms else loss
+
+
+def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0) -> Tensor:
+    """GAIRAT's geometry-aware weights (Zhang et al. 2021, arXiv 2010.01736, equation 5 "tanh", as in the published code):
+    ``(1 + tanh(lam + 5 (h - kappa) / h)) / 2`` with h = steps // 2, divided by its mean over the batch.
+
+    Computed as ``sigmoid(2 lam + 10 (h - kappa) / h)`` relative to the largest, so the weights stay finite where all of
+    them underflow. lam = inf gives ones.
+
+    Args:
+        kappa: integers [B]: at how many of the attack's iterates before a step the prediction was right, 0 to ``steps``
+            (``attack_cotangent`` counts).
+        steps: of the attack, at least 2.
+
+    Returns float32 [B] of mean 1, without gradient.
+    """
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps must be an integer of at least 2 (the formula divides by steps // 2), got {steps!r}")
+    lam = number_in("lam", lam, -torch.finfo(torch.float32).max)
+    if not isinstance(kappa, Tensor) or kappa.is_floating_point() or kappa.is_complex() or kappa.ndim != 1:
+        got = f"{kappa.dtype} {list(kappa.shape)}" if isinstance(kappa, Tensor) else type(kappa).__name__
+        raise TypeError(f"kappa must be an integer tensor [B], got {got}")
+    kappa = kappa.to(torch.int64).contiguous()
+    if kappa.numel() and value_checks_enabled(kappa):
+        bad = (kappa < 0) | (kappa > steps)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"kappa[{row}] = {int(kappa[row])} is not in [0, steps] = [0, {steps}]")
+    out = torch.empty(kappa.shape, dtype=torch.float32, device=kappa.device)
+    _gairat_weights(kappa, steps, lam, out)
+    return out
+
+
+def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor | None:
+    """The targets of a DLR loss, checked, and whether there are classes enough for it."""
+    classes, needed = logits.shape[1], 3 if targets is None else 4
+    if classes < needed:
+        raise ValueError(
+            f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss divides by differences "
+            f"down to logit number {needed}, so it needs {needed} classes; use the margin"
+        )
+    if targets is None:
+        return None
+    targets = class_indices("targets", targets, logits, logits.shape[0])
+    if targets.numel() and value_checks_enabled(targets) and bool((targets == labels).any()):
+        row = int((targets == labels).nonzero()[0])
+        raise ValueError(f"targets[{row}] = {int(targets[row])} is the label itself: choose another class to reach")
+    return targets
+
+
+def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = dense_logits("logits", logits)
+    adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
+    return logits, adv_logits, class_indices("labels", labels, logits, logits.shape[0])
+
+
+def _atlas_batch(logits: Tensor, labels: Tensor, local: str, global_term: str) -> int:
+    """The number of samples, once the rows of the logits make whole batches of the right number."""
+    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
+    rows, least = logits.shape[0], 1 if global_term == "none" else 2
+    parts, rest = divmod(rows, batch) if batch else (least, rows)
+    if rest or parts < least or (local == "none" and parts > least):
+        layout = "[x; x'" if least == 2 else "[x'"
+        wanted = f"{least} batches" if local == "none" else f"{least} + n batches"
+        raise ValueError(
+            f"logits has {rows} rows for {batch} labels; with local={local!r} and global_term={global_term!r} it must "
+            f"be {wanted} {layout}{']' if local == 'none' else '; z_1; ..; z_n]'} of one row per label"
+        )
+    return batch
+
+
+def _loss(
+    name: str,
+    logits: Tensor,
+    other: Tensor | None,
+    indices: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    weights: Tensor | None,
+    reduction: str,
+) -> Any:
+    """One loss, checked but for what all share, with its gradient if somebody needs it."""
+    require_choice("reduction", reduction, _REDUCTIONS)
+    batch = indices[0].shape[0] if indices and indices[0] is not None else logits.shape[0]
+    scale = 1.0
+    if reduction == "mean":
+        scale = 1.0 / batch if batch else float("nan")
+    reduced = reduction != "none"
+    if weights is not None:
+        weights = sample_weights(weights, batch, logits)
+    if torch.is_grad_enabled():
+        if weights is not None and weights.requires_grad:
+            plain = _loss(name, logits, other, indices, numbers, None, "none")
+            value = (plain[0] if name == "atlas_loss" else plain) * weights
+            value = value.sum() * scale if reduced else value
+            return (value, plain[1]) if name == "atlas_loss" else value
+        if logits.requires_grad or (other is not None and other.requires_grad):
+            return _Loss.apply(name, numbers, batch, reduced, scale, weights, logits, other, *indices)
+    result, terms = _run(name, numbers, batch, reduced, scale, weights, (logits, other, *indices), (None, None))
+    return result if terms is None else (result, terms)
+
+
+def _run(
+    name: str,
+    numbers: tuple[float, ...],
+    batch: int,
+    reduced: bool,
+    scale: float,
+    weights: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """The operator itself: (total or value, terms), and the gradients, where there is a tensor for them."""
+    logits, other, *indices = tensors
+    assert logits is not None
+    dtype, device = compute_dtype(logits.dtype), logits.device
+    value = torch.empty(batch, dtype=dtype, device=device)
+    total = torch.empty((), dtype=dtype, device=device) if reduced else None
+    shared = (*indices, *numbers, weights, scale, value, total)
+    if other is not None:
+        _KERNELS[name](logits, other, *shared, *grads)
+    elif name != "atlas_loss":
+        _KERNELS[name](logits, *shared, grads[0])
+    else:
+        terms = torch.empty((3, batch), dtype=dtype, device=device)
+        _KERNELS[name](logits, *shared, grads[0], terms)
+        return value if total is None else total, terms
+    return value if total is None else total, None
+
+
+class _Loss(torch.autograd.Function):
+    """Any of the losses: ``forward`` makes value and gradients at once, ``backward`` scales them."""
+
+    @staticmethod
+    def forward(ctx, name, numbers, batch, reduced, scale, weights, *tensors):  # type: ignore[no-untyped-def]
+        grads = tuple(
+            torch.empty_like(t) if need else None
+            for t, need in zip(tensors[:2], ctx.needs_input_grad[6:8], strict=True)
+        )
+        # In float16 a gradient over B may underflow that times a loss scale does not: backward divides, in float32.
+        late = scale if tensors[0].dtype == torch.float16 else 1.0
+        result, terms = _run(name, numbers, batch, reduced, scale / late, weights, tensors, grads)
+        if late != 1.0:
+            result.mul_(late)
+        ctx.save_for_backward(weights, *grads, *tensors)
+        ctx.rest = name, numbers, scale, late
+        if terms is None:
+            return result
+        ctx.mark_non_differentiable(terms)
+        return result, terms
+
+    @staticmethod
+    def backward(ctx, g, *_):  # type: ignore[no-untyped-def]
+        weights, *grads = ctx.saved_tensors[:3]
+        name, numbers, scale, late = ctx.rest
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled():
+            tensors = ctx.saved_tensors[3:]
+            made = _differentiable(name, numbers, weights, tensors, ctx.needs_input_grad[6:8], g * scale)
+            return *[None] * 6, *made, *[None] * (len(tensors) - 2)
+        unused = len(ctx.needs_input_grad) - 8
+        g = g if late == 1.0 else g * late
+        if not (eager and type(g) is Tensor and g.is_cpu and g.ndim == 0 and g.item() == 1.0):
+            grads = [None if t is None else _scaled(t, g) for t in grads]
+        return *[None] * 6, *grads, *[None] * unused
+
+
+def _scaled(t: Tensor, g: Tensor) -> Tensor:
+    """t times a number, or a number per row (of each batch in t), in the precision of ``g``."""
+    if g.ndim:
+        g = (g if t.shape[0] == g.shape[0] else g.repeat(t.shape[0] // g.shape[0]))[:, None]
+    return t * g if t.dtype == g.dtype else (t.to(g.dtype) * g).to(t.dtype)
+
+
+def _differentiable(name, numbers, weights, tensors, needs, g):  # type: ignore[no-untyped-def]
+    """The gradients as functions of the logits and of ``g``, for a derivative of the next order."""
+    formula = getattr(formulas, name)
+    loss = formula(*(t for i, t in enumerate(tensors) if t is not None or i != 1), *numbers)
+    loss = loss if weights is None else loss * weights
+    wanted = [t for t, need in zip(tensors[:2], needs, strict=True) if need]
+    found = iter(torch.autograd.grad(loss, wanted, g.expand_as(loss), create_graph=True))
+    return [next(found) if need else None for need in needs]
