@@ -15,8 +15,23 @@ from ...checks import require_apart
 from ..native.door import DoorError, vector
 from . import Launch, launch
 from .rows import (
-    columns, difference, exp, here, largest, less_one_hot, load, log, log1p, pick, power_of_two, probability,
-    require_rows, softmax, store, tiling,
+    columns,
+    difference,
+    exp,
+    here,
+    largest,
+    less_one_hot,
+    load,
+    log,
+    log1p,
+    meta,
+    pick,
+    power_of_two,
+    probability,
+    require_rows,
+    softmax,
+    store,
+    tiling,
 )  # fmt: skip
 
 # As in csrc/api.h.
@@ -278,10 +293,10 @@ def loss_kernel(
         loss = _mart(at, adv_at, to, adv_to, inside, y, s, parameter, classes, BLOCK, TILES)
     elif LOSS == LOGIT_PAIRING:
         loss = _logit_pairing(at, adv_at, to, adv_to, inside, s, classes, BLOCK, TILES)
-    elif LOSS == MARGIN or LOSS == DLR:
-        loss = _margin(at, to, inside, y, t, s, classes, LOSS, targets is not None, BLOCK, TILES)
-    else:
+    elif adv_logits is not None:
         loss = _trades(at, adv_at, to, adv_to, inside, y, s, parameter, classes, LOSS, BLOCK, TILES)
+    else:
+        loss = _margin(at, to, inside, y, t, s, classes, LOSS, targets is not None, BLOCK, TILES)
     if value is not None:
         tl.store(value + row, w * loss, mask=inside)
 
@@ -345,11 +360,11 @@ def atlas_kernel(
     top, others, log_sum = softmax(adv_at, inside, classes, BLOCK, TILES)
     ce = _cross_entropy(top, log_sum, pick(adv_at, inside, y, classes, BLOCK, TILES))
     tie = tl.zeros((ROWS, 1), tl.float32)
-    if GLOBAL == KL or GLOBAL == CE:
-        x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
     if GLOBAL == KL:
+        x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
         tie = _kl(x_at, x_top, x_others, x_log, adv_at, top, log_sum, inside, classes, BLOCK, TILES)
     if GLOBAL == CE:
+        x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
         tie = _cross_entropy(x_top, x_log, pick(x_at, inside, y, classes, BLOCK, TILES))
     if GLOBAL == LOGIT:
         tie = _squared_distance(x_at, adv_at, inside, classes, BLOCK, TILES)
@@ -379,10 +394,10 @@ def atlas_kernel(
 
     local = tl.zeros((ROWS, 1), tl.float32)
     for k in range(count):
-        offset += stride
-        z_to = None if grad is None else grad + offset
+        near = offset + (k + 1) * stride
+        z_to = None if grad is None else grad + near
         local += _neighbour(
-            adv_at, logits + offset, z_to, inside, y, top, others, log_sum, s_local, classes, LOCAL, BLOCK, TILES
+            adv_at, logits + near, z_to, inside, y, top, others, log_sum, s_local, classes, LOCAL, BLOCK, TILES
         )
     local = tl.div_rn(local, tl.cast(max(count, 1), tl.float32))
     tl.store(value + row, w * (ce + local_weight * local + global_weight * tie), mask=inside)
@@ -463,12 +478,11 @@ def loss_plan(
     return Launch(loss_kernel, -(-batch // tile[0]), arguments)
 
 
-def require_vectors(
-    logits: Tensor, *vectors: tuple[str, Tensor | None, torch.dtype], size: int | None = None
-) -> None:
+def require_vectors(like: Tensor, *vectors: tuple[str, Tensor | None, torch.dtype]) -> None:
+    """Every vector has as many elements as ``like`` has rows, and is on its device."""
     for name, t, dtype in vectors:
         if t is not None:
-            vector(name, t, logits.shape[0] if size is None else size, dtype, logits.device)
+            vector(name, t, like.shape[0], dtype, like.device)
 
 
 def _total_plan(value, total, scale) -> Launch:
@@ -544,9 +558,8 @@ def _atlas_plan(
     if count < 0 or (local == NONE.value and count):
         raise DoorError(f"logits have {logits.shape[0]} rows, which is not [x; adv; z_1; ..; z_n] of {batch} labels")
     require_rows(parts * batch, classes, logits, grad=grad)
-    require_vectors(
-        labels, ("labels", labels, torch.int64), ("weights", weights, torch.float32), ("value", value, torch.float32)
-    )
+    vector("labels", labels, batch, torch.int64, logits.device)
+    require_vectors(labels, ("weights", weights, torch.float32), ("value", value, torch.float32))
     if terms is not None:
         vector("terms", terms, 3 * batch, torch.float32, logits.device)
     tile = tiling(classes)
@@ -588,38 +601,26 @@ def _example(
     parameter: float | None = None, targeted: bool = False,
 ) -> Launch:  # fmt: skip
     """A launch on logits without memory behind them, with every gradient."""
-    pair = loss in (KL_DIV, TRADES, MART, LOGIT_PAIRING)
-    z, integers, numbers = (
-        torch.empty(shape, dtype=t, device="meta")
-        for shape, t in (((batch, classes), dtype), (batch, torch.int64), (batch, torch.float32))
-    )
+    z, y, v = meta((batch, classes), dtype), meta(batch, torch.int64), meta(batch)
+    pair = z if loss in (KL_DIV, TRADES, MART, LOGIT_PAIRING) else None
+    labels = None if loss in (KL_DIV, ENTROPY, LOGIT_PAIRING) else y
     return loss_plan(
-        z, z if pair else None, None if loss in (KL_DIV, ENTROPY, LOGIT_PAIRING) else integers,
-        integers if targeted else None, numbers if weighted else None, numbers, z, z if pair else None, None, None,
-        1.0, 0.5, parameter, loss,
+        z, pair, labels, y if targeted else None, v if weighted else None, v, z, pair, None, None, 1.0, 0.5, parameter,
+        loss,
     )  # fmt: skip
 
 
 def _atlas_example(
-    local, global_term, count: int = 1, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10
+    local, global_term, count: int, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10
 ) -> Launch:  # fmt: skip
-    rows = (1 + (global_term is not NONE) + count) * batch
-    z, y, value, terms = (
-        torch.empty(shape, dtype=t, device="meta")
-        for shape, t in (
-            ((rows, classes), dtype), (batch, torch.int64), (batch, torch.float32), ((3, batch), torch.float32)
-        )
-    )  # fmt: skip
-    return _atlas_plan(z, y, local.value, 1.0, global_term.value, 1.0, None, 0.5, value, z, terms)
+    z = meta(((1 + (global_term is not NONE) + count) * batch, classes), dtype)
+    y, v, terms = meta(batch, torch.int64), meta(batch), meta((3, batch))
+    return _atlas_plan(z, y, local.value, 1.0, global_term.value, 1.0, v, 0.5, v, z, terms)
 
 
-def _batch_example(plan: Callable[..., Launch], *arguments: object, dtype: torch.dtype, batch: int) -> Launch:
-    return plan(torch.empty(batch, dtype=dtype, device="meta"), *arguments)
-
-
-_LOSSES: dict[str, Callable[..., Launch]] = {
+_EXAMPLES: dict[str, Callable[..., Launch]] = {
     "cross_entropy": partial(_example, CROSS_ENTROPY),
-    "cross_entropy, smoothed": partial(_example, CROSS_ENTROPY, parameter=0.1),
+    "cross_entropy, smoothed, weighted": partial(_example, CROSS_ENTROPY, parameter=0.1, weighted=True),
     "kl_div": partial(_example, KL_DIV),
     "trades_loss": partial(_example, TRADES, parameter=6.0),
     "mart_loss": partial(_example, MART, parameter=5.0),
@@ -628,4 +629,18 @@ _LOSSES: dict[str, Callable[..., Launch]] = {
     "dlr_loss": partial(_example, DLR),
     "dlr_loss, targeted": partial(_example, DLR, targeted=True),
     "logit_pairing": partial(_example, LOGIT_PAIRING),
+    "atlas_loss": partial(_atlas_example, KL, KL, 1),
+    "atlas_loss, ce, two neighbours": partial(_atlas_example, CE, CE, 2),
+    "atlas_loss, logit, two neighbours": partial(_atlas_example, LOGIT, LOGIT, 2),
+    "atlas_loss, adversaries only": partial(_atlas_example, NONE, NONE, 0),
+}
+# What the operators launch for the numbers of classes that training meets, to be compiled ahead of time.
+VARIANTS: dict[str, Callable[[], Launch]] = {
+    **_EXAMPLES,
+    **{f"{name}, 1000 classes, bf16": partial(f, dtype=torch.bfloat16, classes=1000) for name, f in _EXAMPLES.items()},
+    "mart_loss, 21841 classes, fp16": partial(_example, MART, torch.float16, parameter=5.0, classes=21841),
+    "atlas_loss, one sample": partial(_atlas_example, KL, KL, 1, batch=1),
+    "trades_loss, more than 2**31 logits": partial(_example, TRADES, parameter=6.0, batch=1 << 21, classes=1024),
+    "total": lambda: _total_plan(meta(128), meta(1), 0.5),
+    "gairat_weights": lambda: _gairat_plan(meta(3000, torch.int64), 10, -1.0, meta(3000)),
 }

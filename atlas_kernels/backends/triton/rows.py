@@ -189,3 +189,8 @@ def require_rows(rows: int, classes: int, logits: Tensor, **others: Tensor | Non
             images(name, t, (rows, classes), logits.device)
             if t.dtype != logits.dtype:
                 raise DoorError(f"{name} is {t.dtype}, expected {logits.dtype} as the logits")
+
+
+def meta(shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory, to plan a launch with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
