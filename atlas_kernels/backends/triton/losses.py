@@ -261,7 +261,7 @@ def _logit_pairing(a_at, b_at, a_to, b_to, inside, scale, classes, BLOCK: tl.con
 @triton.jit
 def loss_kernel(
     logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa,
-    weight, scale, parameter, batch, classes,
+    weight, scale, parameter, batch, classes: tl.constexpr,
     LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """value = weight * loss, gradients times scale; correct, kappa: see attack_cotangent."""
@@ -279,11 +279,6 @@ def loss_kernel(
     if correct is not None or kappa is not None:
         attacked = adv_at if LOSS == KL_DIV else at  # KL_DIV: at is the reference
         _, first = largest(attacked, inside, classes, -1, -1, -1, BLOCK, TILES)
-        hit = first == y
-        if correct is not None:
-            tl.store(correct + row, hit, mask=inside)
-        if kappa is not None:
-            tl.store(kappa + row, tl.load(kappa + row, mask=inside) + hit.to(tl.int64), mask=inside)
 
     if LOSS == CROSS_ENTROPY:
         loss = _smoothed_cross_entropy(at, to, inside, y, s, parameter, classes, BLOCK, TILES)
@@ -299,6 +294,10 @@ def loss_kernel(
         loss = _margin(at, to, inside, y, t, s, classes, LOSS, targets is not None, BLOCK, TILES)
     if value is not None:
         tl.store(value + row, w * loss, mask=inside)
+    if correct is not None:
+        tl.store(correct + row, first == y, mask=inside)
+    if kappa is not None:
+        tl.store(kappa + row, tl.load(kappa + row, mask=inside) + (first == y).to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -333,8 +332,8 @@ def _neighbour(
 
 @triton.jit
 def atlas_kernel(
-    logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch, classes,
-    count: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr,
+    logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch,
+    classes: tl.constexpr, count: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """CE(adv) + local_weight mean_k LOCAL(adv, z_k) + global_weight GLOBAL(x, adv); logits: [x;] adv; z_1; ..; z_count.
