@@ -56,7 +56,8 @@ def _cross_entropy(top, log_sum, z_y):
 
 @triton.jit
 def _log_ratio(zp, p_top, p_log, zq, q_top, q_log):
-    return (zp - p_top - p_log) - (zq - q_top - q_log)
+    """log p - log q, from differences of like things, so that it is as small as p is close to q."""
+    return (zp - zq) - ((p_top - q_top) + (p_log - q_log))
 
 
 @triton.jit
@@ -156,8 +157,9 @@ def _rest(z, top, others):
 def _mart_terms(zp, p_top, p_others, p_log, zq, q_top, q_others, q_log):
     """(p, q, log p - log(q + 1e-12), p q / (q + 1e-12))."""
     p, q = probability(zp, p_top, p_others), probability(zq, q_top, q_others)
-    floored = tl.where(q > 1e-3, zq - q_top - q_log, log(q + 1e-12))  # above, 1e-12 is less than half an ulp
-    return p, q, (zp - p_top - p_log) - floored, p * tl.div_rn(q, q + 1e-12)
+    ratio = _log_ratio(zp, p_top, p_log, zq, q_top, q_log)
+    ratio = tl.where(q > 1e-3, ratio, (zp - p_top - p_log) - log(q + 1e-12))  # above, 1e-12 is less than half an ulp
+    return p, q, ratio, p * tl.div_rn(q, q + 1e-12)
 
 
 @triton.jit
@@ -552,8 +554,9 @@ def _atlas_plan(
     logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
 ) -> Launch:  # fmt: skip
     batch, classes = len(labels), logits.shape[1]
-    parts = logits.shape[0] // batch if batch else 1
-    count = parts - 1 - (global_term != NONE.value)
+    first = int(global_term != NONE.value)
+    parts = logits.shape[0] // batch if batch else first + 1
+    count = parts - 1 - first
     if count < 0 or (local == NONE.value and count):
         raise DoorError(f"logits have {logits.shape[0]} rows, which is not [x; adv; z_1; ..; z_n] of {batch} labels")
     require_rows(parts * batch, classes, logits, grad=grad)
