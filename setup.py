@@ -23,8 +23,9 @@ from setuptools.command.editable_wheel import _StaticPth, editable_wheel
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "libatlas_cuda.so"
 # Numerics are a promise (the same bits everywhere), so: no contraction of a*b+c, and never fast-math.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+CXX_FLAGS = (  # psabi: how vectors are passed is no matter, since everything that takes them is inlined
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+    " -ffp-contract=off -fno-math-errno -fno-trapping-math"
 )
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static"
 

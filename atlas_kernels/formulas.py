@@ -71,7 +71,7 @@ def atlas_loss(
     adv, neighbours = parts[first], parts[first + 1 :]
     loss = cross_entropy(adv, labels)
     centre = adv.detach() if local == KL else adv
-    for z in neighbours if local != NONE else ():
+    for z in neighbours:
         loss = loss + local_weight / len(neighbours) * _term(local, centre, z, z, labels)
     return loss + global_weight * _term(global_term, parts[0], adv, parts[0], labels) if first else loss
 

@@ -190,7 +190,7 @@ def atlas_loss(
     batch = _atlas_batch(logits, labels, local, global_term)
     labels = class_indices("labels", labels, logits, batch)
     numbers = (
-        _TERMS.index(local), number_in("local_weight", local_weight, 0.0),
+        _TERMS.index(local) if local != "none" else 0, number_in("local_weight", local_weight, 0.0),
         _TERMS.index(global_term), number_in("global_weight", global_weight, 0.0),
     )  # fmt: skip
     loss, terms = _loss("atlas_loss", logits, None, (labels,), numbers, weights, reduction)

@@ -19,6 +19,9 @@ namespace {
 // What the CUDA library exports, found by name when it is loaded.
 struct CudaLibrary {
   decltype(&atlas_perturb) perturb = nullptr;
+  decltype(&atlas_objectives) objectives = nullptr;
+  decltype(&atlas_losses) losses = nullptr;
+  decltype(&atlas_gairat_weights) gairat_weights = nullptr;
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
@@ -34,6 +37,9 @@ void load_cuda(const std::string& path) {
   find(library, "atlas_cuda_runtime", cuda.runtime);
   find(library, "atlas_cuda_error", cuda.error);
   find(library, "atlas_perturb", cuda.perturb);
+  find(library, "atlas_objectives", cuda.objectives);
+  find(library, "atlas_losses", cuda.losses);
+  find(library, "atlas_gairat_weights", cuda.gairat_weights);
 }
 
 // (built with, supported by the driver or 0, devices or 0, first error's text)
@@ -51,6 +57,21 @@ std::string explain(int status) {
     default: return std::string("CUDA: ") + cuda.error(status);
   }
 }
+
+// Runs the CPU's function or, for a CUDA device, the library's; Python's lock is released meanwhile.
+template <class Params>
+void call(const char* name, int (*cpu)(const Params*, const AtlasWhere*), int (*gpu)(const Params*, const AtlasWhere*),
+          const Params& params, int device, int threads, uintptr_t stream) {
+  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(stream)};
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = device < 0 ? cpu(&params, &where) : gpu ? gpu(&params, &where) : ATLAS_NO_CUDA;
+  }
+  if (status != ATLAS_OK) throw std::runtime_error(std::string(name) + ": " + explain(status));
+}
+
+template <class T = void> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format, uintptr_t out_x,
              int out_x_format, uintptr_t out_adv, int out_adv_format, uintptr_t cast, int cast_format, uintptr_t out_z,
@@ -72,19 +93,42 @@ void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uin
       scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), reinterpret_cast<const uint8_t*>(active),
       reinterpret_cast<const int64_t*>(key), reinterpret_cast<const int64_t*>(ids), count, descend, project, stream,
       draw};
-  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(cuda_stream)};
-  int status;
-  {
-    py::gil_scoped_release released;
-    status = device < 0 ? atlas_perturb(&params, &where) : cuda.perturb ? cuda.perturb(&params, &where) : ATLAS_NO_CUDA;
-  }
-  if (status != ATLAS_OK) throw std::runtime_error("atlas_perturb: " + explain(status));
+  call("atlas_perturb", atlas_perturb, cuda.perturb, params, device, threads, cuda_stream);
+}
+
+void objectives(int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t reference, uintptr_t labels,
+                uintptr_t targets, int objective, bool descend, uintptr_t cotangent, uintptr_t correct, uintptr_t kappa,
+                uintptr_t value, int device, int threads, uintptr_t stream) {
+  const AtlasObjectives params = {
+      batch, classes, at(logits), at(reference), at<const int64_t>(labels), at<const int64_t>(targets), at(cotangent),
+      at<uint8_t>(correct), at<int64_t>(kappa), at(value), dtype, objective, descend};
+  call("atlas_objectives", atlas_objectives, cuda.objectives, params, device, threads, stream);
+}
+
+void losses(int loss, int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t adv_logits,
+            uintptr_t labels, uintptr_t targets, uintptr_t weights, double parameter, double scale, uintptr_t value,
+            uintptr_t total, uintptr_t grad, uintptr_t adv_grad, int64_t neighbours, int local, double local_weight,
+            int global, double global_weight, uintptr_t terms, int device, int threads, uintptr_t stream) {
+  const AtlasLosses params = {
+      batch, classes, at(logits), at(adv_logits), at<const int64_t>(labels), at<const int64_t>(targets), at(weights),
+      at(value), at(total), at(grad), at(adv_grad), at(terms), parameter, scale, local_weight, global_weight,
+      neighbours, dtype, loss, local, global};
+  call("atlas_losses", atlas_losses, cuda.losses, params, device, threads, stream);
+}
+
+void gairat_weights(int64_t batch, int64_t steps, uintptr_t kappa, double lam, uintptr_t out, int device, int threads,
+                    uintptr_t stream) {
+  const AtlasGairatWeights params = {batch, steps, at<const int64_t>(kappa), at<float>(out), lam};
+  call("atlas_gairat_weights", atlas_gairat_weights, cuda.gairat_weights, params, device, threads, stream);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("perturb", &perturb);
+  m.def("objectives", &objectives);
+  m.def("losses", &losses);
+  m.def("gairat_weights", &gairat_weights);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from atlas_kernels import backend
+from atlas_kernels.backends import unavailable_reason
+from atlas_kernels.backends.native import available_isas, force_isa
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +28,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+ENGINES = ["reference cpu", "native cpu baseline", "native cpu v3", "native cpu v4"]
+ENGINES += [pytest.param(f"{name} cuda", marks=pytest.mark.gpu) for name in ("reference", "native", "triton")]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Whatever can run an operator here, one after the other: forces backend and instruction set, gives the device."""
+    name, device, *isa = request.param.split()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if isa and isa[0] not in available_isas():
+        pytest.skip(f"this machine cannot run {isa[0]}")
+    if reason := unavailable_reason(name, device):
+        pytest.skip(reason)
+    with backend(name):
+        if isa:
+            force_isa(isa[0])
+        yield torch.device(device)
+    if isa:
+        force_isa(available_isas()[-1])

@@ -11,53 +11,55 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..checks import require_labels
+from ..objectives import Cotangent, attack_cotangent
 
 Model = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Objective:
-    """Cross-entropy towards ``labels``, or KL(p_ref || p) where ``reference`` holds log p_ref.
+    """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``.
 
-    labels: int64[B] or None (KL only). reference: float[B, C] or None. targeted: the labels are where the attack wants
-    the prediction to go, so it descends their cross-entropy. 16-bit logits are computed with in float32.
+    labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where the
+    attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
     """
 
     labels: Tensor | None = None
     reference: Tensor | None = None
     targeted: bool = False
+    kind: str = "ce"
     checked: bool = False
 
     def cotangent(self, logits: Tensor) -> Tensor:
         """d(objective)/d(logits), [B, C] in the dtype of the logits: p - onehot(y) for CE, p - p_ref for KL.
 
-        For a targeted attack this is the derivative of the cross-entropy that it descends.
+        For a targeted attack this is the derivative of the objective that it descends.
         """
-        p = _wide(logits).softmax(1)
-        if self.reference is not None:
-            return (p - self.reference.exp()).to(logits.dtype)
-        assert self.labels is not None
-        classes = torch.arange(p.shape[1], device=p.device)
-        return torch.where(self.labels[:, None] == classes, p - 1, p).to(logits.dtype)
+        made = self._of(logits).cotangent
+        assert made is not None
+        return made.to(logits.dtype)
 
     def judge(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How strong a sample is: (objective float[B], larger is stronger, so -CE if targeted; fooled bool[B]).
+        """How strong a sample is: (objective float[B], larger is stronger, so negated if targeted; fooled bool[B]).
 
         fooled: the prediction differs from the label, or, if targeted, equals it; all False without labels.
         """
-        z = _wide(logits.detach())
-        if self.reference is not None:
-            value = F.kl_div(z.log_softmax(1), self.reference, reduction="none", log_target=True).sum(1)
-            if self.labels is None:
-                return value, torch.zeros_like(value, dtype=torch.bool)
-        assert self.labels is not None
-        fooled = (z.argmax(1) == self.labels) == self.targeted
-        if self.reference is None:
-            value = F.cross_entropy(z, self.labels, reduction="none") * (-1 if self.targeted else 1)
-        return value, fooled
+        labelled = self.labels is not None
+        wanted = {"return_cotangent": False, "return_value": True, "return_correct": labelled}
+        _, correct, value = self._of(logits, descend=self.targeted, **wanted)
+        assert value is not None
+        if correct is None:
+            return value, torch.zeros_like(value, dtype=torch.bool)
+        return value, correct if self.targeted else ~correct
+
+    def _of(self, logits: Tensor, **options: bool) -> Cotangent:
+        reference = self.reference
+        if reference is not None and reference.dtype != logits.dtype:
+            dtype = torch.promote_types(reference.dtype, logits.dtype)
+            logits, reference = logits.to(dtype), reference.to(dtype)
+        return attack_cotangent(logits, self.labels, objective=self.kind, reference=reference, **options)
 
     def rows(self, index: Tensor) -> Objective:
         """The same objective for some of the samples."""
@@ -70,7 +72,7 @@ class Objective:
     def logits(self, model: Model, x: Tensor) -> Tensor:
         """model(x), checked to be [B, C]; the first time also the labels' values. An empty batch skips the model."""
         if not len(x):
-            return x.new_zeros(0, 1)
+            return x.new_zeros(0, 4 if self.reference is None else self.reference.shape[1])
         z = model(x)
         if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(x):
             got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
@@ -96,12 +98,3 @@ class Objective:
                 "a gradient attack needs a differentiable model"
             )
         return z, torch.autograd.grad(z, leaf, self.cotangent(z.detach()))[0]
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax, in float32 for 16-bit logits; a constant."""
-    return _wide(logits.detach()).log_softmax(1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -16,7 +16,7 @@ from ..noise import noise_key
 from ..perturb import pgd_step, random_start
 from .arguments import class_indices, require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
-from .objective import Model, Objective, log_probabilities
+from .objective import Model, Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class AttackResult(NamedTuple):
     """Adversaries [B, ...], the noise key that replays them and, where the attack had to know, how strong they are.
 
-    fooled (bool[B]: misclassified, or the target reached) and objective (float[B], larger is stronger: the
-    cross-entropy, its negative if targeted, or the KL) are None where knowing them would cost a forward, so they are
-    there with restarts > 1 or keep="best"; fooled needs labels too.
+    fooled (bool[B]: misclassified, or the target reached) and objective (float[B], larger is stronger, so negated if
+    targeted) are None where knowing them would cost a forward, so they are there with restarts > 1 or keep="best";
+    fooled needs labels too.
     """
 
     adv: Tensor
@@ -70,10 +70,11 @@ class PGD:
         restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
             larger objective. Above 1, each restart costs one more forward.
         random_start: start uniformly in the ball instead of at x.
-        targeted: y holds the classes to reach, whose cross-entropy is descended.
-        objective: "ce", the cross-entropy of y; or "kl", KL(p_ref || p(x_adv)) with p_ref from ``reference_logits``
-            (a constant; if not given, one more forward of x makes them). At x itself that KL has no gradient, so it
-            needs a random start or reference logits from elsewhere.
+        targeted: y holds the classes to reach, whose objective is descended.
+        objective: "ce", "margin" or "dlr", the loss of that name (``cross_entropy``, ``margin_loss``, ``dlr_loss``) of
+            y; or "kl", KL(p_ref || p(x_adv)) with p_ref from ``reference_logits`` (a constant; if not given, one more
+            forward of x makes them). At x itself that KL has no gradient, so it needs a random start or reference
+            logits from elsewhere.
         keep: "last", the final iterate; or "best", per sample the iterate of the largest objective from the start to
             the final one, which costs one more forward per restart.
         compact: a sample stays at its first iterate that is misclassified (or reaches its target) and is left out of
@@ -103,14 +104,14 @@ class PGD:
     def __post_init__(self) -> None:
         require_count("steps", self.steps, 0)
         require_count("restarts", self.restarts, 1)
-        require_choice("objective", self.objective, ("ce", "kl"))
+        require_choice("objective", self.objective, ("ce", "kl", "margin", "dlr"))
         require_choice("keep", self.keep, ("last", "best"))
         require_choice("attack_mode", self.attack_mode, ATTACK_MODES)
         require_radius("eps", self.eps, clip_min=self.clip_min, clip_max=self.clip_max)
         if self.step_size is not None:
             require_radius("step_size", self.step_size)
         if self.targeted and self.objective == "kl":
-            raise ValueError('targeted=True descends a cross-entropy: use objective="ce" and the target classes as y')
+            raise ValueError('targeted=True descends towards y: use objective="ce", "margin" or "dlr"')
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} from x repeat one attack: set random_start=True, or restarts=1")
 
@@ -181,8 +182,8 @@ class PGD:
         generator: torch.Generator | None = None,
     ) -> Iterator[_Batch]:
         """Check what can be checked before the first forward, draw the key, and open the contract."""
-        if y is None and (self.objective == "ce" or self.restarts > 1 or self.compact):
-            raise ValueError('y is missing: objective="ce", restarts > 1 and compact=True need the labels')
+        if y is None and (self.objective != "kl" or self.restarts > 1 or self.compact):
+            raise ValueError('y is missing: only objective="kl" with restarts=1 and compact=False does without labels')
         if reference_logits is not None and self.objective != "kl":
             raise ValueError(f'reference_logits play no part in objective="{self.objective}": use objective="kl"')
         if self.objective == "kl" and reference_logits is None and not self.random_start:
@@ -193,7 +194,7 @@ class PGD:
         clips = _numbers(per_channel("clip_min", self.clip_min, x), per_channel("clip_max", self.clip_max, x))
         radii = _numbers(per_sample("eps", self.eps, x), per_sample("step_size", self.effective_step_size, x))
         require_images(x, *clips)
-        goal = Objective(None if y is None else class_indices(y, x), targeted=self.targeted)
+        goal = Objective(None if y is None else class_indices(y, x), targeted=self.targeted, kind=self.objective)
         with torch.inference_mode(False):
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, self.restarts - 1, x)
@@ -202,7 +203,7 @@ class PGD:
             if self.objective == "kl":
                 with torch.no_grad():
                     z = goal.logits(model, batch.x) if reference_logits is None else reference_logits
-                goal.reference = log_probabilities(z)
+                goal.reference = z.detach()
             yield batch
 
     def _until_last_step(self, model: Model, batch: _Batch) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,5 @@
-// One range body, three targets, one table: a Body's static `run(job, begin, end)` is compiled for each instruction set
-// by target attributes (never by flags on the whole file, which would leak into code that any machine runs), and the
+// One range body, three targets, one table: a Body's static `run<isa>(job, begin, end)` is compiled for each instruction
+// set by target attributes (never by flags on the whole file, which would leak into code that any machine runs), and the
 // best one this machine has is chosen once.
 #pragma once
 #include <cstdint>
@@ -28,6 +28,13 @@
 #define ATLAS_IVDEP
 #endif
 
+// For a lambda that a range body calls: it has to follow into the body's instruction set.
+#if defined(__GNUC__)
+#define ATLAS_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define ATLAS_INLINE_LAMBDA
+#endif
+
 namespace atlas::cpu {
 
 enum Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
@@ -39,10 +46,16 @@ bool force_isa(Isa isa);  // false: this machine cannot run it
 template <class Job> using RangeFunction = void (*)(const Job&, int64_t begin, int64_t end);
 
 template <class Body, class Job> struct Compiled {
-  static void baseline(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
+  static void baseline(const Job& job, int64_t begin, int64_t end) {
+    Body::template run<kBaseline>(job, begin, end);
+  }
 #if ATLAS_X86
-  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
-  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) { Body::run(job, begin, end); }
+  ATLAS_TARGET_V3 static void v3(const Job& job, int64_t begin, int64_t end) {
+    Body::template run<kV3>(job, begin, end);
+  }
+  ATLAS_TARGET_V4 static void v4(const Job& job, int64_t begin, int64_t end) {
+    Body::template run<kV4>(job, begin, end);
+  }
 #endif
   static RangeFunction<Job> best() {
 #if ATLAS_X86

@@ -54,7 +54,7 @@ ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, 
 }
 
 template <class T> struct Body {
-  static ATLAS_HD void run(const Job& job, int64_t begin, int64_t end) {
+  template <Isa> static ATLAS_HD void run(const Job& job, int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) run_tile(job, locate(job, unit));
     if (job.streaming) finish_streaming();
   }

@@ -46,6 +46,24 @@ def vector(name: str, t: Tensor, size: int, dtype: torch.dtype, device: torch.de
     )
 
 
+def rows(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """Address of contiguous rows of exactly this shape, dtype and device."""
+    if t.shape == shape and t.dtype == dtype and t.device == device and t.is_contiguous():
+        return t.data_ptr()
+    raise DoorError(
+        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}, expected contiguous {dtype} "
+        f"{list(shape)} on {device}"
+    )
+
+
+def float_code(name: str, t: Tensor) -> int:
+    """The native number of a float dtype."""
+    code = _FORMATS.get(t.dtype)
+    if code is None:
+        raise DoorError(f"{name} is {t.dtype}, expected float32, float64, float16 or bfloat16")
+    return code
+
+
 def where(device: torch.device) -> tuple[int, int, int]:
     """(CUDA device index or -1, CPU threads, CUDA stream)."""
     if device == _CPU:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...formulas import CE, KL, LOGIT, NONE
+from ...formulas import CE, KL, NONE
 from ...layout import compute_dtype
 
 
@@ -34,14 +34,14 @@ class Softmax:
 
 
 def one_hot(index: Tensor, like: Tensor) -> Tensor:
-    """Where each row's class is. An index out of range, which the public functions refuse, is taken for the nearest."""
-    classes = like.shape[1]
-    return torch.arange(classes, device=like.device) == index.clamp(0, classes - 1)[:, None]
+    """Where each row's class is."""
+    return torch.arange(like.shape[1], device=like.device) == index[:, None]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """The value of each row's class."""
-    return values.gather(1, index.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
+    """The value of each row's class; NaN where there is no such class (which the public functions refuse)."""
+    there = index.clamp(0, values.shape[1] - 1)
+    return torch.where(there == index, values.gather(1, there[:, None])[:, 0], torch.nan)
 
 
 def ce_rows(s: Softmax, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def atlas_loss(
     ce, d[first] = ce_rows(Softmax(adv), labels)
     local_loss, global_loss = torch.zeros_like(ce), torch.zeros_like(ce)
 
-    for k, near in enumerate(neighbours if local != NONE else (), first + 1):
+    for k, near in enumerate(neighbours, first + 1):
         if local == KL:
             loss, _, to_near = kl_rows(Softmax(adv), Softmax(near))
         elif local == CE:
@@ -194,7 +194,7 @@ def atlas_loss(
         global_loss, to_x, to_adv = kl_rows(Softmax(x), Softmax(adv))
     elif global_term == CE:
         (global_loss, to_x), to_adv = ce_rows(Softmax(x), labels), 0.0
-    elif global_term == LOGIT:
+    elif first:
         global_loss, to_x = _pairing(x, adv)
         to_adv = -to_x
     if first:
@@ -204,7 +204,7 @@ def atlas_loss(
     if terms is not None:
         terms.copy_(torch.stack([ce, local_loss, global_loss]))
     loss = ce
-    if local != NONE and len(neighbours):
+    if len(neighbours):
         loss = loss + local_weight * local_loss
     if first:
         loss = loss + global_weight * global_loss

@@ -24,7 +24,7 @@ def attack_cotangent(logits, labels, targets, reference, objective, descend, cot
     if cotangent is not None:
         cotangent.copy_(-d if descend else d)
     if labels is not None:
-        right = logits.argmax(1) == labels
+        right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
         if correct is not None:
             correct.copy_(right)
         if kappa is not None:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import pgd_step_neighbours
+from atlas_kernels import atlas_loss, pgd_step_neighbours
 from atlas_kernels.attacks import PGD
 
 from ..data import Batch
 from ..options import option
 from .base import AttackMode, Method, Metrics
-from .terms import accuracy, cross_entropy, kl, squared_distance
+from .terms import accuracy
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,20 @@ class ATLAS(Method):
         return self._buffers[wanted]
 
     def _combine(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss from the logits of [x; x'; z]."""
+        """The loss from the logits of [x; x'; z], in one pass over them."""
+        loss, terms = atlas_loss(
+            logits,
+            y,
+            local=self.local_objective if self.local == "neighbours" else "none",
+            local_weight=self.local_weight,
+            global_term=self.global_term,
+            global_weight=self.global_weight,
+            return_terms=True,
+        )
         batch, first = len(y), 0 if self.global_term == "none" else len(y)
-        adv, neighbours = logits[first : first + batch], logits[first + batch :]
-        loss = cross_entropy(adv, y)
-        metrics = {"adv": accuracy(adv, y)}
+        metrics = {"adv": accuracy(logits[first : first + batch], y)}
         if self.local == "neighbours":
-            local = self._local(adv, neighbours, y)
-            loss = loss + self.local_weight * local
-            metrics["local"] = local.detach()
+            metrics["local"] = terms[1].mean()
         if first:
-            clean = logits[:first]
-            combined = self._global(clean, adv, y)
-            loss = loss + self.global_weight * combined
-            metrics |= {"clean": accuracy(clean, y), "global": combined.detach()}
+            metrics |= {"clean": accuracy(logits[:first], y), "global": terms[2].mean()}
         return loss, metrics
-
-    def _local(self, adv: Tensor, neighbours: Tensor, y: Tensor) -> Tensor:
-        if self.local_objective == "kl":
-            return kl(adv.detach(), neighbours)
-        if self.local_objective == "ce":
-            return cross_entropy(neighbours, y)
-        return squared_distance(adv, neighbours)
-
-    def _global(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
-        if self.global_term == "kl":
-            return kl(clean, adv)
-        if self.global_term == "ce":
-            return cross_entropy(clean, y)
-        return squared_distance(clean, adv)

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 
 from ..data import Batch
 from ..options import option
 from .base import AttackMode, Method, Metrics
-from .terms import accuracy, cross_entropy
+from .terms import accuracy
 
 
 @dataclass(frozen=True)
