@@ -93,7 +93,7 @@ def close(got: Tensor, exact: Tensor, rtol: float = 2e-6, share: float = 1e-6, a
     bound = (rtol + rounding) * size + tiny + atol
     bound = bound + share * (size.amax(-1, keepdim=True) if size.ndim else size)
     wrong = fine & ~((got.to(DOUBLE) - exact).abs() <= bound)
-    assert not wrong.any(), (got[wrong][:5], exact[wrong][:5], wrong.nonzero()[:5])
+    assert not wrong.any(), (got[wrong][:5], exact[wrong][:5])
 
 
 def same(a, b) -> bool:
@@ -211,14 +211,10 @@ def test_probabilities_near_one(classes):
     for t in (z, adv):
         t[torch.arange(6), labels] = 15.0
     tensors = z, adv, labels, labels, None
-    for name in ("cross_entropy", "entropy", "margin_loss", "trades_loss", "mart_loss"):
+    for name in ("cross_entropy", "entropy", "kl_div", "trades_loss", "mart_loss"):
         exact = call("reference", name, double(tensors))
-        for i, (t, e) in enumerate(zip(call("triton", name, tensors), exact, strict=True)):
-            cancels = name == "mart_loss" or (name == "trades_loss" and i > 1)  # sums of both signs
-            close(t, e, 1e-5 if name == "mart_loss" else 3e-6, 1e-6 if cancels else 0.0)
-    q = call("triton", "kl_div", tensors)[3]
-    exact = call("reference", "kl_div", double(tensors))[3]
-    close(q, exact, 1e-5, 1e-6)
+        for t, e in zip(call("triton", name, tensors), exact, strict=True):
+            close(t, e, 2e-6, 0.0, 1e-15)  # q - p cancels in the reference, in fp64
 
 
 @runs

@@ -280,7 +280,8 @@ def loss_kernel(
 
     if correct is not None or kappa is not None:
         attacked = adv_at if LOSS == KL_DIV else at  # KL_DIV: at is the reference
-        _, first = largest(attacked, inside, classes, -1, -1, -1, BLOCK, TILES)
+        best, first = largest(attacked, inside, classes, -1, -1, -1, BLOCK, TILES)
+        right = (first == y) & (best == best)  # no class is the prediction of a row with a NaN
 
     if LOSS == CROSS_ENTROPY:
         loss = _smoothed_cross_entropy(at, to, inside, y, s, parameter, classes, BLOCK, TILES)
@@ -297,9 +298,9 @@ def loss_kernel(
     if value is not None:
         tl.store(value + row, w * loss, mask=inside)
     if correct is not None:
-        tl.store(correct + row, first == y, mask=inside)
+        tl.store(correct + row, right, mask=inside)
     if kappa is not None:
-        tl.store(kappa + row, tl.load(kappa + row, mask=inside) + (first == y).to(tl.int64), mask=inside)
+        tl.store(kappa + row, tl.load(kappa + row, mask=inside) + right.to(tl.int64), mask=inside)
 
 
 @triton.jit
