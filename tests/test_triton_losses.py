@@ -15,9 +15,10 @@ import atlas_kernels as ak
 from atlas_kernels import formulas
 from atlas_kernels.backends import BackendUnavailable, triton
 from atlas_kernels.backends.native.door import DoorError
-from test_triton import BRAIN, DEVICE, DOUBLE, DTYPES, HALF, INTERPRETED, ROOT, SINGLE, compiles, runs, tool_output
 
+pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton import losses, objectives
+from test_triton import BRAIN, DEVICE, DOUBLE, DTYPES, HALF, ROOT, SINGLE, compiles, runs, tool_output
 
 VARIANTS = {**losses.VARIANTS, **objectives.VARIANTS}
 CLASSES = [2, 3, 10, 17, 100, 1000]
@@ -69,8 +70,7 @@ def call(backend, name, tensors, *, weights=None, scale=0.25, gradients=True):
 def call_atlas(backend, logits, labels, local, global_term, weights, *, gradients=True):
     compute = DOUBLE if logits.dtype == DOUBLE else SINGLE
     batch = len(labels)
-    value, terms = torch.empty(batch, dtype=compute, device=DEVICE), torch.empty((3, batch), dtype=compute, device=DEVICE)
-    total = torch.empty((), dtype=compute, device=DEVICE)
+    value, total, terms = (torch.empty(s, dtype=compute, device=DEVICE) for s in ((batch,), (), (3, batch)))
     grad = torch.empty_like(logits) if gradients else None
     with ak.backend(backend):
         torch.ops.atlas_kernels.atlas_loss(
@@ -84,9 +84,9 @@ def double(tensors):
 
 
 def close(got: Tensor, exact: Tensor, rtol: float = 2e-6, share: float = 1e-6, atol: float = 0.0) -> None:
-    """Within ``rtol`` of each number, ``share`` of the row's largest and ``atol``, and rounded to the dtype of ``got``."""
+    """Within ``rtol`` of each number, ``share`` of the row's largest and ``atol``, rounded to the dtype of ``got``."""
     fine = exact.isfinite()
-    assert torch.equal(got[~fine].to(DOUBLE), exact[~fine]) or bool((got[~fine].isnan() == exact[~fine].isnan()).all())
+    assert same([got[~fine].to(DOUBLE)], [exact[~fine]])
     rounding = 0.0 if got.dtype == SINGLE else torch.finfo(got.dtype).eps
     tiny = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
     size = exact.where(fine, 0.0).abs()
@@ -111,12 +111,13 @@ def test_values_and_gradients(name, classes):
         pytest.skip("too few classes")
     for dtype in DTYPES:
         tensors = problem(5, classes, dtype)
-        for weights in (None, tensors[-1]):
-            exact = call("reference", name, double(tensors), weights=None if weights is None else weights.double())
-            got = call("triton", name, tensors, weights=weights)
-            for t, e in zip(got, exact, strict=True):
-                close(t, e, 1e-5 if name == "mart_loss" else 2e-6)
-            assert same(call("triton", name, tensors, weights=weights, gradients=False), got[:2])
+        weights = None if dtype == HALF else tensors[-1]
+        exact = call("reference", name, double(tensors), weights=None if weights is None else weights.double())
+        got = call("triton", name, tensors, weights=weights)
+        for t, e in zip(got, exact, strict=True):
+            close(t, e, atol=1e-10 if name == "mart_loss" else 0.0)  # a sum of both signs
+        if dtype == HALF:
+            assert same(call("triton", name, tensors, gradients=False), got[:2])
 
 
 @runs
@@ -141,11 +142,12 @@ def test_atlas_loss(local, count, global_term, classes):
     batch, dtype = 3, [SINGLE, BRAIN, HALF][(local + global_term) % 3]
     parts = [problem(batch, classes, seed=k) for k in range((global_term != NONE) + 1 + count)]
     logits, labels, weights = torch.cat([p[0] for p in parts]).to(dtype), parts[0][2], parts[0][4]
-    for w in (None, weights):
-        exact = call_atlas("reference", logits.double(), labels, local, global_term, None if w is None else w.double())
-        got = call_atlas("triton", logits, labels, local, global_term, w)
-        for t, e in zip(got, exact, strict=True):
-            close(t, e, share=2e-6, atol=1e-8)
+    w = None if classes == 2 else weights
+    exact = call_atlas("reference", logits.double(), labels, local, global_term, None if w is None else w.double())
+    got = call_atlas("triton", logits, labels, local, global_term, w)
+    for t, e in zip(got, exact, strict=True):
+        close(t, e, share=2e-6, atol=1e-8)
+    if classes == 2:
         assert same(call_atlas("triton", logits, labels, local, global_term, w, gradients=False), got[:3])
 
 
@@ -167,12 +169,12 @@ def test_attack_cotangent(objective, classes):
     if classes < {"dlr": 3, "dlr_targeted": 4}.get(objective, 2):
         pytest.skip("too few classes")
     for dtype in DTYPES:
-        for descend in (False, True):
-            tensors = problem(5, classes, dtype)
-            got, exact = cotangent("triton", objective, tensors, descend), cotangent("reference", objective, double(tensors), descend)
-            close(got[0], exact[0], atol=1e-11)  # the 1e-12 of DLR
-            close(got[1], exact[1])
-            assert torch.equal(got[2], exact[2]) and got[2].any() and torch.equal(got[3], exact[3])
+        tensors, descend = problem(5, classes, dtype), dtype != BRAIN
+        exact = cotangent("reference", objective, double(tensors), descend)
+        got = cotangent("triton", objective, tensors, descend)
+        close(got[0], exact[0], atol=1e-11)  # the 1e-12 of DLR
+        close(got[1], exact[1])
+        assert torch.equal(got[2], exact[2]) and got[2].any() and torch.equal(got[3], exact[3])
 
 
 @runs
