@@ -357,7 +357,8 @@ def atlas_kernel(
     global_weight = tl.cast(global_weight, tl.float32)
     s = w * tl.cast(scale, tl.float32)
     s_global = s * global_weight
-    s_local = s * tl.div_rn(local_weight, tl.cast(max(count, 1), tl.float32))
+    neighbours = tl.cast(count if count > 0 else 1, tl.float32)
+    s_local = s * tl.div_rn(local_weight, neighbours)
 
     top, others, log_sum = softmax(adv_at, inside, classes, BLOCK, TILES)
     ce = _cross_entropy(top, log_sum, pick(adv_at, inside, y, classes, BLOCK, TILES))
@@ -401,7 +402,7 @@ def atlas_kernel(
         local += _neighbour(
             adv_at, logits + near, z_to, inside, y, top, others, log_sum, s_local, classes, LOCAL, BLOCK, TILES
         )
-    local = tl.div_rn(local, tl.cast(max(count, 1), tl.float32))
+    local = tl.div_rn(local, neighbours)
     tl.store(value + row, w * (ce + local_weight * local + global_weight * tie), mask=inside)
     if terms is not None:
         tl.store(terms + row, ce, mask=inside)
