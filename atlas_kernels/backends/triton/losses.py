@@ -1,0 +1,650 @@
+"""The losses in Triton: one kernel for those of one or two tensors of logits, which also makes the attacks' cotangents
+(objectives.py), one for ATLAS, and one-program kernels for what spans the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...checks import require_apart
+from ..native.door import DoorError, vector
+from . import Launch, launch
+from .rows import (
+    columns,
+    difference,
+    exp,
+    here,
+    largest,
+    less_one_hot,
+    load,
+    log,
+    log1p,
+    meta,
+    pick,
+    power_of_two,
+    probability,
+    require_rows,
+    softmax,
+    store,
+    tiling,
+)  # fmt: skip
+
+# As in csrc/api.h.
+CROSS_ENTROPY, KL_DIV, TRADES, MART, ENTROPY, MARGIN, DLR, LOGIT_PAIRING = map(tl.constexpr, range(8))
+KL, CE, LOGIT, NONE = map(tl.constexpr, range(4))
+
+VECTOR = 1024  # elements that a kernel over the batch takes at a time
+
+
+@triton.jit
+def _weighted(value, per_row, row, inside):
+    if per_row is None:
+        return tl.cast(value, tl.float32)
+    else:
+        return tl.load(per_row + row, mask=inside)
+
+
+@triton.jit
+def _cross_entropy(top, log_sum, z_y):
+    return log_sum + (top - z_y)
+
+
+@triton.jit
+def _log_ratio(zp, p_top, p_log, zq, q_top, q_log):
+    """log p - log q, from differences of like things, so that it is as small as p is close to q."""
+    return (zp - zq) - ((p_top - q_top) + (p_log - q_log))
+
+
+@triton.jit
+def _times(p, x):
+    """p x, and 0 where p is: there x may be infinite."""
+    return tl.where(p == 0.0, 0.0, p * x)
+
+
+@triton.jit
+def _kl(p_at, p_top, p_others, p_log, q_at, q_top, q_log, inside, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """KL(p||q), [ROWS, 1]."""
+    kl = tl.zeros((p_at.shape[0], BLOCK), tl.float32)
+    for tile in range(TILES):
+        zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
+        kl += _times(probability(zp, p_top, p_others), _log_ratio(zp, p_top, p_log, zq, q_top, q_log))
+    return tl.sum(kl, 1, keep_dims=True)
+
+
+@triton.jit
+def _smoothed_cross_entropy(at, to, inside, y, scale, smoothing, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    top, others, log_sum = softmax(at, inside, classes, BLOCK, TILES)
+    loss = _cross_entropy(top, log_sum, pick(at, inside, y, classes, BLOCK, TILES))
+    kept = 0.0
+    share = 0.0
+    if smoothing is not None:
+        kept = tl.cast(smoothing, tl.float32)
+        share = tl.div_rn(kept, tl.cast(classes, tl.float32))
+        below = tl.zeros((at.shape[0], BLOCK), tl.float32)
+        for tile in range(TILES):
+            z = load(at, inside, tile, classes, BLOCK)
+            below += tl.where(columns(tile, BLOCK) < classes, top - z, 0.0)
+        loss = (1.0 - kept) * loss + (share * tl.sum(below, 1, keep_dims=True) + kept * log_sum)
+    if to is not None:
+        for tile in range(TILES):
+            p = probability(load(at, inside, tile, classes, BLOCK), top, others)
+            hit = columns(tile, BLOCK) == y
+            g = less_one_hot(p, others, hit)
+            if smoothing is not None:
+                g += tl.where(hit, kept, 0.0) - share
+            store(to, scale * g, inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def _entropy(at, to, inside, scale, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    top, others, log_sum = softmax(at, inside, classes, BLOCK, TILES)
+    loss = tl.zeros((at.shape[0], BLOCK), tl.float32)
+    for tile in range(TILES):
+        z = load(at, inside, tile, classes, BLOCK)
+        loss -= _times(probability(z, top, others), z - top - log_sum)
+    loss = tl.sum(loss, 1, keep_dims=True)
+    if to is not None:
+        for tile in range(TILES):
+            z = load(at, inside, tile, classes, BLOCK)
+            g = _times(probability(z, top, others), (z - top - log_sum) + loss)
+            store(to, -scale * g, inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def _trades(
+    p_at, q_at, p_to, q_to, inside, y, scale, beta, classes,
+    LOSS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """KL(p||q), or CE(p) + beta KL(p||q)."""
+    p_top, p_others, p_log = softmax(p_at, inside, classes, BLOCK, TILES)
+    q_top, q_others, q_log = softmax(q_at, inside, classes, BLOCK, TILES)
+    kl = _kl(p_at, p_top, p_others, p_log, q_at, q_top, q_log, inside, classes, BLOCK, TILES)
+    weight = scale
+    loss = kl
+    if LOSS == TRADES:
+        beta = tl.cast(beta, tl.float32)
+        weight = scale * beta
+        loss = _cross_entropy(p_top, p_log, pick(p_at, inside, y, classes, BLOCK, TILES)) + beta * kl
+    if p_to is not None or q_to is not None:
+        for tile in range(TILES):
+            zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
+            p, q = probability(zp, p_top, p_others), probability(zq, q_top, q_others)
+            if p_to is not None:
+                g = weight * _times(p, _log_ratio(zp, p_top, p_log, zq, q_top, q_log) - kl)
+                if LOSS == TRADES:
+                    g += scale * less_one_hot(p, p_others, columns(tile, BLOCK) == y)
+                store(p_to, g, inside, tile, classes, BLOCK)
+            if q_to is not None:
+                store(q_to, weight * difference(q, q_others, p, p_others), inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def _rest(z, top, others):
+    """1 - p of the class with logit z."""
+    p = probability(z, top, others)
+    return tl.where(p > 0.5, tl.div_rn(others, 1.0 + others), 1.0 - p)
+
+
+@triton.jit
+def _mart_terms(zp, p_top, p_others, p_log, zq, q_top, q_others, q_log):
+    """(p, q, log p - log(q + 1e-12), p q / (q + 1e-12))."""
+    p, q = probability(zp, p_top, p_others), probability(zq, q_top, q_others)
+    ratio = _log_ratio(zp, p_top, p_log, zq, q_top, q_log)
+    ratio = tl.where(q > 1e-3, ratio, (zp - p_top - p_log) - log(q + 1e-12))  # above, 1e-12 is less than half an ulp
+    return p, q, ratio, p * tl.div_rn(q, q + 1e-12)
+
+
+@triton.jit
+def _mart(
+    p_at, q_at, p_to, q_to, inside, y, scale, beta, classes, BLOCK: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    p_top, p_others, p_log = softmax(p_at, inside, classes, BLOCK, TILES)
+    q_top, q_others, q_log = softmax(q_at, inside, classes, BLOCK, TILES)
+    zp_y = pick(p_at, inside, y, classes, BLOCK, TILES)
+    zq_y = pick(q_at, inside, y, classes, BLOCK, TILES)
+    zq_m, m = largest(q_at, inside, classes, y, -1, -1, BLOCK, TILES)
+    kl = tl.zeros((p_at.shape[0], BLOCK), tl.float32)
+    pull = tl.zeros((p_at.shape[0], BLOCK), tl.float32)
+    for tile in range(TILES):
+        zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
+        p, q, ratio, r = _mart_terms(zp, p_top, p_others, p_log, zq, q_top, q_others, q_log)
+        kl += _times(p, ratio)
+        pull += r
+    kl = tl.sum(kl, 1, keep_dims=True)
+    pull = tl.sum(pull, 1, keep_dims=True)
+
+    # 1.0001 - q_m and 1.0000001 - p_y, from what q_m and p_y lack of 1. Beside 1e-4, the published 1e-12 vanishes.
+    q_m, p_y = probability(zq_m, q_top, q_others), probability(zp_y, p_top, p_others)
+    room = _rest(zq_m, q_top, q_others) + 1e-4
+    log_room = tl.where(q_m > 0.5, log(room), log1p(1e-4 - q_m))
+    w = _rest(zp_y, p_top, p_others) + 1e-7
+    beta = tl.cast(beta, tl.float32)
+    if p_to is not None or q_to is not None:
+        push = tl.div_rn(q_m, room)
+        for tile in range(TILES):
+            zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
+            p, q, ratio, r = _mart_terms(zp, p_top, p_others, p_log, zq, q_top, q_others, q_log)
+            column = columns(tile, BLOCK)
+            if p_to is not None:
+                g = w * _times(p, ratio - kl) + kl * p_y * less_one_hot(p, p_others, column == y)
+                store(p_to, scale * beta * g, inside, tile, classes, BLOCK)
+            if q_to is not None:
+                g = less_one_hot(q, q_others, column == y) - push * less_one_hot(q, q_others, column == m)
+                g += beta * w * (q * pull - r)
+                store(q_to, scale * g, inside, tile, classes, BLOCK)
+    return _cross_entropy(q_top, q_log, zq_y) - log_room + beta * kl * w
+
+
+@triton.jit
+def _margin(
+    at, to, inside, y, t, scale, classes,
+    LOSS: tl.constexpr, TARGETED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """z_other - z_y; for DLR divided by the distance of the largest logit from the third (and the fourth)."""
+    if TARGETED:
+        other = t
+        z_other = pick(at, inside, t, classes, BLOCK, TILES)
+    else:
+        z_other, other = largest(at, inside, classes, y, -1, -1, BLOCK, TILES)
+    loss = z_other - pick(at, inside, y, classes, BLOCK, TILES)
+    if LOSS == DLR:
+        z1, first = largest(at, inside, classes, -1, -1, -1, BLOCK, TILES)
+        _, second = largest(at, inside, classes, first, -1, -1, BLOCK, TILES)
+        low, third = largest(at, inside, classes, first, second, -1, BLOCK, TILES)
+        fourth = third
+        if TARGETED:
+            z4, fourth = largest(at, inside, classes, first, second, third, BLOCK, TILES)
+            low = 0.5 * (low + z4)
+        divisor = z1 - low + 1e-12
+        loss = tl.div_rn(loss, divisor)
+    nan = tl.where(loss == loss, 0.0, loss)  # of a row with a NaN
+    if to is not None:
+        for tile in range(TILES):
+            column = columns(tile, BLOCK)
+            g = (column == other).to(tl.float32) - (column == y).to(tl.float32)
+            if LOSS == DLR:
+                down = 0.5 * ((column == third).to(tl.float32) + (column == fourth).to(tl.float32))
+                g = tl.div_rn(g - loss * ((column == first).to(tl.float32) - down), divisor)
+            store(to, scale * (g + nan), inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def _squared_distance(a_at, b_at, inside, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """||a - b||^2, [ROWS, 1]."""
+    distance = tl.zeros((a_at.shape[0], BLOCK), tl.float32)
+    for tile in range(TILES):
+        d = load(a_at, inside, tile, classes, BLOCK) - load(b_at, inside, tile, classes, BLOCK)
+        distance += tl.where(columns(tile, BLOCK) < classes, d * d, 0.0)
+    return tl.sum(distance, 1, keep_dims=True)
+
+
+@triton.jit
+def _logit_pairing(a_at, b_at, a_to, b_to, inside, scale, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    loss = _squared_distance(a_at, b_at, inside, classes, BLOCK, TILES)
+    if a_to is not None or b_to is not None:
+        for tile in range(TILES):
+            d = load(a_at, inside, tile, classes, BLOCK) - load(b_at, inside, tile, classes, BLOCK)
+            if a_to is not None:
+                store(a_to, 2.0 * scale * d, inside, tile, classes, BLOCK)
+            if b_to is not None:
+                store(b_to, -2.0 * scale * d, inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def loss_kernel(
+    logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa,
+    weight, scale, parameter, batch, classes: tl.constexpr,
+    LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """value = weight * loss, gradients times scale; correct, kappa: see attack_cotangent."""
+    row, inside = here(batch, ROWS)
+    offset = row * classes
+    at = logits + offset
+    to = None if grad is None else grad + offset
+    adv_at = None if adv_logits is None else adv_logits + offset
+    adv_to = None if adv_grad is None else adv_grad + offset
+    y = -1 if labels is None else tl.load(labels + row, mask=inside, other=-1)
+    t = -1 if targets is None else tl.load(targets + row, mask=inside, other=-1)
+    w = _weighted(weight, weights, row, inside)
+    s = w * tl.cast(scale, tl.float32)
+
+    if correct is not None or kappa is not None:
+        attacked = adv_at if LOSS == KL_DIV else at  # KL_DIV: at is the reference
+        best, first = largest(attacked, inside, classes, -1, -1, -1, BLOCK, TILES)
+        right = (first == y) & (best == best)  # no class is the prediction of a row with a NaN
+
+    if LOSS == CROSS_ENTROPY:
+        loss = _smoothed_cross_entropy(at, to, inside, y, s, parameter, classes, BLOCK, TILES)
+    elif LOSS == ENTROPY:
+        loss = _entropy(at, to, inside, s, classes, BLOCK, TILES)
+    elif LOSS == MART:
+        loss = _mart(at, adv_at, to, adv_to, inside, y, s, parameter, classes, BLOCK, TILES)
+    elif LOSS == LOGIT_PAIRING:
+        loss = _logit_pairing(at, adv_at, to, adv_to, inside, s, classes, BLOCK, TILES)
+    elif adv_logits is not None:
+        loss = _trades(at, adv_at, to, adv_to, inside, y, s, parameter, classes, LOSS, BLOCK, TILES)
+    else:
+        loss = _margin(at, to, inside, y, t, s, classes, LOSS, targets is not None, BLOCK, TILES)
+    if value is not None:
+        tl.store(value + row, w * loss, mask=inside)
+    if correct is not None:
+        tl.store(correct + row, right, mask=inside)
+    if kappa is not None:
+        tl.store(kappa + row, tl.load(kappa + row, mask=inside) + right.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _neighbour(
+    adv_at, z_at, z_to, inside, y, top, others, log_sum, scale, classes,
+    LOCAL: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The local term of one neighbour, and its gradient there."""
+    if LOCAL == LOGIT:
+        loss = _squared_distance(z_at, adv_at, inside, classes, BLOCK, TILES)
+    else:
+        z_top, z_others, z_log = softmax(z_at, inside, classes, BLOCK, TILES)
+        if LOCAL == KL:
+            loss = _kl(adv_at, top, others, log_sum, z_at, z_top, z_log, inside, classes, BLOCK, TILES)
+        else:
+            loss = _cross_entropy(z_top, z_log, pick(z_at, inside, y, classes, BLOCK, TILES))
+    if z_to is not None:
+        for tile in range(TILES):
+            z = load(z_at, inside, tile, classes, BLOCK)
+            if LOCAL == LOGIT:
+                g = 2.0 * (z - load(adv_at, inside, tile, classes, BLOCK))
+            else:
+                p = probability(z, z_top, z_others)
+                if LOCAL == KL:
+                    adv = load(adv_at, inside, tile, classes, BLOCK)
+                    g = difference(p, z_others, probability(adv, top, others), others)
+                else:
+                    g = less_one_hot(p, z_others, columns(tile, BLOCK) == y)
+            store(z_to, scale * g, inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def atlas_kernel(
+    logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch,
+    classes: tl.constexpr, count: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """CE(adv) + local_weight mean_k LOCAL(adv, z_k) + global_weight GLOBAL(x, adv); logits: [x;] adv; z_1; ..; z_count.
+
+    A row of adv is read again, from the cache, for each neighbour, and for the logit form a neighbour's row as well.
+    """
+    row, inside = here(batch, ROWS)
+    stride = tl.cast(batch, tl.int64) * classes
+    offset = row * classes  # of x; then of adv
+    x_at = logits + offset
+    x_to = None if grad is None else grad + offset
+    if GLOBAL != NONE:
+        offset += stride
+    adv_at = logits + offset
+    y = tl.load(labels + row, mask=inside, other=-1)
+    w = _weighted(1.0, weights, row, inside)
+    local_weight = tl.cast(local_weight, tl.float32)
+    global_weight = tl.cast(global_weight, tl.float32)
+    s = w * tl.cast(scale, tl.float32)
+    s_global = s * global_weight
+    neighbours = tl.cast(count if count > 0 else 1, tl.float32)
+    s_local = s * tl.div_rn(local_weight, neighbours)
+
+    top, others, log_sum = softmax(adv_at, inside, classes, BLOCK, TILES)
+    ce = _cross_entropy(top, log_sum, pick(adv_at, inside, y, classes, BLOCK, TILES))
+    tie = tl.zeros((ROWS, 1), tl.float32)
+    if GLOBAL == KL:
+        x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
+        tie = _kl(x_at, x_top, x_others, x_log, adv_at, top, log_sum, inside, classes, BLOCK, TILES)
+    if GLOBAL == CE:
+        x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
+        tie = _cross_entropy(x_top, x_log, pick(x_at, inside, y, classes, BLOCK, TILES))
+    if GLOBAL == LOGIT:
+        tie = _squared_distance(x_at, adv_at, inside, classes, BLOCK, TILES)
+
+    if grad is not None:
+        for tile in range(TILES):
+            hit = columns(tile, BLOCK) == y
+            adv = load(adv_at, inside, tile, classes, BLOCK)
+            q = probability(adv, top, others)
+            g = s * less_one_hot(q, others, hit)
+            if GLOBAL != NONE:
+                x = load(x_at, inside, tile, classes, BLOCK)
+                if GLOBAL == KL:
+                    p = probability(x, x_top, x_others)
+                    x_g = _times(p, _log_ratio(x, x_top, x_log, adv, top, log_sum) - tie)
+                    g += s_global * difference(q, others, p, x_others)
+                elif GLOBAL == CE:
+                    x_g = less_one_hot(probability(x, x_top, x_others), x_others, hit)
+                else:
+                    x_g = 2.0 * (x - adv)
+                    g -= s_global * x_g
+                store(x_to, s_global * x_g, inside, tile, classes, BLOCK)
+            if LOCAL == LOGIT:
+                for k in range(count):
+                    g -= s_local * (2.0 * (load(adv_at + (k + 1) * stride, inside, tile, classes, BLOCK) - adv))
+            store(grad + offset, g, inside, tile, classes, BLOCK)
+
+    local = tl.zeros((ROWS, 1), tl.float32)
+    for k in range(count):
+        near = offset + (k + 1) * stride
+        z_to = None if grad is None else grad + near
+        local += _neighbour(
+            adv_at, logits + near, z_to, inside, y, top, others, log_sum, s_local, classes, LOCAL, BLOCK, TILES
+        )
+    local = tl.div_rn(local, neighbours)
+    tl.store(value + row, w * (ce + local_weight * local + global_weight * tie), mask=inside)
+    if terms is not None:
+        tl.store(terms + row, ce, mask=inside)
+        tl.store(terms + (row + batch), local, mask=inside)
+        tl.store(terms + (row + batch + batch), tie, mask=inside)
+
+
+@triton.jit
+def total_kernel(value, total, scale, batch, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """scale * sum(value) by one program, in an order that depends on nothing else."""
+    lane = tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        i = block * BLOCK + lane
+        found += tl.load(value + i, mask=i < batch, other=0.0)
+    tl.store(total, tl.cast(scale, tl.float32) * tl.sum(found, 0))
+
+
+@triton.jit
+def _geometry_weight(k, least, lam, half):
+    """sigmoid(v), v = 2 lam + 10/half (half - k), over a number that brings the largest of the batch to 1/2 or more."""
+    v = 2.0 * lam + tl.div_rn(10.0 * (half - k), half)
+    largest_v = 2.0 * lam + tl.div_rn(10.0 * (half - least), half)
+    power = tl.where(largest_v < 0.0, tl.div_rn(10.0 * (least - k), half), tl.where(v < 0.0, v, 0.0))
+    return tl.div_rn(exp(power), 1.0 + exp(tl.where(v < 0.0, v, -v)))
+
+
+@triton.jit
+def gairat_kernel(kappa, out, lam, half, batch, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Weights with mean 1 by one program."""
+    lane = tl.arange(0, BLOCK)
+    lam = tl.cast(lam, tl.float32)
+    half = tl.cast(half, tl.float32)
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
+    for block in range(BLOCKS):
+        i = block * BLOCK + lane
+        k = tl.load(kappa + i, mask=i < batch, other=0).to(tl.float32)
+        least = tl.minimum(least, tl.where(i < batch, k, float("inf")))
+    least = tl.min(least, 0)
+    found = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        i = block * BLOCK + lane
+        k = tl.load(kappa + i, mask=i < batch, other=0).to(tl.float32)
+        found += tl.where(i < batch, _geometry_weight(k, least, lam, half), 0.0)
+    mean = tl.div_rn(tl.sum(found, 0), tl.cast(batch, tl.float32))
+    for block in range(BLOCKS):
+        i = block * BLOCK + lane
+        k = tl.load(kappa + i, mask=i < batch, other=0).to(tl.float32)
+        tl.store(out + i, tl.div_rn(_geometry_weight(k, least, lam, half), mean), mask=i < batch)
+
+
+def require_outputs(outputs: dict[str, Tensor | None], **inputs: Tensor | None) -> None:
+    """No output shares memory with another, nor with an input."""
+    seen = dict(inputs)
+    for name, out in outputs.items():
+        if out is not None:
+            require_apart(name, out, *((other, t, -1) for other, t in seen.items()))
+            seen[name] = out
+
+
+def loss_plan(
+    logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa, weight, scale, parameter, loss
+) -> Launch:  # fmt: skip
+    """Check every tensor whose address the kernel gets, as for the native core, and choose the tiles."""
+    batch, classes = logits.shape
+    require_rows(batch, classes, logits, adv_logits=adv_logits, grad=grad, adv_grad=adv_grad)
+    require_vectors(
+        logits, ("labels", labels, torch.int64), ("targets", targets, torch.int64), ("weights", weights, torch.float32),
+        ("value", value, torch.float32), ("correct", correct, torch.bool), ("kappa", kappa, torch.int64),
+    )  # fmt: skip
+    tile = tiling(classes)
+    arguments = (
+        logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa,
+        weight, scale, parameter, batch, classes, loss.value, *tile,
+    )  # fmt: skip
+    return Launch(loss_kernel, -(-batch // tile[0]), arguments)
+
+
+def require_vectors(like: Tensor, *vectors: tuple[str, Tensor | None, torch.dtype]) -> None:
+    """Every vector has as many elements as ``like`` has rows, and is on its device."""
+    for name, t, dtype in vectors:
+        if t is not None:
+            vector(name, t, like.shape[0], dtype, like.device)
+
+
+def _total_plan(value, total, scale) -> Launch:
+    vector("total", total, 1, torch.float32, value.device)
+    return Launch(total_kernel, 1, (value, total, scale, len(value), *_blocks(len(value))))
+
+
+def _blocks(batch: int) -> tuple[int, int]:
+    """(BLOCKS, VECTOR): a power of two, so that batches of every size are a few kernels."""
+    return power_of_two(-(-batch // VECTOR)), VECTOR
+
+
+def _run(plan: Launch, value: Tensor, total: Tensor | None, scale: float) -> None:
+    sum_up = None if total is None else _total_plan(value, total, scale)
+    if len(value):
+        launch(plan, value.device)
+    if sum_up is not None:
+        launch(sum_up, value.device)
+
+
+def _loss(
+    loss, logits, adv_logits, labels, targets, parameter, weights, scale, value, total, grad, adv_grad=None
+) -> None:  # fmt: skip
+    require_outputs(
+        {"value": value, "total": total, "grad": grad, "adv_grad": adv_grad}, logits=logits, adv_logits=adv_logits,
+        labels=labels, targets=targets, weights=weights,
+    )  # fmt: skip
+    plan = loss_plan(
+        logits, adv_logits, labels, targets, weights, value, grad, adv_grad, None, None, 1.0, scale, parameter, loss
+    )  # fmt: skip
+    _run(plan, value, total, scale)
+
+
+def cross_entropy(logits, labels, label_smoothing, weights, scale, value, total, grad):
+    smoothing = label_smoothing or None  # else 0 times an infinite logit
+    _loss(CROSS_ENTROPY, logits, None, labels, None, smoothing, weights, scale, value, total, grad)
+
+
+def kl_div(p_logits, q_logits, weights, scale, value, total, p_grad, q_grad):
+    _loss(KL_DIV, p_logits, q_logits, None, None, None, weights, scale, value, total, p_grad, q_grad)
+
+
+def trades_loss(logits, adv_logits, labels, beta, weights, scale, value, total, grad, adv_grad):
+    _loss(TRADES, logits, adv_logits, labels, None, beta, weights, scale, value, total, grad, adv_grad)
+
+
+def mart_loss(logits, adv_logits, labels, beta, weights, scale, value, total, grad, adv_grad):
+    _loss(MART, logits, adv_logits, labels, None, beta, weights, scale, value, total, grad, adv_grad)
+
+
+def entropy(logits, weights, scale, value, total, grad):
+    _loss(ENTROPY, logits, None, None, None, None, weights, scale, value, total, grad)
+
+
+def margin_loss(logits, labels, weights, scale, value, total, grad):
+    _loss(MARGIN, logits, None, labels, None, None, weights, scale, value, total, grad)
+
+
+def dlr_loss(logits, labels, targets, weights, scale, value, total, grad):
+    _loss(DLR, logits, None, labels, targets, None, weights, scale, value, total, grad)
+
+
+def logit_pairing(logits, adv_logits, weights, scale, value, total, grad, adv_grad):
+    _loss(LOGIT_PAIRING, logits, adv_logits, None, None, None, weights, scale, value, total, grad, adv_grad)
+
+
+def _atlas_plan(
+    logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
+) -> Launch:  # fmt: skip
+    batch, classes = len(labels), logits.shape[1]
+    first = int(global_term != NONE.value)
+    parts = logits.shape[0] // batch if batch else first + 1
+    count = parts - 1 - first
+    if count < 0 or (local == NONE.value and count):
+        raise DoorError(f"logits have {logits.shape[0]} rows, which is not [x; adv; z_1; ..; z_n] of {batch} labels")
+    require_rows(parts * batch, classes, logits, grad=grad)
+    vector("labels", labels, batch, torch.int64, logits.device)
+    require_vectors(labels, ("weights", weights, torch.float32), ("value", value, torch.float32))
+    if terms is not None:
+        vector("terms", terms, 3 * batch, torch.float32, logits.device)
+    tile = tiling(classes)
+    arguments = (
+        logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch, classes,
+        count, local, global_term, *tile,
+    )  # fmt: skip
+    return Launch(atlas_kernel, -(-batch // tile[0]), arguments)
+
+
+def atlas_loss(
+    logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, total, grad, terms
+):  # fmt: skip
+    require_outputs(
+        {"value": value, "total": total, "grad": grad, "terms": terms}, logits=logits, labels=labels, weights=weights
+    )
+    plan = _atlas_plan(
+        logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
+    )
+    _run(plan, value, total, scale)
+
+
+def _gairat_plan(kappa, steps, lam, out) -> Launch:
+    batch = len(kappa)
+    vector("kappa", kappa, batch, torch.int64, kappa.device)
+    vector("out", out, batch, torch.float32, kappa.device)
+    return Launch(gairat_kernel, 1, (kappa, out, lam, float(steps // 2), batch, *_blocks(batch)))
+
+
+def gairat_weights(kappa, steps, lam, out):
+    require_apart("out", out, ("kappa", kappa, -1))
+    plan = _gairat_plan(kappa, steps, lam, out)
+    if len(kappa):
+        launch(plan, kappa.device)
+
+
+def _example(
+    loss, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10, weighted: bool = False,
+    parameter: float | None = None, targeted: bool = False,
+) -> Launch:  # fmt: skip
+    """A launch on logits without memory behind them, with every gradient."""
+    z, y, v = meta((batch, classes), dtype), meta(batch, torch.int64), meta(batch)
+    pair = z if loss in (KL_DIV, TRADES, MART, LOGIT_PAIRING) else None
+    labels = None if loss in (KL_DIV, ENTROPY, LOGIT_PAIRING) else y
+    return loss_plan(
+        z, pair, labels, y if targeted else None, v if weighted else None, v, z, pair, None, None, 1.0, 0.5, parameter,
+        loss,
+    )  # fmt: skip
+
+
+def _atlas_example(
+    local, global_term, count: int, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10
+) -> Launch:  # fmt: skip
+    z = meta(((1 + (global_term is not NONE) + count) * batch, classes), dtype)
+    y, v, terms = meta(batch, torch.int64), meta(batch), meta((3, batch))
+    return _atlas_plan(z, y, local.value, 1.0, global_term.value, 1.0, v, 0.5, v, z, terms)
+
+
+_EXAMPLES: dict[str, Callable[..., Launch]] = {
+    "cross_entropy": partial(_example, CROSS_ENTROPY),
+    "cross_entropy, smoothed, weighted": partial(_example, CROSS_ENTROPY, parameter=0.1, weighted=True),
+    "kl_div": partial(_example, KL_DIV),
+    "trades_loss": partial(_example, TRADES, parameter=6.0),
+    "mart_loss": partial(_example, MART, parameter=5.0),
+    "entropy": partial(_example, ENTROPY),
+    "margin_loss": partial(_example, MARGIN),
+    "dlr_loss": partial(_example, DLR),
+    "dlr_loss, targeted": partial(_example, DLR, targeted=True),
+    "logit_pairing": partial(_example, LOGIT_PAIRING),
+    "atlas_loss": partial(_atlas_example, KL, KL, 1),
+    "atlas_loss, ce, two neighbours": partial(_atlas_example, CE, CE, 2),
+    "atlas_loss, logit, two neighbours": partial(_atlas_example, LOGIT, LOGIT, 2),
+    "atlas_loss, adversaries only": partial(_atlas_example, NONE, NONE, 0),
+}
+# What the operators launch for the numbers of classes that training meets, to be compiled ahead of time.
+VARIANTS: dict[str, Callable[[], Launch]] = {
+    **_EXAMPLES,
+    **{f"{name}, 1000 classes, bf16": partial(f, dtype=torch.bfloat16, classes=1000) for name, f in _EXAMPLES.items()},
+    "mart_loss, 21841 classes, fp16": partial(_example, MART, torch.float16, parameter=5.0, classes=21841),
+    "atlas_loss, one sample": partial(_atlas_example, KL, KL, 1, batch=1),
+    "trades_loss, more than 2**31 logits": partial(_example, TRADES, parameter=6.0, batch=1 << 21, classes=1024),
+    "total": lambda: _total_plan(meta(128), meta(1), 0.5),
+    "gairat_weights": lambda: _gairat_plan(meta(3000, torch.int64), 10, -1.0, meta(3000)),
+}
