@@ -83,7 +83,7 @@ def write_ninja(folder: Path, core: str) -> list[str]:
     binding_flags += f' -DATLAS_BUILD_NOTES="\\"{notes}\\""'
     user_flags = os.environ.get("CXXFLAGS", "")
     lines = [
-        f"rule cxx\n  command = {cxx} {CXX_FLAGS} {openmp} {user_flags} $extra -MMD -MF $out.d -c $in -o $out\n"
+        f"rule cxx\n  command = {cxx} {CXX_FLAGS} $extra {openmp} {user_flags} -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
         f"rule link\n  command = {cxx} -shared {openmp} {user_flags} $in -ldl -o $out\n  description = link $out",
     ]

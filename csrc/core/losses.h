@@ -25,10 +25,10 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   V value = ce_value(s, row, 0, label);
   const T share = T(smoothing / double(row.count()));
   if (smoothing != 0) {
-    V below = {};
+    Total<V> below;
     for (int64_t j = 0; j < row.vectors(); ++j)
-      below = below + (row.classes(j) < row.count() ? s.max - row.logit(0, j) : V{});
-    value = value * T(1 - smoothing) + (row.sum(below) * share + s.log_sum * T(smoothing));
+      below.add(row.classes(j) < row.count() ? s.max - row.logit(0, j) : V{});
+    value = value * T(1 - smoothing) + (below.over(row) * share + s.log_sum * T(smoothing));
   }
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {
@@ -65,9 +65,9 @@ template <class Row> struct Pair {
 
   // KL(p||q), and its derivative with respect to the logits of p.
   ATLAS_HD V kl(Row& row) const {
-    V sum = {};
-    for (int64_t j = 0; j < row.vectors(); ++j) sum = sum + weighted(p.p(row, p_slot, j), log_ratio(row, j));
-    return row.sum(sum);
+    Total<V> sum;
+    for (int64_t j = 0; j < row.vectors(); ++j) sum.add(weighted(p.p(row, p_slot, j), log_ratio(row, j)));
+    return sum.over(row);
   }
   ATLAS_HD V kl_to_p(const Row& row, int64_t j, V kl) const {
     return weighted(p.p(row, p_slot, j), log_ratio(row, j) - kl);
@@ -113,13 +113,13 @@ ATLAS_HD typename Row::V mart(Row& row, typename Row::I label, double beta, type
   const T b = T(beta), tiny = T(1e-12);
   const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
   const Top<1, Row> other = top<1>(row, 1, label);
-  V kl = {}, pull = {};
+  Total<V> kls, pulls;
   for (int64_t j = 0; j < row.vectors(); ++j) {
     const V p_j = p.p(row, 0, j), q_j = q.p(row, 1, j);
-    kl = kl + weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny));
-    pull = pull + p_j * (q_j / (q_j + tiny));
+    kls.add(weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny)));
+    pulls.add(p_j * (q_j / (q_j + tiny)));
   }
-  kl = row.sum(kl), pull = row.sum(pull);
+  const V kl = kls.over(row), pull = pulls.over(row);
   const V z_y = row.at(0, label), p_y = exp(z_y - p.max) * p.inverse;
   const V weight = (T(1.0000001) - T(1)) + p.one_minus_p(label, z_y);
   const V q_m = exp(other.logit[0] - q.max) * q.inverse;
@@ -141,9 +141,9 @@ ATLAS_HD typename Row::V mart(Row& row, typename Row::I label, double beta, type
 template <class Row> ATLAS_HD typename Row::V entropy(Row& row, typename Row::V scale) {
   using V = typename Row::V;
   const Softmax<Row> s = softmax(row, 0);
-  V h = {};
-  for (int64_t j = 0; j < row.vectors(); ++j) h = h - weighted(s.p(row, 0, j), s.log_p(row, 0, j));
-  h = row.sum(h);
+  Total<V> sum;
+  for (int64_t j = 0; j < row.vectors(); ++j) sum.add(weighted(s.p(row, 0, j), s.log_p(row, 0, j)));
+  const V h = -sum.over(row);
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j)
       row.gradient(0, j, weighted(s.p(row, 0, j), s.log_p(row, 0, j) + h) * -scale);
@@ -189,12 +189,12 @@ ATLAS_HD typename Row::V dlr(Row& row, typename Row::I label, typename Row::I ta
 
 template <class Row> ATLAS_HD typename Row::V squared_distance(Row& row, int a, int b) {
   using V = typename Row::V;
-  V sum = {};
+  Total<V> sum;
   for (int64_t j = 0; j < row.vectors(); ++j) {
     const V d = row.classes(j) < row.count() ? row.logit(a, j) - row.logit(b, j) : V{};
-    sum = sum + d * d;
+    sum.add(d * d);
   }
-  return row.sum(sum);
+  return sum.over(row);
 }
 
 template <class Row> ATLAS_HD typename Row::V logit_pairing(Row& row, typename Row::V scale) {

@@ -15,6 +15,19 @@ namespace atlas {
 
 constexpr int32_t kNoClass = INT32_MAX;
 
+// A sum of many numbers, in runs: its error grows with the length of a run and their number, not with the product.
+template <class V> struct Total {
+  static constexpr int kRun = 64;
+  V sum = {}, run = {};
+  int length = 0;
+
+  ATLAS_HD void add(V v) {
+    run = run + v;
+    if (++length == kRun) sum = sum + run, run = V{}, length = 0;
+  }
+  template <class Row> ATLAS_HD V over(Row& row) const { return row.sum(sum + run); }
+};
+
 template <class Row> struct Softmax {
   typename Row::V max, rest, log_sum, inverse;  // rest: the sum of the powers of all classes but the best
   typename Row::I best;                         // the first largest logit
@@ -49,12 +62,12 @@ template <class Row> ATLAS_HD Softmax<Row> softmax(Row& row, int slot) {
   Softmax<Row> s;
   s.max = row.max(largest);
   s.best = row.min(largest == s.max ? best : all<I>(kNoClass));
-  V rest = {};
+  Total<V> rest;
   for (int64_t j = 0; j < row.vectors(); ++j) {
     const V e = row.keep_power(slot, j, s.max);
-    rest = rest + (row.classes(j) == s.best ? e - scalar_of<V>(1) : e);  // not 0: a NaN must pass
+    rest.add(row.classes(j) == s.best ? e - scalar_of<V>(1) : e);  // not 0: a NaN must pass
   }
-  s.rest = row.sum(rest);
+  s.rest = rest.over(row);
   s.log_sum = log1p(s.rest);
   s.inverse = scalar_of<V>(1) / (scalar_of<V>(1) + s.rest);
   return s;
