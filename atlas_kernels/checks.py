@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends.native import first_outside
 from .layout import compute_dtype, is_supported, plane_shape
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -237,9 +238,8 @@ def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -
         raise ValueError(f"y has shape {list(labels.shape)}, expected [{'B' if batch is None else batch}]")
     if not labels.numel() or not value_checks_enabled(labels, attack=True):
         return
-    bad = (labels < 0) | (labels >= num_classes)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+    row = first_outside(labels.to(torch.int64).contiguous(), num_classes)
+    if row < labels.shape[0]:
         raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes}, from 0 on")
 
 
@@ -285,13 +285,13 @@ def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
         )
     if t.dtype != torch.int64:
         t = t.to(torch.int64)
+    t = t.contiguous()
     if batch and value_checks_enabled(t):
         classes = logits.shape[1]
-        low, high = torch.aminmax(t)
-        if int(low) < 0 or int(high) >= classes:
-            row = int(((t < 0) | (t >= classes)).nonzero()[0])
+        row = first_outside(t, classes)
+        if row < batch:
             raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: the logits have {classes}, from 0 on")
-    return t.contiguous()
+    return t
 
 
 def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Every loss is differentiable in its logits and weights any number of times. The 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -279,6 +279,7 @@ def _loss(
     reduced = reduction != "none"
     if weights is not None:
         weights = sample_weights(weights, batch, logits)
+    call = _Call(name, indices, numbers, weights, batch, scale, reduced)
     if torch.is_grad_enabled():
         if weights is not None and weights.requires_grad:
             plain = _loss(name, logits, other, indices, numbers, None, "none")
@@ -286,55 +287,57 @@ def _loss(
             value = value.sum() * scale if reduced else value
             return (value, plain[1]) if name == "atlas_loss" else value
         if logits.requires_grad or (other is not None and other.requires_grad):
-            return _Loss.apply(name, numbers, batch, reduced, scale, weights, logits, other, *indices)
-    result, terms = _run(name, numbers, batch, reduced, scale, weights, (logits, other, *indices), (None, None))
+            return _Loss.apply(call, logits, other)
+    result, terms = _run(call, scale, logits, other, None, None)
     return result if terms is None else (result, terms)
 
 
+class _Call(NamedTuple):
+    """What a loss is asked for, beside its logits."""
+
+    name: str
+    indices: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
+    weights: Tensor | None
+    batch: int
+    scale: float
+    reduced: bool
+
+
 def _run(
-    name: str,
-    numbers: tuple[float, ...],
-    batch: int,
-    reduced: bool,
-    scale: float,
-    weights: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
+    call: _Call, scale: float, logits: Tensor, other: Tensor | None, grad: Tensor | None, other_grad: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The operator itself: (total or value, terms), and the gradients, where there is a tensor for them."""
-    logits, other, *indices = tensors
-    assert logits is not None
     dtype, device = compute_dtype(logits.dtype), logits.device
-    value = torch.empty(batch, dtype=dtype, device=device)
-    total = torch.empty((), dtype=dtype, device=device) if reduced else None
-    shared = (*indices, *numbers, weights, scale, value, total)
+    value = torch.empty(call.batch, dtype=dtype, device=device)
+    total = torch.empty((), dtype=dtype, device=device) if call.reduced else None
+    kernel, shared = _KERNELS[call.name], (*call.indices, *call.numbers, call.weights, scale, value, total)
+    terms = None
     if other is not None:
-        _KERNELS[name](logits, other, *shared, *grads)
-    elif name != "atlas_loss":
-        _KERNELS[name](logits, *shared, grads[0])
+        kernel(logits, other, *shared, grad, other_grad)
+    elif call.name != "atlas_loss":
+        kernel(logits, *shared, grad)
     else:
-        terms = torch.empty((3, batch), dtype=dtype, device=device)
-        _KERNELS[name](logits, *shared, grads[0], terms)
-        return value if total is None else total, terms
-    return value if total is None else total, None
+        terms = torch.empty((3, call.batch), dtype=dtype, device=device)
+        kernel(logits, *shared, grad, terms)
+    return value if total is None else total, terms
 
 
 class _Loss(torch.autograd.Function):
     """Any of the losses: ``forward`` makes value and gradients at once, ``backward`` scales them."""
 
     @staticmethod
-    def forward(ctx, name, numbers, batch, reduced, scale, weights, *tensors):  # type: ignore[no-untyped-def]
-        grads = tuple(
-            torch.empty_like(t) if need else None
-            for t, need in zip(tensors[:2], ctx.needs_input_grad[6:8], strict=True)
-        )
+    def forward(ctx, call, logits, other):  # type: ignore[no-untyped-def]
+        _, wanted, other_wanted = ctx.needs_input_grad
+        grad = torch.empty_like(logits) if wanted else None
+        other_grad = torch.empty_like(other) if other_wanted else None
         # In float16 a gradient over B may underflow that times a loss scale does not: backward divides, in float32.
-        late = scale if tensors[0].dtype == torch.float16 else 1.0
-        result, terms = _run(name, numbers, batch, reduced, scale / late, weights, tensors, grads)
+        late = call.scale if logits.dtype == torch.float16 else 1.0
+        result, terms = _run(call, call.scale / late, logits, other, grad, other_grad)
         if late != 1.0:
             result.mul_(late)
-        ctx.save_for_backward(weights, *grads, *tensors)
-        ctx.rest = name, numbers, scale, late
+        ctx.save_for_backward(grad, other_grad, logits, other)
+        ctx.call, ctx.late = call, late
         if terms is None:
             return result
         ctx.mark_non_differentiable(terms)
@@ -342,18 +345,15 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, *_):  # type: ignore[no-untyped-def]
-        weights, *grads = ctx.saved_tensors[:3]
-        name, numbers, scale, late = ctx.rest
+        grad, other_grad, logits, other = ctx.saved_tensors
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled():
-            tensors = ctx.saved_tensors[3:]
-            made = _differentiable(name, numbers, weights, tensors, ctx.needs_input_grad[6:8], g * scale)
-            return *[None] * 6, *made, *[None] * (len(tensors) - 2)
-        unused = len(ctx.needs_input_grad) - 8
-        g = g if late == 1.0 else g * late
-        if not (eager and type(g) is Tensor and g.is_cpu and g.ndim == 0 and g.item() == 1.0):
-            grads = [None if t is None else _scaled(t, g) for t in grads]
-        return *[None] * 6, *grads, *[None] * unused
+            needed = grad is not None, other_grad is not None
+            return None, *_differentiable(ctx.call, logits, other, needed, g * ctx.call.scale)
+        g = g if ctx.late == 1.0 else g * ctx.late
+        if eager and g.ndim == 0 and type(g) is Tensor and g.is_cpu and g.item() == 1.0:
+            return None, grad, other_grad
+        return None, *(None if t is None else _scaled(t, g) for t in (grad, other_grad))
 
 
 def _scaled(t: Tensor, g: Tensor) -> Tensor:
@@ -363,11 +363,11 @@ def _scaled(t: Tensor, g: Tensor) -> Tensor:
     return t * g if t.dtype == g.dtype else (t.to(g.dtype) * g).to(t.dtype)
 
 
-def _differentiable(name, numbers, weights, tensors, needs, g):  # type: ignore[no-untyped-def]
+def _differentiable(call, logits, other, needed, g):  # type: ignore[no-untyped-def]
     """The gradients as functions of the logits and of ``g``, for a derivative of the next order."""
-    formula = getattr(formulas, name)
-    loss = formula(*(t for i, t in enumerate(tensors) if t is not None or i != 1), *numbers)
-    loss = loss if weights is None else loss * weights
-    wanted = [t for t, need in zip(tensors[:2], needs, strict=True) if need]
+    both = (logits,) if other is None else (logits, other)
+    loss = getattr(formulas, call.name)(*both, *call.indices, *call.numbers)
+    loss = loss if call.weights is None else loss * call.weights
+    wanted = [t for t, need in zip((logits, other), needed, strict=True) if need]
     found = iter(torch.autograd.grad(loss, wanted, g.expand_as(loss), create_graph=True))
-    return [next(found) if need else None for need in needs]
+    return [next(found) if need else None for need in needed]

@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 
 #include "api.h"
@@ -158,6 +159,12 @@ void gairat_weights(int64_t batch, int64_t steps, uintptr_t kappa, double lam, u
   call("atlas_gairat_weights", atlas_gairat_weights, cuda.gairat_weights, params, device, threads, stream);
 }
 
+// The first of `count` class indices that is not in [0, classes); `count` if all are.
+int64_t first_outside(uintptr_t indices, int64_t count, int64_t classes) {
+  return std::find_if(integers(indices), integers(indices) + count, [&](int64_t c) { return c < 0 || c >= classes; }) -
+         integers(indices);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -168,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("objectives", &objectives);
   m.def("losses", &losses);
   m.def("gairat_weights", &gairat_weights);
+  m.def("first_outside", &first_outside);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);
   m.def("cuda_runtime", &cuda_runtime);

@@ -104,15 +104,12 @@ def _implementation(stem: str, name: str) -> Callable[..., None]:
         if function is None:
             function = chosen[here] = getattr(_choose(here[0], stem, here[1].type), name)
         function(*args)
-        for i in written:
-            out = args[i]
-            if out is not None and not out.is_inference():
-                _bump_version(out)
+        _bump_versions([out for i in written if (out := args[i]) is not None and not out.is_inference()])
 
     return run
 
 
-_bump_version = torch.autograd.graph.increment_version
+_bump_versions = torch.autograd.graph.increment_version
 _functorch_level = torch._C._functorch.maybe_current_level
 _library = torch.library.Library(NAMESPACE, "DEF")  # the operators live as long as this does
 _implementations: dict[str, Callable[..., None]] = {}

@@ -12,17 +12,31 @@ template <class Row> ATLAS_HD typename Row::V one_hot(typename Row::I classes, t
   return classes == label ? all<V>(1) : V{};
 }
 
-template <class Row>
-ATLAS_HD typename Row::V ce_value(const Softmax<Row>& s, Row& row, int slot, typename Row::I label) {
-  return s.log_sum + (s.max - row.at(slot, label));
-}
+// A prediction and the class that it should have been.
+template <class Row> struct Target {
+  using V = typename Row::V;
+  const Softmax<Row>& s;
+  int slot;
+  typename Row::I label;
+  V logit, missing, ce;  // missing: 1 - p_y; ce: -log p_y
+
+  ATLAS_HD Target(const Softmax<Row>& s, const Row& row, int slot, typename Row::I label)
+      : s(s), slot(slot), label(label), logit(row.at(slot, label)), missing(s.one_minus_p(logit)),
+        ce(s.log_sum + (s.max - logit)) {}
+
+  // d ce / d(logits).
+  ATLAS_HD V to_ce(const Row& row, int64_t j) const {
+    return row.classes(j) == label ? -missing : s.p(row, slot, j);
+  }
+};
 
 template <class Row>
 ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double smoothing, typename Row::V scale) {
   using V = typename Row::V;
   using T = scalar_of<V>;
   const Softmax<Row> s = softmax(row, 0);
-  V value = ce_value(s, row, 0, label);
+  const Target<Row> target(s, row, 0, label);
+  V value = target.ce;
   const T share = T(smoothing / double(row.count()));
   if (smoothing != 0) {
     Total<V> below;
@@ -33,7 +47,7 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const V kept = one_hot<Row>(row.classes(j), label) * T(smoothing);
-      row.gradient(0, j, (s.p_minus_one_at(row, 0, j, label) + kept - share) * scale);
+      row.gradient(0, j, (target.to_ce(row, j) + kept - share) * scale);
     }
   return value;
 }
@@ -58,9 +72,8 @@ template <class Row> struct Pair {
 
   // q - p.
   ATLAS_HD V difference(const Row& row, int64_t j) const {
-    const typename Row::I c = row.classes(j);
     const V plain = q.p(row, q_slot, j) - p.p(row, p_slot, j), others = p.rest * p.inverse - q.rest * q.inverse;
-    return (c == p.best) & (c == q.best) ? others : plain;
+    return (row.logit(p_slot, j) == p.max) & (row.logit(q_slot, j) == q.max) ? others : plain;
   }
 
   // KL(p||q), and its derivative with respect to the logits of p.
@@ -74,16 +87,16 @@ template <class Row> struct Pair {
   }
 };
 
-template <class Row> ATLAS_HD typename Row::V kl_div(Row& row, typename Row::V scale) {
+template <class Row> ATLAS_HD typename Row::V kl_div(Row& row, int p_slot, int q_slot, typename Row::V scale) {
   using V = typename Row::V;
-  const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
-  const Pair<Row> pair(p, 0, q, 1);
+  const Softmax<Row> p = softmax(row, p_slot), q = softmax(row, q_slot);
+  const Pair<Row> pair(p, p_slot, q, q_slot);
   const V kl = pair.kl(row);
-  if (row.wants(0) || row.wants(1))
+  if (row.wants(p_slot) || row.wants(q_slot))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V to_p = pair.kl_to_p(row, j, kl), to_q = pair.difference(row, j);
-      row.gradient(0, j, to_p * scale);
-      row.gradient(1, j, to_q * scale);
+      const V to_q = pair.difference(row, j);
+      if (row.wants(p_slot)) row.gradient(p_slot, j, pair.kl_to_p(row, j, kl) * scale);
+      row.gradient(q_slot, j, to_q * scale);
     }
   return kl;
 }
@@ -93,11 +106,12 @@ ATLAS_HD typename Row::V trades(Row& row, typename Row::I label, double beta, ty
   using V = typename Row::V;
   const scalar_of<V> b = scalar_of<V>(beta);
   const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
+  const Target<Row> target(p, row, 0, label);
   const Pair<Row> pair(p, 0, q, 1);
-  const V kl = pair.kl(row), value = ce_value(p, row, 0, label) + b * kl;
+  const V kl = pair.kl(row), value = target.ce + b * kl;
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V to_p = p.p_minus_one_at(row, 0, j, label) + b * pair.kl_to_p(row, j, kl);
+      const V to_p = target.to_ce(row, j) + b * pair.kl_to_p(row, j, kl);
       const V to_q = b * pair.difference(row, j);
       row.gradient(0, j, to_p * scale);
       row.gradient(1, j, to_q * scale);
@@ -120,19 +134,19 @@ ATLAS_HD typename Row::V mart(Row& row, typename Row::I label, double beta, type
     pulls.add(p_j * (q_j / (q_j + tiny)));
   }
   const V kl = kls.over(row), pull = pulls.over(row);
-  const V z_y = row.at(0, label), p_y = exp(z_y - p.max) * p.inverse;
-  const V weight = (T(1.0000001) - T(1)) + p.one_minus_p(label, z_y);
-  const V q_m = exp(other.logit[0] - q.max) * q.inverse;
-  const V room = T(1.0001 + 1e-12 - 1) + q.one_minus_p(other.index[0], other.logit[0]);
-  const V value = ce_value(q, row, 1, label) - log(room) + b * kl * weight;
+  const Target<Row> clean(p, row, 0, label), target(q, row, 1, label);
+  const V p_y = exp_of_negative(clean.logit - p.max) * p.inverse, weight = (T(1.0000001) - T(1)) + clean.missing;
+  const V q_m = exp_of_negative(other.logit[0] - q.max) * q.inverse;
+  const V room = T(1.0001 + 1e-12 - 1) + q.one_minus_p(other.logit[0]);
+  const V value = target.ce - log(room) + b * kl * weight;
   const V push = q_m / room;
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const typename Row::I c = row.classes(j);
       const V p_j = p.p(row, 0, j), q_j = q.p(row, 1, j), ratio = p_j * (q_j / (q_j + tiny));
       const V to_p = weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny) - kl);
-      const V bce = q.p_minus_one_at(row, 1, j, label) + push * (one_hot<Row>(c, other.index[0]) - q_j);
-      row.gradient(0, j, b * (weight * to_p + kl * p_y * p.p_minus_one_at(row, 0, j, label)) * scale);
+      const V bce = target.to_ce(row, j) + push * (one_hot<Row>(c, other.index[0]) - q_j);
+      row.gradient(0, j, b * (weight * to_p + kl * p_y * clean.to_ce(row, j)) * scale);
       row.gradient(1, j, (bce + b * weight * (q_j * pull - ratio)) * scale);
     }
   return value;
@@ -226,13 +240,15 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
   const V local_scale = scale * T(terms.local_weight / double(terms.neighbours ? terms.neighbours : 1));
   const V global_scale = scale * T(terms.global_weight);
   const Softmax<Row> q = softmax(row, adv);
-  AtlasParts<Row> parts = {ce_value(q, row, adv, label), V{}, V{}};
+  const Target<Row> target(q, row, adv, label);
+  AtlasParts<Row> parts = {target.ce, V{}, V{}};
   // What a term that pulls at both sides adds to the adversary's gradient is asked for again when that is written.
   Softmax<Row> p = q;
   if (terms.global == ATLAS_TERM_KL || terms.global == ATLAS_TERM_CE) p = softmax(row, 0);
   const Pair<Row> pair(p, 0, q, adv);
+  const Target<Row> clean(p, row, 0, label);  // of x, if that is asked for
   if (terms.global == ATLAS_TERM_KL) parts.global = pair.kl(row);
-  if (terms.global == ATLAS_TERM_CE) parts.global = ce_value(p, row, 0, label);
+  if (terms.global == ATLAS_TERM_CE) parts.global = clean.ce;
   if (terms.global == ATLAS_TERM_LOGIT) parts.global = squared_distance(row, 0, adv);
 
   for (int k = first; k < end; ++k) {
@@ -242,10 +258,11 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
     }
     const Softmax<Row> r = softmax(row, k);
     const Pair<Row> ball(q, adv, r, k);
-    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? ball.kl(row) : ce_value(r, row, k, label));
+    const Target<Row> near(r, row, k, label);
+    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? ball.kl(row) : near.ce);
     if (row.wants(k))
       for (int64_t j = 0; j < row.vectors(); ++j) {
-        const V pull = terms.local == ATLAS_TERM_KL ? ball.difference(row, j) : r.p_minus_one_at(row, k, j, label);
+        const V pull = terms.local == ATLAS_TERM_KL ? ball.difference(row, j) : near.to_ce(row, j);
         row.gradient(k, j, pull * local_scale);
       }
   }
@@ -253,7 +270,7 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
 
   if (row.wants(adv))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      V to_adv = q.p_minus_one_at(row, adv, j, label) * scale;
+      V to_adv = target.to_ce(row, j) * scale;
       if (terms.local == ATLAS_TERM_LOGIT)
         for (int k = first; k < end; ++k) {
           const V d = (row.logit(k, j) - row.logit(adv, j)) * T(2) * local_scale;
@@ -265,7 +282,7 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
         to_adv = to_adv + pair.difference(row, j) * global_scale;
         row.gradient(0, j, to_p * global_scale);
       } else if (terms.global == ATLAS_TERM_CE) {
-        row.gradient(0, j, p.p_minus_one_at(row, 0, j, label) * global_scale);
+        row.gradient(0, j, clean.to_ce(row, j) * global_scale);
       } else if (terms.global == ATLAS_TERM_LOGIT) {
         const V d = (row.logit(0, j) - row.logit(adv, j)) * T(2) * global_scale;
         row.gradient(0, j, d);
@@ -287,7 +304,7 @@ template <class Row> ATLAS_HD AtlasParts<Row> loss_of(Row& row, const AtlasLosse
   const V scale = row.weight() * scalar_of<V>(p.scale);
   switch (p.loss) {
     case ATLAS_LOSS_CROSS_ENTROPY: return alone<Row>(cross_entropy(row, row.label(), p.parameter, scale));
-    case ATLAS_LOSS_KL_DIV: return alone<Row>(kl_div(row, scale));
+    case ATLAS_LOSS_KL_DIV: return alone<Row>(kl_div(row, 0, 1, scale));
     case ATLAS_LOSS_TRADES: return alone<Row>(trades(row, row.label(), p.parameter, scale));
     case ATLAS_LOSS_MART: return alone<Row>(mart(row, row.label(), p.parameter, scale));
     case ATLAS_LOSS_ENTROPY: return alone<Row>(entropy(row, scale));

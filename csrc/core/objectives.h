@@ -10,40 +10,23 @@ template <class Row> struct Objective {
   typename Row::V nan;         // NaN for a row with one
 };
 
-// Cross-entropy, or KL from the reference.
-template <class Row>
-ATLAS_HD Objective<Row> smooth_objective_of(Row& row, const AtlasObjectives& p, typename Row::V sign) {
-  using V = typename Row::V;
-  const bool ce = p.objective == ATLAS_OBJECTIVE_CE;
-  const Softmax<Row> q = softmax(row, 0);
-  Softmax<Row> reference = q;
-  if (!ce) reference = softmax(row, 1);
-  const Pair<Row> pair(reference, 1, q, 0);
-  const V value = ce ? ce_value(q, row, 0, row.label()) : pair.kl(row);
-  if (row.wants(0))
-    for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V pull = ce ? q.p_minus_one_at(row, 0, j, row.label()) : pair.difference(row, j);
-      row.gradient(0, j, sign * pull);
-    }
-  return {value, q.best, q.rest};
-}
-
 // Slot 0: the logits; slot 1: the reference. A Row also knows its label() and target().
 template <class Row> ATLAS_HD Objective<Row> objective_of(Row& row, const AtlasObjectives& p) {
   using V = typename Row::V;
   using I = typename Row::I;
   const V sign = all<V>(p.descend ? -1 : 1);
-  // First: gradients are the last use of the logits.
   Objective<Row> found = {};
-  if (p.objective > ATLAS_OBJECTIVE_KL && row.wants_prediction()) {
+  // First: gradients are the last use of the logits.
+  if (row.wants_prediction()) {
     found.prediction = top<1>(row, 0, all<I>(-1)).index[0];
     found.nan = nan_of(row, 0);
   }
   switch (p.objective) {
+    case ATLAS_OBJECTIVE_CE: found.value = cross_entropy(row, row.label(), 0, sign); break;
+    case ATLAS_OBJECTIVE_KL: found.value = kl_div(row, 1, 0, sign); break;
     case ATLAS_OBJECTIVE_MARGIN: found.value = margin(row, row.label(), sign); break;
     case ATLAS_OBJECTIVE_DLR: found.value = dlr<false>(row, row.label(), row.label(), sign); break;
-    case ATLAS_OBJECTIVE_DLR_TARGETED: found.value = dlr<true>(row, row.label(), row.target(), sign); break;
-    default: found = smooth_objective_of(row, p, sign);
+    default: found.value = dlr<true>(row, row.label(), row.target(), sign);
   }
   found.value = found.value * sign;
   return found;

@@ -29,45 +29,34 @@ template <class V> struct Total {
 };
 
 template <class Row> struct Softmax {
-  typename Row::V max, rest, log_sum, inverse;  // rest: the sum of the powers of all classes but the best
-  typename Row::I best;                         // the first largest logit
+  using V = typename Row::V;
+  V max, rest, log_sum, inverse;  // rest: the sum of all powers but one that is 1, the largest logit's
 
-  ATLAS_HD typename Row::V p(const Row& row, int slot, int64_t j) const { return row.power(slot, j, max) * inverse; }
-  ATLAS_HD typename Row::V log_p(const Row& row, int slot, int64_t j) const {
-    return row.logit(slot, j) - max - log_sum;
-  }
-  // p - [class is label], exact where p is nearly 1; and 1 - p of one class, whose logit is given.
-  ATLAS_HD typename Row::V p_minus_one_at(const Row& row, int slot, int64_t j, typename Row::I label) const {
-    using V = typename Row::V;
-    const typename Row::I c = row.classes(j);
-    const V p_j = p(row, slot, j), others = c == best ? -rest * inverse : p_j - scalar_of<V>(1);
-    return c == label ? others : p_j;
-  }
-  ATLAS_HD typename Row::V one_minus_p(typename Row::I label, typename Row::V logit) const {
-    using V = typename Row::V;
-    return label == best ? rest * inverse : scalar_of<V>(1) - exp(logit - max) * inverse;
+  ATLAS_HD V p(const Row& row, int slot, int64_t j) const { return row.power(slot, j, max) * inverse; }
+  ATLAS_HD V log_p(const Row& row, int slot, int64_t j) const { return row.logit(slot, j) - max - log_sum; }
+  // 1 - p of one class, whose logit is given: exact where p is nearly 1.
+  ATLAS_HD V one_minus_p(V logit) const {
+    return logit == max ? rest * inverse : scalar_of<V>(1) - exp_of_negative(logit - max) * inverse;
   }
 };
 
 template <class Row> ATLAS_HD Softmax<Row> softmax(Row& row, int slot) {
   using V = typename Row::V;
-  using I = typename Row::I;
+  Softmax<Row> s;
   V largest = all<V>(-HUGE_VALF);
-  I best = {};
   for (int64_t j = 0; j < row.vectors(); ++j) {
     const V z = row.logit(slot, j);
-    best = z > largest ? row.classes(j) : best;
     largest = z > largest ? z : largest;
   }
-  Softmax<Row> s;
   s.max = row.max(largest);
-  s.best = row.min(largest == s.max ? best : all<I>(kNoClass));
   Total<V> rest;
+  V ties = {};
   for (int64_t j = 0; j < row.vectors(); ++j) {
-    const V e = row.keep_power(slot, j, s.max);
-    rest.add(row.classes(j) == s.best ? e - scalar_of<V>(1) : e);  // not 0: a NaN must pass
+    const V e = row.keep_power(slot, j, s.max), z = row.logit(slot, j);
+    rest.add(z == s.max ? V{} : e);
+    ties = ties + (z == s.max ? e : V{});  // not 1: of infinite logits this is NaN
   }
-  s.rest = rest.over(row);
+  s.rest = rest.over(row) + (row.sum(ties) - scalar_of<V>(1));
   s.log_sum = log1p(s.rest);
   s.inverse = scalar_of<V>(1) / (scalar_of<V>(1) + s.rest);
   return s;

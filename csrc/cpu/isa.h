@@ -18,6 +18,9 @@
 #define ATLAS_X86 0
 #endif
 
+// For a loop over a vector's lanes or over as many vectors: these are to stay in registers.
+#define ATLAS_UNROLL _Pragma("GCC unroll 16")
+
 // Between these, functions are compiled for an instruction set, templates by where they are defined. Inside may only be
 // what is always inlined or has the instruction set in its type: the linker keeps one copy of any other function.
 #if defined(__clang__)

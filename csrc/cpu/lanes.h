@@ -29,6 +29,17 @@ ATLAS_VECTOR(double8, long8, double, int64_t, 8)
 
 namespace atlas {
 
+#if defined(__FMA__)
+template <> struct multiply_add<cpu::float8> {
+  static ATLAS_HD cpu::float8 of(cpu::float8 a, cpu::float8 b, cpu::float8 c) { return _mm256_fmadd_ps(a, b, c); }
+};
+#endif
+#if defined(__AVX512F__)
+template <> struct multiply_add<cpu::float16> {
+  static ATLAS_HD cpu::float16 of(cpu::float16 a, cpu::float16 b, cpu::float16 c) { return _mm512_fmadd_ps(a, b, c); }
+};
+#endif
+
 // libm, lane after lane.
 template <class V> struct math<V, double> {
   static constexpr int kCount = sizeof(V) / sizeof(double);
@@ -36,6 +47,7 @@ template <class V> struct math<V, double> {
     for (int l = 0; l < kCount; ++l) x[l] = ::exp(x[l]);
     return x;
   }
+  static ATLAS_HD V exp_of_negative(V x) { return exp(x); }
   static ATLAS_HD V log(V x) {
     for (int l = 0; l < kCount; ++l) x[l] = ::log(x[l]);
     return x;
@@ -56,6 +68,33 @@ template <int Step, class V> ATLAS_HD V exchanged(V v) {
   for (int l = 0; l < kCount; ++l) from[l] = l ^ Step;
   return __builtin_shuffle(v, from);
 #endif
+}
+
+// Lane l of a where `from` says l, of b where it says kCount + l.
+template <class V> ATLAS_HD V merged(V a, V b, int_of<V> from) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(scalar_of<V>);
+  V both;
+  for (int l = 0; l < kCount; ++l) both[l] = from[l] < kCount ? a[from[l]] : b[from[l] - kCount];
+  return both;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// A square of vectors, rows for columns: squares of Step are exchanged across the diagonal, then smaller ones.
+template <int Step, int N, class V> ATLAS_HD void transpose(V (&v)[N]) {
+  int_of<V> low = {}, high = {};
+  for (int l = 0; l < N; ++l) {
+    low[l] = l & Step ? N + l - Step : l;
+    high[l] = l & Step ? N + l : l + Step;
+  }
+  ATLAS_UNROLL for (int i = 0; i < N; ++i)
+    if (!(i & Step)) {
+      const V a = v[i], b = v[i + Step];
+      v[i] = merged(a, b, low), v[i + Step] = merged(a, b, high);
+    }
+  if constexpr (Step > 1) transpose<Step / 2>(v);
 }
 
 // Folds a vector over its lanes; all lanes of the result are the same. The order does not depend on anything.

@@ -1,11 +1,13 @@
 // What computes in lanes, for AVX2. The headers before the switch hold what is not to be compiled for it.
 #include <cmath>
+#include <type_traits>
 
 #include "losses.h"
 #include "memory.h"
 #include "objectives.h"
 
 #if ATLAS_X86
+#include <immintrin.h>
 ATLAS_BEGIN_V3
 #include "losses_rows.h"
 #include "objectives_rows.h"

@@ -2,30 +2,72 @@
 // the lanes are neighbouring classes of one row. Either way the algorithms see fp32 or fp64 in aligned, padded vectors,
 // and leave the gradients where the logits were.
 #pragma once
+#include <type_traits>
+
 #include "../core/rows.h"
 #include "lanes.h"
 #include "slots.h"
 
 namespace atlas::cpu {
 
-template <class Number, class S>
-ATLAS_HD void copy_rows(Number* to, const S* from, int64_t rows, int64_t classes, int lanes) {
-  if (lanes == 1) {
-    ATLAS_IVDEP for (int64_t c = 0; c < classes; ++c) to[c] = convert<Number>(from[c]);
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < classes; ++c) to[c * lanes + r] = convert<Number>(from[r * classes + c]);
+// One row of logits as vectors, and back.
+template <class To, class From> ATLAS_HD void copy_row(To* to, const From* from, int64_t classes) {
+  ATLAS_IVDEP for (int64_t c = 0; c < classes; ++c) to[c] = convert<To>(from[c]);
 }
 
-template <class Number, class S>
-ATLAS_HD void copy_back(S* to, const Number* from, int64_t rows, int64_t classes, int lanes) {
-  if (lanes == 1) {
-    ATLAS_IVDEP for (int64_t c = 0; c < classes; ++c) to[c] = convert<S>(from[c]);
-    return;
-  }
+// Rows into lanes and back, number by number.
+template <class V, class S> ATLAS_HD void into_lanes(V* to, const S* from, int64_t rows, int64_t classes) {
+  using T = scalar_of<V>;
+  constexpr int kCount = sizeof(V) / sizeof(T);
+  T* const numbers = reinterpret_cast<T*>(to);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < classes; ++c) to[r * classes + c] = convert<S>(from[c * lanes + r]);
+    for (int64_t c = 0; c < classes; ++c) numbers[c * kCount + r] = convert<T>(from[r * classes + c]);
+}
+template <class V, class S> ATLAS_HD void out_of_lanes(S* to, const V* from, int64_t rows, int64_t classes) {
+  using T = scalar_of<V>;
+  constexpr int kCount = sizeof(V) / sizeof(T);
+  const T* const numbers = reinterpret_cast<const T*>(from);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < classes; ++c) to[r * classes + c] = convert<S>(numbers[c * kCount + r]);
+}
+
+// The same for as many rows as lanes that need no conversion, in squares. A vector may reach into the next row, but not
+// beyond the last one.
+template <class V> ATLAS_HD void squares_into_lanes(V* to, const scalar_of<V>* from, int64_t classes) {
+  constexpr int kCount = sizeof(V) / sizeof(scalar_of<V>);
+  for (int64_t first = 0; first < classes; first += kCount) {
+    const int64_t width = classes - first < kCount ? classes - first : kCount;
+    V square[kCount];
+    ATLAS_UNROLL for (int r = 0; r < kCount; ++r) {
+      const int64_t begin = r * classes + first;
+      if (begin + kCount <= kCount * classes) {
+        memcpy(&square[r], from + begin, sizeof(V));
+      } else {
+        scalar_of<V> part[kCount] = {};
+        for (int64_t c = 0; c < width; ++c) part[c] = from[begin + c];
+        memcpy(&square[r], part, sizeof(V));
+      }
+    }
+    transpose<kCount / 2>(square);
+    ATLAS_UNROLL for (int c = 0; c < kCount; ++c)
+      if (c < width) to[first + c] = square[c];
+  }
+}
+template <class V> ATLAS_HD void squares_out_of_lanes(scalar_of<V>* to, const V* from, int64_t classes) {
+  constexpr int kCount = sizeof(V) / sizeof(scalar_of<V>);
+  for (int64_t first = 0; first < classes; first += kCount) {
+    const int64_t width = classes - first < kCount ? classes - first : kCount;
+    V square[kCount];
+    ATLAS_UNROLL for (int c = 0; c < kCount; ++c) square[c] = c < width ? from[first + c] : V{};
+    transpose<kCount / 2>(square);
+    ATLAS_UNROLL for (int r = 0; r < kCount; ++r) {  // what reaches into the next row is written over by it
+      const int64_t begin = r * classes + first;
+      if (width == kCount || (classes <= kCount && begin + kCount <= kCount * classes))
+        memcpy(to + begin, &square[r], sizeof(V));
+      else
+        memcpy(to + begin, &square[r], size_t(width) * sizeof(scalar_of<V>));
+    }
+  }
 }
 
 // Calls function(S()) for the dtype's type S.
@@ -66,7 +108,10 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
       with_dtype(slots.dtype, [&](auto stored) ATLAS_INLINE_LAMBDA {
         using S = decltype(stored);
         const S* from = static_cast<const S*>(slots.logits[slots.tensor(slot)]) + slots.offset(slot, first);
-        copy_rows(reinterpret_cast<T*>(to), from, rows_, slots.classes, kRows);
+        if constexpr (!LanesAreRows) return copy_row(reinterpret_cast<T*>(to), from, slots.classes);
+        if constexpr (std::is_same_v<S, T>)
+          if (rows_ == kRows) return squares_into_lanes(to, from, slots.classes);
+        into_lanes(to, from, rows_, slots.classes);
       });
     }
   }
@@ -78,7 +123,11 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
         with_dtype(slots_.dtype, [&](auto stored) ATLAS_INLINE_LAMBDA {
           using S = decltype(stored);
           S* to = static_cast<S*>(slots_.gradients[slots_.tensor(slot)]) + slots_.offset(slot, first_);
-          copy_back(to, reinterpret_cast<const T*>(logits_ + slot * vectors_), rows_, slots_.classes, kRows);
+          const V* from = logits_ + slot * vectors_;
+          if constexpr (!LanesAreRows) return copy_row(to, reinterpret_cast<const T*>(from), slots_.classes);
+          if constexpr (std::is_same_v<S, T>)
+            if (rows_ == kRows) return squares_out_of_lanes(to, from, slots_.classes);
+          out_of_lanes(to, from, rows_, slots_.classes);
         });
   }
 
@@ -87,7 +136,9 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   ATLAS_HD I classes(int64_t j) const { return LanesAreRows ? all<I>(Index(j)) : lane_ + Index(j * kCount); }
   ATLAS_HD V logit(int slot, int64_t j) const { return logits_[slot * vectors_ + j]; }
   ATLAS_HD V power(int slot, int64_t j, V) const { return powers_[slot * vectors_ + j]; }
-  ATLAS_HD V keep_power(int slot, int64_t j, V max) { return powers_[slot * vectors_ + j] = exp(logit(slot, j) - max); }
+  ATLAS_HD V keep_power(int slot, int64_t j, V max) {
+    return powers_[slot * vectors_ + j] = exp_of_negative(logit(slot, j) - max);
+  }
   ATLAS_HD bool wants(int slot) const { return slots_.gradients[slots_.tensor(slot)] != nullptr; }
   ATLAS_HD void gradient(int slot, int64_t j, V g) { logits_[slot * vectors_ + j] = g; }
 

@@ -44,7 +44,7 @@ template <class S, bool Block> class Row {
   __device__ V logit(int slot, int64_t j) const {
     return classes(j) < count() ? read(slot, classes(j)) : V(-HUGE_VALF);
   }
-  __device__ V power(int slot, int64_t j, V max) const { return exp(logit(slot, j) - max); }
+  __device__ V power(int slot, int64_t j, V max) const { return exp_of_negative(logit(slot, j) - max); }
   __device__ V keep_power(int slot, int64_t j, V max) const { return power(slot, j, max); }
   __device__ V at(int slot, I label) const { return label >= 0 && label < count() ? read(slot, label) : V(NAN); }
 

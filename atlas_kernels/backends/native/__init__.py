@@ -53,6 +53,15 @@ def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def first_outside(indices: torch.Tensor, classes: int) -> int:
+    """Row of the first index that is not in [0, classes), or their number; contiguous int64 indices."""
+    if indices.is_cpu and type(indices) is torch.Tensor and unavailable_reason("cpu") is None:
+        row: int = core().first_outside(indices.data_ptr(), indices.shape[0], classes)
+        return row
+    outside = ((indices < 0) | (indices >= classes)).nonzero()
+    return int(outside[0]) if len(outside) else indices.shape[0]
+
+
 def available_isas() -> tuple[str, ...]:
     """The variants of the CPU kernels that this machine can run, plainest first."""
     return ISAS[: core().best_isa() + 1]
