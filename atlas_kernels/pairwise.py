@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .checks import FLOATS, require_like
+from .checks import FLOATS, require_choice, require_like
 from .layout import compute_dtype
 
 _compactness = backends.caller("compactness")
@@ -52,8 +51,8 @@ def compactness(
     """
     _require_features(h, h_adv, labels)
     scale = _scale(scale)
-    _one_of("distance", distance, _DISTANCES)
-    _one_of("reduction", reduction, _REDUCTIONS)
+    require_choice("distance", distance, _DISTANCES)
+    require_choice("reduction", reduction, _REDUCTIONS)
     clean = h.detach() if detach else h
     if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad:
         raise ValueError("reduction='none' has no gradient for h: use detach=True, or reduction='mean' or 'sum'")
@@ -84,13 +83,6 @@ def _scale(scale: float) -> float:
     if not (scale and math.isfinite(scale) and math.isfinite(1.0 / scale)):
         raise ValueError(f"scale must be finite and not 0 (other classes weigh 1 - 1/scale), got {scale}")
     return float(scale)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}{hint}")
 
 
 class _Compactness(torch.autograd.Function):

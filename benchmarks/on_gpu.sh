@@ -17,7 +17,8 @@ python -m atlas_kernels
 pytest -q
 if command -v compute-sanitizer >/dev/null; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    python -m pytest -q tests/test_perturb.py -k "cuda and (layouts or per_sample or buffer)"
+    python -m pytest -q tests/test_perturb.py tests/test_perturb_norms.py tests/test_losses.py tests/test_objectives.py \
+    tests/test_pairwise.py tests/test_augment.py -k "cuda and (layouts or per_sample or buffer or classes or sizes or bits)"
 fi
 mkdir -p benchmarks/results
 pytest --benchmark-only -q --results "benchmarks/results/$gpu.json"

@@ -98,8 +98,8 @@ def compact(h=H, h_adv=H, labels=LABELS, **rest):
         (ValueError, "scale must be finite and not 0 .*, got nan", lambda: compact(scale=NAN)),
         (TypeError, "scale must be a number, got str", lambda: compact(scale="0.99")),
         (TypeError, "scale must be a number, got NoneType", lambda: compact(scale=None)),
-        (ValueError, "distance 'l11' is unknown: choose from l1, squared; did you mean 'l1'", lambda: compact(distance="l11")),
-        (ValueError, "reduction 'average' is unknown: choose from mean, sum, none", lambda: compact(reduction="average")),
+        (ValueError, "distance must be one of 'l1', 'squared', got 'l11'; did you mean 'l1'", lambda: compact(distance="l11")),
+        (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'average'", lambda: compact(reduction="average")),
         (ValueError, "'none' has no gradient for h", lambda: compact(H.clone().requires_grad_(), detach=False, reduction="none")),
     ],
 )  # fmt: skip

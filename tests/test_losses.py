@@ -115,9 +115,8 @@ def assert_as_exact_as_eager(name, loss, z, y, t, weights=None, reduction="none"
     ):
         # In fp64 eager PyTorch is itself the truth.
         units = ulps * (1 if got.dtype != torch.float64 else 1000) * torch.finfo(got.dtype).eps
-        allowed = 2 * (by_eager.double() - truth).abs().max() + units * truth.abs().max().clamp(
-            min=0.1
-        )  # what is left of larger terms
+        size = truth.abs().max().clamp(min=0.1)  # a small result is what is left of larger terms
+        allowed = 2 * (by_eager.double() - truth).abs().max() + units * size
         error = (got.double() - truth).abs().max()
         assert error <= allowed, f"{what} of {name}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -9,6 +9,7 @@ namespace {
 
 // A block: 32 columns, one a lane, of some anchors, kRows a warp; the others come by in tiles of shared memory.
 constexpr int kColumns = 32, kWarps = 4, kRows = 4, kAnchors = kWarps * kRows, kOthers = 64;
+constexpr int kRun = 16;  // pairs that are summed one after another
 constexpr int kThreads = kColumns * kWarps, kSumThreads = 256;
 static_assert(kColumns % kPairColumns == 0 && kOthers < 1 << 15, "");
 
@@ -29,7 +30,7 @@ template <class T> __device__ __forceinline__ T load(const AtlasPairwise& p, con
 // Anchors are the adversaries, whose rows have the values; once more with the sides exchanged where the clean features
 // need a gradient.
 template <class T, template <class, class> class Sum>
-__global__ void __launch_bounds__(kThreads) pairwise_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 1) pairwise_kernel(const __grid_constant__ Job job) {
   __shared__ T others[kOthers][kColumns];
   __shared__ PairWeight<T> weights[kAnchors][kOthers];
   const AtlasPairwise& p = job.p;
@@ -54,15 +55,19 @@ __global__ void __launch_bounds__(kThreads) pairwise_kernel(const __grid_constan
       weights[i][j] = pair_weight<T>(inside && p.labels[first + i] == p.labels[tile + j], T(p.other));
     }
     __syncthreads();
-    Sum<T, Count<T>> sum[kRows] = {};
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kRun) {
+      const int end = count - begin < kRun ? count : begin + kRun;
+      Sum<T, Count<T>> sum[kRows] = {};
 #pragma unroll 4
-    for (int j = 0; j < count; ++j) {
-      const T b = others[j][lane];
-      for (int r = 0; r < kRows; ++r) sum[r].add(anchor[r], b, weights[warp * kRows + r][j]);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      value[r] += double(sum[r].value);
-      slope[r] += sum[r].weigh(sum[r].slope, p.other);
+      for (int j = begin; j < end; ++j) {
+        const T b = others[j][lane];
+        for (int r = 0; r < kRows; ++r) sum[r].add(anchor[r], b, weights[warp * kRows + r][j]);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        value[r] += double(sum[r].value);
+        slope[r] += sum[r].weigh(sum[r].slope, p.other);
+      }
     }
   }
 
