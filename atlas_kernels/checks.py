@@ -174,9 +174,8 @@ def require_rows(name: str, index: Tensor, of: Tensor) -> None:
         raise ValueError(f"{name} is on {index.device}, the images on {of.device}: move them to one device")
     if not index.numel() or not value_checks_enabled(index):
         return
-    low, high = torch.aminmax(index)
-    if int(low) < 0 or int(high) >= of.shape[0]:
-        first = int(((index < 0) | (index >= of.shape[0])).nonzero()[0])
+    first = first_outside(index.contiguous(), of.shape[0])
+    if first < index.shape[0]:
         raise ValueError(f"{name}[{first}] = {int(index[first])} is no row of the {of.shape[0]} images, 0 on")
 
 
