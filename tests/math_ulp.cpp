@@ -1,5 +1,5 @@
-// The largest errors of exp and log (csrc/core/math.h), in ulp, over every STRIDE-th fp32 number; and whether vectors of
-// them have the same bits.
+// The largest errors of exp, log and exp_of_negative (csrc/core/math.h), in ulp, over every STRIDE-th fp32 number; and
+// whether vectors of them have the same bits.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -26,22 +26,29 @@ static double error(float got, double exact) {
   return std::fabs(got - exact) / ulp(exact);
 }
 
+// What would be subnormal is 0; on the border it may be either.
+static double error_of_negative(float got, float x, double exact) {
+  if (x < -87.3366f) return got == 0 ? 0 : HUGE_VAL;
+  return got == 0 && exact < 0x1.001p-126 ? 0 : error(got, exact);
+}
+
 int main(int, char** arguments) {
   const uint64_t stride = std::strtoull(arguments[1], nullptr, 10);
-  double worst_exp = 0, worst_log = 0;
+  double worst_exp = 0, worst_log = 0, worst_negative = 0;
   for (uint64_t bits = 0; bits < uint64_t(1) << 32; bits += stride * LANES) {
     V x;
     for (int l = 0; l < LANES; ++l) x[l] = bit_cast<float>(uint32_t(bits + l * stride));
-    const V e = atlas::exp(x), g = atlas::log(x);
+    const V e = atlas::exp(x), g = atlas::log(x), n = atlas::exp_of_negative(x);
     for (int l = 0; l < LANES; ++l) {
       const float one = x[l];
       worst_exp = std::fmax(worst_exp, error(e[l], std::exp(double(one))));
       worst_log = std::fmax(worst_log, error(g[l], std::log(double(one))));
-      const float alone[] = {atlas::exp(one), atlas::log(one), e[l], g[l]};
-      for (int i = 0; i < 2; ++i)
-        if (alone[i] == alone[i] && bit_cast<uint32_t>(alone[i]) != bit_cast<uint32_t>(alone[i + 2]))
+      if (!(one > 0)) worst_negative = std::fmax(worst_negative, error_of_negative(n[l], one, std::exp(double(one))));
+      const float alone[] = {atlas::exp(one), atlas::log(one), atlas::exp_of_negative(one), e[l], g[l], n[l]};
+      for (int i = 0; i < 3; ++i)
+        if (alone[i] == alone[i] && bit_cast<uint32_t>(alone[i]) != bit_cast<uint32_t>(alone[i + 3]))
           return std::printf("a vector differs from a number at %a\n", one), 1;
     }
   }
-  std::printf("%.4f %.4f\n", worst_exp, worst_log);
+  std::printf("%.4f %.4f %.4f\n", worst_exp, worst_log, worst_negative);
 }

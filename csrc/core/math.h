@@ -42,22 +42,16 @@ template <class V> ATLAS_HD V exp_fp32(V x) {
   return y * bit_cast<V>((half + 127) << 23) * bit_cast<V>((k - half + 127) << 23);
 }
 
-// a * b + c: rounded once for the vectors of an instruction set that has it (cpu/lanes.h), else twice.
-template <class V> struct multiply_add {
-  static ATLAS_HD V of(V a, V b, V c) { return a * b + c; }
-};
-template <class V> ATLAS_HD V fma(V a, V b, scalar_of<V> c) { return multiply_add<V>::of(a, b, all<V>(c)); }
-
 // For x <= 0, as a softmax has them: what would be subnormal is 0, and no more care is taken than 1 ulp needs.
 template <class V> ATLAS_HD V exp_of_negative_fp32(V x) {
-  const V shifted = fma(x, all<V>(1.44269504f), 12582912.0f), n = shifted - 12582912.0f;
-  const V r = multiply_add<V>::of(n, all<V>(2.12194440e-4f), multiply_add<V>::of(n, all<V>(-0.693359375f), x));
-  V p = fma(r, all<V>(1.9875691500e-4f), 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  const V y = multiply_add<V>::of(r * r, p, r) + 1.0f;
+  const V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const V r = n * 2.12194440e-4f + (n * -0.693359375f + x);
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const V y = (r * r * p + r) + 1.0f;
   const V power = bit_cast<V>((bit_cast<int_of<V>>(shifted) - (0x4b400000 - 127)) << 23);
   return x < -87.33654f ? V{} : y * power;
 }

@@ -2,7 +2,7 @@
 // a GPU. A Row handles as many rows as it has lanes, or one row (or a few) with lanes of classes, and offers:
 //   V, I                     numbers and class indices of all lanes: vectors on a CPU, one of each in a GPU's thread
 //   int64_t vectors()        how many V a row takes
-//   I classes(j)             the classes of V number j
+//   count(), I classes(j)    how many classes there are; those of V number j
 //   V logit(slot, j)         slot: which of the loss's logits; -inf beyond the last class
 //   V power(slot, j, max)    exp(logit - max); `keep_power` makes it, and remembers it where that is cheaper
 //   V at(slot, label)        the logit of one class of each row; NaN where there is no such class

@@ -29,17 +29,6 @@ ATLAS_VECTOR(double8, long8, double, int64_t, 8)
 
 namespace atlas {
 
-#if defined(__FMA__)
-template <> struct multiply_add<cpu::float8> {
-  static ATLAS_HD cpu::float8 of(cpu::float8 a, cpu::float8 b, cpu::float8 c) { return _mm256_fmadd_ps(a, b, c); }
-};
-#endif
-#if defined(__AVX512F__)
-template <> struct multiply_add<cpu::float16> {
-  static ATLAS_HD cpu::float16 of(cpu::float16 a, cpu::float16 b, cpu::float16 c) { return _mm512_fmadd_ps(a, b, c); }
-};
-#endif
-
 // libm, lane after lane.
 template <class V> struct math<V, double> {
   static constexpr int kCount = sizeof(V) / sizeof(double);

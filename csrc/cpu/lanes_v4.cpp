@@ -7,7 +7,6 @@
 #include "objectives.h"
 
 #if ATLAS_X86
-#include <immintrin.h>
 ATLAS_BEGIN_V4
 #include "losses_rows.h"
 #include "objectives_rows.h"
