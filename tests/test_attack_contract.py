@@ -136,6 +136,16 @@ def test_modes_and_batchnorm_statistics_are_kept(attack: PGD, model: Net, x: Ten
     assert set(seen) == expected
 
 
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_statistics_move_only_when_asked_to(model: Net, x: Tensor, y: Tensor, update_buffers: bool) -> None:
+    attack = PGD(8 / 255, steps=3, attack_mode="train", update_buffers=update_buffers)
+    counts = [m.num_batches_tracked for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [int(count) for count in counts]
+    attack(model, x, y)
+    after = [int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert after == [count + (3 if update_buffers else 0) for count in before] and after
+
+
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
 def test_inside_no_grad_and_inference_mode(
     attack: PGD, model: Net, x: Tensor, y: Tensor, surroundings: Callable[[], contextlib.AbstractContextManager]

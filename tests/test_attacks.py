@@ -551,3 +551,31 @@ def test_bad_models(model: Rowwise) -> None:
         PGD(EPS, objective="kl")(model, x, reference_logits=torch.zeros(8, CLASSES + 1))
     with pytest.raises(TypeError, match='attack_mode="keep"'):
         PGD(EPS)(lambda v: model(v), x, y)
+
+
+def test_a_start_of_the_callers_own_is_taken_as_it_is_and_projected_after_the_first_step(model: Rowwise) -> None:
+    x = images().to(next(model.parameters()).device)
+    y = labels(model, x)
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    start = x + 0.5
+    adv = PGD(EPS, EPS / 4, 2)(model, x, y, start=start)
+    assert torch.equal(seen[0], start) and (seen[1] - x).abs().max() <= EPS + 1e-6
+    with pytest.raises(ValueError, match="start has shape"):
+        PGD(EPS)(model, x, y, start=start[:1])
+    with pytest.raises(ValueError, match="restarts=2 from one start"):
+        PGD(EPS, restarts=2)(model, x, y, start=start)
+    assert (adv - x).abs().max() <= EPS + 1e-6
+
+
+def test_kappa_counts_the_iterates_before_a_step_that_are_right(model: Rowwise) -> None:
+    x = images().to(next(model.parameters()).device)
+    y = labels(model, x, flipped=2)
+    right: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, logits: right.append(logits.argmax(1) == y))
+    result = PGD(EPS, EPS / 4, 5, count_correct=True).run(model, x, y)
+    hook.remove()
+    assert result.kappa is not None and len(right) == 5
+    assert torch.equal(result.kappa, torch.stack(right).sum(0)) and 0 < result.kappa.sum() < 5 * len(x)
+    with pytest.raises(ValueError, match="count_correct counts along one attack"):
+        PGD(EPS, restarts=2, count_correct=True)

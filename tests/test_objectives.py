@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import atlas_kernels as ak
-import published
 from atlas_kernels.attacks import PGD
 from cases import same_bits
+from published import losses as published
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CLASSES = [2, 3, 4, 10, 17, 63, 64, 65, 100, 1000, 32768]

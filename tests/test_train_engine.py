@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.attacks import FGSM, PGD
-from atlas_train import checkpoint, engine, progress, report, schedules, watch
+from atlas_train import checkpoint, engine, methods, progress, report, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
 from atlas_train.compare import compare
 from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, resolved, to_dict
-from atlas_train.data import Batch, DataSplits, Images
+from atlas_train.data import DataSplits, Images
 from atlas_train.evaluate import Evaluation, evaluate, predict
 from atlas_train.noise import noise_keys
 
@@ -112,15 +113,15 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     whole = engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "whole")
 
     folder = tmp_path / "killed"
-    update = engine.update
+    step = engine.OptimizerSteps.step
 
-    def killed(run: runs.Run, loss: Tensor, lr: float) -> None:
-        if run.step == 10:  # in the middle of the third epoch
+    def killed(descent: engine.OptimizerSteps) -> None:
+        if descent.run.step == 10:  # in the middle of the third epoch
             raise KeyboardInterrupt
-        update(run, loss, lr)
+        step(descent)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "update", killed)
+        patch.setattr(engine.OptimizerSteps, "step", killed)
         engine.train(config, splits=splits(), model=dropping(), folder=folder)
     assert checkpoint.load(folder)["epoch"] == 2
     torch.manual_seed(123)  # another process has another random state
@@ -174,10 +175,20 @@ def test_noise_keys_depend_on_seed_and_step_alone() -> None:
     assert noise_keys(0, 0, 0).shape == (0, 2)
 
 
+def spy(monkeypatch: pytest.MonkeyPatch, see: Callable[..., Any]) -> None:
+    """``see`` is told of every training step before it is made."""
+    train_step = methods.Method.train_step
+
+    def spied(self: methods.Method, *args: Any) -> Any:
+        see(*args)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(methods.Method, "train_step", spied)
+
+
 def test_every_step_gets_its_own_key_whatever_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda run, batch, key: seen.append(key.clone()) or forward(run, batch, key))
+    spy(monkeypatch, lambda model, batch, key, *rest: seen.append(key.clone()))
     engine.train(TrainConfig(**TINY), splits=splits())
     assert torch.equal(torch.stack(seen), noise_keys(0, 0, 16))
 
@@ -213,8 +224,7 @@ def test_a_loss_that_is_never_finite_leaves_the_initial_state(tmp_path: Path) ->
 
 def test_every_epoch_is_a_new_order_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda run, b, key: seen.extend(b.ids.tolist()) or forward(run, b, key))
+    spy(monkeypatch, lambda model, batch, *rest: seen.extend(batch.ids.tolist()))
     engine.train(TrainConfig(**TINY), splits=splits())
     epochs = [seen[i : i + 64] for i in range(0, 256, 64)]
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
@@ -263,21 +273,13 @@ def test_the_probe_is_pgd_accuracy_of_fixed_images_and_draws_nothing() -> None:
 
 
 def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    forward = engine.forward
-
-    def spied(run: runs.Run, batch: Batch, key: Tensor) -> Any:
-        seen.append(batch.x.is_contiguous(memory_format=torch.channels_last))
-        return forward(run, batch, key)
-
-    monkeypatch.setattr(engine, "forward", spied)
+    seen, dtypes = [], set()
+    channels_last = torch.channels_last
+    spy(monkeypatch, lambda model, batch, *rest: seen.append(batch.x.is_contiguous(memory_format=channels_last)))
+    spy(monkeypatch, lambda model, *rest: model.conv2.register_forward_hook(lambda *a: dtypes.add(a[2].dtype)))
     config = TrainConfig(**TINY | {"precision": "bf16", "channels_last": True})
     run = engine.train(config, splits=splits(channels=3))
-    hook = run.model.conv2.register_forward_hook(lambda *a: seen.append(a[2].dtype))  # type: ignore[union-attr, operator]
-    batch = next(iter(run.batches))
-    forward(run, batch, noise_keys(0, 0, 1)[0])
-    hook.remove()
-    assert set(seen[:16]) == {True} and set(seen[16:]) == {torch.bfloat16}
+    assert set(seen) == {True} and torch.bfloat16 in dtypes
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
     assert run.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
     assert run.history[-1]["loss"] < run.history[0]["loss"]
@@ -300,13 +302,13 @@ def test_threads_are_those_of_the_run_while_it_lasts(monkeypatch: pytest.MonkeyP
 
 def test_the_learning_rate_of_the_step_reaches_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
-    update = engine.update
+    step = engine.OptimizerSteps.step
 
-    def spied(run: runs.Run, loss: Tensor, lr: float) -> None:
-        update(run, loss, lr)
-        rates.extend(group["lr"] for group in run.optimizer.param_groups)
+    def spied(descent: engine.OptimizerSteps) -> None:
+        step(descent)
+        rates.extend(group["lr"] for group in descent.run.optimizer.param_groups)
 
-    monkeypatch.setattr(engine, "update", spied)
+    monkeypatch.setattr(engine.OptimizerSteps, "step", spied)
     engine.train(TrainConfig(**TINY), splits=splits())
     assert rates == [schedules.learning_rate("cyclic", 5e-3, step, 16, 0.4) for step in range(16)]
 

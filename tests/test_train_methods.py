@@ -16,6 +16,8 @@ from atlas_train import methods
 from atlas_train.methods import ADV, ATLAS, Batch, OneStepADV, Standard
 
 EPS = 0.2
+#: One training forward on one attack; the others have files of their own.
+PLAIN = ("atlas", "one_step_adv", "adv", "standard")
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +279,7 @@ def test_a_second_loss_before_backward_is_an_error_and_not_a_wrong_gradient() ->
         first.backward()
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_loss_leaves_gradients_alone_and_batchnorm_sees_only_the_training_forward(name: str) -> None:
     model, batch, key = make()
     for p in model.parameters():
@@ -290,7 +292,7 @@ def test_a_loss_leaves_gradients_alone_and_batchnorm_sees_only_the_training_forw
     assert model.bn.num_batches_tracked == 4  # x, x', z_1, z_2
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_key_and_ids_alone_rule_the_noise(name: str) -> None:
     method = methods.build(name, EPS)
     model, batch, key = make()
@@ -308,7 +310,7 @@ def test_key_and_ids_alone_rule_the_noise(name: str) -> None:
     assert torch.equal(other, loss) == (name == "standard")
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_autocast_reaches_the_network_but_not_the_loss(name: str) -> None:
     model, batch, key = make(channels=3)
     dtypes = []

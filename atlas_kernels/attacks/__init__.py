@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .contract import leave_no_trace
 from .fgsm import FGSM
 from .objective import Model
 from .pgd import PGD, AttackResult, LastStep
 
-__all__ = ["FGSM", "PGD", "AttackResult", "LastStep", "Model"]
+__all__ = ["FGSM", "PGD", "AttackResult", "LastStep", "Model", "leave_no_trace"]

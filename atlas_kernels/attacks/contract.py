@@ -18,7 +18,9 @@ ATTACK_MODES = ("eval", "train", "keep")
 
 
 @contextmanager
-def leave_no_trace(model: Callable[[Tensor], Tensor], attack_mode: str, key: Tensor) -> Iterator[None]:
+def leave_no_trace(
+    model: Callable[[Tensor], Tensor], attack_mode: str, key: Tensor, *, update_buffers: bool = False
+) -> Iterator[None]:
     """Run an attack on ``model`` inside this context.
 
     attack_mode: "eval" puts every module in eval mode, "train" puts every module in train mode (a frozen BatchNorm
@@ -29,6 +31,9 @@ def leave_no_trace(model: Callable[[Tensor], Tensor], attack_mode: str, key: Ten
     key: the attack's noise key. Random layers draw from a fork of the global state that is seeded by the key, so a
     replay repeats dropout too. (On a GPU reading the seed is a synchronisation, paid only where a module is in train
     mode. A graph capture keeps its own random state and is left alone.)
+
+    update_buffers: let modules in train mode write their own buffers, so that BatchNorm's running statistics see every
+    forward of the attack, as in some published code: the one trace that can be asked for.
 
     Raises TypeError for a bare function with attack_mode "eval" or "train": its modules cannot be found.
     """
@@ -45,7 +50,7 @@ def leave_no_trace(model: Callable[[Tensor], Tensor], attack_mode: str, key: Ten
     devices = {tensor.device for tensor in (key, *parameters) if tensor.device.type == "cuda"}
 
     with torch.inference_mode(False), torch.enable_grad(), _forked_random_state(devices, key, training):
-        buffers = _buffers(modules) if training else []
+        buffers = _buffers(modules) if training and not update_buffers else []
         try:
             if attack_mode != "keep":
                 for module in modules:

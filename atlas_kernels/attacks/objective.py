@@ -24,7 +24,8 @@ class Objective:
     """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``.
 
     labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where
-    the attack wants the prediction to go, so it descends. 16-bit logits are computed with in float32.
+    the attack wants the prediction to go, so it descends. kappa: int64[B] that counts, at every cotangent, where the
+    prediction is right. 16-bit logits are computed with in float32.
     """
 
     labels: Tensor | None = None
@@ -32,13 +33,14 @@ class Objective:
     targeted: bool = False
     kind: str = "ce"
     checked: bool = False
+    kappa: Tensor | None = None
 
     def cotangent(self, logits: Tensor) -> Tensor:
         """d(objective)/d(logits), [B, C] in the dtype of the logits: p - onehot(y) for CE, p - p_ref for KL.
 
         For a targeted attack this is the derivative of the objective that it descends.
         """
-        made = self._of(logits).cotangent
+        made = self._of(logits, kappa=self.kappa).cotangent
         assert made is not None
         return made.to(logits.dtype)
 

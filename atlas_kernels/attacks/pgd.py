@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import per_channel, per_sample, require_float_images, require_images, require_noise
+from ..checks import per_channel, per_sample, require_float_images, require_images, require_like, require_noise
 from ..layout import compute_dtype
 from ..noise import noise_key
 from ..perturb import pgd_step, random_start
@@ -28,19 +28,21 @@ class AttackResult(NamedTuple):
 
     fooled (bool[B]: misclassified, or the target reached) and objective (float[B], larger is stronger, so negated if
     targeted) are None where knowing them would cost a forward, so they are there with restarts > 1 or keep="best";
-    fooled needs labels too.
+    fooled needs labels too. kappa (int64[B]) is there with ``count_correct``.
     """
 
     adv: Tensor
     key: Tensor
-    fooled: Tensor | None
-    objective: Tensor | None
+    fooled: Tensor | None = None
+    objective: Tensor | None = None
+    kappa: Tensor | None = None
 
 
 class Options(TypedDict, total=False):
     """What an attack may be told besides the images and labels; explained in ``PGD.run``."""
 
     reference_logits: Tensor | None
+    start: Tensor | None
     key: Tensor | None
     ids: Tensor | None
     generator: torch.Generator | None
@@ -84,7 +86,11 @@ class PGD:
         compact: a sample stays at its first iterate that is misclassified (or reaches its target) and is left out of
             all further forwards; in eval mode the other samples go on as without it. With ``keep="best"`` too, that
             iterate wins. Costs a device synchronisation per step.
+        count_correct: also count, per sample, the iterates before a step at which the prediction is right: GAIRAT's
+            kappa (Zhang et al. 2021, arXiv 2010.01736, algorithm 1). Not with restarts > 1, keep="best" or compact.
         attack_mode: mode of the model's modules during the attack: "eval", "train" (all of them) or "keep" (as found).
+        update_buffers: in train mode, let the running statistics of BatchNorm move with every forward of the attack,
+            as some published training code does; else the model works on copies of them.
         clip_min, clip_max: image range, numbers or one value per channel.
 
     Raises ValueError or TypeError, here or before the first forward, for arguments that make no sense; labels that are
@@ -102,7 +108,9 @@ class PGD:
     objective: str = "ce"
     keep: str = "last"
     compact: bool = False
+    count_correct: bool = False
     attack_mode: str = "eval"
+    update_buffers: bool = False
     clip_min: float | Tensor | Sequence[float] = 0.0
     clip_max: float | Tensor | Sequence[float] = 1.0
 
@@ -122,6 +130,10 @@ class PGD:
             raise ValueError('targeted=True descends towards y: use objective="ce", "margin" or "dlr"')
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} from x repeat one attack: set random_start=True, or restarts=1")
+        if self.count_correct and (self._judged or self.compact or self.objective == "kl"):
+            raise ValueError(
+                'count_correct counts along one attack on y: restarts=1, keep="last", compact=False, objective not "kl"'
+            )
 
     def __call__(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
         """The adversaries alone; arguments as in ``run``."""
@@ -134,21 +146,24 @@ class PGD:
         y: Tensor | None = None,
         *,
         reference_logits: Tensor | None = None,
+        start: Tensor | None = None,
         key: Tensor | None = None,
         ids: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> AttackResult:
         """Attack the images x [B, ...] (float, in [clip_min, clip_max]) with the labels y (integers [B]).
 
-        reference_logits: [B, C], for objective "kl". key: the noise key of an earlier result, to replay it; by default
-        one is drawn from ``generator`` (default: the global one of x's device). ids: int64[B], the samples' numbers in
-        the noise instead of their rows, so that a sample gets the same noise in whatever batch.
+        reference_logits: [B, C], for objective "kl". start: like x, the first iterate in place of a random one or x,
+        taken as it is (every later iterate is in ball and range). key: the noise key of an earlier result, to replay
+        it; by default one is drawn from ``generator`` (default: the global one of x's device). ids: int64[B], the
+        samples' numbers in the noise instead of their rows, so that a sample gets the same noise in whatever batch.
         """
-        with self._attack(model, x, y, reference_logits, key, ids, generator) as batch:
+        with self._attack(model, x, y, reference_logits, start, key, ids, generator) as batch:
             if self._judged or self.compact:
                 return self._search(model, batch)
             adv, grad = self._until_last_step(model, batch)
-            return AttackResult(adv if grad is None else batch.step(adv, grad), batch.key, None, None)
+            adv = adv if grad is None else batch.step(adv, grad)
+            return AttackResult(adv, batch.key, kappa=batch.goal.kappa)
 
     def last_gradient(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> LastStep:
         """All of ``run`` but the last step, for a caller who fuses that with more work; same arguments.
@@ -185,6 +200,7 @@ class PGD:
         x: Tensor,
         y: Tensor | None,
         reference_logits: Tensor | None = None,
+        start: Tensor | None = None,
         key: Tensor | None = None,
         ids: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -194,20 +210,29 @@ class PGD:
             raise ValueError('y is missing: only objective="kl" with restarts=1 and compact=False does without labels')
         if reference_logits is not None and self.objective != "kl":
             raise ValueError(f'reference_logits play no part in objective="{self.objective}": use objective="kl"')
-        if self.objective == "kl" and reference_logits is None and not self.random_start:
+        if self.objective == "kl" and reference_logits is None and start is None and not self.random_start:
             raise ValueError('objective="kl" has no gradient at x: set random_start=True or give reference_logits')
+        if start is not None and self.restarts > 1:
+            raise ValueError(
+                f"restarts={self.restarts} from one start repeat one attack: leave start out, or restarts=1"
+            )
         if key is not None and generator is not None:
             raise ValueError("key and generator are both given: a key already fixes the noise, so leave one out")
         require_float_images("x", x)
         clips = _numbers(per_channel("clip_min", self.clip_min, x), per_channel("clip_max", self.clip_max, x))
         radii = _numbers(per_sample("eps", self.eps, x), per_sample("step_size", self.effective_step_size, x))
         require_images(x, *clips)
+        if start is not None:
+            require_like("start", start, "x", x, dtype=True)
+            start = start.detach()
         goal = Objective(None if y is None else class_indices(y, x), targeted=self.targeted, kind=self.objective)
         with torch.inference_mode(False):
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, self.restarts - 1, x)
-        with leave_no_trace(model, self.attack_mode, key):
-            batch = _Batch(x.detach(), goal, key, ids, self.norm, self.random_start, *radii, *clips)
+        if self.count_correct:
+            goal.kappa = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        with leave_no_trace(model, self.attack_mode, key, update_buffers=self.update_buffers):
+            batch = _Batch(x.detach(), start, goal, key, ids, self.norm, self.random_start, *radii, *clips)
             if self.objective == "kl":
                 with torch.no_grad():
                     z = goal.logits(model, batch.x) if reference_logits is None else reference_logits
@@ -232,7 +257,7 @@ class PGD:
             stronger = (found.fooled & ~held_fooled) | ((found.fooled == held_fooled) & (found.objective > held))
             best.put(rows, found, stronger)
         if not self._judged:
-            return AttackResult(best.adv, batch.key, None, None)
+            return AttackResult(best.adv, batch.key)
         return AttackResult(best.adv, batch.key, None if batch.goal.labels is None else best.fooled, best.objective)
 
     def _climb(self, model: Model, batch: _Batch, draw: int) -> _Found:
@@ -267,6 +292,7 @@ class _Batch:
     """The samples of one attack, or those that are still in it."""
 
     x: Tensor
+    given_start: Tensor | None
     goal: Objective
     key: Tensor
     ids: Tensor | None
@@ -278,6 +304,8 @@ class _Batch:
     clip_max: float | Tensor
 
     def start(self, draw: int) -> Tensor:
+        if self.given_start is not None:
+            return self.given_start.clone()
         if not self.random_start:
             return self.x.clone()
         return random_start(
@@ -298,7 +326,16 @@ class _Batch:
     def rows(self, index: Tensor) -> _Batch:
         ids = self.key[1] + self.every_row() if self.ids is None else self.ids
         eps, step = (v[index] if isinstance(v, Tensor) else v for v in (self.eps, self.step_size))
-        return replace(self, x=self.x[index], goal=self.goal.rows(index), ids=ids[index], eps=eps, step_size=step)
+        start = None if self.given_start is None else self.given_start[index]
+        return replace(
+            self,
+            x=self.x[index],
+            given_start=start,
+            goal=self.goal.rows(index),
+            ids=ids[index],
+            eps=eps,
+            step_size=step,
+        )
 
 
 class _Found(NamedTuple):

@@ -31,8 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beside": ("standard", "one_step_adv"),
     },
     # Wong, Rice & Kolter 2020, locuslab/fast_adversarial MNIST/train_mnist.py: Adam, 0 -> 5e-3 at 2/5 of training -> 0
-    # (10 epochs there). atlas: ours, found on 12,000 images; at 1.25 eps the one step ends in corners, and the network
-    # learns those alone.
+    # (10 epochs there).
     "mnist": {
         "epochs": 5,
         "batch_size": 100,
@@ -41,7 +40,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "cyclic_peak": 0.4,
         "beside": (),
-        "shares_of_eps": {"atlas": {"step_size": 2 / 3, "radius": 1.0}},
     },
     # Wong, Rice & Kolter 2020, locuslab/fast_adversarial CIFAR10/train_fgsm.py: SGD, triangular 0 -> 0.2 -> 0.
     "cifar10": {
@@ -149,16 +147,20 @@ def resolved(config: TrainConfig, splits: DataSplits) -> TrainConfig:
     }
     missing = {k: v for k, v in defaults.items() if getattr(config, k, config) is None}
     config = dataclasses.replace(config, **missing)
-    return dataclasses.replace(config, hyper={**config.hyper, **_shares(config, table.get("shares_of_eps", {}))})
+    return dataclasses.replace(config, hyper={**config.hyper, **_published(config, splits.name)})
 
 
-def _shares(config: TrainConfig, shares: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The data set's hyper-parameters of one-step methods, given as shares of eps, that were not set otherwise."""
-    filled: dict[str, float] = {}
-    for name in {config.method, *config.beside} & shares.keys():
+def _published(config: TrainConfig, dataset: str) -> dict[str, Any]:
+    """The methods' own defaults for the data set, where nothing else was set; lengths belong to a number of steps."""
+    filled: dict[str, Any] = {}
+    for name in (config.method, *config.beside):
         given = config.hyper_of(name)
-        if "steps" not in given:
-            filled |= {f"{name}.{key}": share * config.eps for key, share in shares[name].items() if key not in given}
+        for key, value in methods.get(name).defaults.get(dataset, {}).items():
+            if isinstance(value, methods.OfEps):
+                if key not in given and "steps" not in given:
+                    filled[f"{name}.{key}"] = value * config.eps
+            elif key not in given:
+                filled[f"{name}.{key}"] = value
     return filled
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,43 +106,66 @@ def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
     run.model.train()
     keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
     steps: list[dict[str, Tensor]] = []
-    unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
-    lag = 1 if device.type == "cuda" else 0  # so that the check never waits for the step just queued
+    descent = OptimizerSteps(run)
     started, images = time.perf_counter(), 0
     for batch, key in zip(run.batches, keys, strict=True):
-        lr = learning_rate(config.schedule, config.lr, run.step, run.total_steps, config.cyclic_peak)
-        loss, metrics = forward(run, batch, key)
-        steps.append({"loss": loss.detach(), **metrics})
-        unchecked.append((run.step, batch, steps[-1]))
-        while len(unchecked) > lag:
-            require_finite(run, *unchecked.popleft())
-        update(run, loss, lr)
+        descent.start(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
+        steps.append({"loss": loss, **metrics})
         run.step += 1
         images += len(batch.y)
         if display.wants_step():
             seconds = time.perf_counter() - started
-            display.step(_row(run, run.epoch + 1, steps[-1:], lr, images / seconds, run.seconds + seconds))
-    while unchecked:
-        require_finite(run, *unchecked.popleft())
+            display.step(_row(run, run.epoch + 1, steps[-1:], descent.lr, images / seconds, run.seconds + seconds))
+    descent.finish()
     seconds = time.perf_counter() - started
     run.epoch += 1
     run.seconds += seconds
-    return _row(run, run.epoch, steps, lr, images / seconds, run.seconds)
+    return _row(run, run.epoch, steps, descent.lr, images / seconds, run.seconds)
 
 
-def forward(run: Run, batch: Batch, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The method's loss, attack included, in the run's precision."""
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        return run.method.loss(run.model, batch, key)
+class OptimizerSteps:
+    """The ``Descent`` that methods are given: backward, outside autocast, and steps at the schedule's rate.
 
+    A loss that is not finite stops the run before it reaches the weights. On CUDA each loss is looked at when the next
+    one is there, so that nothing waits for the device; the checkpoint is from before in any case.
+    """
 
-def update(run: Run, loss: Tensor, lr: float) -> None:
-    """One step of the optimiser."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    run.optimizer.step()
+    def __init__(self, run: Run) -> None:
+        self.run, self.lr = run, 0.0
+        self._lag = 1 if run.device.type == "cuda" else 0
+        self._unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
+
+    def start(self, batch: Batch) -> None:
+        """A new batch: no gradients, no updates yet."""
+        self._batch, self._update = batch, 0
+        self.run.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
+        self._unchecked.append((self.run.step, self._batch, {"loss": loss.detach(), **(metrics or {})}))
+        self._check(self._lag)
+        with torch.autocast(self.run.device.type, enabled=False):
+            loss.backward()
+
+    def step(self) -> None:
+        run = self.run
+        update = run.step * run.method.updates + self._update
+        total = run.total_steps * run.method.updates
+        self.lr = learning_rate(run.config.schedule, run.config.lr, update, total, run.config.cyclic_peak)
+        for group in run.optimizer.param_groups:
+            group["lr"] = self.lr
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        self._update += 1
+
+    def finish(self) -> None:
+        """The end of an epoch: every loss has been looked at."""
+        self._check(0)
+
+    def _check(self, lag: int) -> None:
+        while len(self._unchecked) > lag:
+            require_finite(self.run, *self._unchecked.popleft())
 
 
 def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]) -> None:

@@ -1,9 +1,11 @@
-"""The noise of a training run: one key per step, recomputed and never stored."""
+"""The noise of a training run: one key per step, and what is drawn from it; recomputed and never stored."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from atlas_kernels import random_start
 
 
 def noise_keys(seed: int, first: int, count: int) -> Tensor:
@@ -20,3 +22,15 @@ def _mix(seed: int, step: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
         state ^= state >> 31
     return state - 2**64 if state >= 2**63 else state
+
+
+def uniform(like: Tensor, key: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+    """Uniform noise in [-1, 1), one sample per row of ``like`` [B, ...]; the starts of attacks are draw 0."""
+    zero = torch.zeros_like(like)
+    return random_start(zero, 1.0, key=key, ids=ids, draw=draw, clip_min=-1.0, clip_max=1.0)
+
+
+def normal(like: Tensor, key: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+    """Standard normal noise, from the words of ``uniform`` by the inverse of the distribution function."""
+    centred = uniform(like, key, ids, draw) + 2.0**-24  # symmetric about 0, and never -1
+    return torch.erfinv(centred) * 2.0**0.5

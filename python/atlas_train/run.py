@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint, data, models
 from .config import TrainConfig, from_dict, resolved, to_dict
 from .data import Batches, DataSplits
-from .methods import Method
+from .methods import Method, State
 from .report import write_csv
 
 LOG = "log.csv"
@@ -38,10 +38,16 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
         return self.config.epochs * len(self.batches)
+
+    @property
+    def state(self) -> State:
+        """What a method may know of the run."""
+        return State(self.step, self.total_steps, self.epoch, self.config.epochs, len(self.splits.train), self.memory)
 
 
 def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None) -> Run:
@@ -120,6 +126,7 @@ def save(run: Run) -> None:
         "history": run.history,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "memory": run.memory,
         "rng": checkpoint.rng_state(),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
@@ -136,6 +143,7 @@ def restore(run: Run, path: str) -> None:
     checkpoint.restore_rng(state["rng"])
     run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
     run.history = state["history"]
+    run.memory.update({name: value.to(run.device) for name, value in state.get("memory", {}).items()})
 
 
 def require_same(run: Run, state: dict[str, Any], source: Path) -> None:

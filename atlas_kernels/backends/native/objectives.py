@@ -10,9 +10,7 @@ from . import core
 from .door import DoorError, float_code, rows, where
 
 
-def attack_cotangent(
-    logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value
-):
+def attack_cotangent(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):
     if logits.ndim != 2 or not logits.shape[1]:
         raise DoorError(f"logits are {list(logits.shape)}, expected [batch, classes]")
     if (reference if objective == 1 else labels) is None or (objective == 4 and targets is None):

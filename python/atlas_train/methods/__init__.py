@@ -10,13 +10,30 @@ from ..data import Batch
 from ..options import nearest
 from .adv import ADV
 from .atlas import ATLAS
-from .base import Method
+from .base import Descent, Method, Metrics, OfEps, State
 from .one_step_adv import OneStepADV
 from .standard import Standard
+from .trades import TRADES
 
-__all__ = ["ADV", "ATLAS", "Batch", "Method", "OneStepADV", "Standard", "build", "get", "hyper_parameters", "names"]
+__all__ = [
+    "ADV",
+    "ATLAS",
+    "Batch",
+    "Descent",
+    "Method",
+    "Metrics",
+    "OfEps",
+    "OneStepADV",
+    "Standard",
+    "State",
+    "TRADES",
+    "build",
+    "get",
+    "hyper_parameters",
+    "names",
+]
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, Standard)}
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Standard)}
 
 
 def names() -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -15,17 +16,51 @@ Metrics = dict[str, Tensor]
 AttackMode = Literal["train", "eval", "keep"]
 
 
-@dataclass(frozen=True)
-class Method(ABC):
-    """A way to make a training loss: its hyper-parameters, and ``loss``.
+class OfEps(float):
+    """A length as a share of eps, in a method's defaults for a data set."""
 
-    A method carries nothing from one step to the next (scratch memory aside) and knows nothing of epochs, optimisers or
-    devices. Hyper-parameters out of range raise ValueError at construction, with the allowed range.
+
+@dataclass
+class State:
+    """Where training stands, and what a method remembers from one batch to the next.
+
+    step: batches so far, of ``total_steps``. epoch: from 0, of ``epochs``. size: images in the training set.
+    memory: tensors by name, put there by the method; they are part of a checkpoint.
     """
 
-    name: ClassVar[str]
+    step: int = 0
+    total_steps: int = 1
+    epoch: int = 0
+    epochs: int = 1
+    size: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Descent(Protocol):
+    """How a method moves the weights; the engine makes one."""
+
+    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
+        """Adds the gradients of ``loss``, once it is seen to be finite; ``metrics`` explain it if it is not."""
+
+    def step(self) -> None:
+        """One step of the optimiser with the gradients added so far, which are then gone."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to train on a batch: hyper-parameters, ``prepare``, which attacks, and ``objective``, which is the loss.
+
+    The two are apart so that a loss can be taken twice on one attack (AWP does). A method that interleaves attack and
+    weight updates (Free, YOPO) defines ``train_step`` instead. What has to last from batch to batch goes to
+    ``state.memory``; of optimisers, schedules and devices a method knows nothing. Hyper-parameters out of range raise
+    ValueError at construction, with the allowed range.
+    """
+
+    name: ClassVar[str] = ""
     #: Whether the method trains against an attack; the catastrophic-overfitting alarm watches only those.
     adversarial: ClassVar[bool] = True
+    #: Defaults that differ by data set, where the published code has them: {"mnist": {"steps": 40}}.
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     eps: float = option(
         help="l_inf radius, in the unit of images in [0, 1]",
@@ -37,14 +72,38 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check(self, self.name)
 
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, key: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss of one batch, with a graph to the parameters, and detached 0-dim tensors worth logging.
+    @property
+    def updates(self) -> int:
+        """Optimiser steps per batch."""
+        return 1
+
+    def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
+        """What the loss takes as given: adversaries, weights of samples, directions. No gradient flows through it.
 
         Args:
             model: takes images [B, C, H, W] in [0, 1], gives logits; in the mode that the training forward needs.
             batch: x [B, C, H, W] float, y int64 [B], ids int64 [B] (the samples' numbers in the set).
             key: the noise key of this step, int64 [2]. Same key, weights and batch: same loss, bit for bit.
-
-        Nothing waits for the device. Metrics "clean" and "adv" are accuracies in [0, 1] on forwards made anyway.
         """
+        return None
+
+    @abstractmethod
+    def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
+        """The loss, with a graph to the parameters, and detached 0-dim tensors worth logging.
+
+        ``given`` is what ``prepare`` made of this batch. Nothing waits for the device. Metrics "clean" and "adv" are
+        accuracies in [0, 1] on forwards made anyway.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
+        """``objective`` on what ``prepare`` makes."""
+        return self.objective(model, batch, self.prepare(model, batch, key, state or State()))
+
+    def train_step(
+        self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
+    ) -> tuple[Tensor, Metrics]:
+        """Trains on one batch: ``updates`` steps of the optimiser. Returns the (detached) loss and metrics."""
+        loss, metrics = self.loss(model, batch, key, state)
+        descent.backward(loss, metrics)
+        descent.step()
+        return loss.detach(), metrics

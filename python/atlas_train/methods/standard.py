@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,6 @@ class Standard(Method):
     name: ClassVar[str] = "standard"
     adversarial: ClassVar[bool] = False
 
-    def loss(self, model: nn.Module, batch: Batch, key: Tensor) -> tuple[Tensor, Metrics]:
+    def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         logits = model(batch.x)
         return cross_entropy(logits, batch.y), {"clean": accuracy(logits, batch.y)}

@@ -1,10 +1,42 @@
-"""What methods report of logits [B, C]."""
+"""What methods share beside the fused losses; logits are [B, C]."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import cross_entropy
+
+from ..data import Batch
+from ..noise import normal
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of the batch whose largest logit is the label's; a 0-dim float32 tensor, detached."""
     return (logits.detach().argmax(1) == y).float().mean()
+
+
+def near_start(batch: Batch, key: Tensor) -> Tensor:
+    """The start of TRADES and its relatives: x + 0.001 normal noise, not clipped, as in their published code."""
+    return batch.x + 0.001 * normal(batch.x, key, batch.ids, 0)
+
+
+@torch.no_grad()
+def update_statistics(model: nn.Module, x: Tensor) -> None:
+    """A forward whose only use is to move BatchNorm's running statistics, as some published code does by the way."""
+    model(x)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile`` wraps it: compiled code has no double backward."""
+    return getattr(model, "_orig_mod", model)
+
+
+def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each sample [B] and its gradient at x [B, ...], both with a graph to the parameters.
+
+    Every gradient is that of the sum over the batch, as published; with BatchNorm in train mode rows are coupled.
+    """
+    leaf = x.detach().requires_grad_()
+    losses = cross_entropy(uncompiled(model)(leaf), y, reduction="none")
+    return losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]

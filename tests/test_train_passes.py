@@ -1,0 +1,54 @@
+"""What a training step of each method costs, in passes of the network (1 F a forward, 1 F each kind of backward)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from atlas_kernels import noise_key
+from atlas_train import methods
+from atlas_train.methods import Batch, State
+from atlas_train.passes import count_passes
+from fidelity import CLASSES, Steps
+
+#: K = 10; from the formulas, before the code.
+PASSES: dict[str, tuple[dict[str, Any], float]] = {
+    "standard": ({}, 3),
+    "adv": ({"steps": 10}, 23),
+    "one_step_adv": ({}, 5),
+    "atlas": ({}, 2 + 3 * 3),
+    "trades": ({"steps": 10}, 27),
+}
+
+
+class Wide(nn.Module):
+    """A first layer that costs next to nothing, so that a pass less of it does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.conv2, self.conv3 = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.linear = nn.Linear(64, CLASSES)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv3(torch.relu(self.conv2(torch.relu(self.bn(self.conv1(x)))))).mean((2, 3))
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear(features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_passes_per_step(name: str) -> None:
+    hyper, expected = PASSES[name]
+    torch.manual_seed(0)
+    model = Wide()
+    batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(CLASSES, (4,)), torch.arange(4))
+    method, key = methods.build(name, 0.1, hyper), noise_key()
+    passes = count_passes(model, batch.x, lambda: method.train_step(model, batch, key, State(size=4), Steps(model)))
+    assert passes == pytest.approx(expected, abs=0.1)
