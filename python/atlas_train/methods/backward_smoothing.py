@@ -37,9 +37,7 @@ class BackwardSmoothing(Method):
     steps: int = option(1, "attack steps after the first, backward one", low=1)
     step_size: float | None = option(None, "of every step, the backward one too; default: eps", above=0)
     gamma: float = option(1.0, "size of the noise on the logits", low=0)
-    beta: float = option(
-        10.0, "weight of the KL term; 10 as in the authors' README, their script's default is 6", low=0
-    )
+    beta: float = option(10.0, "weight of the KL term, as in the authors' README; their script's default is 6", low=0)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         x, _, ids = batch
@@ -50,8 +48,7 @@ class BackwardSmoothing(Method):
             clean = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
             target = clean + self.gamma * uniform(clean, key, ids, 1)
             cotangent = attack_cotangent(clean, objective="kl", reference=target, descend=True).cotangent
-            assert cotangent is not None
-            (grad,) = torch.autograd.grad(logits, leaf, cotangent.to(logits.dtype))
+            (grad,) = torch.autograd.grad(logits, leaf, cotangent)
         start = pgd_step(x, grad, x, self.eps, step_size)
         attack = PGD(self.eps, step_size, self.steps, objective="kl")
         return attack(model, x, reference_logits=clean, start=start, key=key, ids=ids)
