@@ -33,8 +33,8 @@ def GA_PGD(
     """PGD in eval mode that counts, per sample, the iterates before a step that are classified right: (x', Kappa).
 
     loss_fn: "cent", cross-entropy; "cw", the margin until it is 50; "kl", KL from the prediction on the clean images,
-    with category "trades" only. category: the start, "Madry" uniform in the ball and clipped, "trades" 0.001 of normal
-    noise. rand_init=False starts at the images.
+    which needs the start of "trades". category: the start, "Madry" uniform in the ball and clipped, "trades" 0.001 of
+    normal noise. rand_init=False starts at the images.
 
     Kept: the model is left in eval mode; the uniform start is drawn by numpy, the normal one by torch on the CPU; Kappa
     is a float tensor.
@@ -45,8 +45,11 @@ def GA_PGD(
     """
     require_choice("loss_fn", loss_fn, tuple(_OBJECTIVES))
     require_choice("category", category, ("trades", "Madry"))
-    if loss_fn == "kl" and category != "trades":
-        raise ValueError(f'loss_fn="kl" goes with category="trades", got category={category!r}')
+    if loss_fn == "kl" and (category != "trades" or not rand_init):
+        raise ValueError(
+            f'loss_fn="kl" needs category="trades" and rand_init=True (it has no gradient at the images), got '
+            f"category={category!r} and rand_init={rand_init}"
+        )
     require_count("num_steps", num_steps, 0)
     require_radius("epsilon", epsilon, clip_min=0, clip_max=1)
     require_images(data)

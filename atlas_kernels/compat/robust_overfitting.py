@@ -61,9 +61,7 @@ def attack_pgd(
     twice = False
     if mixup:
         if y_a is None or y_b is None or lam is None:
-            raise ValueError(
-                "mixup=True needs y_a, y_b and lam: the labels of both images and the first one's share"
-            )
+            raise ValueError("mixup=True needs y_a, y_b and lam: the labels of both images and the first one's share")
         goal = _Mixup(class_indices(y_a, X), second=Objective(class_indices(y_b, X)), lam=float(lam))
         twice = any(module.training for module in model.modules())
 

@@ -52,9 +52,7 @@ def trades_loss(
     model.eval()
     x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape)
     if distance == "l_inf":
-        x_adv = signed_steps(
-            lambda v: kl_sum(model, v, x_natural), x_adv, x_natural, step_size, epsilon, perturb_steps
-        )
+        x_adv = signed_steps(lambda v: kl_sum(model, v, x_natural), x_adv, x_natural, step_size, epsilon, perturb_steps)
     else:
         x_adv = l2_steps(model, x_natural, epsilon, perturb_steps)
     model.train()
@@ -69,9 +67,7 @@ def mart_loss(
 ):
     model.eval()
     x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape)
-    x_adv = signed_steps(
-        lambda v: F.cross_entropy(model(v), y), x_adv, x_natural, step_size, epsilon, perturb_steps
-    )
+    x_adv = signed_steps(lambda v: F.cross_entropy(model(v), y), x_adv, x_natural, step_size, epsilon, perturb_steps)
     model.train()
     optimizer.zero_grad()
     p, z_adv = F.softmax(model(x_natural), 1), model(torch.clamp(x_adv, 0.0, 1.0))
