@@ -299,6 +299,15 @@ def test_fast_adversarial_leaves_misclassified_samples_out_in_eval_mode() -> Non
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
 
+def test_fast_adversarial_gives_ties_to_the_later_restart() -> None:
+    model, x, y = setting(net=Flat)
+    x = 0.3 * x  # dark, so that all losses are equal
+    mine, theirs = (
+        after(f, model, x, y, 0.01, 0.001, 2, 3) for f in (fast_adversarial.attack_pgd, published.fast_mnist_pgd)
+    )
+    same_images(mine.result, theirs.result)
+
+
 def test_fast_adversarial_limits_are_globals_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = setting(normalised=True)
     for name, value in (("lower_limit", -0.5), ("upper_limit", 0.5)):
