@@ -3,8 +3,6 @@ included, with one difference: nothing is moved to CUDA."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from torch import nn
@@ -228,7 +226,7 @@ class AWP:
     """AdvWeightPerturb and, with clean inputs, TradesAWP."""
 
     def __init__(self, model, proxy, proxy_optim, gamma):
-        self.__dict__.update(vars(SimpleNamespace(model=model, proxy=proxy, optim=proxy_optim, gamma=gamma)))
+        self.model, self.proxy, self.optim, self.gamma = model, proxy, proxy_optim, gamma
 
     def calc_awp(self, inputs_adv, targets, inputs_clean=None, beta=None):
         self.proxy.load_state_dict(self.model.state_dict())
@@ -247,12 +245,6 @@ class AWP:
                 d = new[name] - old
                 diff[name] = old.norm() / (d.norm() + 1e-20) * d
         return diff
-
-    def add(self, diff, coefficient):
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if name in diff:
-                    weight.add_(coefficient * self.gamma * diff[name])
 
 
 def perturb_input(model, x_natural, step_size=0.003, epsilon=0.031, perturb_steps=10, distance="l_inf"):
