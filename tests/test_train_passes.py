@@ -21,6 +21,9 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "one_step_adv": ({}, 5),
     "atlas": ({}, 2 + 3 * 3),
     "trades": ({"steps": 10}, 27),
+    "free": ({"replays": 8}, 3 * 8),
+    "yopo": ({"outer": 5, "inner": 3}, 3 * 5),
+    "mma": ({"steps": 10}, 3 + 3),  # an untrained network is sure of no label; else test_train_mma
 }
 
 

@@ -11,15 +11,20 @@ from ..options import nearest
 from .adv import ADV
 from .atlas import ATLAS
 from .base import Descent, Method, Metrics, OfEps, State
+from .free import Free
+from .mma import MMA
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
+from .yopo import YOPO
 
 __all__ = [
     "ADV",
     "ATLAS",
     "Batch",
     "Descent",
+    "Free",
+    "MMA",
     "Method",
     "Metrics",
     "OfEps",
@@ -27,13 +32,16 @@ __all__ = [
     "Standard",
     "State",
     "TRADES",
+    "YOPO",
     "build",
     "get",
     "hyper_parameters",
     "names",
 ]
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Standard)}
+_METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Free, YOPO, MMA, Standard)
+}
 
 
 def names() -> tuple[str, ...]:
