@@ -43,10 +43,11 @@ class Free(Method):
         return self.replays
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        return batch.x + self._delta(batch, state)
+        """What moves: x + delta or, clipped as a sum, delta."""
+        return self._centre(batch) + self._delta(batch, state)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(given.clamp(0, 1) if self.clip == "sum" else given)
+        logits = model(given if self.clip == "delta" else (batch.x + given).clamp(0, 1))
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def train_step(
@@ -54,18 +55,21 @@ class Free(Method):
     ) -> tuple[Tensor, Metrics]:
         """The loss is the mean over the replays, "adv" that of the last one, as published."""
         step_size = self.eps if self.step_size is None else self.step_size
-        low, high = (0.0, 1.0) if self.clip == "delta" else (-torch.inf, torch.inf)
-        adv, losses = self.prepare(model, batch, key, state), []
+        centre, low = self._centre(batch), 0.0 if self.clip == "delta" else -1.0
+        moving, losses = self.prepare(model, batch, key, state), []
         for _ in range(self.replays):
-            leaf = adv.requires_grad_()
+            leaf = moving.requires_grad_()
             loss, metrics = self.objective(model, batch, leaf)
             descent.backward(loss, metrics)
             assert leaf.grad is not None
-            adv = pgd_step(leaf.detach(), leaf.grad, batch.x, self.eps, step_size, clip_min=low, clip_max=high)
+            moving = pgd_step(leaf.detach(), leaf.grad, centre, self.eps, step_size, clip_min=low)
             descent.step()
             losses.append(loss.detach())
-        self._delta(batch, state).copy_(adv - batch.x)
+        self._delta(batch, state).copy_(moving - centre)
         return torch.stack(losses).mean(), metrics
+
+    def _centre(self, batch: Batch) -> Tensor:
+        return batch.x if self.clip == "delta" else torch.zeros_like(batch.x)
 
     def _delta(self, batch: Batch, state: State) -> Tensor:
         """The rows of delta that belong to this batch; a batch larger than all before gets new ones."""
