@@ -64,9 +64,10 @@ def test_delta_starts_at_zero_and_stays_by_place() -> None:
     assert torch.equal(seen[0], made.batch.x + delta[:5])  # not clipped: as published
     assert (seen[0] < 0).any() and seen[1].min() >= 0 and seen[1].max() <= 1
     assert torch.equal(state.memory["delta"][5:], delta[5:])
-    made.batch = case(12, seed=2).batch
+    made.batch, delta = case(12, seed=2).batch, state.memory["delta"].clone()
+    seen.clear()
     ours(method, made, state)
-    assert state.memory["delta"].shape == made.batch.x.shape
+    assert torch.equal(seen[0][:8], made.batch.x[:8] + delta) and torch.equal(seen[0][8:], made.batch.x[8:])
 
 
 def test_every_replay_is_an_update() -> None:

@@ -45,7 +45,7 @@ class MMA(Method):
     PGD climbs cross-entropy, whose image gradient is that of SLM times 1 - p_y: the steps are the same. Its radius is
     max(min_eps, the sample's last eps*), kept by ``ids`` in ``state.memory["eps"]``; what was unsure last time starts
     at min_eps again. The search runs in train mode on the sure samples alone, as published: with BatchNorm they judge
-    each other, so they are taken out of the batch, which waits for the device once a step.
+    each other, so they are taken out of the batch, and a GPU is waited for (the seed of its dropout, too, is read).
 
     The published code also makes an eleventh forward whose outcome nobody reads, keeps graphs in the search, and copies
     gradients and radii one by one. At most 2K + search_steps + 6 passes, fewer where samples are unsure. ``prepare``
