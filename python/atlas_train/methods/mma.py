@@ -39,8 +39,7 @@ class MMA(Method):
 
     sure: p_y(x) > 1/2, that is a soft logit margin (SLM = logsumexp of the other logits - z_y) below 0. u: the way of
     PGD on the SLM, over the sample's last radius; eps*: where SLM becomes 0 on it, by bisection up to 1.05 d_max; the
-    images x + eps* u are not clipped. So every sample is trained at the end of its own margin, and sets no radius: eps
-    has no part in training but for the defaults.
+    images x + eps* u are not clipped. Every sample is trained at the end of its own margin; eps sets defaults alone.
 
     PGD climbs cross-entropy, whose image gradient is that of SLM times 1 - p_y: the steps are the same. Its radius is
     max(min_eps, the sample's last eps*), kept by ``ids`` in ``state.memory["eps"]``; what was unsure last time starts
