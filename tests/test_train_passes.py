@@ -24,6 +24,9 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "mart": ({"steps": 10}, 2 * 10 + 2 * 3),
     "n_fgsm": ({}, 2 + 3),
     "backward_smoothing": ({}, 2 + 2 * 1 + 2 * 3),  # its K is 1
+    "free": ({"replays": 8}, 3 * 8),
+    "yopo": ({"outer": 5, "inner": 3}, 3 * 5),
+    "mma": ({"steps": 10}, 3 + 3),  # an untrained network is sure of no label; else test_train_mma
 }
 
 

@@ -12,11 +12,14 @@ from .adv import ADV
 from .atlas import ATLAS
 from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, OfEps, State
+from .free import Free
 from .mart import MART
+from .mma import MMA
 from .n_fgsm import NFGSM
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
+from .yopo import YOPO
 
 __all__ = [
     "ADV",
@@ -25,6 +28,8 @@ __all__ = [
     "Batch",
     "Descent",
     "MART",
+    "Free",
+    "MMA",
     "Method",
     "Metrics",
     "NFGSM",
@@ -33,6 +38,7 @@ __all__ = [
     "Standard",
     "State",
     "TRADES",
+    "YOPO",
     "build",
     "get",
     "hyper_parameters",
@@ -40,7 +46,7 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, MART, NFGSM, BackwardSmoothing, Standard)
+    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, MART, NFGSM, BackwardSmoothing, Free, YOPO, MMA, Standard)
 }
 
 
