@@ -1,0 +1,1 @@
+"""Drop-ins: other projects' signatures on the fused operators."""
