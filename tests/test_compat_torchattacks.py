@@ -279,9 +279,26 @@ def test_16_bit(name, model, images, labels):
     assert adv.dtype == torch.bfloat16 and float(length.max()) <= 0.27
 
 
-def test_mifgsm_survives_a_gradient_of_zero(model, images, labels):
+def test_mifgsm_goes_on_after_a_gradient_of_zero(model, images, labels):
+    direction, _ = ours.MIFGSM(model, decay=0.5)._direction(torch.zeros_like(images), images)
+    assert torch.equal(direction, images / 2)
     nn.init.zeros_(model.linear.weight)
     assert torch.equal(ours.MIFGSM(model)(images, labels), images)
+
+
+class NoGradient(nn.Linear):
+    """A root at zero: its derivative times zero is NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + (x * 0).sqrt())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_that_is_nan_moves_nothing(name, images, labels):
+    model = nn.Sequential(nn.Flatten(), NoGradient(75, CLASSES)).to(images)
+    still = {"random_start": False} if name in ("PGD", "PGDL2") else {}
+    adv = getattr(ours, name)(model, **still)(images, labels)
+    assert torch.isfinite(adv).all() and (name in ("FFGSM", "TPGD") or torch.equal(adv, images))
 
 
 def test_pgdl2_without_eps_for_division_moves_by_alpha(model, images, labels):
@@ -325,6 +342,7 @@ REFUSED: list[tuple[type[Exception], str, Callable[[Any, Tensor, Tensor], object
     (TypeError, "model must be a torch.nn.Module", lambda m, x, y: ours.PGD(lambda x: x)),
     (ValueError, "write 8/255", lambda m, x, y: ours.PGD(m, eps=8)),
     (ValueError, "eps must be finite", lambda m, x, y: ours.FGSM(m, eps=-1)),
+    (ValueError, "alpha must be finite", lambda m, x, y: ours.PGD(m, alpha=-1)),
     (TypeError, "one value per sample", lambda m, x, y: ours.PGD(m, eps=torch.full((7,), 0.1))),
     (TypeError, "steps must be an integer", lambda m, x, y: ours.PGD(m, steps=2.5)),
     (ValueError, "labels is missing: FGSM", lambda m, x, y: ours.FGSM(m)(x)),

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks
-from ..attacks.arguments import class_indices
+from ..attacks.arguments import class_indices, require_radius
 from ..attacks.contract import leave_no_trace
 from ..attacks.objective import Objective
 from ..checks import require_float_images, require_images
@@ -91,6 +91,7 @@ class Attack:
         for name, value in {"eps": self.eps, "alpha": step_size}.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a number, got a tensor; atlas_kernels.PGD takes one value per sample")
+            require_radius(name, value)
         mode = "keep" if self._model_training else "eval"
         return attacks.PGD(
             self.eps, step_size, steps, random_start=False, targeted=self.targeted, attack_mode=mode, **options
