@@ -21,6 +21,9 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "one_step_adv": ({}, 5),
     "atlas": ({}, 2 + 3 * 3),
     "trades": ({"steps": 10}, 27),
+    "mart": ({"steps": 10}, 2 * 10 + 2 * 3),
+    "n_fgsm": ({}, 2 + 3),
+    "backward_smoothing": ({}, 2 + 2 * 1 + 2 * 3),  # its K is 1
 }
 
 

@@ -9,7 +9,7 @@ gradients are never written. Hooks stay as they are and fire.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ ATTACK_MODES = ("eval", "train", "keep")
 
 @contextmanager
 def leave_no_trace(
-    model: Callable[[Tensor], Tensor], attack_mode: str, key: Tensor, *, update_buffers: bool = False
+    model: Callable[[Tensor], Tensor], attack_mode: str, key: Tensor | None, *, update_buffers: bool = False
 ) -> Iterator[None]:
     """Run an attack on ``model`` inside this context.
 
@@ -30,7 +30,8 @@ def leave_no_trace(
 
     key: the attack's noise key. Random layers draw from a fork of the global state that is seeded by the key, so a
     replay repeats dropout too. (On a GPU reading the seed is a synchronisation, paid only where a module is in train
-    mode. A graph capture keeps its own random state and is left alone.)
+    mode. A graph capture keeps its own random state and is left alone.) None: they draw from the global state itself,
+    as in published code.
 
     update_buffers: let modules in train mode write their own buffers, so that BatchNorm's running statistics see every
     forward of the attack, as in some published code: the one trace that can be asked for.
@@ -47,9 +48,9 @@ def leave_no_trace(
     flags = [module.training for module in modules]
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     training = any(flags) if attack_mode == "keep" else attack_mode == "train"
-    devices = {tensor.device for tensor in (key, *parameters) if tensor.device.type == "cuda"}
+    random_state = nullcontext() if key is None else _forked_random_state(parameters, key, training)
 
-    with torch.inference_mode(False), torch.enable_grad(), _forked_random_state(devices, key, training):
+    with torch.inference_mode(False), torch.enable_grad(), random_state:
         buffers = _buffers(modules) if training and not update_buffers else []
         try:
             if attack_mode != "keep":
@@ -83,7 +84,8 @@ def _buffers(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 @contextmanager
-def _forked_random_state(devices: set[torch.device], key: Tensor, training: bool) -> Iterator[None]:
+def _forked_random_state(parameters: list[nn.Parameter], key: Tensor, training: bool) -> Iterator[None]:
+    devices = {tensor.device for tensor in (key, *parameters) if tensor.device.type == "cuda"}
     if devices and torch.cuda.is_current_stream_capturing():
         yield
         return

@@ -10,7 +10,10 @@ from ..data import Batch
 from ..options import nearest
 from .adv import ADV
 from .atlas import ATLAS
+from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, OfEps, State
+from .mart import MART
+from .n_fgsm import NFGSM
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
@@ -18,10 +21,13 @@ from .trades import TRADES
 __all__ = [
     "ADV",
     "ATLAS",
+    "BackwardSmoothing",
     "Batch",
     "Descent",
+    "MART",
     "Method",
     "Metrics",
+    "NFGSM",
     "OfEps",
     "OneStepADV",
     "Standard",
@@ -33,7 +39,9 @@ __all__ = [
     "names",
 ]
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Standard)}
+_METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, MART, NFGSM, BackwardSmoothing, Standard)
+}
 
 
 def names() -> tuple[str, ...]:

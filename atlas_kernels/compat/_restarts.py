@@ -1,0 +1,66 @@
+"""The attack that fast_adversarial and robust_overfitting share: restarts on cross-entropy, in the mode as found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.contract import leave_no_trace
+from ..attacks.objective import Model, Objective
+
+Rows = Tensor | slice
+#: (iterates, their gradients, which rows of the batch they are) -> the next iterates.
+Step = Callable[[Tensor, Tensor, Rows], Tensor]
+
+
+def strongest_delta(
+    model: nn.Module, forward: Model, x: Tensor, y: Tensor, goal: Objective, start: Callable[[], Tensor], step: Step,
+    attack_iters: int, restarts: int, *, freeze: bool,
+) -> Tensor:  # fmt: skip
+    """The perturbation of the largest loss per sample; of equal ones the later restart's, and 0 where all are NaN.
+
+    model: its mode is kept and its BatchNorm moves. forward: what is attacked, the model with what precedes it. start:
+    draws a first iterate. freeze: a sample stays where it is while it is misclassified, and an attack ends when all
+    are; if no module is in train mode either, such samples are left out of all further forwards.
+    """
+    coupled = any(module.training for module in model.modules())
+    climb = _climb_until_misclassified if freeze else _climb
+    delta, best = torch.zeros_like(x), torch.zeros((), device=x.device)
+    with leave_no_trace(model, "keep", None, update_buffers=True):
+        for _ in range(restarts):
+            adv = climb(forward, start(), y, goal, step, attack_iters, coupled)
+            if restarts == 1 and not coupled:
+                return adv - x  # nothing hangs on what a judging forward would say
+            with torch.no_grad():
+                loss, _ = goal.judge(goal.logits(forward, adv))
+            stronger = (loss >= best).view(-1, *[1] * (x.ndim - 1))
+            delta = torch.where(stronger, adv - x, delta)
+            best = torch.maximum(loss, best)
+    return delta
+
+
+def _climb(
+    forward: Model, adv: Tensor, y: Tensor, goal: Objective, step: Step, attack_iters: int, coupled: bool
+) -> Tensor:
+    for _ in range(attack_iters):
+        _, grad = goal.gradient(forward, adv)
+        adv = step(adv, grad, slice(None))
+    return adv
+
+
+def _climb_until_misclassified(
+    forward: Model, adv: Tensor, y: Tensor, goal: Objective, step: Step, attack_iters: int, coupled: bool
+) -> Tensor:
+    rows = torch.arange(len(adv), device=adv.device)
+    for _ in range(attack_iters):
+        logits, grad = goal.gradient(forward, adv[rows])
+        right = (logits.argmax(1) == y[rows]).nonzero()[:, 0]
+        if not len(right):
+            break
+        moving = rows[right]
+        adv[moving] = step(adv[moving], grad[right], moving)
+        if not coupled:
+            rows, goal = moving, goal.rows(right)
+    return adv

@@ -1,0 +1,108 @@
+"""Drop-ins for ``attack_generator.py`` and ``GAIR.py`` of GAIRAT (Zhang et al. 2021, arXiv 2010.01736; zjfheart's
+Geometry-aware-Instance-reweighted-Adversarial-Training)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attacks import leave_no_trace
+from ..attacks.arguments import class_indices, require_count, require_radius
+from ..attacks.objective import Objective
+from ..checks import require_choice, require_images
+from ..perturb import pgd_step
+from .trades import noise_near
+
+_OBJECTIVES = {"cent": "ce", "cw": "margin", "kl": "kl"}
+
+
+def GA_PGD(
+    model: nn.Module,
+    data: Tensor,
+    target: Tensor,
+    epsilon: float,
+    step_size: float,
+    num_steps: int,
+    loss_fn: str,
+    category: str,
+    rand_init: bool,
+) -> tuple[Tensor, Tensor]:
+    """PGD in eval mode that counts, per sample, the iterates before a step that are classified right: (x', Kappa).
+
+    loss_fn: "cent", cross-entropy; "cw", the margin until it is 50; "kl", KL from the prediction on the clean images,
+    which needs the start of "trades". category: the start, "Madry" uniform in the ball and clipped, "trades" 0.001 of
+    normal noise. rand_init=False starts at the images.
+
+    Kept: the model is left in eval mode; the uniform start is drawn by numpy, the normal one by torch on the CPU; Kappa
+    is a float tensor.
+
+    Differs: Kappa is counted on the device and stays there (published: sample by sample, a synchronisation each, and on
+    the CPU); ``model.zero_grad()`` is not called, since no gradient reaches the weights; "cw" takes any number of
+    classes. Other names, images outside [0, 1] and a radius of 1 or more raise ValueError.
+    """
+    require_choice("loss_fn", loss_fn, tuple(_OBJECTIVES))
+    require_choice("category", category, ("trades", "Madry"))
+    if loss_fn == "kl" and (category != "trades" or not rand_init):
+        raise ValueError(
+            f'loss_fn="kl" needs category="trades" and rand_init=True (it has no gradient at the images), got '
+            f"category={category!r} and rand_init={rand_init}"
+        )
+    require_count("num_steps", num_steps, 0)
+    require_radius("epsilon", epsilon, clip_min=0, clip_max=1)
+    require_images(data)
+    data, kind = data.detach(), _OBJECTIVES[loss_fn]
+    kappa = torch.zeros(len(data), dtype=torch.int64, device=data.device)
+    goal = (_Margin if loss_fn == "cw" else Objective)(class_indices(target, data), kind=kind, kappa=kappa)
+    model.eval()
+    x_adv = _start(data, epsilon, category) if rand_init else data.clone()
+    with leave_no_trace(model, "eval", None):
+        if loss_fn == "kl":
+            with torch.no_grad():
+                goal.reference = goal.logits(model, data)
+        for _ in range(num_steps):
+            _, grad = goal.gradient(model, x_adv)
+            x_adv = pgd_step(x_adv, grad, data, epsilon, step_size)
+    return x_adv, kappa.to(torch.get_default_dtype())
+
+
+def GAIR(num_steps: int, Kappa: Tensor, Lambda: float | Tensor, func: str) -> Tensor:
+    """Weights of the samples, over their mean: with h = num_steps // 2,
+
+        Tanh      (1 + tanh(Lambda + 5 (h - Kappa) / h)) / 2
+        Sigmoid   sigmoid(Lambda + 5 (h - Kappa) / h)
+        Discrete  1 - Kappa / (num_steps + 1)
+
+    Differs: normalised in logarithms, so that the smallest weights keep their relative precision and a batch of
+    which all weights underflow gets finite ones; other names of ``func`` raise ValueError.
+    """
+    require_choice("func", func, ("Tanh", "Sigmoid", "Discrete"))
+    if func == "Discrete":
+        weights = (num_steps + 1 - Kappa) / (num_steps + 1)
+        return weights * len(weights) / weights.sum()
+    require_count("num_steps", num_steps, 2)
+    half = num_steps // 2
+    score = Lambda + (half - Kappa) * 5 / half
+    score = 2 * score if func == "Tanh" else score  # (1 + tanh(s)) / 2 = sigmoid(2 s)
+    return len(Kappa) * F.logsigmoid(score).softmax(0)
+
+
+@dataclass
+class _Margin(Objective):
+    """The margin, which nobody climbs any further above 50."""
+
+    def cotangent(self, logits: Tensor) -> Tensor:
+        made = self._of(logits, kappa=self.kappa, return_value=True)
+        assert made.cotangent is not None and made.value is not None
+        return torch.where(made.value[:, None] <= 50, made.cotangent, 0).to(logits.dtype)
+
+
+def _start(x: Tensor, epsilon: float, category: str) -> Tensor:
+    if category == "trades":
+        return (x + noise_near(x)).to(x.dtype)
+    import numpy as np  # not needed by anything else here
+
+    noise = torch.from_numpy(np.random.uniform(-epsilon, epsilon, x.shape)).float()
+    return (x + noise.to(x.device)).clamp(0.0, 1.0).to(x.dtype)

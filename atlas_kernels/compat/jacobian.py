@@ -1,0 +1,50 @@
+"""Drop-in for ``jacobian.JacobianReg`` of facebookresearch/jacobian_regularizer (Hoffman, Roberts & Yaida 2019, arXiv
+1908.02729)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class JacobianReg(nn.Module):
+    """Half the squared Frobenius norm of dy/dx, averaged over the batch: ``C / (2 n B) sum ||d(v . y)/dx||^2``.
+
+    n: random unit vectors v per sample; -1 takes the C basis vectors, which is exact. ``forward(x, y)``: x requires
+    grad and y [B, C] was computed from it by eager modules (compiled ones have no double backward); the result can be
+    differentiated.
+
+    Kept: v is drawn by ``torch.randn`` on the CPU, a vector of all samples at a time; no draw for one output. Differs:
+    the sum of squares is taken at once, without the norm's square root, and in float32 at least.
+    """
+
+    def __init__(self, n: int = 1) -> None:
+        super().__init__()
+        if n != -1 and not n > 0:
+            raise ValueError(f"n must be the number of projections, or -1 for all of them, got {n}")
+        self.n = n
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not x.requires_grad:
+            raise ValueError("x does not require grad: call x.requires_grad_() before the model computes y from it")
+        B, C = y.shape
+        count = C if self.n == -1 else self.n
+        total = torch.zeros((), device=y.device)
+        for k in range(count):
+            (Jv,) = torch.autograd.grad(y, x, self._vector(y, k), create_graph=True, allow_unused=True)
+            if Jv is None:
+                raise ValueError("y does not depend on x: compute y from this x, outside torch.no_grad()")
+            total = total + Jv.to(torch.promote_types(Jv.dtype, torch.float32)).square().sum()
+        return C / (2 * count * B) * total
+
+    def _vector(self, y: Tensor, k: int) -> Tensor:
+        """The k-th v, a unit vector per sample."""
+        B, C = y.shape
+        if self.n == -1:
+            v = torch.zeros_like(y)
+            v[:, k] = 1
+            return v
+        if C == 1:
+            return torch.ones_like(y)
+        v = torch.randn(B, C)
+        return (v / v.norm(dim=1, keepdim=True)).to(y)

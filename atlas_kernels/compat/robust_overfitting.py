@@ -1,0 +1,125 @@
+"""Drop-in for the attack in ``train_cifar.py`` of locuslab/robust_overfitting (Rice, Wong & Kolter 2020, arXiv
+2002.11569) and in csdongxian/AWP's AT_AWP scripts.
+
+As there, images are in [0, 1] and the attack normalises them with this module's globals ``mu`` and ``std``, those of
+CIFAR-10; set them for another data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.arguments import class_indices, require_radius
+from ..attacks.objective import Objective
+from ..checks import require_choice
+from ..perturb import pgd_step
+from ._restarts import Rows, Step, strongest_delta
+from .fast_adversarial import mu, std
+
+upper_limit, lower_limit = 1, 0
+
+
+def normalize(X: Tensor) -> Tensor:
+    return (X - mu.to(X.device)) / std.to(X.device)
+
+
+def attack_pgd(
+    model: nn.Module,
+    X: Tensor,
+    y: Tensor,
+    epsilon: float,
+    alpha: float,
+    attack_iters: int,
+    restarts: int,
+    norm: str,
+    early_stop: bool = False,
+    mixup: bool = False,
+    y_a: Tensor | None = None,
+    y_b: Tensor | None = None,
+    lam: float | None = None,
+) -> Tensor:
+    """PGD on cross-entropy of ``model(normalize(X + delta))``, in the mode that the model is in: delta.
+
+    norm: "l_inf", from a uniform start; "l_2", from a random direction with a uniform length. early_stop: a sample does
+    not move while it is misclassified, and the attack ends when all are. mixup: attack ``lam CE(y_a) + (1 - lam)
+    CE(y_b)``.
+
+    Kept: starts are drawn by ``uniform_`` and ``normal_`` on X's device; of the restarts the one of the largest loss
+    wins, of equal ones the later. BatchNorm in train mode sees every forward: one per step, with mixup two, and the one
+    that judges a restart.
+
+    Differs: in eval mode a single restart is not judged, mixup takes one forward per step, and early_stop leaves
+    misclassified samples out of further forwards; an l_inf radius of 1 or more raises ValueError.
+    """
+    require_choice("norm", norm, ("l_inf", "l_2"))
+    X = X.detach()
+    goal = Objective(class_indices(y, X))
+    twice = False
+    if mixup:
+        if y_a is None or y_b is None or lam is None:
+            raise ValueError("mixup=True needs y_a, y_b and lam: the labels of both images and the first one's share")
+        goal = _Mixup(class_indices(y_a, X), second=Objective(class_indices(y_b, X)), lam=float(lam))
+        twice = any(module.training for module in model.modules())
+
+    def forward(x: Tensor) -> Tensor:
+        if twice and torch.is_grad_enabled():
+            with torch.no_grad():
+                model(normalize(x))  # as published, for BatchNorm and dropout
+        return model(normalize(x))
+
+    start, step = _linf(X, epsilon, alpha) if norm == "l_inf" else _l2(X, epsilon, alpha)
+    delta = strongest_delta(model, forward, X, y, goal, start, step, attack_iters, restarts, freeze=early_stop)
+    return delta.clamp_(-epsilon, epsilon)
+
+
+def _linf(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], Step]:
+    require_radius("epsilon", epsilon, clip_min=0, clip_max=1)
+
+    def start() -> Tensor:
+        return (X + torch.zeros_like(X).uniform_(-epsilon, epsilon)).clamp_(lower_limit, upper_limit)
+
+    def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
+        return pgd_step(adv, grad, X[rows], epsilon, alpha, clip_min=lower_limit, clip_max=upper_limit)
+
+    return start, step
+
+
+def _l2(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], Step]:
+    def start() -> Tensor:
+        delta = torch.zeros_like(X).normal_()
+        norms = delta.flatten(1).norm(dim=1).view(-1, *[1] * (X.ndim - 1))
+        delta *= torch.zeros_like(norms).uniform_(0, 1) / norms * epsilon
+        return (X + delta).clamp_(lower_limit, upper_limit)
+
+    def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
+        norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (X.ndim - 1))
+        norms += 1e-10 * len(X)  # as published, whose gradient is that of the mean loss
+        delta = (adv - X[rows] + grad / norms * alpha).flatten(1).renorm(2, 0, epsilon).view_as(adv)
+        return (X[rows] + delta).clamp_(lower_limit, upper_limit)
+
+    return start, step
+
+
+@dataclass
+class _Mixup(Objective):
+    """lam of one cross-entropy and 1 - lam of a second."""
+
+    second: Objective = field(default_factory=Objective)
+    lam: float = 1.0
+
+    def cotangent(self, logits: Tensor) -> Tensor:
+        return self.lam * super().cotangent(logits) + (1 - self.lam) * self.second.cotangent(logits)
+
+    def judge(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        first, fooled = super().judge(logits)
+        return self.lam * first + (1 - self.lam) * self.second.judge(logits)[0], fooled
+
+    def rows(self, index: Tensor) -> _Mixup:
+        chosen = super().rows(index)
+        assert isinstance(chosen, _Mixup)
+        chosen.second = self.second.rows(index)
+        return chosen
