@@ -1,0 +1,85 @@
+"""The examples run as they lie there, and what they print is what they promise."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "python" / "examples"
+needs_drop_in = pytest.mark.skipif(
+    find_spec("atlas_kernels.compat.trades") is None, reason="atlas_kernels.compat.trades is not in this checkout"
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Runs an example as a script; gives clean and robust accuracy in percent, by the name in front of them."""
+
+    def run(name: str, *flags: str) -> dict[str, tuple[float, float]]:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed = re.findall(r"^(\w+): clean ([\d.]+)%, PGD-20 ([\d.]+)%", capsys.readouterr().out, flags=re.MULTILINE)
+        assert printed
+        return {name: (float(clean), float(robust)) for name, clean, robust in printed}
+
+    return run
+
+
+def test_plain_training(example):
+    found = example("plain_training.py", "--epochs", "2")
+    assert list(found) == ["standard", "atlas"]
+    assert found["standard"][0] > 90 and found["atlas"][0] > 70
+    assert found["atlas"][1] > found["standard"][1] + 15
+
+
+def test_own_model(example):
+    found = {
+        **example("own_model.py", "--epochs", "2", "--method", "standard"),
+        **example("own_model.py", "--epochs", "2", "--method", "atlas"),
+    }
+    assert found["standard"][0] > 90 and found["atlas"][0] > 70
+    assert found["atlas"][1] > found["standard"][1] + 15
+
+
+def test_own_model_is_made_from_sizes():
+    """As the command line makes it from the import path."""
+    net = runpy.run_path(str(EXAMPLES / "own_model.py"))["Net"](num_classes=7, in_channels=3)
+    assert net(torch.rand(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_trades_before(example):
+    clean, robust = example("trades_before.py", "--epochs", "2")["trades"]
+    assert clean > 60 and robust > 10
+
+
+@needs_drop_in
+def test_trades_after_is_trades_before(example):
+    """The same algorithm from the same seed: only rounding tells the two apart."""
+    before, after = (example(f"trades_{when}.py", "--epochs", "1")["trades"] for when in ("before", "after"))
+    assert before == pytest.approx(after, abs=3)
+
+
+def test_trades_after_differs_by_an_import():
+    before, after = ((EXAMPLES / f"trades_{when}.py").read_text().split('"""', 2)[2] for when in ("before", "after"))
+    function = re.search(r"\ndef trades_loss\(.*?\n\n(?=\n)", before, flags=re.DOTALL)
+    assert function
+    rest = before.replace(function[0], "")
+    changes = [
+        line for line in difflib.ndiff(rest.split("\n"), after.split("\n")) if line[0] in "+-" and line[2:].strip()
+    ]
+    assert changes == ["+ from atlas_kernels.compat.trades import trades_loss"]
