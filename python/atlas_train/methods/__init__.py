@@ -11,6 +11,10 @@ from ..options import nearest
 from .adv import ADV
 from .atlas import ATLAS
 from .base import Descent, Method, Metrics, OfEps, State
+from .cure import CURE
+from .grad_align import GradAlign
+from .jacobian import Jacobian
+from .llr import LLR
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
@@ -19,7 +23,11 @@ __all__ = [
     "ADV",
     "ATLAS",
     "Batch",
+    "CURE",
     "Descent",
+    "GradAlign",
+    "Jacobian",
+    "LLR",
     "Method",
     "Metrics",
     "OfEps",
@@ -33,7 +41,9 @@ __all__ = [
     "names",
 ]
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Standard)}
+_METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, LLR, CURE, GradAlign, Jacobian, Standard)
+}
 
 
 def names() -> tuple[str, ...]:
