@@ -31,9 +31,7 @@ def test_with_the_basis_vectors_it_is_half_the_squared_frobenius_norm() -> None:
     made = case(size=4)
     model, x = made.model.eval(), made.batch.x
     _, metrics = Jacobian(EPS, projections=-1).loss(model, made.batch, made.key)
-    full = torch.autograd.functional.jacobian(lambda one: model(one[None])[0], x[1])
     rows = [torch.autograd.functional.jacobian(lambda one: model(one[None])[0], image) for image in x]
-    torch.testing.assert_close(rows[1], full)
     torch.testing.assert_close(metrics["jacobian"], sum(j.square().sum() for j in rows) / 2 / len(x))
 
 
@@ -41,10 +39,10 @@ def test_the_estimate_is_unbiased() -> None:
     made = case(size=4)
     made.model.eval()
     exact = Jacobian(EPS, projections=-1).loss(made.model, made.batch, made.key)[1]["jacobian"]
-    keys = [noise_key(generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    keys = [noise_key(generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
     many = torch.stack([Jacobian(EPS, projections=20).loss(made.model, made.batch, k)[1]["jacobian"] for k in keys])
     error = many.std() / len(keys) ** 0.5
-    assert abs(many.mean() - exact) < 4 * error and error < 0.03 * exact
+    assert abs(many.mean() - exact) < 4 * error and error < 0.05 * exact
 
 
 def test_no_projections_are_refused() -> None:
