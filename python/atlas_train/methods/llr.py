@@ -44,8 +44,8 @@ class LLR(Method):
     CE share a forward, which the published code runs twice: 2K + 9 passes.
 
     BatchNorm normalises x + d with the statistics of the clean batch, through which gradients flow, and running
-    averages move once, for CE. Published for softplus networks; where ReLUs make l piecewise linear, g is that of
-    the kinks. Of weight decay (2e-4 there) the trainer takes care.
+    averages move once, for CE. Published for a softplus network without dropout; with dropout every l has a mask of
+    its own.
     """
 
     name: ClassVar[str] = "llr"
@@ -99,7 +99,7 @@ class LLR(Method):
         losses, grad = clean.losses.detach(), clean.grad.detach()
         d = _project(radius * uniform(x, key, batch.ids, 0), x, radius)
         mean, square = torch.zeros_like(x), torch.zeros_like(x)
-        with leave_no_trace(network, "keep", key), self._normalised(network, constant(clean.statistics)):
+        with self._normalised(network, constant(clean.statistics)), leave_no_trace(network, "keep", key):
             for step in range(1, self.steps + 1):
                 leaf = (x + d).requires_grad_()
                 logits = network(leaf)
