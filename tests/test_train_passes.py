@@ -27,6 +27,12 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "free": ({"replays": 8}, 3 * 8),
     "yopo": ({"outer": 5, "inner": 3}, 3 * 5),
     "mma": ({"steps": 10}, 3 + 3),  # an untrained network is sure of no label; else test_train_mma
+    # A gradient with a graph is a forward and a backward to the input, 2; its backward runs that backward's transpose,
+    # the weights of it, and the forward's two: 4.
+    "llr": ({"steps": 10}, 6 + 2 * 10 + 3),  # clean, K steps, l(x + d*)
+    "cure": ({}, 3 + 6 + 6),  # CE, grad l(x), grad l(x + z)
+    "grad_align": ({}, 2 + 3 + 6),  # g1, CE, g2
+    "jacobian": ({"projections": 3}, 1 + 3 * (1 + 2) + 2),
 }
 
 

@@ -12,7 +12,11 @@ from .adv import ADV
 from .atlas import ATLAS
 from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, OfEps, State
+from .cure import CURE
 from .free import Free
+from .grad_align import GradAlign
+from .jacobian import Jacobian
+from .llr import LLR
 from .mart import MART
 from .mma import MMA
 from .n_fgsm import NFGSM
@@ -26,10 +30,14 @@ __all__ = [
     "ATLAS",
     "BackwardSmoothing",
     "Batch",
+    "CURE",
     "Descent",
     "MART",
     "Free",
     "MMA",
+    "GradAlign",
+    "Jacobian",
+    "LLR",
     "Method",
     "Metrics",
     "NFGSM",
@@ -46,7 +54,24 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, MART, NFGSM, BackwardSmoothing, Free, YOPO, MMA, Standard)
+    cls.name: cls
+    for cls in (
+        ATLAS,
+        OneStepADV,
+        ADV,
+        TRADES,
+        MART,
+        NFGSM,
+        BackwardSmoothing,
+        Free,
+        YOPO,
+        MMA,
+        LLR,
+        CURE,
+        GradAlign,
+        Jacobian,
+        Standard,
+    )
 }
 
 

@@ -32,11 +32,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each sample [B] and its gradient at x [B, ...], both with a graph to the parameters.
+def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, cross-entropy of each sample [B] and its gradient at x [B, ...], all with a graph to the parameters.
 
-    Every gradient is that of the sum over the batch, as published; with BatchNorm in train mode rows are coupled.
+    The gradient is that of the sum over the batch: of each sample's own loss, but for what BatchNorm in train mode
+    couples.
     """
     leaf = x.detach().requires_grad_()
-    losses = cross_entropy(uncompiled(model)(leaf), y, reduction="none")
-    return losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+    logits = uncompiled(model)(leaf)
+    losses = cross_entropy(logits, y, reduction="none")
+    return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]

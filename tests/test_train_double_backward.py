@@ -1,0 +1,88 @@
+"""What the methods that differentiate a gradient share: bfloat16, compiled networks, replays, channels_last."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_train import methods
+from atlas_train.methods import Batch, State
+from fidelity import CLASSES, EPS, Net
+
+NAMES = ("llr", "cure", "jacobian", "grad_align")
+STATE = State(step=5, total_steps=10)
+KEY = torch.tensor([12345, 0])
+
+
+class Compiled(nn.Module):
+    """As ``torch.compile`` wraps a network: what it compiled has no double backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._orig_mod(x)
+        logits.register_hook(self._refuse) if logits.requires_grad else None
+        return logits
+
+    @staticmethod
+    def _refuse(grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError("torch.compile with aot_autograd does not currently support double backward")
+
+
+def make() -> tuple[nn.Module, Batch]:
+    torch.manual_seed(0)
+    x, y = torch.rand(8, 3, 6, 6), torch.randint(CLASSES, (8,))
+    return Net().train(), Batch(x, y, torch.arange(8))
+
+
+def trained(name: str, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    loss, _ = methods.build(name, EPS).loss(model, batch, KEY, STATE)
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name: str) -> None:
+    model, batch = make()
+    expected, expected_grads = trained(name, copy.deepcopy(model), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = methods.build(name, EPS).loss(model, batch, KEY, STATE)
+    assert loss.dtype == torch.float32
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss.detach(), expected, rtol=0.1, atol=0)
+    a, b = (torch.cat([g.flatten() for g in some]) for some in (grads, expected_grads))
+    assert torch.cosine_similarity(a, b, 0) > 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_network(name: str) -> None:
+    model, batch = make()
+    expected, expected_grads = trained(name, copy.deepcopy(model), batch)
+    found, grads = trained(name, Compiled(model), batch)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_key_same_bits_whatever_the_global_generator(name: str) -> None:
+    model, batch = make()
+    first = trained(name, copy.deepcopy(model), batch)
+    torch.manual_seed(17)
+    again = trained(name, model, batch)
+    assert torch.equal(first[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last(name: str) -> None:
+    model, batch = make()
+    expected, expected_grads = trained(name, copy.deepcopy(model), batch)
+    batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+    found, grads = trained(name, model.to(memory_format=torch.channels_last), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert all(g.isfinite().all() for g in grads) and len(grads) == len(expected_grads)
