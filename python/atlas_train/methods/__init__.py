@@ -8,18 +8,22 @@ from typing import Any
 
 from ..data import Batch
 from ..options import nearest
+from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
 from .base import Descent, Method, Metrics, OfEps, State
+from .gairat import GAIRAT
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
 
 __all__ = [
+    "ADR",
     "ADV",
     "ATLAS",
     "Batch",
     "Descent",
+    "GAIRAT",
     "Method",
     "Metrics",
     "OfEps",
@@ -33,7 +37,7 @@ __all__ = [
     "names",
 ]
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, Standard)}
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ATLAS, OneStepADV, ADV, TRADES, GAIRAT, ADR, Standard)}
 
 
 def names() -> tuple[str, ...]:
