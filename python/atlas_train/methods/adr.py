@@ -84,7 +84,7 @@ class ADR(Method):
         super().__post_init__()
         if self.bn_compat and (self.attack_mode != "train" or self.form != "adv"):
             raise ValueError(
-                "adr: bn_compat is for attack_mode='train' and form='adv', where the published attack moves the running "
+                "adr: bn_compat is for attack_mode='train' and form='adv', where the published attack moves running "
                 f"statistics, got {self.attack_mode!r} and {self.form!r}: leave it out"
             )
         weights = (self.alpha_nat, self.alpha_adv, self.lc, self.gc, self.conf, self.vat, self.gs)
@@ -142,7 +142,6 @@ class ADR(Method):
 def global_smoothness(logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy from every clean prediction, of which no gradient flows, to every adversary's, weighted as GC."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = torch.where(y[:, None] == y, 1.0, 1.0 - 1.0 / SCALE)
-    # In float64, which autocast leaves alone.
-    targets = weights.double() @ logits.detach().double().softmax(1)
+    weights = 1.0 - (y[:, None] != y).double() / SCALE  # in float64, which autocast leaves alone
+    targets = weights @ logits.detach().double().softmax(1)
     return -(targets.to(wide) * adv_logits.to(wide).log_softmax(1)).sum() / len(y) ** 2
