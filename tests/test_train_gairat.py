@@ -76,7 +76,7 @@ def test_burn_in_is_exact_where_the_share_is_no_binary_fraction() -> None:
         assert used == sorted(used)
         return used.index(True) + 1
 
-    assert (first(0.0, 5), first(0.55, 20), first(1.0, 4)) == (1, 11, 4)
+    assert (first(0.0, 5), first(0.28, 25), first(1.0, 4)) == (1, 7, 4)
 
 
 def test_kappa_counts_before_each_step_and_never_the_adversary_itself(made: Case) -> None:
