@@ -32,14 +32,14 @@ class GAIRAT(Method):
         L = mean_i w_i CE(z(x'_i), y_i),    w of mean 1 over the batch, without gradient
 
     x' comes from PGD on cross-entropy, and kappa counts the iterates x_0 .. x_{K-1} that are still classified right,
-    each before its step; x' itself, x_K, is not counted. With h = K // 2, in code and not in the paper also for odd K,
+    each before its step; x' itself, x_K, is not counted. With h = K // 2, as in the code (the paper: K / 2),
 
         tanh      w ~ 1 + tanh(lam + 5 (h - kappa) / h), computed as a sigmoid, which keeps small weights
         sigmoid   w ~ sigmoid(lam + 5 (h - kappa) / h)
         discrete  w ~ K + 1 - kappa
 
     While t / epochs < burn_in, t = 1, 2, .. the epoch, all weights are 1 and this is ADV. The published recipe needs
-    that phase: it begins at epoch 60 of 120, where the rate first drops; with a cyclic schedule there is no such epoch.
+    that phase: weights begin in epoch 60 of 120, with the first drop of the learning rate (as of schedule piecewise).
 
     Robust accuracy under PGD flatters it. The authors concede that it defends against the PGD that it was trained on
     and not against other attacks (their issue 1); in a third party's table for CIFAR-10 (LAiSR-SK/VariousAttacks) it
