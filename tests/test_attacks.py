@@ -568,14 +568,19 @@ def test_a_start_of_the_callers_own_is_taken_as_it_is_and_projected_after_the_fi
     assert (adv - x).abs().max() <= EPS + 1e-6
 
 
-def test_kappa_counts_the_iterates_before_a_step_that_are_right(model: Rowwise) -> None:
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_kappa_counts_the_iterates_before_a_step_that_are_right(model: Rowwise, objective: str) -> None:
     x = images().to(next(model.parameters()).device)
     y = labels(model, x, flipped=2)
     right: list[torch.Tensor] = []
+    attack = PGD(EPS, EPS / 4, 5, objective=objective, count_correct=True)
+    reference = {"reference_logits": model(x).detach()} if objective == "kl" else {}
     hook = model.register_forward_hook(lambda module, args, logits: right.append(logits.argmax(1) == y))
-    result = PGD(EPS, EPS / 4, 5, count_correct=True).run(model, x, y)
+    result = attack.run(model, x, y, **reference)
     hook.remove()
     assert result.kappa is not None and len(right) == 5
     assert torch.equal(result.kappa, torch.stack(right).sum(0)) and 0 < result.kappa.sum() < 5 * len(x)
     with pytest.raises(ValueError, match="count_correct counts along one attack"):
         PGD(EPS, restarts=2, count_correct=True)
+    with pytest.raises(ValueError, match="y is missing.*count_correct=False"):
+        PGD(EPS, objective="kl", count_correct=True)(model, x)

@@ -17,7 +17,7 @@ from atlas_train.methods import ADV, ATLAS, Batch, OneStepADV, Standard
 
 EPS = 0.2
 #: One training forward on one attack; the others have files of their own.
-PLAIN = ("atlas", "one_step_adv", "n_fgsm", "adv", "standard")
+PLAIN = ("atlas", "one_step_adv", "n_fgsm", "adv", "gairat", "standard")
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "cure": ({}, 3 + 6 + 6),  # CE, grad l(x), grad l(x + z)
     "grad_align": ({}, 2 + 3 + 6),  # g1, CE, g2
     "jacobian": ({"projections": 3}, 1 + 3 * (1 + 2) + 2),
+    "gairat": ({"steps": 10}, 2 * 10 + 3),
+    "adr": ({"steps": 10}, 2 * 10 + 2 * 3),
 }
 
 
@@ -55,9 +57,16 @@ class Wide(nn.Module):
         return self.head(self.features(x))
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_passes_per_step(name: str) -> None:
-    hyper, expected = PASSES[name]
+#: What other forms of a method cost.
+FORMS: list[tuple[str, dict[str, Any], float]] = [
+    ("gairat", {"base": "trades"}, 2 * 10 + 1 + 2 * 3),
+    ("adr", {"form": "trades"}, 2 * 10 + 1 + 2 * 3),
+    ("adr", {"alpha_nat": 0}, 2 * 10 + 1 + 3),  # no gradient to the clean side
+]
+
+
+@pytest.mark.parametrize(("name", "hyper", "expected"), [(n, *PASSES[n]) for n in methods.names()] + FORMS)
+def test_passes_per_step(name: str, hyper: dict[str, Any], expected: float) -> None:
     torch.manual_seed(0)
     model = Wide()
     batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(CLASSES, (4,)), torch.arange(4))

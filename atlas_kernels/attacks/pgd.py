@@ -87,7 +87,8 @@ class PGD:
             all further forwards; in eval mode the other samples go on as without it. With ``keep="best"`` too, that
             iterate wins. Costs a device synchronisation per step.
         count_correct: also count, per sample, the iterates before a step at which the prediction is right: GAIRAT's
-            kappa (Zhang et al. 2021, arXiv 2010.01736, algorithm 1). Not with restarts > 1, keep="best" or compact.
+            kappa (Zhang et al. 2021, arXiv 2010.01736, algorithm 1); for objective "kl" too it needs y. Not with
+            restarts > 1, keep="best" or compact.
         attack_mode: mode of the model's modules during the attack: "eval", "train" (all of them) or "keep" (as found).
         update_buffers: in train mode, let the running statistics of BatchNorm move with every forward of the attack,
             as some published training code does; else the model works on copies of them.
@@ -130,10 +131,8 @@ class PGD:
             raise ValueError('targeted=True descends towards y: use objective="ce", "margin" or "dlr"')
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} from x repeat one attack: set random_start=True, or restarts=1")
-        if self.count_correct and (self._judged or self.compact or self.objective == "kl"):
-            raise ValueError(
-                'count_correct counts along one attack on y: restarts=1, keep="last", compact=False, objective not "kl"'
-            )
+        if self.count_correct and (self._judged or self.compact):
+            raise ValueError('count_correct counts along one attack: restarts=1, keep="last", compact=False')
 
     def __call__(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
         """The adversaries alone; arguments as in ``run``."""
@@ -206,8 +205,11 @@ class PGD:
         generator: torch.Generator | None = None,
     ) -> Iterator[_Batch]:
         """Check what can be checked before the first forward, draw the key, and open the contract."""
-        if y is None and (self.objective != "kl" or self.restarts > 1 or self.compact):
-            raise ValueError('y is missing: only objective="kl" with restarts=1 and compact=False does without labels')
+        if y is None and (self.objective != "kl" or self.restarts > 1 or self.compact or self.count_correct):
+            raise ValueError(
+                'y is missing: only objective="kl" with restarts=1, compact=False and count_correct=False does without '
+                "labels"
+            )
         if reference_logits is not None and self.objective != "kl":
             raise ValueError(f'reference_logits play no part in objective="{self.objective}": use objective="kl"')
         if self.objective == "kl" and reference_logits is None and start is None and not self.random_start:

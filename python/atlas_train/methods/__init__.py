@@ -8,12 +8,14 @@ from typing import Any
 
 from ..data import Batch
 from ..options import nearest
+from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
 from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, OfEps, State
 from .cure import CURE
 from .free import Free
+from .gairat import GAIRAT
 from .grad_align import GradAlign
 from .jacobian import Jacobian
 from .llr import LLR
@@ -26,18 +28,20 @@ from .trades import TRADES
 from .yopo import YOPO
 
 __all__ = [
+    "ADR",
     "ADV",
     "ATLAS",
     "BackwardSmoothing",
     "Batch",
     "CURE",
     "Descent",
-    "MART",
     "Free",
-    "MMA",
+    "GAIRAT",
     "GradAlign",
     "Jacobian",
     "LLR",
+    "MART",
+    "MMA",
     "Method",
     "Metrics",
     "NFGSM",
@@ -53,26 +57,11 @@ __all__ = [
     "names",
 ]
 
-_METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        ATLAS,
-        OneStepADV,
-        ADV,
-        TRADES,
-        MART,
-        NFGSM,
-        BackwardSmoothing,
-        Free,
-        YOPO,
-        MMA,
-        LLR,
-        CURE,
-        GradAlign,
-        Jacobian,
-        Standard,
-    )
-}
+_ALL = (
+    ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
+    Jacobian, Standard,
+)  # fmt: skip
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
 
 def names() -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,9 @@ from atlas_kernels import cross_entropy
 
 from ..data import Batch
 from ..noise import normal
+
+#: Images to features, and features to logits.
+Parts = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -42,3 +48,19 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     logits = uncompiled(model)(leaf)
     losses = cross_entropy(logits, y, reduction="none")
     return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+
+
+def split(model: nn.Module) -> Parts:
+    """``features`` and ``head`` of a network, logits = head(features(x)), also where ``torch.compile`` wraps it.
+
+    Raises TypeError for a network that is not in two such parts.
+    """
+    whole: Any = uncompiled(model)
+    missing = [name for name in ("features", "head") if not callable(getattr(whole, name, None))]
+    if missing:
+        raise TypeError(
+            f"the method compares features, but {type(whole).__name__} has no {' and no '.join(missing)}: give it "
+            "features(x), images to the vectors before the last layer, and head(features), those to logits, so that "
+            "head(features(x)) is what it returns (atlas_train.models.Classifier is such a class)"
+        )
+    return whole.features, whole.head
