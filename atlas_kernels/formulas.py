@@ -76,6 +76,12 @@ def atlas_loss(
     return loss + global_weight * _term(global_term, parts[0], adv, parts[0], labels) if first else loss
 
 
+def gairat_weights(kappa: Tensor, steps: int, lam: float) -> Tensor:
+    half = steps // 2
+    log_weights = F.logsigmoid(2 * lam + 10 / half * (half - kappa.double()))
+    return len(kappa) * log_weights.softmax(0)  # relative to the largest, so that not all can underflow
+
+
 def _term(kind: int, a: Tensor, b: Tensor, judged: Tensor, labels: Tensor) -> Tensor:
     if kind == KL:
         return kl_div(a, b)

@@ -195,7 +195,7 @@ def atlas_loss(
     return (loss, terms) if return_terms else loss
 
 
-def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0) -> Tensor:
+def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """GAIRAT's geometry-aware weights (Zhang et al. 2021, arXiv 2010.01736, "tanh" in the published code):
     ``(1 + tanh(lam + 5 (h - kappa) / h)) / 2`` with h = steps // 2, divided by its mean over the batch.
 
@@ -206,8 +206,9 @@ def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0) -> Tensor:
         kappa: integers [B]: at how many of the attack's iterates before a step the prediction was right, 0 to ``steps``
             (``attack_cotangent`` counts).
         steps: of the attack, at least 2.
+        dtype: float32, or float64, for which the plain formula runs.
 
-    Returns float32 [B] of mean 1, without gradient.
+    Returns ``dtype`` [B] of mean 1, without gradient.
     """
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps must be an integer of at least 2 (the formula divides by steps // 2), got {steps!r}")
@@ -221,7 +222,11 @@ def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0) -> Tensor:
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"kappa[{row}] = {int(kappa[row])} is not in [0, steps] = [0, {steps}]")
-    out = torch.empty(kappa.shape, dtype=torch.float32, device=kappa.device)
+    if dtype == torch.float64:
+        return formulas.gairat_weights(kappa, steps, lam)
+    if dtype != torch.float32:
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    out = torch.empty(kappa.shape, dtype=dtype, device=kappa.device)
     _gairat_weights(kappa, steps, lam, out)
     return out
 

@@ -153,6 +153,7 @@ def test_message_of_compactness(error, message, call):
         (ValueError, "global_weight must be a number >= 0", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, global_weight=-1)),
         (ValueError, "steps must be an integer of at least 2", lambda: ak.gairat_weights(Y, 1)),
         (ValueError, "lam must be a number", lambda: ak.gairat_weights(Y, 10, float("-inf"))),
+        (TypeError, "dtype must be torch.float32 or", lambda: ak.gairat_weights(Y, 10, dtype=torch.float16)),
         (TypeError, "kappa must be an integer tensor", lambda: ak.gairat_weights(Y.float(), 10)),
         (ValueError, r"kappa\[3\] = 3 is not in \[0, steps\] = \[0, 2\]", lambda: ak.gairat_weights(Y, 2)),
         (ValueError, "objective must be one of .*did you mean 'margin'", lambda: ak.attack_cotangent(Z, Y, objective="margins")),

@@ -452,6 +452,8 @@ def test_gairat_weights(steps, lam, engine):
     assert w.dtype == torch.float32
     torch.testing.assert_close(w.double(), published.gairat(kappa, steps, lam), rtol=1e-5, atol=1e-9)
     assert torch.equal(ak.gairat_weights(kappa.to(torch.int32), steps, lam), w)
+    double = ak.gairat_weights(kappa, steps, lam, dtype=torch.float64)
+    torch.testing.assert_close(double, published.gairat(kappa, steps, lam), rtol=1e-9, atol=1e-12)
 
 
 def test_gairat_weights_where_all_underflow(engine):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ... import formulas
 from ...formulas import CE, KL, NONE
 from ...layout import compute_dtype
 
@@ -217,8 +217,4 @@ def atlas_loss(
 
 @torch.no_grad()
 def gairat_weights(kappa, steps, lam, out):
-    h = steps // 2
-    log_w = F.logsigmoid(2 * lam + 10 / h * (h - kappa.double()))
-    if len(out):
-        w = (log_w - log_w.max()).exp()  # relative to the largest, so that not all can underflow
-        out.copy_(w / w.mean())
+    out.copy_(formulas.gairat_weights(kappa, steps, lam))

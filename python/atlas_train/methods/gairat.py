@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy, gairat_weights, kl_div
 from atlas_kernels.attacks import PGD
+from atlas_kernels.layout import compute_dtype
 
 from ..data import Batch
 from ..options import option
@@ -78,7 +80,7 @@ class GAIRAT(Method):
         found = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
         assert found.kappa is not None
         burnt_in = (state.epoch + 1) / state.epochs >= self.burn_in
-        return Given(found.adv, self.weights(found.kappa) if burnt_in else None)
+        return Given(found.adv, self.weights(found.kappa, compute_dtype(batch.x.dtype)) if burnt_in else None)
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.base == "adv":
@@ -88,13 +90,13 @@ class GAIRAT(Method):
         loss = cross_entropy(logits, batch.y) + self.beta * kl_div(logits, adv_logits, weights=given.weights)
         return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
 
-    def weights(self, kappa: Tensor) -> Tensor:
-        """The weights of samples that were right at kappa iterates, float32 [B] of mean 1."""
+    def weights(self, kappa: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights of samples that were right at kappa iterates, [B] of mean 1."""
         if self.weighting == "tanh":
-            return gairat_weights(kappa, self.steps, self.lam)
+            return gairat_weights(kappa, self.steps, self.lam, dtype=dtype)
         if self.weighting == "sigmoid":
             half = self.steps // 2
-            log_weights = F.logsigmoid(self.lam + 5 / half * (half - kappa))
+            log_weights = F.logsigmoid(self.lam + 5 / half * (half - kappa.to(dtype)))
         else:
-            log_weights = (self.steps + 1 - kappa).log()
+            log_weights = (self.steps + 1 - kappa.to(dtype)).log()
         return len(kappa) * log_weights.softmax(0)  # relative to the largest, so that not all can underflow
