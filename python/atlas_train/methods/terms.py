@@ -40,3 +40,23 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     leaf = x.detach().requires_grad_()
     losses = cross_entropy(uncompiled(model)(leaf), y, reduction="none")
     return losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32, or float64 if it is that: what a penalty is computed in under autocast."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:
+    """``J^T v`` of each sample, [B, D], J = dz/dx, v [B, C]; with a graph to the parameters unless told otherwise.
+
+    x: a leaf that requires a gradient, from which the logits were computed. Row b is the derivative of the whole
+    batch's ``sum_i v_i . z_i``: with BatchNorm in train mode the rows are coupled.
+    """
+    (grad,) = torch.autograd.grad(logits, x, v.to(logits.dtype), retain_graph=True, create_graph=create_graph)
+    return wide(grad).flatten(1)
+
+
+def squared_projections(logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """``||J^T v||^2`` of each sample, [B] (Hoffman, Roberts & Yaida 2019); arguments as in ``pulled_back``."""
+    return pulled_back(logits, x, v).square().sum(1)
