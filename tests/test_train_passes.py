@@ -14,12 +14,20 @@ from atlas_train.methods import Batch, State
 from atlas_train.passes import count_passes
 from fidelity import CLASSES, Steps
 
-#: K = 10; from the formulas, before the code.
+#: K = 10; from the formulas, before the code. "atlas:worst" is a second row of atlas.
 PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "standard": ({}, 3),
     "adv": ({"steps": 10}, 23),
     "one_step_adv": ({}, 5),
     "atlas": ({}, 2 + 3 * 3),
+    "atlas:worst": ({"local": "worst"}, 2 + 2 + 3 * 3),
+    # [x; x'] forward, backward to the input, and twice as much to differentiate each of the two
+    "atlas:jacobian": ({"local": "jacobian"}, 2 + 2 * (1 + 1 + 2 + 2)),
+    "atlas:jacobian of 3": ({"local": "jacobian", "count": 3}, 2 + 2 * (1 + 2 + 3 * (1 + 2))),
+    "atlas:margin": ({"local": "margin"}, 2 + 2 * (1 + 1 + 2 + 2)),
+    "atlas:margin, split": ({"local": "margin", "bn": "split"}, 2 + 3 + (1 + 1 + 2 + 2)),
+    "atlas:radius": ({"local": "radius"}, 2 + 2 * (1 + 1 + 2 + 2)),
+    "atlas:radius of 3": ({"local": "radius", "rivals": 3}, 2 + 2 * (1 + 3 + 1 + 2 + 2)),
     "trades": ({"steps": 10}, 27),
 }
 
@@ -43,9 +51,13 @@ class Wide(nn.Module):
         return self.head(self.features(x))
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_passes_per_step(name: str) -> None:
-    hyper, expected = PASSES[name]
+def test_every_method_is_counted() -> None:
+    assert {row.partition(":")[0] for row in PASSES} == set(methods.names())
+
+
+@pytest.mark.parametrize("row", PASSES)
+def test_passes_per_step(row: str) -> None:
+    name, (hyper, expected) = row.partition(":")[0], PASSES[row]
     torch.manual_seed(0)
     model = Wide()
     batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(CLASSES, (4,)), torch.arange(4))

@@ -87,7 +87,9 @@ class ATLAS(Method):
     bn: Literal["joint", "split"] = option(
         "joint", "BatchNorm statistics: of the whole batch [x; x'; z] in one forward, or per slice, one forward each"
     )
-    project: bool = option(False, "also project the points of neighbours and worst onto the eps-ball of the clean image")
+    project: bool = option(
+        False, "also project the points of neighbours and worst onto the eps-ball of the clean image"
+    )
     attack_mode: AttackMode = option("train", "mode of BatchNorm and dropout in the attack, as in one_step_adv")
     _buffers: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -15,7 +15,7 @@ from .terms import pulled_back, squared_projections, wide
 
 
 def jacobian_penalty(logits: Tensor, x: Tensor, directions: Tensor) -> Tensor:
-    """``C/2 mean_m ||J^T v_m||^2``, directions v [B, count, C]: for random unit vectors ``||J||_F^2 / 2`` on average."""
+    """``C/2 mean_m ||J^T v_m||^2``, v = directions [B, count, C]; of random unit vectors: ``||J||_F^2/2`` on average."""
     each = [squared_projections(logits, x, v) for v in directions.unbind(1)]
     return logits.shape[1] / 2 * torch.stack(each).mean(0)
 
