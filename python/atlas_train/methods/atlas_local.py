@@ -1,7 +1,7 @@
 """ATLAS's LOCAL terms of second order: what the gradients of the logits at the adversary say of the ball around it.
 
 ``x`` [B, ...] are the adversaries, a leaf that the logits [B, C] were computed from; every term is float32 [B] (float64
-for float64 logits) with a graph to the parameters. See ``ATLAS`` for what they are and for what speaks for them.
+for float64 logits) with a graph to the parameters. ``ATLAS`` says what they are and what speaks for them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .terms import pulled_back, squared_projections, wide
 
 
 def jacobian_penalty(logits: Tensor, x: Tensor, directions: Tensor) -> Tensor:
-    """``C/2 mean_m ||J^T v_m||^2``, v = directions [B, count, C]; of random unit vectors: ``||J||_F^2/2`` on average."""
+    """``C/2 mean_m ||J^T v_m||^2``, v = directions [B, count, C]; ``||J||_F^2 / 2`` on average over unit vectors."""
     each = [squared_projections(logits, x, v) for v in directions.unbind(1)]
     return logits.shape[1] / 2 * torch.stack(each).mean(0)
 
