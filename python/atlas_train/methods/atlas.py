@@ -43,8 +43,8 @@ class ATLAS(Method):
 
         L = CE(z(x'), y) + local_weight * LOCAL + global_weight * GLOBAL
 
-    x': adversary from ``steps`` PGD steps; one, the default, is the weak adversary of one-step ADV. p = softmax(z), sg =
-    no gradient, J = dz/dx, C classes, r = ``radius``, j a wrong class: that of the largest logit, in radius ``rivals``.
+    x': adversary from ``steps`` PGD steps; one, the default, is the weak adversary of one-step ADV. p = softmax(z), sg
+    = no gradient, J = dz/dx, C classes, r = ``radius``, j: wrong class of the largest logit (in radius of ``rivals``).
 
         LOCAL   neighbours  of z_k, ``count`` points uniform in the l_inf ball of radius r around x', kl, ce or logit:
                             mean_k KL(sg p(x') || p(z_k))    mean_k CE(z(z_k), y)    mean_k ||z(z_k) - z(x')||^2
