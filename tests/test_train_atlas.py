@@ -219,7 +219,7 @@ def test_forms_refuse_options_that_mean_nothing_to_them() -> None:
 
 
 def test_each_form_has_its_own_default_weight() -> None:
-    for form, weight in {"worst": 1.0, "neighbours": 1.0}.items():
+    for form, weight in {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0}.items():
         assert torch.equal(
             ours(ATLAS(EPS, local=form), case()).loss, ours(ATLAS(EPS, local=form, local_weight=weight), case()).loss
         )
