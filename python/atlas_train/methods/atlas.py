@@ -177,15 +177,16 @@ class ATLAS(Method):
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
         joint = self.bn == "joint"
-        parts = [given.images] if joint else given.images.chunk(self._parts)
-        return self._combine(torch.cat([model(part) for part in parts]), batch.y)
+        images = given.images
+        logits = model(images) if joint else torch.cat([model(part) for part in images.chunk(self._parts)])
+        return self._combine(logits, batch.y)
 
     def _second_order(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         """One forward for the loss and for the gradients at the adversaries, which LOCAL is made of."""
         *clean, adv = given.images.chunk(self._parts)
         adv = adv.detach().requires_grad_()
-        parts = [torch.cat([*clean, adv])] if self.bn == "joint" else [*clean, adv]
-        logits = torch.cat([model(part) for part in parts])
+        parts = [*clean, adv]
+        logits = model(torch.cat(parts)) if self.bn == "joint" else torch.cat([model(part) for part in parts])
         loss, metrics = self._combine(logits, batch.y)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
         return loss + self._weight * local, metrics | {"local": local.detach()}
