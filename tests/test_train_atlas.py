@@ -163,7 +163,7 @@ def test_worst_lies_in_the_local_ball_and_is_worse(project: bool) -> None:
 
 @pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
 @pytest.mark.parametrize("bn", ["joint", "split"])
-def test_without_weight_a_second_order_term_changes_nothing_and_batchnorm_sees_one_forward(local: str, bn: str) -> None:
+def test_without_weight_a_term_changes_nothing_and_batchnorm_sees_one_forward(local: str, bn: str) -> None:
     plain = ours(ATLAS(EPS, local="none", bn=bn), case())
     mine = ours(ATLAS(EPS, local=local, local_weight=0, bn=bn), case())
     if local != "worst" or bn == "split":  # the worst neighbours are part of the joint statistics
