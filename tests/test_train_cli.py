@@ -115,7 +115,7 @@ def test_no_hyper_parameter_hides_a_setting() -> None:
         (["train", "--eps", "8"], "eps must be a number > 0 and < 1, got '8'; images are in [0, 1], so write 8/255"),
         (["train", "--epochs", "1.5"], "epochs must be an integer >= 1, got '1.5'"),
         (["train", "--radius", "0"], "radius must be a number > 0 and <= 1, got '0'"),
-        (["train", "--local", "ball"], "local must be one of 'neighbours', 'none', got 'ball'"),
+        (["train", "--local", "ball"], "local must be one of 'neighbours', 'worst', 'jacobian'"),
         (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
         (["train", "--raduis", "0.1"], "--radius"),
         (["train", "--method", "standard", "--radius", "0.1"], "--radius"),

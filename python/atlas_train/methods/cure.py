@@ -14,7 +14,8 @@ from ..data import Batch
 from ..evaluate import eval_mode
 from ..options import option
 from .base import Method, Metrics, State
-from .terms import accuracy, loss_gradient, uncompiled
+from .double_backward import loss_gradient
+from .terms import accuracy, uncompiled
 
 #: The published h of the first epochs, 0.1, 0.4, 0.8 and 1.8, as shares of the last, 3.
 GROWTH = (1 / 30, 4 / 30, 8 / 30, 18 / 30)

@@ -15,7 +15,8 @@ from ..data import Batch
 from ..noise import uniform
 from ..options import option
 from .base import Method, Metrics, State
-from .terms import accuracy, loss_gradient
+from .double_backward import loss_gradient
+from .terms import accuracy
 
 
 class Given(NamedTuple):

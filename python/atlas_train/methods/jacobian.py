@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from atlas_kernels import cross_entropy
 
 from ..data import Batch
-from ..noise import normal
 from ..options import option
 from .base import Method, Metrics, State
+from .double_backward import jacobian_penalty, unit_vectors
 from .terms import accuracy, uncompiled
 
 
@@ -49,19 +49,12 @@ class Jacobian(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         leaf = batch.x.detach().requires_grad_()
         logits = uncompiled(model)(leaf)
-        total = leaf.new_zeros(())
-        for v in self._directions(batch, logits.shape[1], given):
-            (grad,) = torch.autograd.grad(logits, leaf, v.to(logits.dtype), create_graph=True)
-            total = total + grad.square().sum()
-        count = logits.shape[1] if self.projections < 0 else self.projections
-        penalty = logits.shape[1] / (2 * count * len(leaf)) * total
+        penalty = jacobian_penalty(logits, leaf, self._directions(logits, given, batch.ids)).mean()
         loss = cross_entropy(logits, batch.y) + self.weight * penalty
         return loss, {"clean": accuracy(logits, batch.y), "jacobian": penalty.detach()}
 
-    def _directions(self, batch: Batch, classes: int, key: Tensor) -> list[Tensor]:
-        """Unit vectors [B, classes], one for each projection."""
-        like = batch.x.new_empty(len(batch.x), classes)
-        if self.projections < 0:
-            return [row.expand_as(like) for row in torch.eye(classes, dtype=like.dtype, device=like.device)]
-        drawn = (normal(like, key, batch.ids, draw) for draw in range(1, self.projections + 1))
-        return [v / torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in drawn]
+    def _directions(self, logits: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+        """Unit vectors [B, n, C]."""
+        if self.projections > 0:
+            return unit_vectors(logits, key, ids, self.projections)
+        return torch.eye(logits.shape[1], device=logits.device).expand(len(logits), -1, -1)

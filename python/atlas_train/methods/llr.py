@@ -18,7 +18,8 @@ from ..noise import uniform
 from ..options import option
 from .base import Method, Metrics, State
 from .batchnorm import Statistics, constant, held, recorded
-from .terms import accuracy, loss_gradient, uncompiled
+from .double_backward import loss_gradient
+from .terms import accuracy, uncompiled
 
 BETAS, EPSILON = (0.9, 0.999), 1e-9  # of the inner Adam, as published
 

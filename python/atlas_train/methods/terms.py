@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
-
 from ..data import Batch
 from ..noise import normal
 
@@ -36,18 +34,6 @@ def update_statistics(model: nn.Module, x: Tensor) -> None:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module itself where ``torch.compile`` wraps it: compiled code has no double backward."""
     return getattr(model, "_orig_mod", model)
-
-
-def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, cross-entropy of each sample [B] and its gradient at x [B, ...], all with a graph to the parameters.
-
-    The gradient is that of the sum over the batch: of each sample's own loss, but for what BatchNorm in train mode
-    couples.
-    """
-    leaf = x.detach().requires_grad_()
-    logits = uncompiled(model)(leaf)
-    losses = cross_entropy(logits, y, reduction="none")
-    return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
 
 
 def split(model: nn.Module) -> Parts:

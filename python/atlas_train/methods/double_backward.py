@@ -1,0 +1,59 @@
+"""What methods share that differentiate a gradient at the input once more, by the weights; logits are [B, C].
+
+``torch.compile`` has no double backward, so such terms run the network as it is (``uncompiled``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atlas_kernels import cross_entropy
+
+from ..noise import normal
+from .terms import uncompiled
+
+
+def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, cross-entropy of each sample [B] and its gradient at x [B, ...], all with a graph to the parameters.
+
+    The gradient is that of the sum over the batch: of each sample's own loss, but for what BatchNorm in train mode
+    couples.
+    """
+    leaf = x.detach().requires_grad_()
+    logits = uncompiled(model)(leaf)
+    losses = cross_entropy(logits, y, reduction="none")
+    return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32, or float64 if it is that: what a penalty is computed in under autocast."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:
+    """``J^T v`` of each sample, [B, D], J = dz/dx, v [B, C]; with a graph to the parameters unless told otherwise.
+
+    x: a leaf that requires a gradient, from which the logits were computed. Row b is the derivative of the whole
+    batch's ``sum_i v_i . z_i``: with BatchNorm in train mode the rows are coupled.
+    """
+    (grad,) = torch.autograd.grad(logits, x, v.to(logits.dtype), retain_graph=True, create_graph=create_graph)
+    return wide(grad).flatten(1)
+
+
+def squared_projections(logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """``||J^T v||^2`` of each sample, [B] (Hoffman, Roberts & Yaida 2019); arguments as in ``pulled_back``."""
+    return pulled_back(logits, x, v).square().sum(1)
+
+
+def jacobian_penalty(logits: Tensor, x: Tensor, directions: Tensor) -> Tensor:
+    """``C/2 mean_m ||J^T v_m||^2``, v = directions [B, count, C]; ``||J||_F^2 / 2`` on average over unit vectors."""
+    each = [squared_projections(logits, x, v) for v in directions.unbind(1)]
+    return logits.shape[1] / 2 * torch.stack(each).mean(0)
+
+
+def unit_vectors(logits: Tensor, key: Tensor, ids: Tensor, count: int) -> Tensor:
+    """``count`` random directions in the space of the logits for each sample, [B, count, C] of length 1."""
+    like = torch.empty(len(logits), count, logits.shape[1], dtype=wide(logits).dtype, device=logits.device)
+    return F.normalize(normal(like, key, ids, 1), dim=2)

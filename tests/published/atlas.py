@@ -1,0 +1,88 @@
+"""ATLAS as OUR documentation has it, in plain PyTorch.
+
+This states our instance of the framework, not the paper: no closed form of the paper's terms is known to us.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def atlas(
+    model, x, y, start, optimizer, *, eps, step_size, steps, bn, global_term, global_weight, local, local_weight,
+    radius, local_objective="kl", project=False, directions=None, rivals=1,
+):  # fmt: skip
+    """``directions`` [m, B, C]: the random unit vectors of jacobian. Returns (x', loss)."""
+
+    def climb(at):
+        at = at.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(at), y, reduction="sum"), at)
+        return grad.sign()
+
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    adv = start.detach()
+    for _ in range(steps):
+        adv = torch.clamp(adv + step_size * climb(adv), x - eps, x + eps).clamp(0, 1)
+    worst = None
+    if local == "worst":
+        worst = adv + radius * climb(adv)
+        if project:
+            worst = torch.clamp(worst, x - eps, x + eps)
+        worst = worst.clamp(0, 1)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])  # an attack leaves no trace
+
+    adv.requires_grad_(local != "worst")
+    parts = [part for part in ((x if global_term != "none" else None), adv, worst) if part is not None]
+    logits = list(model(torch.cat(parts)).split(len(x))) if bn == "joint" else [model(part) for part in parts]
+    z_x = logits.pop(0) if global_term != "none" else None
+    z = logits[0]
+
+    loss = F.cross_entropy(z, y)
+    if global_term == "kl":
+        loss = loss + global_weight * kl(z_x, z)
+    elif global_term == "ce":
+        loss = loss + global_weight * F.cross_entropy(z_x, y)
+    elif global_term == "logit":
+        loss = loss + global_weight * ((z_x - z) ** 2).sum(1).mean()
+
+    if local == "worst":
+        z_worst = logits[1]
+        term = {
+            "kl": lambda: kl(z.detach(), z_worst),
+            "ce": lambda: F.cross_entropy(z_worst, y),
+            "logit": lambda: ((z_worst - z) ** 2).sum(1).mean(),
+        }[local_objective]()
+    elif local == "jacobian":
+        term = 0.0
+        for v in directions:
+            (grad,) = torch.autograd.grad((z * v).sum(), adv, create_graph=True)
+            term = term + z.shape[1] / 2 * (grad**2).sum((1, 2, 3)).mean() / len(directions)
+    elif local == "margin":
+        j = (z - 1e9 * F.one_hot(y, z.shape[1])).argmax(1)
+        term = (radius * margin_and_slope(z, adv, y, j)[1]).mean()
+    else:
+        ranked = (z - 1e9 * F.one_hot(y, z.shape[1])).argsort(1, descending=True)[:, :rivals]
+        rhos = [(m.clamp(min=0) / slope) for m, slope in (margin_and_slope(z, adv, y, j) for j in ranked.T)]
+        j = ranked[torch.arange(len(y)), torch.stack(rhos, 1).argmin(1)]
+        m, slope = margin_and_slope(z, adv, y, j)
+        term = torch.log1p(torch.exp(1 - m.clamp(min=0) / slope / radius)).mean()
+    loss = loss + local_weight * term
+
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return adv.detach(), loss.detach()
+
+
+def kl(a, b):
+    return (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1).mean()
+
+
+def margin_and_slope(z, x, y, j):
+    """z_y - z_j and the l_1 norm of its gradient; the gradient is that of the batch's sum."""
+    margin = z[torch.arange(len(y)), y] - z[torch.arange(len(y)), j]
+    (grad,) = torch.autograd.grad(margin.sum(), x, create_graph=True)
+    return margin, grad.abs().sum((1, 2, 3))

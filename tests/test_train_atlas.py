@@ -1,0 +1,226 @@
+"""The forms of ATLAS: their documented formulas, to 1e-9, and what the theory says of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import noise_key, sample_neighbours
+from atlas_train import methods
+from atlas_train.methods import ATLAS, Batch, atlas_local
+from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
+from atlas_train.noise import normal
+from fidelity import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
+from published import atlas as published
+
+FORMS: dict[str, dict[str, Any]] = {
+    "worst kl": {"local": "worst"},
+    "worst ce": {"local": "worst", "local_objective": "ce", "project": True},
+    "worst logit": {"local": "worst", "local_objective": "logit"},
+    "jacobian": {"local": "jacobian"},
+    "jacobian 3": {"local": "jacobian", "count": 3},
+    "margin": {"local": "margin"},
+    "radius": {"local": "radius"},
+    "radius 3": {"local": "radius", "rivals": 3},
+    "radius all": {"local": "radius", "rivals": CLASSES - 1},
+}
+WEIGHTS = {"eps": EPS, "local_weight": 0.7, "global_weight": 1.3, "radius": 0.06}
+
+
+def directions(made: Case, count: int) -> Tensor:
+    """As documented: draw 1 of the step's noise, [B, count, C], normalised; here [count, B, C]."""
+    like = torch.empty(len(made.batch.y), count, CLASSES, dtype=made.batch.x.dtype)
+    v = normal(like, made.key, made.batch.ids, 1)
+    return (v / v.norm(dim=2, keepdim=True)).transpose(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bn", ["joint", "split"])
+@pytest.mark.parametrize(("global_term", "steps"), [("kl", 1), ("ce", 2), ("logit", 1), ("none", 2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_form_is_its_documented_formula(form: str, global_term: str, steps: int, bn: str) -> None:
+    made = trained() if form.startswith("radius") else case()
+    how = WEIGHTS | FORMS[form] | {"global_term": global_term, "bn": bn, "steps": steps, "step_size": 0.08}
+    stated = {name: value for name, value in how.items() if name != "count"}
+    v = directions(made, how.get("count", 1))
+    expected = theirs(published.atlas, made, made.start(), **stated, directions=v)
+    assert_same(ours(ATLAS(**how), made), expected, statistics=True)
+
+
+def trained() -> Case:
+    """A case whose images are classified right, so that not every adversary has the radius 0."""
+    made = case()
+    y = copy.deepcopy(made.model)(made.batch.x).argmax(1)
+    made.batch = made.batch._replace(y=y)
+    return made
+
+
+def point(made: Case) -> tuple[Tensor, Tensor]:
+    """In eval mode, where rows are apart: the adversaries as a leaf, and their logits."""
+    made.model.eval().requires_grad_(False)
+    x = made.start().requires_grad_()
+    return made.model(x), x
+
+
+def exact_jacobian(made: Case, x: Tensor) -> Tensor:
+    return torch.stack([torch.autograd.functional.jacobian(made.model, row[None])[0, :, 0] for row in x.detach()])
+
+
+def test_the_projections_estimate_half_the_squared_norm_of_the_jacobian_without_bias() -> None:
+    made = case(size=4)
+    logits, x = point(made)
+    exact = exact_jacobian(made, x).square().sum((1, 2, 3, 4)) / 2
+    basis = torch.eye(CLASSES, dtype=torch.float64).expand(4, -1, -1)
+    close(jacobian_penalty(logits, x, basis).detach(), exact, "the basis instead of random vectors")
+    v = unit_vectors(logits, made.key, made.batch.ids, 400)
+    assert v.shape == (4, 400, CLASSES)
+    torch.testing.assert_close(v.norm(dim=2), torch.ones(4, 400, dtype=torch.float64))
+    close(jacobian_penalty(logits, x, v).detach(), exact, "400 random vectors", tolerance=0.1)
+    assert not torch.equal(v[0], v[1])
+    other = unit_vectors(logits[:1], made.key, made.batch.ids[:1], 400)
+    assert torch.equal(other[0], v[0]), "a sample's directions go by its number"
+
+
+def test_neighbours_with_logits_are_the_jacobian_norm_at_a_small_radius() -> None:
+    """E ||z(x' + xi) - z(x')||^2 -> r^2/3 ||J||_F^2."""
+    made = case(size=3)
+    made.batch = made.batch._replace(x=made.batch.x.clamp(0.2, 0.8))
+    logits, x = point(made)
+    r, count = 1e-4, 4000
+    z = sample_neighbours(x.detach(), r, count, key=made.key, ids=made.batch.ids)
+    moved = (made.model(z).view(count, 3, CLASSES) - logits).square().sum(2).mean(0).detach()
+    close(moved, r**2 / 3 * exact_jacobian(made, x).square().sum((1, 2, 3, 4)), "neighbours", tolerance=0.05)
+
+
+def linear(classes: int = CLASSES) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, classes)).double()
+    x = torch.rand(12, 3, 3, 3, dtype=torch.float64)
+    return model, x, model(x).argmax(1)
+
+
+def test_radius_is_the_true_one_of_a_linear_network() -> None:
+    model, x, y = linear()
+    leaf = x.clone().requires_grad_()
+    rho = atlas_local.first_order_radius(model(leaf), leaf, y, CLASSES - 1).detach()
+    w = model[1].weight
+    for share, wrong in ((0.999, False), (1.001, True)):
+        found = torch.zeros(len(x), dtype=torch.bool)
+        for j in range(CLASSES):  # the worst point of the ball for each rival, in closed form
+            direction = (w[j] - w[y]).sign().view_as(x)
+            found |= model(x + share * rho[:, None, None, None] * direction).argmax(1) != y
+        assert (found == wrong).all()
+    one = atlas_local.first_order_radius(model(leaf), leaf, y, 1).detach()
+    assert (one >= rho).all() and (one > rho).any(), "the runner-up by logits need not be the nearest"
+    assert torch.equal(atlas_local.first_order_radius(model(leaf), leaf, y, 99).detach(), rho)
+    y[0] = (y[0] + 1) % CLASSES
+    assert atlas_local.first_order_radius(model(leaf), leaf, y, 1)[0] == 0
+
+
+def test_margin_is_what_the_ball_takes_off_the_margin_of_a_linear_network() -> None:
+    model, x, y = linear(classes=2)
+    leaf = x.clone().requires_grad_()
+    loss = atlas_local.margin_penalty(model(leaf), leaf, y, 0.07).detach()
+    w = model[1].weight
+    worst = x + 0.07 * (w[1 - y] - w[y]).sign().view_as(x)
+    margins = [model(at).gather(1, y[:, None]) - model(at).gather(1, 1 - y[:, None]) for at in (x, worst)]
+    close(loss, (margins[0] - margins[1])[:, 0].detach(), "margin lost")
+
+
+def test_a_dead_network_has_a_finite_loss_and_finite_gradients() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, CLASSES))
+    nn.init.zeros_(model[1].weight)
+    batch = Batch(torch.rand(4, 3, 3, 3), torch.arange(4) % 2, torch.arange(4))
+    model[1].bias.data[0] = 1.0  # right on some
+    for form in ("jacobian", "margin", "radius"):
+        loss, _ = ATLAS(EPS, local=form).loss(model, batch, noise_key())
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_worst_lies_in_the_local_ball_and_is_worse(project: bool) -> None:
+    made = case(size=32)
+    method = ATLAS(EPS, local="worst", radius=0.04, project=project, attack_mode="keep")
+    made.model.eval()
+    x, adv, worst = method.prepare(made.model, made.batch, made.key, methods.State()).images.split(32)
+    assert torch.equal(x, made.batch.x)
+    assert (worst - adv).abs().max() <= 0.04 + 1e-12 and worst.min() >= 0 and worst.max() <= 1
+    assert ((worst - x).abs().max() <= EPS + 1e-12) == project
+    losses = [nn.functional.cross_entropy(made.model(at), made.batch.y) for at in (adv, worst)]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
+@pytest.mark.parametrize("bn", ["joint", "split"])
+def test_without_weight_a_term_changes_nothing_and_batchnorm_sees_one_forward(local: str, bn: str) -> None:
+    plain = ours(ATLAS(EPS, local="none", bn=bn), case())
+    mine = ours(ATLAS(EPS, local=local, local_weight=0, bn=bn), case())
+    if local != "worst" or bn == "split":  # the worst neighbours are part of the joint statistics
+        assert_same(mine, plain, statistics=local != "worst")
+    assert mine.model.bn1.num_batches_tracked == (1 if bn == "joint" else 3 if local == "worst" else 2)
+
+
+@pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
+def test_forms_replay_and_can_be_taken_twice_on_one_attack(local: str) -> None:
+    made, method = case(), ATLAS(EPS, local=local)
+    given = method.prepare(made.model, made.batch, made.key, methods.State())
+    first, metrics = method.objective(made.model, made.batch, given)
+    again, _ = method.objective(made.model, made.batch, given)
+    torch.manual_seed(99)
+    assert torch.equal(first, again) and torch.equal(first, method.loss(case().model, made.batch, made.key)[0])
+    assert set(metrics) == {"adv", "clean", "local", "global"} and not any(m.requires_grad for m in metrics.values())
+
+
+@pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
+def test_forms_under_autocast_are_computed_in_float32_and_close(local: str) -> None:
+    losses = []
+    for enabled in (False, True):
+        made = case()
+        made.model.float()
+        batch = made.batch._replace(x=made.batch.x.float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, metrics = ATLAS(EPS, local=local).loss(made.model, batch, made.key)
+        loss.backward()
+        assert loss.dtype == metrics["local"].dtype == torch.float32
+        assert all(p.grad.isfinite().all() for p in made.model.parameters())
+        losses.append(float(metrics["local"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+def test_second_order_forms_run_a_compiled_network_uncompiled_in_the_training_forward() -> None:
+    made = case()
+    compiled = torch.compile(made.model, backend="eager")
+    seen = []
+    compiled.register_forward_pre_hook(lambda *_: seen.append(True))
+    ATLAS(EPS, local="margin").loss(compiled, made.batch, made.key)[0].backward()
+    assert len(seen) == 1  # the attack's gradient
+
+
+def test_forms_refuse_options_that_mean_nothing_to_them() -> None:
+    for form, option in (
+        ("worst", {"count": 4}), ("margin", {"count": 2}), ("jacobian", {"project": True}),
+        ("radius", {"local_objective": "ce"}), ("worst", {"rivals": 2}), ("neighbours", {"rivals": 2}),
+    ):  # fmt: skip
+        (name,) = option
+        with pytest.raises(ValueError, match=f"atlas: {name}=.* has no meaning with local='{form}'.*choose local='"):
+            methods.build("atlas", EPS, {"local": form, **option})
+    methods.build("atlas", EPS, {"local": "none", "count": 3, "project": True})
+
+
+def test_each_form_has_its_own_default_weight() -> None:
+    for form, weight in {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0}.items():
+        assert torch.equal(
+            ours(ATLAS(EPS, local=form), case()).loss, ours(ATLAS(EPS, local=form, local_weight=weight), case()).loss
+        )
