@@ -18,7 +18,7 @@ FORMAT = 1
 LAST = "last.pt"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,13 +33,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: write_text(temporary, text))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, with the line ends of ``text``."""
-    path.write_bytes(text.encode())
+    """UTF-8, with the line ends of ``text``, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
 def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: a checkpoint's accuracies on the test images."""
     from .evaluate import evaluate as run_evaluation
-    from .report import table
+    from .results import Result, table
     from .run import cpu_threads, usable_device
 
     wanted = [
@@ -132,7 +132,7 @@ def evaluate(argv: Sequence[str]) -> int:
     model = model.to(usable_device(args.device))
     with cpu_threads(args.threads or run["threads"]):
         result = run_evaluation(model, splits.test, args.eps or run["eps"], say=print, **own)
-    print(table({run["method"]: (result, None)}))
+    print(table({run["method"]: Result(result)}))
     if args.json:
         checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": args.checkpoint})
     return 0

@@ -107,7 +107,9 @@ class TrainConfig:
     )
     eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
     beside: tuple[str, ...] = option(
-        None, "methods trained beside with the same settings, for the table; digits: standard and one_step_adv"
+        None,
+        "methods trained beside with the same settings, for the table; all: every method; digits: standard and "
+        "one_step_adv",
     )
 
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
@@ -116,7 +118,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self, "config")
-        known = [self.method, *(self.beside or ())]
+        known = [self.method, *_beside(self.beside, self.method)]
         for name in known:
             methods.build(name, self.eps or 0.5, self.hyper_of(name))
         for key in self.hyper:
@@ -143,11 +145,17 @@ def resolved(config: TrainConfig, splits: DataSplits) -> TrainConfig:
         "augment": splits.augment,
         "model": models.default_for(splits.name) if config.model is None else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "beside": tuple(name for name in table["beside"] if name != config.method),
     }
     missing = {k: v for k, v in defaults.items() if getattr(config, k, config) is None}
     config = dataclasses.replace(config, **missing)
+    config = dataclasses.replace(config, beside=_beside(config.beside, config.method))
     return dataclasses.replace(config, hyper={**config.hyper, **_published(config, splits.name)})
+
+
+def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
+    """The methods beside ``method``, each once."""
+    everything = methods.names() if names == ("all",) else names or ()
+    return tuple(name for name in dict.fromkeys(everything) if name != method)
 
 
 def _published(config: TrainConfig, dataset: str) -> dict[str, Any]:
