@@ -46,21 +46,25 @@ def compare(
     root = checkpoint.locate(config.resume).parent.parent if config.resume else choose_folder(config)
     runs: dict[str, Run] = {}
     results: Results = {}
-    for name in (config.method, *config.beside):
-        own = replace(config, method=name, hyper=config.hyper_of(name), beside=())
-        folder = checkpoint.locate(config.resume).parent if config.resume else root / name
-        runs[name] = train(own, splits=splits, folder=folder, display=progress.make(show))
-        results[name] = _result(runs[name], splits, say)
-        checkpoint.write_json(folder / EVALUATION, results[name].evaluation.to_dict())
-    order = (*config.beside, config.method)
-    results = {name: results[name] for name in order}
+    for own in (_own(config, config.method), *(_own(config, name) for name in config.beside)):
+        folder = checkpoint.locate(config.resume).parent if config.resume else root / own.method
+        runs[own.label] = train(own, splits=splits, folder=folder, display=progress.make(show))
+        results[own.label] = _result(runs[own.label], splits, say)
+        checkpoint.write_json(folder / EVALUATION, results[own.label].evaluation.to_dict())
+    results = {name: results[name] for name in (*config.beside, config.label)}
     folder = root if config.beside else folder
-    drawn = write_curves(folder / CURVES, {name: runs[name].history for name in order})
-    title = _write(folder, config, runs[config.method], results)
+    drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
+    title = _write(folder, config, runs[config.label], results)
     say(f"\n{title}\n")
     say(table(results))
     say(f"files: {folder}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return results
+
+
+def _own(config: TrainConfig, name: str) -> TrainConfig:
+    """The run of one method: the same settings, without what belongs to another method."""
+    awp = config.awp if name == config.method else 0.0
+    return replace(config, method=name, hyper=config.hyper_of(name), awp=awp, beside=())
 
 
 def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:

@@ -71,7 +71,7 @@ def train(
     c = run.config
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
-    title = progress.headline(c.method, run.splits.name, size, network, parameters, c.eps, c.device)
+    title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
         with cpu_threads(c.threads):
@@ -157,6 +157,7 @@ class OptimizerSteps:
             group["lr"] = self.lr
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
         self._update += 1
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ from ..data import Batch
 from ..options import nearest
 from .adv import ADV
 from .atlas import ATLAS
+from .awp import AWP
 from .base import Descent, Method, Metrics, OfEps, State
 from .one_step_adv import OneStepADV
 from .standard import Standard
@@ -18,6 +19,7 @@ from .trades import TRADES
 __all__ = [
     "ADV",
     "ATLAS",
+    "AWP",
     "Batch",
     "Descent",
     "Method",
