@@ -71,7 +71,7 @@ def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
     c = run.config
     with cpu_threads(c.threads):
         found = evaluate(run.model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
-        return Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run))
+        return Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
 
 
 def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str:

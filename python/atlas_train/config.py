@@ -107,6 +107,12 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast in attack and training; evaluation stays fp32")
     channels_last: bool = option(False, "images and weights in channels_last")
 
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "a loss that is NaN or infinite stops the run, or its batch is skipped: no update (those that a method with "
+        "several per batch has made stay), BatchNorm's statistics put back; CUDA then waits for every loss",
+    )
+
     seed: int = option(0, "of the weights, the batches and the noise", low=0)
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1)

@@ -48,7 +48,8 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
     left.legend()
-    right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
+    if right.has_data():
+        right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
 

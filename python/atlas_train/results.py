@@ -21,12 +21,14 @@ class Result:
     """What a method came to; None where it is not known.
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
+    skipped: batches left out of training, for their loss was not finite.
     """
 
     evaluation: Evaluation
     training_seconds: float | None = None
     epoch_seconds: float | None = None
     passes: float | None = None
+    skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -78,6 +80,7 @@ def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:
         ("passes/step", [_decimal(row.passes) for row in rows]),
         ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),
         ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
+        ("skipped", [str(row.skipped) for row in rows] if any(row.skipped for row in rows) else []),
     ]
     return [(header, cells) for header, cells in columns if any(cells)]
 

@@ -45,6 +45,11 @@ class Run:
         return self.config.epochs * len(self.batches)
 
     @property
+    def skipped(self) -> int:
+        """Batches left out so far, for their loss was not finite."""
+        return sum(row.get("skipped", 0) for row in self.history)
+
+    @property
     def state(self) -> State:
         """What a method may know of the run."""
         return State(self.step, self.total_steps, self.epoch, self.config.epochs, len(self.splits.train), self.memory)
