@@ -34,6 +34,7 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
 class EvaluateConfig:
     """The flags of ``atlas evaluate``."""
 
+    model: str | None = option(None, "network, by name or import path; default: the run's, if it is one of ours")
     dataset: str | None = option(None, "data set; default: the run's")
     data_dir: str | None = option(None, "folder with the data's files; default: the run's")
     download: bool = option(False, "download the data if they are found nowhere")
@@ -82,7 +83,7 @@ def train(argv: Sequence[str]) -> int:
     from .compare import compare
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--method"):
+    for flag in ("--config", "--resume", "--method", "--model"):
         early.add_argument(flag)
     first, _ = early.parse_known_args(argv)
     if first.config and first.resume:
@@ -92,6 +93,8 @@ def train(argv: Sequence[str]) -> int:
         base = from_file(first.config)
     elif first.resume:
         base = from_dict(checkpoint.load(first.resume)["config"], first.resume)
+        if not first.model:
+            checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method
     compare(parse_train(name, base, argv))
     return 0
@@ -125,7 +128,7 @@ def evaluate(argv: Sequence[str]) -> int:
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
-    model, run = checkpoint.load_model(args.checkpoint)
+    model, run = checkpoint.load_model(args.checkpoint, args.model)
     splits = data.load(args.dataset or run["dataset"], args.data_dir or run["data_dir"], args.download)
     same = ("size", "batch_size", "steps", "step_size", "restarts", "seed")
     own: dict[str, Any] = {name: getattr(args, name) for name in same}

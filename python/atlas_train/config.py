@@ -82,7 +82,9 @@ class TrainConfig:
     train_size: int | None = option(None, "train on this many images (a stratified draw); default: all", low=1)
     augment: bool = option(None, "random crop and flip; " + _AUTO)
 
-    model: str = option(None, "network, by name; " + _AUTO)
+    model: str = option(
+        None, "network, by name, or code of your own: package.module:factory or path/to/file.py:factory; " + _AUTO
+    )
     width: int | None = option(None, "width of the network; default: the network's own", low=1)
 
     eps: float = option(

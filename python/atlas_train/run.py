@@ -71,7 +71,7 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     }
     torch.manual_seed(config.seed)
     if model is None:
-        model = models.build(
+        model = models.network(
             arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
         )
     model = model.to(device)
