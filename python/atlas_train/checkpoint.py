@@ -125,7 +125,7 @@ def load_model(path: str | os.PathLike[str], model: str | None = None) -> tuple[
         weights, description = _read_safetensors(found)
     else:
         state = load(found)
-        weights, description = state["model"], {"arch": state["arch"], "config": state["config"]}
+        weights, description = final_weights(state), {"arch": state["arch"], "config": state["config"]}
     arch = description["arch"]
     if model is None:
         require_trusted(arch["name"], found)
@@ -138,6 +138,13 @@ def load_model(path: str | os.PathLike[str], model: str | None = None) -> tuple[
     built = models.network(model or arch["name"], **sizes)
     load_weights(built, weights, found)
     return built.eval(), description["config"]
+
+
+def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a checkpoint evaluates to: the average of the weights if it holds one, else the weights in training."""
+    average = state.get("average")
+    weights: dict[str, Tensor] = average["model"] if average and average["count"] else state["model"]
+    return weights
 
 
 def require_trusted(name: str, source: object) -> None:

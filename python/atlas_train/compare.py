@@ -70,7 +70,7 @@ def _own(config: TrainConfig, name: str) -> TrainConfig:
 def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
     c = run.config
     with cpu_threads(c.threads):
-        found = evaluate(run.model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        found = evaluate(run.final_model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
         return Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
 
 

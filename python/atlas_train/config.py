@@ -109,6 +109,14 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast in attack and training; evaluation stays fp32")
     channels_last: bool = option(False, "images and weights in channels_last")
 
+    averaging: Literal["none", "ema", "swa"] = option(
+        "none",
+        "of the weights, BatchNorm's statistics included: ema after every batch; swa, the mean over the ends of the "
+        "last epochs. The final evaluation and the exported weights are then the average; the probe and val_every look "
+        "at the weights being trained",
+    )
+    ema_decay: float = option(0.999, "decay of ema", low=0, below=1)
+    swa_start: float = option(0.75, "share of the epochs before the first that swa takes", low=0, below=1)
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "a loss that is NaN or infinite stops the run, or its batch is skipped: no update (those that a method with "

@@ -92,6 +92,8 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
     while run.epoch < run.config.epochs:
         row = train_epoch(run, display)
+        if run.average:
+            run.average.after_epoch(run.model, run.epoch)
         watch(run, row, display)
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
         if run.folder:
@@ -117,6 +119,8 @@ def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
             steps.append({"loss": loss, **metrics})
+            if run.average:
+                run.average.after_batch(run.model)
         except NonFiniteLoss:
             if config.on_nonfinite == "stop" or descent.skipped + 1 == len(keys):
                 raise
