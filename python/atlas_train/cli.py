@@ -14,10 +14,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import checkpoint, data, flags, methods
-from .config import TrainConfig, from_dict, from_file
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file
 from .options import allowed, hints, nearest, option
 
 USAGE = """\
@@ -46,6 +46,8 @@ class EvaluateConfig:
     steps: int = option(20, "PGD steps", low=1)
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
     restarts: int = option(1, "PGD restarts", low=1)
+    autoattack: int = option(0, AUTOATTACK, low=0)
+    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: the run's", low=1)
@@ -119,6 +121,7 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
 
 def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: a checkpoint's accuracies on the test images."""
+    from .autoattack import autoattack, require_autoattack
     from .evaluate import evaluate as run_evaluation
     from .results import Result, table
     from .run import cpu_threads, usable_device
@@ -128,14 +131,21 @@ def evaluate(argv: Sequence[str]) -> int:
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
+    if args.autoattack:
+        require_autoattack()
     model, run = checkpoint.load_model(args.checkpoint, args.model)
     splits = data.load(args.dataset or run["dataset"], args.data_dir or run["data_dir"], args.download)
     same = ("size", "batch_size", "steps", "step_size", "restarts", "seed")
     own: dict[str, Any] = {name: getattr(args, name) for name in same}
     model = model.to(usable_device(args.device))
+    eps = args.eps or run["eps"]
     with cpu_threads(args.threads or run["threads"]):
-        result = run_evaluation(model, splits.test, args.eps or run["eps"], say=print, **own)
-    print(table({run["method"]: Result(result)}))
+        result = Result(run_evaluation(model, splits.test, eps, say=print, **own))
+        if args.autoattack:
+            how = {"version": args.autoattack_version, "batch_size": args.batch_size, "seed": args.seed}
+            found = autoattack(model, splits.test, eps, args.autoattack, say=print, **how)
+            result = dataclasses.replace(result, autoattack=found)
+    print(table({run["method"]: result}))
     if args.json:
         checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": args.checkpoint})
     return 0

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import checkpoint, data, progress
+from .autoattack import autoattack, require_autoattack
 from .config import TrainConfig, resolved, to_dict
 from .data import DataSplits
 from .engine import train
@@ -41,6 +43,8 @@ def compare(
 
     Raises FileExistsError when ``config.out_dir`` already holds such a run, and what ``train`` raises.
     """
+    if config.autoattack:
+        require_autoattack()
     splits = splits or data.load(config.dataset, config.data_dir, config.download)
     config = resolved(replace(config, beside=()) if config.resume else config, splits)
     root = checkpoint.locate(config.resume).parent.parent if config.resume else choose_folder(config)
@@ -68,10 +72,14 @@ def _own(config: TrainConfig, name: str) -> TrainConfig:
 
 
 def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
-    c = run.config
+    c, model = run.config, run.final_model
     with cpu_threads(c.threads):
-        found = evaluate(run.final_model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
-        return Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
+        found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
+        if c.autoattack:
+            how: dict[str, Any] = {"version": c.autoattack_version, "channels_last": c.channels_last, "say": say}
+            result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
+    return result
 
 
 def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str:

@@ -54,6 +54,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _AUTO = "default: by data set"
+AUTOATTACK = (
+    "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters some "
+    "methods: GAIRAT, MART and MMA lose 5 to 10 points more to AutoAttack"
+)
+AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the first two, in a fraction of the time"
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class TrainConfig:
         64, "training images watched for catastrophic overfitting with PGD-5 after each epoch; 0: do not watch", low=0
     )
     eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
+    autoattack: int = option(0, AUTOATTACK, low=0)
+    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
     beside: tuple[str, ...] = option(
         None,
         "methods trained beside with the same settings, for the table; all: every method; digits: standard and "

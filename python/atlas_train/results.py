@@ -12,6 +12,7 @@ import torch
 
 import atlas_kernels
 
+from .autoattack import AutoAttacked
 from .evaluate import Evaluation
 from .options import fraction
 
@@ -28,11 +29,12 @@ class Result:
     training_seconds: float | None = None
     epoch_seconds: float | None = None
     passes: float | None = None
-    skipped: int = 0
+    skipped: int | None = None
+    autoattack: AutoAttacked | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        own = {key: value for key, value in asdict(self).items() if key != "evaluation"}
+        """Plain types, for JSON; without what is not known."""
+        own = {key: value for key, value in asdict(self).items() if key != "evaluation" and value is not None}
         return self.evaluation.to_dict() | own
 
 
@@ -77,10 +79,11 @@ def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:
         ("clean", [_percent(row.evaluation.clean) for row in rows]),
         ("FGSM", [_percent(row.evaluation.fgsm) for row in rows]),
         (f"PGD-{first.pgd_steps}", [_percent(row.evaluation.pgd) for row in rows]),
+        (_autoattack_header(rows), [_percent(row.autoattack.accuracy if row.autoattack else None) for row in rows]),
         ("passes/step", [_decimal(row.passes) for row in rows]),
         ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),
         ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
-        ("skipped", [str(row.skipped) for row in rows] if any(row.skipped for row in rows) else []),
+        ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
     ]
     return [(header, cells) for header, cells in columns if any(cells)]
 
@@ -89,8 +92,13 @@ def _rows(columns: list[tuple[str, list[str]]]) -> list[list[str]]:
     return [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _autoattack_header(rows: list[Result]) -> str:
+    made = next((row.autoattack for row in rows if row.autoattack), None)
+    return f"{'AA' if made.version == 'standard' else 'APGD'} ({made.images:,} images)" if made else ""
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _decimal(value: float | None, places: int = 1, unit: str = "") -> str:
