@@ -284,6 +284,24 @@ def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.history[-1]["loss"] < run.history[0]["loss"]
 
 
+def test_the_second_update_on_a_batch_sees_the_weights_of_the_first_in_16_bits_too() -> None:
+    losses: list[float] = []
+
+    class Twice(methods.Standard):
+        def train_step(self, model: nn.Module, batch: Any, key: Tensor, state: methods.State, descent: Any) -> Any:
+            for _ in range(2):
+                loss, metrics = self.objective(model, batch, None)
+                descent.backward(loss)
+                descent.step()
+                losses.append(loss.item())
+            return loss.detach(), metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods._METHODS, "standard", Twice)
+        engine.train(TrainConfig(**TINY | {"method": "standard", "precision": "bf16", "lr": 0.05}), splits=splits())
+    assert all(abs(first - second) > 1e-3 * first for first, second in zip(losses[::2], losses[1::2], strict=True))
+
+
 def test_validation_and_early_end() -> None:
     config = TrainConfig(**TINY | {"val_every": 2})
     run = engine.train(config, splits=splits(), on_epoch=lambda row: row["epoch"] == 3)

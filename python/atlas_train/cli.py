@@ -159,8 +159,15 @@ def list_methods(argv: Sequence[str]) -> int:
         method = methods.get(name)
         print(f"{name}: {inspect.getdoc(method)}\n")
         for key, field in methods.hyper_parameters(method).items():
-            default = "auto" if field.default is None else str(field.default).lower()
-            print(f"    --{key.replace('_', '-')} {default}   ({allowed(field, hints(method)[key])})")
+            print(f"    --{key.replace('_', '-')} {_default(field.default)}   ({allowed(field, hints(method)[key])})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        for dataset, values in method.defaults.items():
+            print(f"    on {dataset}: " + ", ".join(f"{key} {_default(value)}" for key, value in values.items()))
         print()
     return 0
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, methods.OfEps):
+        return f"{float(value):.4g} eps"
+    return "auto" if value is None else str(value).lower()
