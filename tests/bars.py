@@ -16,13 +16,13 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def splits(train: int = 64, test: int = 40) -> DataSplits:
+def splits(train: int = 64, test: int = 40, channels: int = 1) -> DataSplits:
     """Four classes of noisy bars, 8x8."""
     rng = torch.Generator().manual_seed(0)
 
     def images(n: int) -> Images:
         labels = torch.arange(n) % 4
-        pixels = torch.randint(0, 60, (n, 1, 8, 8), generator=rng, dtype=torch.uint8)
+        pixels = torch.randint(0, 60, (n, channels, 8, 8), generator=rng, dtype=torch.uint8)
         for i, label in enumerate(labels.tolist()):
             pixels[i, :, 2 * label : 2 * label + 2] += 160
         return Images(pixels, labels)

@@ -19,29 +19,10 @@ from atlas_train import checkpoint, engine, methods, progress, report, schedules
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
 from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, resolved, to_dict
-from atlas_train.data import DataSplits, Images
+from atlas_train.data import Images
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
-
-EPS = 0.1
-TINY: dict[str, Any] = {
-    "eps": EPS, "epochs": 4, "batch_size": 16, "width": 4, "probe_size": 8, "device": "cpu", "model": "digits_net",
-    "optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "cyclic_peak": 0.4, "beside": (),
-}  # fmt: skip
-
-
-def splits(train: int = 64, test: int = 40, channels: int = 1) -> DataSplits:
-    """Four classes of noisy bars: easy to learn, 8x8."""
-    rng = torch.Generator().manual_seed(0)
-
-    def images(n: int) -> Images:
-        labels = torch.arange(n) % 4
-        pixels = torch.randint(0, 60, (n, channels, 8, 8), generator=rng, dtype=torch.uint8)
-        for i, label in enumerate(labels.tolist()):
-            pixels[i, :, 2 * label : 2 * label + 2] += 160
-        return Images(pixels, labels)
-
-    return DataSplits("bars", images(train), images(test), num_classes=4, eps=EPS)
+from bars import EPS, TINY, splits
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,12 @@ class TrainConfig:
         low=0,
         below=1,
     )
-    awp_warmup: int = option(0, "first epochs, without the perturbation of weights; published: 9 for trades", low=0)
+    awp_warmup: int = option(
+        0,
+        "first epochs, without the perturbation of weights; published: 0 for adv, 9 for trades. Some are needed where "
+        "accuracy stays at chance otherwise, as that of adv with awp 0.01 does on digits",
+        low=0,
+    )
 
     dataset: str = option("digits", "digits (embedded), mnist or cifar10")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
@@ -120,7 +125,9 @@ class TrainConfig:
         "last epochs. The final evaluation and the exported weights are then the average; the probe and val_every look "
         "at the weights being trained",
     )
-    ema_decay: float = option(0.999, "decay of ema", low=0, below=1)
+    ema_decay: float = option(
+        0.999, "decay of ema, which remembers some 1 / (1 - decay) batches: take less for a short run", low=0, below=1
+    )
     swa_start: float = option(0.75, "share of the epochs before the first that swa takes", low=0, below=1)
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",

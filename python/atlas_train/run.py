@@ -44,7 +44,8 @@ class Run:
     @property
     def final_model(self) -> nn.Module:
         """What training came to: the average of the weights where there is one, else the network itself."""
-        return (self.average and self.average.network()) or self.model
+        average = self.average.network() if self.average else None
+        return self.model if average is None else average
 
     @property
     def total_steps(self) -> int:
