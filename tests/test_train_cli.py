@@ -173,6 +173,9 @@ def test_methods_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
         for key in methods.hyper_parameters(methods.get(name)):
             assert f"--{key.replace('_', '-')} " in text
     assert "--radius auto   (a number > 0 and <= 1)" in text
+    assert "\n    on mnist: step_size 0.6667 eps, radius 1 eps\n" in text
+    trades = text[text.index("\ntrades: ") :]
+    assert "\n    on cifar10: steps 10, step_size 0.2258 eps, beta 6.0\n" in trades[: trades.index("\nstandard: ")]
 
 
 def test_usage_and_module(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,31 +18,11 @@ from atlas_kernels.attacks import FGSM, PGD
 from atlas_train import checkpoint, engine, methods, progress, report, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
-from atlas_train.compare import compare
 from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, resolved, to_dict
-from atlas_train.data import DataSplits, Images
-from atlas_train.evaluate import Evaluation, evaluate, predict
+from atlas_train.data import Images
+from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
-
-EPS = 0.1
-TINY: dict[str, Any] = {
-    "eps": EPS, "epochs": 4, "batch_size": 16, "width": 4, "probe_size": 8, "device": "cpu", "model": "digits_net",
-    "optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "cyclic_peak": 0.4, "beside": (),
-}  # fmt: skip
-
-
-def splits(train: int = 64, test: int = 40, channels: int = 1) -> DataSplits:
-    """Four classes of noisy bars: easy to learn, 8x8."""
-    rng = torch.Generator().manual_seed(0)
-
-    def images(n: int) -> Images:
-        labels = torch.arange(n) % 4
-        pixels = torch.randint(0, 60, (n, channels, 8, 8), generator=rng, dtype=torch.uint8)
-        for i, label in enumerate(labels.tolist()):
-            pixels[i, :, 2 * label : 2 * label + 2] += 160
-        return Images(pixels, labels)
-
-    return DataSplits("bars", images(train), images(test), num_classes=4, eps=EPS)
+from bars import EPS, TINY, splits
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +263,26 @@ def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
     assert run.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
     assert run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+def test_the_second_update_on_a_batch_sees_the_weights_of_the_first_in_16_bits_too() -> None:
+    losses: list[float] = []
+
+    class Twice(methods.Standard):
+        def train_step(self, model: nn.Module, batch: Any, key: Tensor, state: methods.State, descent: Any) -> Any:
+            for _ in range(2):
+                loss, metrics = self.objective(model, batch, None)
+                descent.backward(loss)
+                descent.step()
+                losses.append(loss.item())
+            return loss.detach(), metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods._METHODS, "standard", Twice)
+        linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))  # no parameter that stays in 32 bits
+        config = TrainConfig(**TINY | {"method": "standard", "precision": "bf16", "lr": 0.05})
+        engine.train(config, splits=splits(), model=linear)
+    assert all(abs(first - second) > 1e-3 * first for first, second in zip(losses[::2], losses[1::2], strict=True))
 
 
 def test_validation_and_early_end() -> None:
@@ -576,26 +576,6 @@ def test_csv_columns_come_from_the_rows(tmp_path: Path) -> None:
     ]
 
 
-def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = TrainConfig(**TINY | {"epochs": 2, "beside": ["standard"], "out_dir": str(tmp_path / "out")})
-    results = compare(config, splits=splits(), show="plain")
-    assert list(results) == ["standard", "atlas"]
-    printed = capsys.readouterr().out
-    table = printed[printed.index("method ") :].splitlines()
-    assert table[0].split() == ["method", "clean", "FGSM", "PGD-20", "training"]
-    assert [line.split()[0] for line in table[2:4]] == ["standard", "atlas"]
-    assert "eps 25.5/255 (l_inf); 40 test images, standard error at most 7.9 points" in table[4]
-    for method in ("standard", "atlas"):
-        names = {p.name for p in (tmp_path / "out" / method).iterdir()}
-        assert names == {"last.pt", "log.csv", checkpoint.export_name(), "evaluation.json"}
-    written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["atlas"]["pgd"] == results["atlas"][0].pgd and written["atlas"]["training_seconds"] > 0
-    if (tmp_path / "out" / "curves.png").exists():
-        assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(FileExistsError, match="already holds a run of atlas: go on with it"):
-        compare(config, splits=splits(), show="silent")
-
-
 def test_curves_need_matplotlib_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     history = [{"epoch": 1, "loss": 1.0, "clean": 0.5, "probe": None}, {"epoch": 2, "loss": 0.5, "clean": 0.75}]
@@ -613,19 +593,6 @@ def test_tensorboard_events_are_written_on_request(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [4, 8]
-
-
-def test_a_table_without_times() -> None:
-    evaluation = Evaluation(0.5, 0.25, 0.125, 100, 8 / 255, 20, 1 / 255, 3, 1.0, "cpu")
-    text = report.table({"adv": (evaluation, None)})
-    assert (
-        "training" not in text
-        and "50.0 %" in text
-        and "12.5 %" in text
-        and "eps 8/255" in text
-        and "3 restarts" in text
-    )
-    assert "standard error at most 5.0 points" in text
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:

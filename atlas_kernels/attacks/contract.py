@@ -8,7 +8,7 @@ gradients are never written. Hooks stay as they are and fire.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -51,7 +51,7 @@ def leave_no_trace(
     random_state = nullcontext() if key is None else _forked_random_state(parameters, key, training)
 
     with torch.inference_mode(False), torch.enable_grad(), random_state:
-        buffers = _buffers(modules) if training and not update_buffers else []
+        copies = copied_buffers(modules) if training and not update_buffers else nullcontext()
         try:
             if attack_mode != "keep":
                 for module in modules:
@@ -59,13 +59,9 @@ def leave_no_trace(
             # Frozen weights cost no gradient, and a custom autograd.Function that owns them is not asked for any.
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
-            for module, name, buffer in buffers:
-                setattr(module, name, copies.setdefault(id(buffer), buffer.clone()))
-            yield
+            with copies:
+                yield
         finally:
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer)
             for parameter in trainable:
                 parameter.requires_grad_(True)
             for module, flag in zip(modules, flags, strict=True):
@@ -74,13 +70,19 @@ def leave_no_trace(
             torch.clear_autocast_cache()
 
 
-def _buffers(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+@contextmanager
+def copied_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the modules work on copies of their buffers (BatchNorm statistics); the originals are not written to."""
     # remove_duplicate=False: one module may know the same buffer under two names.
-    return [
-        (module, name, buffer)
-        for module in modules
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
+    buffers = [(m, *named) for m in modules for named in m.named_buffers(recurse=False, remove_duplicate=False)]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}  # a buffer that two modules share stays shared
+    try:
+        for module, name, buffer in buffers:
+            setattr(module, name, copies[id(buffer)])
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
 
 @contextmanager

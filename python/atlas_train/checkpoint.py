@@ -18,7 +18,7 @@ FORMAT = 1
 LAST = "last.pt"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,13 +33,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: write_text(temporary, text))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, with the line ends of ``text``."""
-    path.write_bytes(text.encode())
+    """UTF-8, with the line ends of ``text``, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -114,26 +113,47 @@ def export_name() -> str:
     return "model.safetensors" if find_spec("safetensors") else "model.pt"
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | os.PathLike[str], model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's configuration.
 
-    path: run folder, last.pt, or an exported model.safetensors. Raises as ``load`` does, and ValueError when the
-    network was not built by name.
+    path: run folder, last.pt, or an exported model.safetensors. model: the network's name or import path; default: the
+    checkpoint's own, if that is one of ours. An import path in a checkpoint is not followed, for a file must not say
+    what code is run. Raises as ``load`` does, and ValueError when ``model`` is needed or does not fit.
     """
     found = locate(path)
     if found.suffix == ".safetensors":
         weights, description = _read_safetensors(found)
     else:
         state = load(found)
-        weights, description = state["model"], {"arch": state["arch"], "config": state["config"]}
+        weights, description = final_weights(state), {"arch": state["arch"], "config": state["config"]}
     arch = description["arch"]
-    if not arch["by_name"]:
-        raise ValueError(f"{found} holds a {arch['name']} of your own: build it yourself and load its weights into it")
-    model = models.build(
-        arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
-    )
-    load_weights(model, weights, found)
-    return model.eval(), description["config"]
+    if model is None:
+        require_trusted(arch["name"], found)
+        if not arch["by_name"]:
+            raise ValueError(
+                f"{found} holds a {arch['name']} of your own: build it yourself and load its weights into it, or say "
+                "how it is built, --model package.module:factory"
+            )
+    sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
+    built = models.network(model or arch["name"], **sizes)
+    load_weights(built, weights, found)
+    return built.eval(), description["config"]
+
+
+def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a checkpoint evaluates to: the average of the weights if it holds one, else the weights in training."""
+    average = state.get("average")
+    weights: dict[str, Tensor] = average["model"] if average and average["count"] else state["model"]
+    return weights
+
+
+def require_trusted(name: str, source: object) -> None:
+    """Raises ValueError if a checkpoint's network is an import path."""
+    if models.is_import_path(name):
+        raise ValueError(
+            f"{source} names code of your own, {name}, and code that a file names is not run unasked: if you trust it, "
+            f"say so with --model {name}"
+        )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,10 +14,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import checkpoint, data, flags, methods
-from .config import TrainConfig, from_dict, from_file
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file
 from .options import allowed, hints, nearest, option
 
 USAGE = """\
@@ -34,6 +34,7 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
 class EvaluateConfig:
     """The flags of ``atlas evaluate``."""
 
+    model: str | None = option(None, "network, by name or import path; default: the run's, if it is one of ours")
     dataset: str | None = option(None, "data set; default: the run's")
     data_dir: str | None = option(None, "folder with the data's files; default: the run's")
     download: bool = option(False, "download the data if they are found nowhere")
@@ -45,6 +46,8 @@ class EvaluateConfig:
     steps: int = option(20, "PGD steps", low=1)
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
     restarts: int = option(1, "PGD restarts", low=1)
+    autoattack: int = option(0, AUTOATTACK, low=0)
+    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: the run's", low=1)
@@ -82,7 +85,7 @@ def train(argv: Sequence[str]) -> int:
     from .compare import compare
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--method"):
+    for flag in ("--config", "--resume", "--method", "--model"):
         early.add_argument(flag)
     first, _ = early.parse_known_args(argv)
     if first.config and first.resume:
@@ -92,6 +95,8 @@ def train(argv: Sequence[str]) -> int:
         base = from_file(first.config)
     elif first.resume:
         base = from_dict(checkpoint.load(first.resume)["config"], first.resume)
+        if not first.model:
+            checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method
     compare(parse_train(name, base, argv))
     return 0
@@ -116,8 +121,9 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
 
 def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: a checkpoint's accuracies on the test images."""
+    from .autoattack import autoattack, require_autoattack
     from .evaluate import evaluate as run_evaluation
-    from .report import table
+    from .results import Result, table
     from .run import cpu_threads, usable_device
 
     wanted = [
@@ -125,14 +131,21 @@ def evaluate(argv: Sequence[str]) -> int:
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
-    model, run = checkpoint.load_model(args.checkpoint)
+    if args.autoattack:
+        require_autoattack()
+    model, run = checkpoint.load_model(args.checkpoint, args.model)
     splits = data.load(args.dataset or run["dataset"], args.data_dir or run["data_dir"], args.download)
     same = ("size", "batch_size", "steps", "step_size", "restarts", "seed")
     own: dict[str, Any] = {name: getattr(args, name) for name in same}
     model = model.to(usable_device(args.device))
+    eps = args.eps or run["eps"]
     with cpu_threads(args.threads or run["threads"]):
-        result = run_evaluation(model, splits.test, args.eps or run["eps"], say=print, **own)
-    print(table({run["method"]: (result, None)}))
+        result = Result(run_evaluation(model, splits.test, eps, say=print, **own))
+        if args.autoattack:
+            how = {"version": args.autoattack_version, "batch_size": args.batch_size, "seed": args.seed}
+            found = autoattack(model, splits.test, eps, args.autoattack, say=print, **how)
+            result = dataclasses.replace(result, autoattack=found)
+    print(table({run["method"]: result}))
     if args.json:
         checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": args.checkpoint})
     return 0
@@ -146,8 +159,15 @@ def list_methods(argv: Sequence[str]) -> int:
         method = methods.get(name)
         print(f"{name}: {inspect.getdoc(method)}\n")
         for key, field in methods.hyper_parameters(method).items():
-            default = "auto" if field.default is None else str(field.default).lower()
-            print(f"    --{key.replace('_', '-')} {default}   ({allowed(field, hints(method)[key])})")
+            print(f"    --{key.replace('_', '-')} {_default(field.default)}   ({allowed(field, hints(method)[key])})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        for dataset, values in method.defaults.items():
+            print(f"    on {dataset}: " + ", ".join(f"{key} {_default(value)}" for key, value in values.items()))
         print()
     return 0
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, methods.OfEps):
+        return f"{float(value):.4g} eps"
+    return "auto" if value is None else str(value).lower()

@@ -6,17 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from . import checkpoint, data, progress
-from .config import TrainConfig, resolved
+from .autoattack import autoattack, require_autoattack
+from .config import TrainConfig, resolved, to_dict
 from .data import DataSplits
 from .engine import train
-from .evaluate import Evaluation, evaluate
-from .report import table, write_curves
+from .evaluate import evaluate
+from .passes import passes_per_step
+from .report import write_curves
+from .results import Result, environment, markdown, table
 from .run import Run, cpu_threads
 
-Results = dict[str, tuple[Evaluation, float | None]]
-EVALUATION, RESULTS, CURVES = "evaluation.json", "results.json", "curves.png"
+Results = dict[str, Result]
+EVALUATION, RESULTS, MARKDOWN, CURVES = "evaluation.json", "results.json", "results.md", "curves.png"
 
 
 def compare(
@@ -28,8 +34,8 @@ def compare(
 ) -> Results:
     """Trains ``config.method`` and every method in ``config.beside`` under the same settings and evaluates them.
 
-    Returns, per method, its evaluation and seconds of training. In the run's folder: a subfolder per method (last.pt,
-    log.csv, model.safetensors, evaluation.json), results.json and, with matplotlib, curves.png.
+    Returns what each came to. In the run's folder: a subfolder per method (last.pt, log.csv, model.safetensors,
+    evaluation.json), results.json with configuration and environment, results.md and, with matplotlib, curves.png.
 
     Args:
         show: progress: auto, live, plain or silent.
@@ -37,34 +43,57 @@ def compare(
 
     Raises FileExistsError when ``config.out_dir`` already holds such a run, and what ``train`` raises.
     """
+    if config.autoattack:
+        require_autoattack()
     splits = splits or data.load(config.dataset, config.data_dir, config.download)
     config = resolved(replace(config, beside=()) if config.resume else config, splits)
     root = checkpoint.locate(config.resume).parent.parent if config.resume else choose_folder(config)
     runs: dict[str, Run] = {}
     results: Results = {}
-    for name in (config.method, *config.beside):
-        own = replace(config, method=name, hyper=config.hyper_of(name), beside=())
-        folder = checkpoint.locate(config.resume).parent if config.resume else root / name
-        runs[name] = train(own, splits=splits, folder=folder, display=progress.make(show))
-        results[name] = _evaluate(runs[name], splits, say), runs[name].seconds
-        checkpoint.write_json(folder / EVALUATION, results[name][0].to_dict())
-    order = (*config.beside, config.method)
-    if config.beside:
-        folder = root
-        rows = {name: results[name][0].to_dict() | {"training_seconds": results[name][1]} for name in order}
-        checkpoint.write_json(root / RESULTS, rows)
-    drawn = write_curves(folder / CURVES, {name: runs[name].history for name in order})
-    images = len(runs[config.method].splits.train)
-    say(f"\n{splits.name}, {images:,} training images, epochs {config.epochs}, seed {config.seed}\n")
-    say(table({name: results[name] for name in order}))
+    for own in (_own(config, config.method), *(_own(config, name) for name in config.beside)):
+        folder = checkpoint.locate(config.resume).parent if config.resume else root / own.method
+        runs[own.label] = train(own, splits=splits, folder=folder, display=progress.make(show))
+        results[own.label] = _result(runs[own.label], splits, say)
+        checkpoint.write_json(folder / EVALUATION, results[own.label].evaluation.to_dict())
+    results = {name: results[name] for name in (*config.beside, config.label)}
+    folder = root if config.beside else folder
+    drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
+    title = _write(folder, config, runs[config.label], results)
+    say(f"\n{title}\n")
+    say(table(results))
     say(f"files: {folder}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
-    return {name: results[name] for name in order}
+    return results
 
 
-def _evaluate(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Evaluation:
-    c = run.config
+def _own(config: TrainConfig, name: str) -> TrainConfig:
+    """The run of one method: the same settings, without what belongs to another method."""
+    awp = config.awp if name == config.method else 0.0
+    return replace(config, method=name, hyper=config.hyper_of(name), awp=awp, beside=())
+
+
+def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
+    c, model = run.config, run.final_model
     with cpu_threads(c.threads):
-        return evaluate(run.model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
+        if c.autoattack:
+            how: dict[str, Any] = {"version": c.autoattack_version, "channels_last": c.channels_last, "say": say}
+            result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
+    return result
+
+
+def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str:
+    """results.json and results.md, each of which explains itself; returns the title."""
+    title = f"{run.splits.name}, {len(run.splits.train):,} training images, epochs {config.epochs}, seed {config.seed}"
+    machine = environment(run.device, config.threads or torch.get_num_threads())
+    values = {
+        "methods": {name: result.to_dict() for name, result in results.items()},
+        "config": to_dict(config),
+        "environment": machine,
+    }
+    checkpoint.write_json(folder / RESULTS, values)
+    checkpoint.write_text(folder / MARKDOWN, markdown(results, title, machine))
+    return title
 
 
 def choose_folder(config: TrainConfig) -> Path:

@@ -59,7 +59,8 @@ def train(
         display: told of the progress; default: nothing is printed.
         on_epoch: called with each epoch's numbers; returning True ends the training there.
 
-    Raises NonFiniteLoss when the loss is NaN or infinite, ValueError for a checkpoint of another run.
+    Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
+    ValueError for a checkpoint of another run.
     """
     display = display or progress.Silent()
     run = prepare(config, splits, model, folder)
@@ -71,11 +72,13 @@ def train(
     c = run.config
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
-    title = progress.headline(c.method, run.splits.name, size, network, parameters, c.eps, c.device)
+    title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
         with cpu_threads(c.threads):
             fit(run, display, board, on_epoch)
+        if run.skipped:
+            display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
     finally:
         display.stop()
         if board:
@@ -89,6 +92,8 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
     while run.epoch < run.config.epochs:
         row = train_epoch(run, display)
+        if run.average:
+            run.average.after_epoch(run.model, run.epoch)
         watch(run, row, display)
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
         if run.folder:
@@ -110,36 +115,46 @@ def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
     started, images = time.perf_counter(), 0
     for batch, key in zip(run.batches, keys, strict=True):
         descent.start(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
-        steps.append({"loss": loss, **metrics})
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
+            steps.append({"loss": loss, **metrics})
+            if run.average:
+                run.average.after_batch(run.model)
+        except NonFiniteLoss:
+            if config.on_nonfinite == "stop" or descent.skipped + 1 == len(keys):
+                raise
+            descent.undo()
         run.step += 1
         images += len(batch.y)
-        if display.wants_step():
+        if display.wants_step() and steps:
             seconds = time.perf_counter() - started
-            display.step(_row(run, run.epoch + 1, steps[-1:], descent.lr, images / seconds, run.seconds + seconds))
+            display.step(_row(run, run.epoch + 1, steps[-1:], descent, images / seconds, run.seconds + seconds))
     descent.finish()
     seconds = time.perf_counter() - started
     run.epoch += 1
     run.seconds += seconds
-    return _row(run, run.epoch, steps, descent.lr, images / seconds, run.seconds)
+    return _row(run, run.epoch, steps, descent, images / seconds, run.seconds)
 
 
 class OptimizerSteps:
     """The ``Descent`` that methods are given: backward, outside autocast, and steps at the schedule's rate.
 
-    A loss that is not finite stops the run before it reaches the weights. On CUDA each loss is looked at when the next
-    one is there, so that nothing waits for the device; the checkpoint is from before in any case.
+    A loss that is not finite stops the run, or leaves the batch out, before it reaches the weights. On CUDA a loss that
+    would stop the run is looked at when the next one is there, so that nothing waits for the device; the checkpoint is
+    from before in any case.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.lr = run, 0.0
-        self._lag = 1 if run.device.type == "cuda" else 0
+        self.run, self.lr, self.skipped = run, 0.0, 0
+        self._skips = run.config.on_nonfinite == "skip"
+        self._lag = 1 if run.device.type == "cuda" and not self._skips else 0
         self._unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
 
     def start(self, batch: Batch) -> None:
         """A new batch: no gradients, no updates yet."""
         self._batch, self._update = batch, 0
+        self._buffers = [buffer.clone() for buffer in self.run.model.buffers()] if self._skips else []
         self.run.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
@@ -157,7 +172,15 @@ class OptimizerSteps:
             group["lr"] = self.lr
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
         self._update += 1
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The batch is left out: BatchNorm's statistics are as before it."""
+        self.skipped += 1
+        for buffer, before in zip(self.run.model.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
 
     def finish(self) -> None:
         """The end of an epoch: every loss has been looked at."""
@@ -176,7 +199,12 @@ def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]
 
 
 def _row(
-    run: Run, epoch: int, steps: Sequence[dict[str, Tensor]], lr: float, images_per_s: float, seconds: float
+    run: Run,
+    epoch: int,
+    steps: Sequence[dict[str, Tensor]],
+    descent: OptimizerSteps,
+    images_per_s: float,
+    seconds: float,
 ) -> dict[str, Any]:
     """The numbers of a step or an epoch; the one place that waits for the device."""
     names = list(steps[0])
@@ -185,8 +213,9 @@ def _row(
         "epoch": epoch,
         "epochs": run.config.epochs,
         "step": run.step,
-        "lr": lr,
+        "lr": descent.lr,
         **dict(zip(names, means, strict=True)),
+        **({"skipped": descent.skipped} if run.config.on_nonfinite == "skip" else {}),
         "images_per_s": images_per_s,
         "seconds": seconds,
         "eta": seconds / run.step * (run.total_steps - run.step),

@@ -119,6 +119,8 @@ def describe(row: Mapping[str, Any]) -> tuple[str, str]:
     parts = [f"loss {row['loss']:.3f}"]
     names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "test_clean": "test", "test_pgd": "test PGD-10"}
     parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
+    if row.get("skipped"):
+        parts.append(f"skipped {row['skipped']}")
     return f"epoch {row['epoch']}/{row['epochs']}  step {row['step']}  {time_left}", "  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a CSV log, a learning-curve picture, TensorBoard events, and the table at the end."""
+"""What training leaves behind: a CSV log, a learning-curve picture and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_atomically, write_text
-from .evaluate import Evaluation
-from .options import fraction
 
 Row = Mapping[str, Any]
 COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "test_clean", "test_pgd", "images_per_s", "seconds")
@@ -24,7 +22,7 @@ def write_csv(path: Path, history: Sequence[Row]) -> None:
     writer = csv.DictWriter(text, [*COLUMNS, *extra], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in row.items()} for row in history)
-    write_atomically(path, lambda temporary: write_text(temporary, text.getvalue()))
+    write_text(path, text.getvalue())
 
 
 def _rounded(value: Any) -> Any:
@@ -50,7 +48,8 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
     left.legend()
-    right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
+    if right.has_data():
+        right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
 
@@ -75,25 +74,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def table(results: Mapping[str, tuple[Evaluation, float | None]]) -> str:
-    """The final table: clean, FGSM and PGD accuracy in percent and, where known, seconds of training, per method."""
-    evaluations = [evaluation for evaluation, _ in results.values()]
-    first = evaluations[0]
-    header = ["method", "clean", "FGSM", f"PGD-{first.pgd_steps}", "training"]
-    rows = [
-        [name, *(f"{100 * v:.1f} %" for v in (e.clean, e.fgsm, e.pgd)), "" if s is None else f"{s:.1f} s"]
-        for name, (e, s) in results.items()
-    ]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in [header, ["-" * w for w in widths], *rows]]  # fmt: skip
-    restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
-    lines.append(
-        f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
-        f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}"
-    )
-    return "\n".join(lines)

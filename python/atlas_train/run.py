@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, models
+from . import averaging, checkpoint, data, models
 from .config import TrainConfig, from_dict, resolved, to_dict
 from .data import Batches, DataSplits
 from .methods import Method, State
@@ -39,10 +39,22 @@ class Run:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    average: averaging.Averaging | None = None
+
+    @property
+    def final_model(self) -> nn.Module:
+        """What training came to: the average of the weights where there is one, else the network itself."""
+        average = self.average.network() if self.average else None
+        return self.model if average is None else average
 
     @property
     def total_steps(self) -> int:
         return self.config.epochs * len(self.batches)
+
+    @property
+    def skipped(self) -> int:
+        """Batches left out so far, for their loss was not finite."""
+        return sum(row.get("skipped", 0) for row in self.history)
 
     @property
     def state(self) -> State:
@@ -66,7 +78,7 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     }
     torch.manual_seed(config.seed)
     if model is None:
-        model = models.build(
+        model = models.network(
             arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
         )
     model = model.to(device)
@@ -84,7 +96,9 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     )
     if folder is None and config.resume:
         folder = checkpoint.locate(config.resume).parent
-    return Run(config, config.build_method(), model, _optimizer(config, model), batches, splits, device, folder, arch)
+    run = Run(config, config.build_method(), model, _optimizer(config, model), batches, splits, device, folder, arch)
+    run.average = averaging.make(config, model)
+    return run
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -127,6 +141,7 @@ def save(run: Run) -> None:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "memory": run.memory,
+        "average": run.average and run.average.state_dict(),
         "rng": checkpoint.rng_state(),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
@@ -140,6 +155,8 @@ def restore(run: Run, path: str) -> None:
     require_same(run, state, found)
     checkpoint.load_weights(run.model, state["model"], found)
     run.optimizer.load_state_dict(state["optimizer"])
+    if run.average:
+        run.average.load_state_dict(state["average"])
     checkpoint.restore_rng(state["rng"])
     run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
     run.history = state["history"]
@@ -149,7 +166,7 @@ def restore(run: Run, path: str) -> None:
 def require_same(run: Run, state: dict[str, Any], source: Path) -> None:
     """Method, network, data and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
     old, new = from_dict(state["config"], str(source)), run.config
-    fixed = ("method", "dataset", "train_size", "batch_size", "optimizer", "seed")
+    fixed = ("method", "dataset", "train_size", "batch_size", "optimizer", "seed", "averaging")
     changed = {name: (getattr(old, name), getattr(new, name)) for name in fixed}
     changed |= {f"model {key}": (value, run.arch.get(key)) for key, value in state["arch"].items()}
     changed["hyper-parameters"] = (old.build_method(), run.method) if old.method == new.method else (None, None)
@@ -161,9 +178,9 @@ def require_same(run: Run, state: dict[str, Any], source: Path) -> None:
 
 
 def export(run: Run) -> Path:
-    """The bare weights, for others to load; returns the file."""
+    """The bare weights of ``final_model``, for others to load; returns the file."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
     description = json.dumps({"arch": run.arch, "config": to_dict(replace(run.config, resume=None))})
-    checkpoint.export_state_dict(run.model, path, {"atlas": description, "format": "pt"})
+    checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
     return path

@@ -11,6 +11,7 @@ from ..options import nearest
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
+from .awp import AWP
 from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, OfEps, State
 from .cure import CURE
@@ -31,6 +32,7 @@ __all__ = [
     "ADR",
     "ADV",
     "ATLAS",
+    "AWP",
     "BackwardSmoothing",
     "Batch",
     "CURE",

@@ -13,7 +13,7 @@ from atlas_kernels.attacks import PGD
 
 from ..data import Batch
 from ..options import option
-from .base import AttackMode, Descent, Method, Metrics, OfEps, State
+from .base import AttackMode, Method, Metrics, OfEps, State
 from .terms import accuracy, update_statistics
 
 
@@ -55,10 +55,6 @@ class ADV(Method):
         logits = model(given)
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
-    def train_step(
-        self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
-    ) -> tuple[Tensor, Metrics]:
-        made = super().train_step(model, batch, key, state, descent)
+    def after_step(self, model: nn.Module, batch: Batch) -> None:
         if self.bn_compat:
             update_statistics(model, batch.x)
-        return made

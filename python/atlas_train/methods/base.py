@@ -106,4 +106,8 @@ class Method(ABC):
         loss, metrics = self.loss(model, batch, key, state)
         descent.backward(loss, metrics)
         descent.step()
+        self.after_step(model, batch)
         return loss.detach(), metrics
+
+    def after_step(self, model: nn.Module, batch: Batch) -> None:  # noqa: B027 (most methods do nothing)
+        """What a method does to the model once the weights are updated: some published code runs it once more."""

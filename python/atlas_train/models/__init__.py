@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from .classifier import Classifier, Normalize
 from .digits_net import DigitsNet
+from .imported import build_imported, is_import_path
 from .preact_resnet import PreActResNet18
 from .small_cnn import SmallCNN
 
-__all__ = ["Classifier", "Normalize", "build", "default_for", "names"]
+__all__ = ["Classifier", "Normalize", "build", "default_for", "is_import_path", "names", "network"]
 
 # Over the training images, in [0, 1], per channel.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -66,6 +69,18 @@ def build(
             default = "; None takes the published width" if size == "width" else ""
             raise ValueError(f"{size} must be a positive integer, got {value!r}{default}")
     return _MODELS[name](normalize=norm, **sizes)
+
+
+def network(name: str, *, num_classes: int, in_channels: int, width: int | None = None) -> nn.Module:
+    """`build`, or what the factory at an import path ("package.module:factory", "path/to/file.py:factory") gives.
+
+    The factory, a class or a function, is called with num_classes, in_channels and, if it is given, width; the network
+    takes images in [0, 1]. Raises ValueError for a path that leads nowhere or a factory that gives no torch.nn.Module.
+    """
+    if not is_import_path(name):
+        return build(name, num_classes=num_classes, in_channels=in_channels, width=width)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    return build_imported(name, **sizes, **({} if width is None else {"width": width}))
 
 
 def _check_name(argument: str, name: str, known: Iterable[str]) -> None:

@@ -1,0 +1,63 @@
+"""Averages of the weights over training: EMA after every batch, SWA after every epoch of the last part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .config import TrainConfig
+
+
+class Averaging:
+    """A second network that holds the average.
+
+    EMA (exponential moving average): decay * average + (1 - decay) * weights after each batch, from the weights after
+    the first on. SWA (Izmailov et al. 2018, arXiv 1803.05407): the mean of the weights at the end of each epoch from
+    the share ``swa_start`` of all epochs on.
+
+    BatchNorm's running statistics are averaged as the weights are. A pass over the training images at the end, the
+    usual alternative, would have to choose what BatchNorm sees: clean images, adversaries or both; so it sees what the
+    method showed it. Buffers that hold integers are copied.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+        ema = get_ema_multi_avg_fn(config.ema_decay) if config.averaging == "ema" else None
+        self._average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+        self._every_batch = config.averaging == "ema"
+        self._first_epoch = config.swa_start * config.epochs
+
+    def after_batch(self, model: nn.Module) -> None:
+        if self._every_batch:
+            self._add(model)
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """epoch: how many are done."""
+        if not self._every_batch and epoch > self._first_epoch:
+            self._add(model)
+
+    def network(self) -> nn.Module | None:
+        """The network with the average as its weights, or None before there is one."""
+        return self._average.module if self._average.n_averaged else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": int(self._average.n_averaged), "model": self._average.module.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._average.module.load_state_dict(state["model"])
+        self._average.n_averaged.fill_(state["count"])
+
+    @torch.no_grad()
+    def _add(self, model: nn.Module) -> None:
+        self._average.update_parameters(model)
+        for average, buffer in zip(self._average.module.buffers(), model.buffers(), strict=True):
+            if not buffer.is_floating_point():
+                average.copy_(buffer)
+
+
+def make(config: TrainConfig, model: nn.Module) -> Averaging | None:
+    """The averaging that the configuration asks for."""
+    return None if config.averaging == "none" else Averaging(config, model)

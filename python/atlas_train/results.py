@@ -1,0 +1,123 @@
+"""What a comparison found: per method its accuracies and its cost, as a table, as markdown and as JSON."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import atlas_kernels
+
+from .autoattack import AutoAttacked
+from .evaluate import Evaluation
+from .options import fraction
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method came to; None where it is not known.
+
+    passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
+    skipped: batches left out of training, for their loss was not finite.
+    """
+
+    evaluation: Evaluation
+    training_seconds: float | None = None
+    epoch_seconds: float | None = None
+    passes: float | None = None
+    skipped: int | None = None
+    autoattack: AutoAttacked | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON; without what is not known."""
+        own = {key: value for key, value in asdict(self).items() if key != "evaluation" and value is not None}
+        return self.evaluation.to_dict() | own
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method."""
+    columns = _columns(results)
+    widths = [max(map(len, (header, *cells))) for header, cells in columns]
+    rows = [[header for header, _ in columns], ["-" * width for width in widths], *_rows(columns)]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join([*lines, _note(results)])
+
+
+def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str, Any]) -> str:
+    """The table as a markdown document that says what it was made with."""
+    columns = _columns(results)
+    rows = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)], *_rows(columns)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    machine = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return "\n".join([f"# {title}", "", *lines, "", _note(results) + ".", "", machine + ".", ""])
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """What the numbers of a run depend on beside its configuration."""
+    return {
+        "atlas-kernels": atlas_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "threads": threads,
+    }
+
+
+def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:
+    """Headers and cells; a column of which nothing is known is left out."""
+    rows = list(results.values())
+    first = rows[0].evaluation
+    columns = [
+        ("method", list(results)),
+        ("clean", [_percent(row.evaluation.clean) for row in rows]),
+        ("FGSM", [_percent(row.evaluation.fgsm) for row in rows]),
+        (f"PGD-{first.pgd_steps}", [_percent(row.evaluation.pgd) for row in rows]),
+        (_autoattack_header(rows), [_percent(row.autoattack.accuracy if row.autoattack else None) for row in rows]),
+        ("passes/step", [_decimal(row.passes) for row in rows]),
+        ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),
+        ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
+        ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
+    ]
+    return [(header, cells) for header, cells in columns if any(cells)]
+
+
+def _rows(columns: list[tuple[str, list[str]]]) -> list[list[str]]:
+    return [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
+
+
+def _autoattack_header(rows: list[Result]) -> str:
+    made = next((row.autoattack for row in rows if row.autoattack), None)
+    return f"{'AA' if made.version == 'standard' else 'APGD'} ({made.images:,} images)" if made else ""
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _decimal(value: float | None, places: int = 1, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{places}f}{unit}"
+
+
+def _note(results: Mapping[str, Result]) -> str:
+    first = next(iter(results.values())).evaluation
+    restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
+    passes = "; passes: forwards that cost as much" if any(r.passes is not None for r in results.values()) else ""
+    return (
+        f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
+        f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}{passes}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,119 @@
+"""AutoAttack's column: what is passed on, what is put back, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from atlas_train import cli, engine
+from atlas_train.autoattack import AutoAttacked, autoattack
+from atlas_train.compare import compare
+from atlas_train.config import TrainConfig
+from atlas_train.evaluate import Evaluation, evaluate
+from atlas_train.results import Result, table
+from atlas_train.run import Run, cpu_threads
+from bars import EPS, TINY, same, splits, weights
+
+
+def trained() -> Run:
+    return engine.train(TrainConfig(**TINY | {"method": "standard"}), splits=splits())
+
+
+class Fake:
+    """Stands in for pyautoattack.AutoAttack: fools every second image, and leaves traces."""
+
+    seen: dict[str, Any] = {}
+
+    def __init__(self, model: Any, **how: Any) -> None:
+        self.model, self.apgd_targeted, self.fab = model, SimpleNamespace(), SimpleNamespace()
+        Fake.seen = {"how": how, "attack": self}
+
+    def run_standard_evaluation(self, x: Any, y: Any, *, batch_size: int) -> Any:
+        torch.manual_seed(99)
+        training = any(module.training for module in self.model.modules())
+        Fake.seen |= {"x": x, "batch_size": batch_size, "training": training}
+        Fake.seen["trainable"] = any(p.requires_grad for p in self.model.parameters())
+        return x, torch.where(torch.arange(len(y)) % 2 == 0, y, y + 1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with cpu_threads(1):
+        yield
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    module = ModuleType("pyautoattack")
+    module.AutoAttack = Fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyautoattack", module)
+    return Fake.seen
+
+
+def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any]) -> None:
+    run = trained()
+    run.model.train()
+    random, before = torch.get_rng_state(), weights(run.model)
+    lines: list[str] = []
+    found = autoattack(run.model, splits().test, EPS, 20, batch_size=7, seed=3, say=lines.append)
+    assert (found.accuracy, found.images, found.version) == (0.5, 20, "standard")
+    seen = Fake.seen
+    assert seen["how"] == {"version": "standard", "eps": EPS, "norm": "Linf", "seed": 3, "device": torch.device("cpu")}
+    assert seen["attack"].fab.n_target_classes == seen["attack"].apgd_targeted.n_target_classes == 3  # of 4 classes
+    assert seen["batch_size"] == 7 and len(seen["x"]) == 20 and not seen["training"] and not seen["trainable"]
+    assert torch.equal(torch.get_rng_state(), random) and same(weights(run.model), before) and run.model.training
+    assert all(p.requires_grad for p in run.model.parameters())
+    assert "20 images at eps 25.5/255" in lines[0]
+    autoattack(run.model, splits().test, EPS, 20, version="apgd")
+    assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
+
+
+def test_the_column() -> None:
+    evaluation = Evaluation(0.5, 0.25, 0.125, 100, EPS, 20, EPS, 1, 1.0, "cpu")
+    attacked = Result(evaluation, autoattack=AutoAttacked(0.1, 2000, "standard", 3.0))
+    lines = table({"adv": attacked, "other": Result(evaluation)}).splitlines()
+    assert lines[0].endswith("PGD-20  AA (2,000 images)") and lines[2].endswith("10.0 %")
+    attacked = Result(evaluation, autoattack=AutoAttacked(0.1, 20, "apgd", 3.0))
+    assert table({"adv": attacked}).splitlines()[0].endswith("APGD (20 images)")
+
+
+def test_train_and_evaluate_show_it(fake: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    pytest.importorskip("sklearn")
+    quick = "--epochs 1 --train-size 64 --width 2 --eval-size 50 --probe-size 0 --method standard --beside none"
+    assert cli.main(["train", *quick.split(), "--out-dir", str(tmp_path), "--autoattack", "10"]) == 0
+    assert "AA (10 images)" in capsys.readouterr().out
+    written = json.loads((tmp_path / "standard" / "results.json").read_text())["methods"]["standard"]
+    assert written["autoattack"]["accuracy"] == 0.5 and written["autoattack"]["images"] == 10
+    asked = ["--autoattack", "6", "--autoattack-version", "apgd", "--size", "20", "--json", str(tmp_path / "e.json")]
+    assert cli.main(["evaluate", str(tmp_path / "standard"), *asked]) == 0
+    assert "APGD (6 images)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text())["autoattack"]["version"] == "apgd"
+
+
+def test_a_missing_package_is_named_before_anything_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match="pip install --no-deps pyautoattack"):
+        compare(TrainConfig(**TINY | {"autoattack": 5, "out_dir": str(tmp_path / "run")}), splits=splits())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("version", ["apgd", "standard"])
+def test_autoattack_itself_is_stronger_than_pgd(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyautoattack")
+    run, random = trained(), torch.get_rng_state()
+    eps, size = 0.25, 12
+    if version == "standard":  # Square's 5000 queries are all that takes time, and none where APGD has fooled all
+        eps = 0.9
+    found = autoattack(run.model, splits().test, eps, size, version=version)
+    pgd = evaluate(run.model, splits().test, eps, size=size)
+    assert found.accuracy <= pgd.pgd + 1e-9 and found.images == size
+    assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in run.model.parameters())
+    clean = autoattack(run.model, splits().test, 1e-6, 4, version="apgd").accuracy
+    assert clean == evaluate(run.model, splits().test, 1e-6, size=4).clean

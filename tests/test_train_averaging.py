@@ -1,0 +1,127 @@
+"""Averages of the weights: what they are, where they are used, and that they survive a restart to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_train import averaging, checkpoint, engine
+from atlas_train.compare import compare
+from atlas_train.config import TrainConfig
+from atlas_train.evaluate import evaluate
+from atlas_train.run import Run
+from bars import EPS, TINY, same, splits, weights
+
+
+def config(kind: str, **changed: Any) -> TrainConfig:
+    more = {"averaging": kind, "method": "standard", "ema_decay": 0.8, "swa_start": 0.5, "lr": 0.02}
+    return TrainConfig(**TINY | more | changed)
+
+
+def trained(config: TrainConfig, **more: Any) -> tuple[Run, list[dict[str, Tensor]]]:
+    """The run, and the network after every batch."""
+    seen = []
+    after_batch = averaging.Averaging.after_batch
+
+    def spied(self: averaging.Averaging, model: nn.Module) -> None:
+        seen.append(weights(model))
+        after_batch(self, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging.Averaging, "after_batch", spied)
+        return engine.train(config, splits=splits(), **more), seen
+
+
+def assert_is(run: Run, expected: dict[str, Tensor]) -> None:
+    network = run.final_model
+    assert network is not run.model and len(expected) > 5
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_ema_follows_every_batch_with_its_statistics() -> None:
+    run, seen = trained(config("ema", epochs=2))
+    assert len(seen) == 8
+    expected = seen[0]
+    for now in seen[1:]:
+        expected = {k: 0.8 * expected[k] + 0.2 * v if v.is_floating_point() else v for k, v in now.items()}
+    assert_is(run, expected)
+    name = next(name for name in expected if name.endswith("running_var"))
+    assert not torch.allclose(expected[name], seen[-1][name], rtol=1e-2)
+
+
+def test_swa_is_the_mean_over_the_ends_of_the_last_epochs() -> None:
+    run, seen = trained(config("swa"))
+    ends = seen[3::4][2:]  # of epochs 3 and 4
+    assert len(ends) == 2
+    floating = {k: v.is_floating_point() for k, v in ends[0].items()}
+    assert_is(run, {k: (ends[0][k] + ends[1][k]) / 2 if floating[k] else ends[1][k] for k in floating})
+    one, seen = trained(config("swa", epochs=1, swa_start=0.75))
+    assert_is(one, seen[-1])
+
+
+def test_before_its_first_epoch_swa_has_nothing_to_give() -> None:
+    run = engine.train(config("swa", swa_start=0.75), splits=splits(), on_epoch=lambda row: row["epoch"] == 3)
+    assert run.final_model is run.model
+    assert engine.train(config("none", epochs=1), splits=splits()).average is None
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_a_resumed_run_has_the_same_average_to_the_bit(tmp_path: Path, kind: str) -> None:
+    whole = engine.train(config(kind), splits=splits(), folder=tmp_path / "whole")
+    engine.train(config(kind), splits=splits(), folder=tmp_path / "part", on_epoch=lambda row: row["epoch"] == 3)
+    assert checkpoint.load(tmp_path / "part")["average"]["count"] == {"ema": 12, "swa": 1}[kind]
+    resumed = engine.train(config(kind, resume=str(tmp_path / "part")), splits=splits())
+    assert same(weights(resumed.model), weights(whole.model))
+    assert same(weights(resumed.final_model), weights(whole.final_model))
+    with pytest.raises(ValueError, match="another averaging"):
+        engine.train(config("none", resume=str(tmp_path / "part")), splits=splits())
+
+
+def test_averaging_changes_nothing_in_training() -> None:
+    plain = engine.train(config("none"), splits=splits())
+    averaged = engine.train(config("ema"), splits=splits())
+    assert same(weights(plain.model), weights(averaged.model))
+    numbers = ("loss", "clean", "probe")
+    assert [[row.get(n) for n in numbers] for row in plain.history] == [
+        [row.get(n) for n in numbers] for row in averaged.history
+    ]
+
+
+def test_evaluation_and_exports_are_the_average_and_the_checkpoint_has_both(tmp_path: Path) -> None:
+    settings = config("ema", ema_decay=0.97, epochs=2, out_dir=str(tmp_path))
+    found = compare(settings, splits=splits(), show="silent", say=lambda text: None)["standard"].evaluation
+    folder = tmp_path / "standard"
+    state = checkpoint.load(folder)
+    assert not same(state["model"], state["average"]["model"])
+    for file in ("last.pt", checkpoint.export_name()):
+        if file.endswith((".safetensors", "last.pt")):
+            model, _ = checkpoint.load_model(folder / file)
+            assert same(weights(model), state["average"]["model"])
+    of_average = evaluate(model, splits().test, EPS)
+    model.load_state_dict(state["model"])
+    of_network = evaluate(model, splits().test, EPS)
+    assert (of_average.clean, of_average.pgd) == (found.clean, found.pgd)
+    assert (of_network.clean, of_network.pgd) != (found.clean, found.pgd)
+
+
+def test_the_average_is_of_weights_without_awps_perturbation() -> None:
+    run, seen = trained(config("ema", epochs=1, ema_decay=0.0, awp=0.3))
+    assert_is(run, seen[-1])
+    assert all(torch.allclose(a, b) for a, b in zip(run.final_model.parameters(), run.model.parameters(), strict=True))
+
+
+def test_a_skipped_batch_is_not_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = engine.require_finite
+
+    def fail_at_two(run: Run, step: int, batch: Any, metrics: dict[str, Tensor]) -> None:
+        check(run, step, batch, metrics | {"loss": metrics["loss"] / (0 if step == 2 else 1)})
+
+    monkeypatch.setattr(engine, "require_finite", fail_at_two)
+    run, seen = trained(dataclasses.replace(config("ema", epochs=1), on_nonfinite="skip"))
+    assert run.skipped == 1 and len(seen) == 3

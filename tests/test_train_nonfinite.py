@@ -1,0 +1,142 @@
+"""Losses that are NaN or infinite: the run stops, or leaves the batch out as if it had not been there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_train import engine, methods, progress
+from atlas_train.compare import compare
+from atlas_train.config import TrainConfig
+from atlas_train.methods import Method
+from atlas_train.run import Run
+from bars import TINY, same, splits, weights
+
+#: The steps whose loss is made infinite.
+BAD: set[int] = set()
+
+
+def spoil(loss: Tensor, step: int) -> Tensor:
+    return loss * float("inf") if step in BAD else loss
+
+
+@dataclass(frozen=True)
+class OneUpdate(Method):
+    name: ClassVar[str] = "one_update"
+    adversarial: ClassVar[bool] = False
+
+    def prepare(self, model, batch, key, state):
+        return state.step
+
+    def objective(self, model, batch, given):
+        return spoil(nn.functional.cross_entropy(model(batch.x), batch.y), given), {}
+
+
+@dataclass(frozen=True)
+class ThreeUpdates(OneUpdate):
+    """Several updates on one batch, as Free has them; the second loss is the one that is spoiled."""
+
+    name: ClassVar[str] = "three_updates"
+
+    @property
+    def updates(self) -> int:
+        return 3
+
+    def train_step(self, model, batch, key, state, descent):
+        for update in range(3):
+            loss, metrics = self.objective(model, batch, state.step if update == 1 else -1)
+            descent.backward(loss, metrics)
+            descent.step()
+        return loss.detach(), metrics
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch):
+    for method in (OneUpdate, ThreeUpdates):
+        monkeypatch.setitem(methods._METHODS, method.name, method)
+    BAD.clear()
+    yield
+    BAD.clear()
+
+
+def config(**changed: Any) -> TrainConfig:
+    return TrainConfig(**TINY | {"method": "one_update", "epochs": 2, "on_nonfinite": "skip"} | changed)
+
+
+def watched(config: TrainConfig, see: Callable[[Run], None], **more: Any) -> Run:
+    """Trains, and shows the run before every step."""
+    method = type(config.build_method())
+    train_step = method.train_step
+    runs: list[Run] = []
+    prepare = engine.prepare
+
+    def spied(self: Method, *args: Any) -> Any:
+        see(runs[0])
+        return train_step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "prepare", lambda *args: runs.append(prepare(*args)) or runs[0])
+        patch.setattr(method, "train_step", spied)
+        return engine.train(config, splits=splits(), **more)
+
+
+@pytest.mark.parametrize("awp", [0.0, 0.01])
+def test_a_skipped_batch_leaves_no_trace(awp: float) -> None:
+    BAD.update({2, 5})
+    seen: list[tuple[dict[str, Tensor], str]] = []
+    run = watched(
+        config(awp=awp), lambda run: seen.append((weights(run.model), str(run.optimizer.state_dict()["state"])))
+    )
+    for step in range(7):
+        unchanged = same(seen[step][0], seen[step + 1][0]) and seen[step][1] == seen[step + 1][1]
+        assert unchanged == (step in BAD)
+    assert [row["skipped"] for row in run.history] == [1, 1] and run.skipped == 2 and run.step == 8
+    assert all(row["loss"] < 10 for row in run.history)
+
+
+def test_earlier_updates_of_the_batch_stay_and_the_statistics_do_not() -> None:
+    BAD.add(2)
+    seen: list[dict[str, Tensor]] = []
+    run = watched(config(method="three_updates"), lambda run: seen.append(weights(run.model)))
+    buffers = {name for name, _ in run.model.named_buffers()}
+    for name in seen[2]:
+        assert torch.equal(seen[2][name], seen[3][name]) == (name in buffers)
+    assert run.skipped == 1 and all(value.isfinite().all() for value in seen[-1].values())
+
+
+def test_a_run_stops_by_default() -> None:
+    assert TrainConfig().on_nonfinite == "stop"
+    assert "skipped" not in engine.train(config(on_nonfinite="stop"), splits=splits()).history[0]
+    BAD.add(2)
+    with pytest.raises(engine.NonFiniteLoss, match="not finite at step 2"):
+        engine.train(config(on_nonfinite="stop"), splits=splits())
+
+
+def test_an_epoch_without_any_batch_stops_the_run(tmp_path: Path) -> None:
+    BAD.update(range(4, 8))
+    with pytest.raises(engine.NonFiniteLoss, match="not finite at step 7") as caught:
+        engine.train(config(), splits=splits(), folder=tmp_path)
+    assert caught.value.checkpoint == tmp_path / "last.pt"
+
+
+def test_skipped_batches_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    BAD.update({1, 2, 6})
+    compare(config(out_dir=str(tmp_path)), splits=splits(), show="plain")
+    printed = capsys.readouterr().out
+    assert "3 of 8 batches were skipped: their loss was not finite" in printed and "skipped 1" in printed
+    folder = tmp_path / "one_update"
+    assert [row["skipped"] for row in csv.DictReader((folder / "log.csv").open())] == ["2", "1"]
+    assert json.loads((folder / "results.json").read_text())["methods"]["one_update"]["skipped"] == 3
+    BAD.clear()
+    again = engine.train(config(epochs=3, resume=str(folder)), splits=splits())
+    assert again.skipped == 3 and again.history[-1]["skipped"] == 0
+    row = again.history[-1] | {"epochs": 3, "eta": 0}
+    assert "skipped" not in progress.describe(row)[1] and "skipped 4" in progress.describe(row | {"skipped": 4})[1]
