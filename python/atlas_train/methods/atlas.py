@@ -19,7 +19,8 @@ from .base import AttackMode, Method, Metrics, OfEps, State
 from .double_backward import jacobian_penalty, unit_vectors
 from .terms import accuracy, uncompiled
 
-#: Ours, found on 300 held-out training images of digits; there no weight of jacobian was seen to gain on "none".
+#: Ours, from a few runs, most of one seed, on 300 held-out training images of digits: not a search. There jacobian
+#: gained nothing on "none" with any weight tried.
 _WEIGHTS = {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0, "none": 0.0}
 _SECOND_ORDER = ("jacobian", "margin", "radius")
 #: Options that only these forms have a use for.
