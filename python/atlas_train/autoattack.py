@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks.contract import leave_no_trace
@@ -39,7 +40,6 @@ def autoattack(
     version: Version = "standard",
     batch_size: int = 250,
     seed: int = 0,
-    channels_last: bool = False,
     say: Say | None = None,
 ) -> AutoAttacked:
     """AutoAttack in the l_inf ball (arXiv 2003.01690) on ``size`` images, with the model in eval mode.
@@ -53,19 +53,31 @@ def autoattack(
     package = require_autoattack()
     device = next(model.parameters()).device
     images = images.subset(size, SUBSET_SEED) if size < len(images) else images
-    data = Batches(images, len(images), shuffle=False, seed=0, device=device, channels_last=channels_last)
+    data = Batches(images, len(images), shuffle=False, seed=0, device=device)
     x, y, _ = next(iter(data))
     if say:
         say(f"AutoAttack ({version}) on {len(y):,} images at eps {fraction(eps)}")
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), leave_no_trace(model, "eval", key):
-        attack = package.AutoAttack(model, device=device, eps=eps, norm="Linf", seed=seed, **_attacks(version))
+        attack = package.AutoAttack(in_rows(model), device=device, eps=eps, norm="Linf", seed=seed, **_attacks(version))
         classes = model(x[:1]).shape[1]
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
         _, found = attack.run_standard_evaluation(x, y, batch_size=batch_size)
     return AutoAttacked((found == y).double().mean().item(), len(y), version, time.perf_counter() - started)
+
+
+def in_rows(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model, but the gradient at its input is contiguous: the package takes views of it."""
+
+    def forward(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(Tensor.contiguous)
+        logits: Tensor = model(x)
+        return logits
+
+    return forward
 
 
 def require_autoattack() -> Any:

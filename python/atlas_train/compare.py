@@ -77,7 +77,7 @@ def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
         found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
         result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
         if c.autoattack:
-            how: dict[str, Any] = {"version": c.autoattack_version, "channels_last": c.channels_last, "say": say}
+            how: dict[str, Any] = {"version": c.autoattack_version, "say": say}
             result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
     return result
 
