@@ -56,7 +56,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters some "
-    "methods: GAIRAT, MART and MMA lose 5 to 10 points more to AutoAttack"
+    "methods: for GAIRAT, MART and MMA gaps of 5 to 10 points are published"
 )
 AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the first two, in a fraction of the time"
 
