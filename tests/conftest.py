@@ -22,6 +22,16 @@ def _strict_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that train or attack tiny networks: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    if request.module.__name__.startswith(("test_train", "test_compat", "test_example", "test_attack")):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is: tests that take it run on CUDA too where one is at hand."""

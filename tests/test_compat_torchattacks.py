@@ -72,14 +72,6 @@ class Net(nn.Module):
         return self.linear(self.dropout(x).flatten(1))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a tiny network: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def model(device: torch.device) -> Net:
     """In train mode, but for one frozen BatchNorm; statistics that are not those of any batch."""

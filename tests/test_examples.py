@@ -6,24 +6,13 @@ import difflib
 import re
 import runpy
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+
+from atlas_train import cli
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "python" / "examples"
-needs_drop_in = pytest.mark.skipif(
-    find_spec("atlas_kernels.compat.trades") is None, reason="atlas_kernels.compat.trades is not in this checkout"
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -56,10 +45,12 @@ def test_own_model(example):
     assert found["atlas"][1] > found["standard"][1] + 15
 
 
-def test_own_model_is_made_from_sizes():
-    """As the command line makes it from the import path."""
-    net = runpy.run_path(str(EXAMPLES / "own_model.py"))["Net"](num_classes=7, in_channels=3)
-    assert net(torch.rand(2, 3, 8, 8)).shape == (2, 7)
+def test_own_model_by_its_import_path(tmp_path, capsys):
+    """The command line of the script's text."""
+    path = f"{EXAMPLES / 'own_model.py'}:Net"
+    settings = ["--epochs", "1", "--beside", "none", "--eval-size", "50", "--out-dir", str(tmp_path / "run")]
+    assert cli.main(["train", "--model", path, *settings]) == 0
+    assert re.search(r"^atlas +\d", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_trades_before(example):
@@ -67,7 +58,6 @@ def test_trades_before(example):
     assert clean > 60 and robust > 10
 
 
-@needs_drop_in
 def test_trades_after_is_trades_before(example):
     """The same algorithm from the same seed: only rounding tells the two apart."""
     before, after = (example(f"trades_{when}.py", "--epochs", "1")["trades"] for when in ("before", "after"))

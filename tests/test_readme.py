@@ -1,4 +1,4 @@
-"""README's example runs as printed, and learns."""
+"""README's code runs as printed, and its example learns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 
 import torch
 
+TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+EXAMPLE, DROP_INS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_drop_ins_are_there():
+    exec(compile(DROP_INS, "README.md", "exec"), {})
+
 
 def test_example_trains_a_model():
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     y = torch.arange(64) % 2
@@ -20,6 +25,6 @@ def test_example_trains_a_model():
         "loader": [(x, y)] * 60,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
     }
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(EXAMPLE, "README.md", "exec"), names)
     assert (model(x).argmax(1) == y).float().mean() > 0.95
     assert names["images"].shape == (3 * 64, 3, 4, 4)

@@ -38,14 +38,6 @@ def directions(made: Case, count: int) -> Tensor:
     return (v / v.norm(dim=2, keepdim=True)).transpose(0, 1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("bn", ["joint", "split"])
 @pytest.mark.parametrize(("global_term", "steps"), [("kl", 1), ("ce", 2), ("logit", 1), ("none", 2)])
 @pytest.mark.parametrize("form", FORMS)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from atlas_train import cli, engine
-from atlas_train.autoattack import AutoAttacked, autoattack
+from atlas_train.autoattack import AutoAttacked, InRows, autoattack
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import Evaluation, evaluate
 from atlas_train.results import Result, table
-from atlas_train.run import Run, cpu_threads
+from atlas_train.run import Run
 from bars import EPS, TINY, same, splits, weights
 
 
@@ -40,12 +40,6 @@ class Fake:
         Fake.seen |= {"x": x, "batch_size": batch_size, "training": training}
         Fake.seen["trainable"] = any(p.requires_grad for p in self.model.parameters())
         return x, torch.where(torch.arange(len(y)) % 2 == 0, y, y + 1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture
@@ -72,6 +66,14 @@ def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any
     assert "20 images at eps 25.5/255" in lines[0]
     autoattack(run.model, splits().test, EPS, 20, version="apgd")
     assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
+
+
+def test_the_package_gets_contiguous_gradients_of_a_channels_last_network() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    (as_it_comes,) = torch.autograd.grad(model(x).sum(), x)
+    (grad,) = torch.autograd.grad(InRows(model)(x).sum(), x)
+    assert grad.is_contiguous() and not as_it_comes.is_contiguous() and torch.equal(grad, as_it_comes)
 
 
 def test_the_column() -> None:

@@ -25,14 +25,6 @@ from atlas_train.noise import noise_keys
 from bars import EPS, TINY, splits
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
 class Dropping(nn.Module):
     """BatchNorm and dropout: what draws random numbers and keeps statistics."""
 

@@ -20,14 +20,6 @@ EPS = 0.2
 PLAIN = ("atlas", "one_step_adv", "n_fgsm", "adv", "gairat", "standard")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
 class Net(nn.Module):
     """Small, with BatchNorm; smooth, so that differently arranged float sums stay close."""
 

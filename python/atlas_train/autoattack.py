@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,7 +59,9 @@ def autoattack(
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), leave_no_trace(model, "eval", key):
-        attack = package.AutoAttack(in_rows(model), device=device, eps=eps, norm="Linf", seed=seed, **_attacks(version))
+        attack = package.AutoAttack(
+            InRows(model).eval(), device=device, eps=eps, norm="Linf", seed=seed, **_attacks(version)
+        )
         classes = model(x[:1]).shape[1]
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
@@ -68,16 +69,18 @@ def autoattack(
     return AutoAttacked((found == y).double().mean().item(), len(y), version, time.perf_counter() - started)
 
 
-def in_rows(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model, but the gradient at its input is contiguous: the package takes views of it."""
+class InRows(nn.Module):
+    """A model whose gradient at the input is contiguous: the package takes views of it."""
 
-    def forward(x: Tensor) -> Tensor:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, False
+
+    def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(Tensor.contiguous)
-        logits: Tensor = model(x)
+        logits: Tensor = self.model(x)
         return logits
-
-    return forward
 
 
 def require_autoattack() -> Any:
