@@ -23,8 +23,8 @@ fi
 mkdir -p benchmarks/results
 pytest --benchmark-only -q --results "benchmarks/results/$gpu.json"
 if [[ -n $data_dir ]]; then
-  train=(--dataset cifar10 --data-dir "$data_dir" --width 16 --epochs 5 --precision bf16)
+  train=(--config benchmarks/cifar10.json --data-dir "$data_dir" --autoattack 0)  # every method
 else
   train=(--dataset digits)
 fi
-atlas train --method atlas --device cuda --out-dir "runs/on-gpu" "${train[@]}" | tee "benchmarks/results/$gpu-training.txt"
+atlas train --device cuda --out-dir "runs/on-gpu" "${train[@]}" | tee "benchmarks/results/$gpu-training.txt"
