@@ -39,6 +39,7 @@ def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.Cap
     assert own["pgd"] == results["atlas"].evaluation.pgd and 9 < own["passes"] < 11.1
     assert own["training_seconds"] == pytest.approx(2 * own["epoch_seconds"]) and own["epoch_seconds"] > 0
     assert written["config"]["lr"] == TINY["lr"] and written["config"]["epochs"] == 2
+    assert str(tmp_path) not in json.dumps(written)  # nobody else has this folder
     machine = written["environment"]
     assert (machine["torch"], machine["threads"], machine["device"]) == (torch.__version__, 1, "cpu") and machine["cpu"]
     document = (tmp_path / "out" / "results.md").read_text()

@@ -22,6 +22,8 @@ from .results import Result, environment, markdown, table
 from .run import Run, cpu_threads
 
 Results = dict[str, Result]
+#: Settings that say where on this machine things are, and nothing about the results.
+PLACES = ("data_dir", "out_dir", "resume")
 EVALUATION, RESULTS, MARKDOWN, CURVES = "evaluation.json", "results.json", "results.md", "curves.png"
 
 
@@ -88,7 +90,7 @@ def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str
     machine = environment(run.device, config.threads or torch.get_num_threads())
     values = {
         "methods": {name: result.to_dict() for name, result in results.items()},
-        "config": to_dict(config),
+        "config": {key: value for key, value in to_dict(config).items() if key not in PLACES},
         "environment": machine,
     }
     checkpoint.write_json(folder / RESULTS, values)

@@ -33,23 +33,26 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     """A PNG of loss and accuracies over the epochs, one colour per method. False where matplotlib is not installed."""
     if not find_spec("matplotlib"):
         return False
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = {"clean": ":", "adv": "--", "probe": "-"}
     for number, (name, history) in enumerate(histories.items()):
-        colour = f"C{number}"
+        colour = colormaps["tab20"](number % 20)
         left.plot([row["epoch"] for row in history], [row["loss"] for row in history], color=colour, label=name)
         for key, style in styles.items():
             points = [(row["epoch"], 100 * row[key]) for row in history if row.get(key) is not None]
             if points:
-                right.plot(*zip(*points, strict=True), color=colour, linestyle=style, label=f"{name}, {key}")
+                right.plot(*zip(*points, strict=True), color=colour, linestyle=style)
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
-    left.legend()
-    if right.has_data():
-        right.legend(fontsize="small", title="clean, own attack (adv), PGD-5 (probe)")
+    left.legend(fontsize="small", ncols=1 + len(histories) // 8)
+    names = {"clean": "clean", "adv": "own attack", "probe": "PGD-5"}
+    right.legend([Line2D([], [], color="black", linestyle=style) for style in styles.values()],
+                 [names[key] for key in styles], fontsize="small")  # fmt: skip
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
 

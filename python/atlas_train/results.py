@@ -63,7 +63,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "atlas-kernels": atlas_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "threads": threads,
