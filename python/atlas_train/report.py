@@ -35,7 +35,6 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
         return False
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -51,8 +50,9 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
     left.legend(fontsize="small", ncols=1 + len(histories) // 8)
     names = {"clean": "clean", "adv": "own attack", "probe": "PGD-5"}
-    right.legend([Line2D([], [], color="black", linestyle=style) for style in styles.values()],
-                 [names[key] for key in styles], fontsize="small")  # fmt: skip
+    for key, style in styles.items():
+        right.plot([], [], color="black", linestyle=style, label=names[key])
+    right.legend(fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
 
