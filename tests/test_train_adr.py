@@ -135,7 +135,7 @@ def test_features_and_head_are_found_behind_torch_compile_and_asked_for_before_a
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES)).double()
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward was made"))
-    with pytest.raises(TypeError, match=r"Sequential has no features and no head: give it features\(x\)"):
+    with pytest.raises(ValueError, match=r"Sequential has no features and no head: give it features\(x\)"):
         method.loss(model, made.batch, made.key)
 
 

@@ -615,3 +615,16 @@ def test_the_live_bar_runs() -> None:
     pytest.importorskip("rich")
     run = engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), display=progress.make("live"))
     assert run.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper", "missing"),
+    [("adr", {}, "no features and no head"), ("yopo", {"first_layer": "conf"}, "no module; the nearest is 'conv'")],
+)
+def test_a_network_that_lacks_what_the_method_needs_is_refused_before_anything_is_written(
+    tmp_path: Path, method: str, hyper: dict[str, Any], missing: str
+) -> None:
+    config = TrainConfig(**TINY | {"method": method, "hyper": hyper})
+    with pytest.raises(ValueError, match=missing):
+        engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

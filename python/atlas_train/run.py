@@ -96,7 +96,9 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     )
     if folder is None and config.resume:
         folder = checkpoint.locate(config.resume).parent
-    run = Run(config, config.build_method(), model, _optimizer(config, model), batches, splits, device, folder, arch)
+    method = config.build_method()
+    method.require(model)
+    run = Run(config, method, model, _optimizer(config, model), batches, splits, device, folder, arch)
     run.average = averaging.make(config, model)
     return run
 

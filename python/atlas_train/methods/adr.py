@@ -91,8 +91,11 @@ class ADR(Method):
         if self.form == "adv" and not any(weights):
             raise ValueError("adr: all weights are 0, so nothing is left to train on: set alpha_adv, say")
 
+    def require(self, model: nn.Module) -> None:
+        self._parts(model)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        self._parts(model)  # before any forward, so that a network without features is refused at once
+        self.require(model)
         trades = self.form == "trades"
         attack = PGD(
             self.eps, self.step_size, self.steps, objective="kl" if trades else "ce", attack_mode=self.attack_mode,

@@ -45,6 +45,9 @@ class AWP(Method):
         for name in ("eps", "adversarial"):
             object.__setattr__(self, name, getattr(self.method, name))
 
+    def require(self, model: nn.Module) -> None:
+        self.method.require(model)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         return self.method.prepare(model, batch, key, state)
 

@@ -77,6 +77,9 @@ class Method(ABC):
         """Optimiser steps per batch."""
         return 1
 
+    def require(self, model: nn.Module) -> None:  # noqa: B027
+        """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         """What the loss takes as given: adversaries, weights of samples, directions. No gradient flows through it.
 

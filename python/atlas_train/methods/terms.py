@@ -39,12 +39,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def split(model: nn.Module) -> Parts:
     """``features`` and ``head`` of a network, logits = head(features(x)), also where ``torch.compile`` wraps it.
 
-    Raises TypeError for a network that is not in two such parts.
+    Raises ValueError for a network that is not in two such parts.
     """
     whole: Any = uncompiled(model)
     missing = [name for name in ("features", "head") if not callable(getattr(whole, name, None))]
     if missing:
-        raise TypeError(
+        raise ValueError(
             f"the method compares features, but {type(whole).__name__} has no {' and no '.join(missing)}: give it "
             "features(x), images to the vectors before the last layer, and head(features), those to logits, so that "
             "head(features(x)) is what it returns (atlas_train.models.Classifier is such a class)"

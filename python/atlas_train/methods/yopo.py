@@ -58,6 +58,9 @@ class YOPO(Method):
         "(1 pass more)",
     )
 
+    def require(self, model: nn.Module) -> None:
+        FirstLayer(uncompiled(model), self.first_layer)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         """The start, which the published code does not clip to the image range."""
         return random_start(batch.x, self.eps, key=key, ids=batch.ids, clip_min=-torch.inf, clip_max=torch.inf)
