@@ -12,7 +12,9 @@ EXAMPLE, DROP_INS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def test_drop_ins_are_there():
-    exec(compile(DROP_INS, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(DROP_INS, "README.md", "exec"), names)
+    assert {"trades_loss", "attack_pgd", "torchattacks"} <= set(names)
 
 
 def test_example_trains_a_model():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from atlas_train import cli, flags, methods
 from atlas_train import compare as comparing
@@ -26,10 +25,6 @@ QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "
 @pytest.fixture(autouse=True)
 def _quiet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> TrainConfig:

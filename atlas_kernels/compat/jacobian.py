@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..layout import compute_dtype
+
 
 class JacobianReg(nn.Module):
     """Half the squared Frobenius norm of dy/dx, averaged over the batch: ``C / (2 n B) sum ||d(v . y)/dx||^2``.
@@ -34,7 +36,7 @@ class JacobianReg(nn.Module):
             (Jv,) = torch.autograd.grad(y, x, self._vector(y, k), create_graph=True, allow_unused=True)
             if Jv is None:
                 raise ValueError("y does not depend on x: compute y from this x, outside torch.no_grad()")
-            total = total + Jv.to(torch.promote_types(Jv.dtype, torch.float32)).square().sum()
+            total = total + Jv.to(compute_dtype(Jv.dtype)).square().sum()
         return C / (2 * count * B) * total
 
     def _vector(self, y: Tensor, k: int) -> Tensor:

@@ -16,7 +16,7 @@ from atlas_kernels.attacks import PGD
 from ..data import Batch
 from ..options import option
 from .base import AttackMode, Method, Metrics, OfEps, State
-from .terms import Parts, accuracy, near_start, split
+from .terms import Parts, accuracy, near_start, split, wide
 
 #: Terms of a loss by name: the weight, and what computes the term.
 Terms = dict[str, tuple[float, Callable[[], Tensor]]]
@@ -132,9 +132,8 @@ class ADR(Method):
 
     def _regularisers(self, h: Tensor, h_adv: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
         """The terms that move the adversaries alone, each with its weight."""
-        wide = torch.promote_types(h.dtype, torch.float32)
         return {
-            "lc": (self.lc, lambda: F.l1_loss(h_adv.to(wide), h.to(wide))),
+            "lc": (self.lc, lambda: F.l1_loss(wide(h_adv), wide(h))),
             "gc": (self.gc, lambda: compactness(h, h_adv, y, scale=SCALE)),
             "conf": (self.conf, lambda: entropy(adv_logits)),
             "vat": (self.vat, lambda: kl_div(logits, adv_logits) + entropy(logits)),
@@ -144,7 +143,7 @@ class ADR(Method):
 
 def global_smoothness(logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy from every clean prediction, of which no gradient flows, to every adversary's, weighted as GC."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
     weights = 1.0 - (y[:, None] != y).double() / SCALE  # in float64, which autocast leaves alone
+    adv = wide(adv_logits).log_softmax(1)
     targets = weights @ logits.detach().double().softmax(1)
-    return -(targets.to(wide) * adv_logits.to(wide).log_softmax(1)).sum() / len(y) ** 2
+    return -(targets.to(adv.dtype) * adv).sum() / len(y) ** 2

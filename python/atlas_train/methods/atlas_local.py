@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .double_backward import pulled_back, wide
+from .double_backward import pulled_back
+from .terms import wide
 
 
 def margin_penalty(logits: Tensor, x: Tensor, labels: Tensor, radius: float) -> Tensor:

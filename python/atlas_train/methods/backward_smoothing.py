@@ -15,7 +15,7 @@ from ..data import Batch
 from ..noise import uniform
 from ..options import option
 from .base import Method, Metrics, State
-from .terms import accuracy
+from .terms import accuracy, wide
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BackwardSmoothing(Method):
         with leave_no_trace(model, "eval", key):
             leaf = x.detach().requires_grad_()
             logits = model(leaf)
-            clean = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+            clean = wide(logits.detach())
             target = clean + self.gamma * uniform(clean, key, ids, 1)
             cotangent = attack_cotangent(clean, objective="kl", reference=target, descend=True).cotangent
             (grad,) = torch.autograd.grad(logits, leaf, cotangent)

@@ -77,7 +77,7 @@ class Method(ABC):
         """Optimiser steps per batch."""
         return 1
 
-    def require(self, model: nn.Module) -> None:  # noqa: B027
+    def require(self, model: nn.Module) -> None:  # noqa: B027 (most methods train any network)
         """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:

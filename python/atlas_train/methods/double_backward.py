@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atlas_kernels import cross_entropy
 
 from ..noise import normal
-from .terms import uncompiled
+from .terms import uncompiled, wide
 
 
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,11 +25,6 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     logits = uncompiled(model)(leaf)
     losses = cross_entropy(logits, y, reduction="none")
     return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
-
-
-def wide(t: Tensor) -> Tensor:
-    """In float32, or float64 if it is that: what a penalty is computed in under autocast."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels.layout import compute_dtype
+
 from ..data import Batch
 from ..noise import normal
 
@@ -29,6 +31,11 @@ def near_start(batch: Batch, key: Tensor) -> Tensor:
 def update_statistics(model: nn.Module, x: Tensor) -> None:
     """A forward whose only use is to move BatchNorm's running statistics, as some published code does by the way."""
     model(x)
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32, or float64 if it is that: what a penalty is computed in under autocast."""
+    return t.to(compute_dtype(t.dtype))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
