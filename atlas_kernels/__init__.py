@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import FGSM, PGD, AttackResult, LastStep
+from .attacks import FGSM, PGD, AttackResult, Execution, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .losses import (
@@ -21,6 +21,7 @@ from .losses import (
     mart_loss,
     trades_loss,
 )
+from .memory import can_keep_memory, keep_memory
 from .noise import noise_key
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
@@ -34,16 +35,19 @@ __all__ = [
     "AttackResult",
     "BackendUnavailable",
     "Cotangent",
+    "Execution",
     "LastStep",
     "atlas_loss",
     "attack_cotangent",
     "augment",
     "backend",
+    "can_keep_memory",
     "compactness",
     "cross_entropy",
     "dlr_loss",
     "entropy",
     "gairat_weights",
+    "keep_memory",
     "kl_div",
     "logit_pairing",
     "margin_loss",

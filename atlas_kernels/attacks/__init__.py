@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .contract import leave_no_trace
+from .execution import Execution
 from .fgsm import FGSM
 from .objective import Model
 from .pgd import PGD, AttackResult, LastStep
 
-__all__ = ["FGSM", "PGD", "AttackResult", "LastStep", "Model", "leave_no_trace"]
+__all__ = ["FGSM", "PGD", "AttackResult", "Execution", "LastStep", "Model", "leave_no_trace"]

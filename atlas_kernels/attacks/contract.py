@@ -14,6 +14,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .execution import current_execution, device_of
+
 ATTACK_MODES = ("eval", "train", "keep")
 
 
@@ -35,6 +37,8 @@ def leave_no_trace(
 
     update_buffers: let modules in train mode write their own buffers, so that BatchNorm's running statistics see every
     forward of the attack, as in some published code: the one trace that can be asked for.
+
+    How the network is run inside, its precision for one, is up to the ``Execution`` around the call.
 
     Raises TypeError for a bare function with attack_mode "eval" or "train": its modules cannot be found.
     """
@@ -59,7 +63,7 @@ def leave_no_trace(
             # Frozen weights cost no gradient, and a custom autograd.Function that owns them is not asked for any.
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            with copies:
+            with copies, current_execution().around(model, device_of(model, key)):
                 yield
         finally:
             for parameter in trainable:

@@ -1,0 +1,72 @@
+"""How attacks are run, as opposed to what they compute: a context around any code that attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import require_choice
+
+#: By name, the dtype of the network's forwards and backwards; "keep" leaves autocast as it is found.
+PRECISIONS = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(eq=False)
+class Execution:
+    """Settings for every attack inside ``with Execution(...):``, those of drop-ins and training methods too.
+
+    Make one and enter it around each step; it may own what it has prepared, which goes when it goes. Nested contexts:
+    the inner one counts alone.
+
+    Args:
+        precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
+            found. Iterates, steps and projections stay in the dtype of the images whatever it is, so every adversary
+            is in its ball exactly.
+
+    Raises ValueError for an unknown choice.
+    """
+
+    precision: str = "keep"
+    _tokens: list[Token[Execution]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require_choice("precision", self.precision, tuple(PRECISIONS))
+
+    def __enter__(self) -> Execution:
+        self._tokens.append(_CURRENT.set(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _CURRENT.reset(self._tokens.pop())
+
+    @contextmanager
+    def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:
+        """What an attack on ``model``, its weights frozen and its modes set, runs in."""
+        dtype = PRECISIONS[self.precision]
+        with ExitStack() as stack:
+            if dtype is not None:
+                low = dtype != torch.float32
+                stack.enter_context(torch.autocast(device.type, dtype if low else None, enabled=low))
+            yield
+
+
+_CURRENT: ContextVar[Execution] = ContextVar("execution")
+_DEFAULT = Execution()
+
+
+def current_execution() -> Execution:
+    """The innermost ``Execution`` entered, or the default one."""
+    return _CURRENT.get(_DEFAULT)
+
+
+def device_of(model: Callable[[Tensor], Tensor], key: Tensor | None) -> torch.device:
+    """Where an attack on ``model`` runs."""
+    if key is not None:
+        return key.device
+    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device

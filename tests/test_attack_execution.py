@@ -1,0 +1,86 @@
+"""How attacks are run: whatever the execution, the same attack, in the ball, and no trace left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import PGD, Execution
+from atlas_kernels.compat.trades import trades_loss
+from atlas_train.models import build
+
+EPS = 8 / 255
+
+
+class Seen(nn.Module):
+    """A network that notes the dtype its convolution computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build("preact_resnet18", num_classes=5, in_channels=3, width=4)
+        self.dtypes: list[torch.dtype] = []
+        self.net.conv1.register_forward_hook(lambda module, args, out: self.dtypes.append(out.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.fixture
+def case(device: torch.device) -> tuple[Seen, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Seen().to(device), torch.rand(6, 3, 8, 8, device=device), torch.randint(5, (6,), device=device)
+
+
+@pytest.mark.parametrize("outside", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("keep", None)]
+)
+def test_precision_is_the_attacks_alone(case, outside, precision, dtype) -> None:
+    model, x, y = case
+    with torch.autocast(x.device.type, outside, enabled=outside is not None):
+        with Execution(precision):
+            adv = PGD(EPS, steps=2)(model, x, y)
+        expected = dtype or outside or torch.float32
+        assert model.dtypes == [expected] * 2
+        model(x)
+        assert model.dtypes[-1] == (outside or torch.float32), "and the forward after it is as it was"
+    assert adv.dtype == torch.float32
+    assert (adv - x).abs().max() <= EPS + 1e-7 and adv.min() >= 0 and adv.max() <= 1
+
+
+def test_precision_reaches_drop_ins(case) -> None:
+    model, x, y = case
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Execution("bf16"):
+        loss = trades_loss(model, x, y, optimizer, perturb_steps=3)
+    attack, training = [torch.bfloat16, torch.float32]
+    assert model.dtypes.count(attack) == 4 and model.dtypes[-3:] == [training] * 3
+    assert loss.dtype == training
+
+
+def test_the_inner_of_two_counts_and_the_outer_comes_back(case) -> None:
+    model, x, y = case
+    attack = PGD(EPS, steps=1)
+    with Execution("bf16"):
+        with pytest.raises(RuntimeError, match="inside"), Execution():
+            attack(model, x, y)
+            raise RuntimeError("inside")
+        attack(model, x, y)
+    attack(model, x, y)
+    assert model.dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_one_execution_serves_again_and_within_itself(case) -> None:
+    model, x, y = case
+    execution = Execution("bf16")
+    for _ in range(2):
+        with execution, execution:
+            PGD(EPS, steps=1)(model, x, y)
+    PGD(EPS, steps=1)(model, x, y)
+    assert model.dtypes == [torch.bfloat16] * 2 + [torch.float32]
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision.*bf16.*int8|precision.*int8.*bf16"):
+        Execution("int8")
