@@ -1,7 +1,7 @@
 """A network's passes and nothing else: constant images, constant cotangents, no loss, no attack step, no update.
 
-A training step is described as a list of passes (``steps.py`` has one for each method), and ``Bare`` runs such a list in
-the dtype, layout and modes that the step itself would. What a step takes beyond that is not the network's.
+A training step is described as a list of passes (``steps.py`` has one for each method), and ``Bare`` runs such a list
+in the dtype, layout and modes of the step itself. What a step takes beyond that is not the network's.
 """
 
 from __future__ import annotations

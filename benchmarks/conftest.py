@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for name, value in environment().items():
             write(f"  {name}: {value}")
     if ROWS:
-        write("medians, one process, contenders in turn; floor = bytes of the model at the copy bandwidth of the same run")
+        write("medians, one process, contenders in turn; floor = bytes of the model at the run's own copy bandwidth")
         lines = [HEADER, *(row.table_line() for row in ROWS)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
         for line in lines:

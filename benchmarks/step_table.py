@@ -11,9 +11,10 @@ from typing import Any
 
 from harness import median_interval, write_whole
 
-#: ours and the published step, from the same weights, batch and noise in fp32: sums in another order turn the signs of
-#: gradients that are all but zero.
-TOLERANCE = 2e-3
+#: Between the losses of ours and of the published step in fp32. Sums in another order turn the signs of gradients that
+#: are all but zero: most rows agree to 1e-4, TRADES, whose KL begins without a gradient, to a few 1e-3. In double
+#: precision all agree to 1e-9 (tests/test_bench_training_step.py).
+TOLERANCE = 5e-3
 
 NOTES = (
     "Medians in ms; one process, contenders in turn; the same weights, images, noise and settings on both sides; SGD "
@@ -21,8 +22,8 @@ NOTES = (
     "published: the published code's way in plain PyTorch, fp32, contiguous NCHW, with all that it runs (weight "
     "gradients in attacks, forwards for logs), its starting noise handed to it; for atlas our own documentation of it. "
     "ours: the trainer's step in channels_last under keep_memory, bf16 by autocast in attack and training.",
-    "F: passes of the network, 1 a forward, 1 a backward to the input, 1 a backward to the weights. Ours leaves out, by "
-    "default, passes whose only effect is on BatchNorm's running statistics. x: published / ours.",
+    "F: passes of the network, 1 a forward, 1 a backward to the input, 1 a backward to the weights. Ours leaves out "
+    "passes whose only effect is on BatchNorm's running statistics (bn_compat makes them). x: published / ours.",
     "network: share of ours that its passes take when nothing but them is run, of the same dtype, layout, modes and "
     "widths: median over rounds of that / ours, both of one round, and the interval of the order statistics around it, "
     "which holds the true median with the probability in brackets. MiB: the most that torch holds at once in a step "
@@ -37,7 +38,7 @@ HEADER = (
 
 @dataclass
 class StepRow:
-    """A method's step: losses, passes and bytes by contender, and seconds of every round.
+    """A method's step: passes and bytes by contender, seconds of every round, losses where they are to be the same.
 
     Contenders: "published" (or "published NAME" for each of several), "ours fp32", "ours bf16", "bare fp32", "bare
     bf16", and the last four with " compiled".
