@@ -159,6 +159,7 @@ class Contest:
         self.passes = {dtype: self._passes(dtype == "bf16") for dtype in ("fp32", "bf16")}
         self.kinds = {"": self.made.model}
         if bench.settings.compile:
+            torch._dynamo.reset()  # else networks of earlier rows count as recompilations, of which there may be few
             self.kinds[" compiled"] = torch.compile(self.made.model, dynamic=False)  # type: ignore[assignment]
         self.calls = {f"published {project}".strip(): self._published(bench, p) for project, p in self._ways}
         for (kind, model), dtype in itertools.product(self.kinds.items(), ("fp32", "bf16")):
