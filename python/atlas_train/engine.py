@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, progress
+from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits
 from .methods import Batch
@@ -23,6 +23,8 @@ from .schedules import learning_rate
 from .watch import watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
+#: Steps that the CPU may be ahead of the last loss it has looked at: enough to keep CUDA's queue full.
+LAG = 2
 
 
 class NonFiniteLoss(RuntimeError):
@@ -141,15 +143,14 @@ class OptimizerSteps:
     """The ``Descent`` that methods are given: backward, outside autocast, and steps at the schedule's rate.
 
     A loss that is not finite stops the run, or leaves the batch out, before it reaches the weights. On CUDA a loss that
-    would stop the run is looked at when the next one is there, so that nothing waits for the device; the checkpoint is
-    from before in any case.
+    would stop the run is looked at when it has arrived, at the latest ``LAG`` steps later, so that nothing waits for
+    the device; the checkpoint is from before in any case.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.lr, self.skipped = run, 0.0, 0
         self._skips = run.config.on_nonfinite == "skip"
-        self._lag = 1 if run.device.type == "cuda" and not self._skips else 0
-        self._unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
+        self._losses = Arrivals(self._look, LAG if run.device.type == "cuda" and not self._skips else 0)
 
     def start(self, batch: Batch) -> None:
         """A new batch: no gradients, no updates yet."""
@@ -158,10 +159,13 @@ class OptimizerSteps:
         self.run.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        self._unchecked.append((self.run.step, self._batch, {"loss": loss.detach(), **(metrics or {})}))
-        self._check(self._lag)
+        self.look_at(loss, metrics)
         with torch.autocast(self.run.device.type, enabled=False):
             loss.backward()
+
+    def look_at(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
+        """Has the loss of this batch checked; ``metrics`` explain it if it is not finite."""
+        self._losses.add(self.run.step, loss.detach(), (self._batch, metrics or {}))
 
     def step(self) -> None:
         run = self.run
@@ -184,11 +188,11 @@ class OptimizerSteps:
 
     def finish(self) -> None:
         """The end of an epoch: every loss has been looked at."""
-        self._check(0)
+        self._losses.finish()
 
-    def _check(self, lag: int) -> None:
-        while len(self._unchecked) > lag:
-            require_finite(self.run, *self._unchecked.popleft())
+    def _look(self, step: int, loss: Tensor, about: tuple[Batch, Mapping[str, Tensor]]) -> None:
+        batch, metrics = about
+        require_finite(self.run, step, batch, {"loss": loss, **metrics})
 
 
 def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]) -> None:
