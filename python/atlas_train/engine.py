@@ -15,7 +15,7 @@ from . import checkpoint, progress
 from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits
-from .methods import Batch
+from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .report import TensorBoard
 from .run import Run, cpu_threads, export, prepare, restore, save
@@ -23,6 +23,7 @@ from .schedules import learning_rate
 from .watch import watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
+TrainStep = Callable[[nn.Module, Batch, Tensor, State, "OptimizerSteps"], tuple[Tensor, Metrics]]
 #: Steps that the CPU may be ahead of the last loss it has looked at: enough to keep CUDA's queue full.
 LAG = 2
 
@@ -92,8 +93,9 @@ def train(
 
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
+    step = train_step(run, display)
     while run.epoch < run.config.epochs:
-        row = train_epoch(run, display)
+        row = train_epoch(run, display, step)
         if run.average:
             run.average.after_epoch(run.model, run.epoch)
         watch(run, row, display)
@@ -106,7 +108,12 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             return
 
 
-def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
+def train_step(run: Run, display: progress.Display) -> TrainStep:
+    """What trains on a batch: the method itself."""
+    return run.method.train_step
+
+
+def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> dict[str, Any]:
     """One pass over the data; returns the epoch's numbers (means over its steps)."""
     config, device = run.config, run.device
     run.batches.set_epoch(run.epoch)
@@ -119,7 +126,7 @@ def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
         descent.start(batch)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
+                loss, metrics = train_step(run.model, batch, key, run.state, descent)
             steps.append({"loss": loss, **metrics})
             if run.average:
                 run.average.after_batch(run.model)
@@ -167,17 +174,22 @@ class OptimizerSteps:
         """Has the loss of this batch checked; ``metrics`` explain it if it is not finite."""
         self._losses.add(self.run.step, loss.detach(), (self._batch, metrics or {}))
 
-    def step(self) -> None:
+    def rate(self) -> float:
+        """The learning rate of the batch's next update, which is then the optimiser's."""
         run = self.run
         update = run.step * run.method.updates + self._update
         total = run.total_steps * run.method.updates
         self.lr = learning_rate(run.config.schedule, run.config.lr, update, total, run.config.cyclic_peak)
         for group in run.optimizer.param_groups:
             group["lr"] = self.lr
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
         self._update += 1
+        return self.lr
+
+    def step(self) -> None:
+        self.rate()
+        self.run.optimizer.step()
+        self.run.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
 
     @torch.no_grad()
     def undo(self) -> None:
