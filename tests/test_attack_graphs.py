@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from atlas_kernels import FGSM, PGD, Execution, backend, noise_key
 from atlas_kernels.attacks import graphs
 from atlas_kernels.attacks.graphs import Graphs
+from atlas_kernels.capture import Capture, cuda_graph
 from atlas_kernels.compat.trades import trades_loss
 from recorded import recorded
 
@@ -280,6 +281,17 @@ def test_drop_ins_and_empty_batches(net, device, execution) -> None:
             trades_loss(net, *case(device), optimizer, perturb_steps=2)
         assert PGD(EPS)(net, *case(device, 0)).shape == (0, 3, 8, 8)
     assert execution.graphs.recordings == 1
+
+
+def test_an_attack_within_a_larger_graph_is_part_of_it(net, device, execution) -> None:
+    attack, recorder = PGD(EPS, steps=2), cuda_graph if device.type == "cuda" else recorded
+    with execution:
+        whole = Capture(lambda x, y, key: attack(net, x, y, key=key), [*case(device), noise_key(device)], warmup=1,
+                        recorder=recorder)  # fmt: skip
+    x, y = case(device)
+    key = noise_key(device)
+    assert torch.equal(whole(x, y, key), attack(net, x, y, key=key))
+    assert execution.graphs.recordings == 0
 
 
 def refused(execution: Execution, attack: PGD, model, device: torch.device, why: str) -> None:

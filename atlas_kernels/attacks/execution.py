@@ -35,7 +35,6 @@ class Execution:
         precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
             found. Iterates, steps and projections stay in the dtype of the images whatever it is, so every adversary
             is in its ball exactly.
-
         cuda_graphs: record each kind of attack on CUDA tensors as one CUDA graph and replay that (see ``graphs.py``:
             what it remembers, what it costs in memory, and which attacks run as ever, with a warning that says why).
 

@@ -41,7 +41,6 @@ Result = TypeVar("Result")
 LIMIT = 16
 #: From LIMIT recordings on, at least so many calls for each: a recording costs three attacks and a pause.
 CALLS_PER_RECORDING = 8
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TOO_MANY = (
     "too many of its calls are of a kind not seen before, each of which takes a recording; keep shapes and settings (a "
     "radius that changes: give it as a tensor [B]), keep the model, and write its weights in place"
@@ -172,11 +171,11 @@ def _state(model: nn.Module) -> tuple[tuple[bool, ...], list[Hashable]] | None:
     """The modes of the modules, and where and what their tensors are; None if any has hooks."""
     modes: list[bool] = []
     tensors: list[Hashable] = []
-    for module in model.modules():
-        if any(getattr(module, name) for name in _HOOKS):
+    for m in model.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return None
-        modes.append(module.training)
-        for t in chain(module._parameters.values(), module._buffers.values()):
+        modes.append(m.training)
+        for t in chain(m._parameters.values(), m._buffers.values()):
             if t is not None:
                 tensors.append((t.data_ptr(), t.dtype, t.shape, t.stride()))
     return tuple(modes), tensors
