@@ -6,6 +6,7 @@ shapes) is a constant of it; what the kernels read (inputs, weights, buffers) is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -35,7 +36,6 @@ def capturing(cuda: bool = True) -> bool:
 def recording() -> Iterator[None]:
     """For recorders: inside, ``capturing`` is true, and what goes wrong is a ``CaptureFailed``."""
     token = _recording.set(True)
-    torch.clear_autocast_cache()  # a weight that was cast before is not part of the graph
     try:
         yield
     except Exception as error:
@@ -46,7 +46,8 @@ def recording() -> Iterator[None]:
             "no tensor made from Python numbers (register a buffer instead), no other random generator than the default"
         ) from error
     finally:
-        torch.clear_autocast_cache()  # and one that was cast inside holds nothing until the graph runs
+        # A weight that was cast before the graph is not read anew in it; one cast in it holds nothing until it runs.
+        torch.clear_autocast_cache()
         _recording.reset(token)
 
 
@@ -96,7 +97,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def _waiting_forbidden() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -124,7 +127,8 @@ def _clean_up(pool: Any, side: torch.cuda.Stream) -> None:
     with suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(side.device_index, pool)
         torch._C._cuda_releasePool(side.device_index, pool)
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+    mend = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local")
+    with suppress(RuntimeError), mend:
         torch.zeros(1, device=side.device)  # a capture that ends well sets the generator right
 
 
@@ -172,6 +176,7 @@ class Capture(Generic[Outputs]):
             )
         self.pool: Any = made.pool
         self._replay = made.replay
+        # Without what autograd saved, whose memory a capture that shares the pool may have.
         self._outputs: Outputs = tree_map_only(Tensor, Tensor.detach, made.outputs)
 
     def __call__(self, *inputs: Tensor) -> Outputs:

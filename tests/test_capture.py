@@ -51,6 +51,7 @@ def same(got: Pulled, wanted: Pulled) -> None:
 def test_replays_are_the_call_for_new_inputs_and_weights(net, device, recorder, layout, inference) -> None:
     net.eval()
     capture = Capture(lambda x: pull(net, x), [images(device, layout)], recorder=recorder)
+    assert capture._outputs.logits.grad_fn is None
     for _ in range(2):
         x = images(device, layout)
         with torch.inference_mode(inference):
@@ -78,6 +79,21 @@ def test_two_that_share_memory_do_not_disturb_each_other(net, device, recorder) 
     for _ in range(2):
         same(one(x), pull(net, x))
         same(other(x), pull(net, x.tanh()))
+
+
+def test_weights_are_cast_by_the_graph_and_not_before_or_for_others(net, device, recorder) -> None:
+    net.eval()
+    x = images(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        net(x)  # now autocast holds 16-bit weights
+        capture = Capture(lambda x: pull(net, x), [x], recorder=recorder)
+        assert net(x).isfinite().all()
+        same(capture(x), pull(net, x))
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    got = capture(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        same(got, pull(net, x))
 
 
 def test_python_is_frozen(device, recorder) -> None:
