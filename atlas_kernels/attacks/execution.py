@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import require_choice
+from .prepared import Preparations
 
 #: By name, the dtype of the network's forwards and backwards; "keep" leaves autocast as it is found.
 PRECISIONS = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,12 +27,18 @@ class Execution:
     Args:
         precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
             found. Iterates, steps and projections stay in the dtype of the images whatever it is, so every adversary
-            is in its ball exactly.
+            is in its ball exactly. In 16 bits weights are cast once per attack.
+        fold_batchnorm: in eval mode, run a convolution or linear layer and the BatchNorm that alone reads its output as
+            one layer; equal to rounding. What folds is seen in one forward, made before the first attack on a network;
+            where nothing does, or the network is compiled, a warning says so. A network that later runs another way
+            raises RuntimeError; weights that change within an attack are heeded.
 
     Raises ValueError for an unknown choice.
     """
 
     precision: str = "keep"
+    fold_batchnorm: bool = False
+    _preparations: Preparations = field(default_factory=Preparations, init=False, repr=False)
     _tokens: list[Token[Execution]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +59,7 @@ class Execution:
             if dtype is not None:
                 low = dtype != torch.float32
                 stack.enter_context(torch.autocast(device.type, dtype if low else None, enabled=low))
+            stack.enter_context(self._preparations.around(model, device, self.fold_batchnorm))
             yield
 
 
