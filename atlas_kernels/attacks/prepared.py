@@ -89,7 +89,7 @@ class Prepared:
         if self._folds and (self.norm.training or input.dim() != self.layer._parameters["weight"].dim()):
             return False
         return all(
-            owner[name] is t and _version(t) == version and not (t is not None and t.requires_grad)
+            owner.get(name) is t and _version(t) == version and not (t is not None and t.requires_grad)
             for owner, name, t, version in self._sources
         )
 
