@@ -535,7 +535,7 @@ def test_one_forward_more_and_only_once(folding: Execution, x: Tensor, y: Tensor
 # Warnings.
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "residual", "before"])
+@pytest.mark.parametrize("name", ["small_cnn", "residual", "before", "linear over a sequence"])
 def test_nothing_to_fold_is_said_once_a_network(name: str, folding: Execution, device: torch.device) -> None:
     make, shape, _ = NOT_FOLDING[name]
     x = images(shape, device)

@@ -95,7 +95,10 @@ class Prepared:
 
 
 class Awaiting(Tensor):
-    """The output of a layer on its way to its BatchNorm: nothing else can be done with it than to ask for its shape."""
+    """The output of a layer on its way to its BatchNorm.
+
+    In a folded network it is not what it is elsewhere, so all that can be done with it is to ask for its shape.
+    """
 
     value: Tensor
     source: Prepared
@@ -113,7 +116,7 @@ class Awaiting(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ not in ("__get__", "size", "dim", "stride", "numel", "is_contiguous", "__len__"):
-            cls.__torch_dispatch__(func, types, args, kwargs)
+            cls.__torch_dispatch__(func, types, args, kwargs)  # also hooks on the tensor, which would never fire
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
