@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .arguments import require_choice
 from .graphs import Graphs
+from .prepared import Preparations
 
 if TYPE_CHECKING:
     from .objective import Model
@@ -34,7 +35,11 @@ class Execution:
     Args:
         precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
             found. Iterates, steps and projections stay in the dtype of the images whatever it is, so every adversary
-            is in its ball exactly.
+            is in its ball exactly. In 16 bits weights are cast once per attack.
+        fold_batchnorm: in eval mode, run a convolution or linear layer and the BatchNorm that alone reads its output as
+            one layer; equal to rounding. What folds is seen in one forward, made before the first attack on a network;
+            where nothing does, or the network is compiled, a warning says so. A network that later runs another way
+            raises RuntimeError; weights that change within an attack are heeded.
         cuda_graphs: record each kind of attack on CUDA tensors as one CUDA graph and replay that (see ``graphs.py``:
             what it remembers, what it costs in memory, and which attacks run as ever, with a warning that says why).
 
@@ -42,8 +47,10 @@ class Execution:
     """
 
     precision: str = "keep"
+    fold_batchnorm: bool = False
     cuda_graphs: bool = False
     graphs: Graphs | None = field(default=None, init=False, repr=False)
+    _preparations: Preparations = field(default_factory=Preparations, init=False, repr=False)
     _tokens: list[Token[Execution]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +79,7 @@ class Execution:
             if dtype is not None:
                 low = dtype != torch.float32
                 stack.enter_context(torch.autocast(device.type, dtype if low else None, enabled=low))
+            stack.enter_context(self._preparations.around(model, device, self.fold_batchnorm))
             yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels.attacks.contract import copied_buffers
+from atlas_kernels.attacks.buffers import copied_buffers
 from atlas_kernels.attacks.weights import weight_directions
 
 from ..data import Batch
