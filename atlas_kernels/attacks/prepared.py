@@ -49,7 +49,7 @@ class Prepared:
             weight, bias = _folded(weight, bias, self.norm)
         # New memory in every attack, which in a CUDA graph is the graph's own; of the layout that the weights have.
         self.weight = torch.empty_like(self.layer.weight, dtype=dtype).copy_(weight)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = None if bias is None else torch.empty_like(bias, dtype=dtype).copy_(bias)
         return True
 
     def install(self) -> None:
