@@ -259,8 +259,8 @@ NOTE = (
     "difference: robust accuracy under bf16 attacks less that under fp32 attacks (positive: bf16 is weaker), with its "
     f"{CONFIDENCE:.0%} interval, paired by image; p: McNemar, exact. fooled by one only: images that only the fp32 / "
     "only the bf16 attack fools. loss: mean cross-entropy, and bf16's less fp32's with its standard error. signs: "
-    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. Adversaries are "
-    "judged by the network in float32 and in eval mode, whatever the attack."
+    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. Adversaries "
+    "are judged by the network in float32 and in eval mode, whatever the attack."
 )
 
 
