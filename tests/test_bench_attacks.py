@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from atlas_kernels import PGD
+from atlas_train import data
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import attack_precision
@@ -90,6 +93,11 @@ def test_a_peer_that_is_missing_says_so(task: Task, monkeypatch: pytest.MonkeyPa
     assert not {contender.name for contender in found} & set(bench_attacks.PEERS)
 
 
+def test_the_allocator_is_set_for_ours_and_the_bare_passes_alone(task: Task) -> None:
+    found, _ = bench_attacks.contenders(task, compact=True, compiled=True)
+    assert all(contender.keeps == contender.name.startswith(("ours", "bare")) for contender in found)
+
+
 def test_the_benchmark_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "attacks.json"
     assert bench_attacks.main(["--only", "small", "--rounds", "1", "--compact", "--results", str(results)]) == 0
@@ -135,6 +143,23 @@ def test_the_conclusion_is_made_of_the_numbers() -> None:
     assert "weaker by more than its interval in 1 of them and stronger in 0" in said and "at least 99.00%" in said
     high = 100 * row(30, 0, 0).difference.high
     assert f"beyond {high:+.2f}" in said
+
+
+class RightOffTheGrid(torch.nn.Module):
+    """Wrong about images of whole pixel values, right about all others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = (255 * x - (255 * x).round()).abs().amax((1, 2, 3)) > 1e-3
+        return torch.stack([off.float(), (~off).float()], 1) + 0 * x.sum()
+
+
+def test_an_image_that_is_wrong_clean_is_not_robust() -> None:
+    batch = data.Batch(torch.full((4, 1, 2, 2), 0.2), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    key = torch.tensor([1, 0])
+    made = attack_precision.judged(RightOffTheGrid(), PGD(0.1, 0.0), batch, key, "fp32")
+    assert made.right.all()
+    found = attack_precision.compare(RightOffTheGrid(), [batch], 0.1, Setting("ce", "eval", 1), key)
+    assert found.robust_fp32 == found.robust_bf16 == 0
 
 
 def test_the_study_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
