@@ -45,8 +45,8 @@ from tables import Table, aligned, command_line, markdown, write
 Attack = Callable[[], Tensor]
 #: As a share of what the plain script adds to the mean loss: how much more or less another attack may add.
 LOSS_TOLERANCE = 0.05
-#: Of the share of samples fooled, which is what counts where an attack stops at the first success.
-FOOLED_TOLERANCE = 0.1
+#: Of the share of samples fooled, which is what counts where an attack stops at the first success: two of sixteen.
+FOOLED_TOLERANCE = 1 / 8
 #: What float32 rounds away in x + (adv - x), with images in [0, 1].
 ROUNDING = 1e-6
 TRAINING_STEPS = 20
@@ -76,7 +76,7 @@ CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 WORKLOADS = {
     "resnet": Workload("preact_resnet18", 64, 64, CIFAR, rounds=3),
     "narrow": Workload("preact_resnet18", 16, 128, CIFAR),
-    "restarts": Workload("preact_resnet18", 16, 16, CIFAR, steps=50, restarts=10, eps=0.1, rounds=3),
+    "restarts": Workload("preact_resnet18", 16, 16, CIFAR, steps=50, restarts=10, eps=16 / 255, rounds=3),
     "cnn": Workload("small_cnn", 32, 128, MNIST, eps=0.3, rounds=9),
 }
 SMALL = Workload("digits_net", 16, 64, (1, 8, 8), eps=0.1, rounds=9)
@@ -291,7 +291,7 @@ def problem_with(task: Task, adv: Tensor, plain: Strength, stops: bool) -> str |
         return f"left the range [0, 1]: {adv.min().item():.6f} to {adv.max().item():.6f}"
     found = strength(task, adv)
     if stops and abs(found.fooled - plain.fooled) > FOOLED_TOLERANCE:
-        return f"fools {found.fooled:.1%}, but the plain script {plain.fooled:.1%} (tolerance {FOOLED_TOLERANCE:.0%})"
+        return f"fools {found.fooled:.1%}, but the plain script {plain.fooled:.1%} (tolerance {FOOLED_TOLERANCE:.1%})"
     tolerance = LOSS_TOLERANCE * abs(plain.loss - strength(task, task.x).loss)
     if not stops and abs(found.loss - plain.loss) > tolerance:
         return f"loss {found.loss:.4f}, but the plain script's is {plain.loss:.4f} (tolerance {tolerance:.4f})"
@@ -300,14 +300,17 @@ def problem_with(task: Task, adv: Tensor, plain: Strength, stops: bool) -> str |
 
 def examine(task: Task, contender: Contender, plain: Strength) -> Row:
     """Attacks, untimed: are they right, how much memory do they need, how many passes do they make?"""
-    adv = contender.run()
-    peak = peak_memory(contender.run, contender.around, task.x.device)
+    made: list[Tensor] = []
+    contender.run_pass()
+    if contender.run is not contender.counted:
+        contender.run()  # compiles, which takes memory of its own
+    peak = peak_memory(lambda: made.append(contender.run()), contender.around, task.x.device)
     passes = count_passes(task.model, task.x, contender.counted)
     task.model.zero_grad(set_to_none=True)  # foolbox leaves gradients
     if contender.name.startswith("bare"):
         return Row(contender.name, passes=passes, peak=peak)
-    problem = problem_with(task, adv, plain, contender.stops)
-    return Row(contender.name, problem, passes=passes, strength=strength(task, adv), peak=peak)
+    problem = problem_with(task, made[-1], plain, contender.stops)
+    return Row(contender.name, problem, passes=passes, strength=strength(task, made[-1]), peak=peak)
 
 
 def peak_memory(call: harness.Call, around: AbstractContextManager[None], device: torch.device) -> int | None:
@@ -405,7 +408,7 @@ NOTE = (
     "precision, over its time. peak: beyond what was in use before. loss, fooled: of the adversaries, judged in "
     "float32. A row is printed if they lie in the ball and in [0, 1] and add as much to the loss as the plain script's "
     f"to {LOSS_TOLERANCE:.0%}, or, where samples that are fooled may be left alone, fool as many of all samples, to "
-    f"{FOOLED_TOLERANCE:.0%}."
+    f"{FOOLED_TOLERANCE:.1%}."
 )
 
 
@@ -452,7 +455,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _small(name: str) -> tuple[Task, Contender]:
-    task = make_task(SMALL, harness_device())
+    task = make_task(SMALL, _device())
     found, absent = contenders(task, compact=True, compiled=False)
     for row in absent:
         if row.name == name:
@@ -460,7 +463,7 @@ def _small(name: str) -> tuple[Task, Contender]:
     return task, next(contender for contender in found if contender.name == name)
 
 
-def harness_device() -> torch.device:
+def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -84,6 +84,15 @@ def test_a_refused_contender_is_not_timed(task: Task, monkeypatch: pytest.Monkey
     assert set(lines["ours fp32"]) == {"-"} and "-" not in lines[PLAIN][4:5]
 
 
+def test_with_restarts_whoever_leaves_fooled_samples_out_makes_fewer_passes(task: Task) -> None:
+    several = replace(task, steps=4, restarts=3)
+    found, _ = bench_attacks.contenders(several, compact=True, compiled=False)
+    made = {c.name: bench_attacks.examine(several, c, strength(several, c.run())) for c in found}
+    passes = {name: row.passes for name, row in made.items()}
+    assert passes["ours fp32"] == passes["ours bf16"] == passes["bare passes fp32"] == 3 * (2 * 4 + 1)
+    assert passes["ours fp32 compact"] < passes[PLAIN] < passes["ours fp32"]
+
+
 def test_a_peer_that_is_missing_says_so(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in bench_attacks.PEERS:
         monkeypatch.setitem(sys.modules, name, None)
