@@ -45,6 +45,10 @@ class AWP(Method):
         for name in ("eps", "adversarial"):
             object.__setattr__(self, name, getattr(self.method, name))
 
+    @property
+    def recomputable(self) -> bool:
+        return self.method.recomputable
+
     def require(self, model: nn.Module) -> None:
         self.method.require(model)
 

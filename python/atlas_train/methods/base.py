@@ -77,6 +77,11 @@ class Method(ABC):
         """Optimiser steps per batch."""
         return 1
 
+    @property
+    def recomputable(self) -> bool:
+        """Whether parts of its training forwards may run again in the backward, unseen by hooks of the method's."""
+        return True
+
     def require(self, model: nn.Module) -> None:  # noqa: B027 (most methods train any network)
         """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""
 

@@ -70,6 +70,10 @@ class LLR(Method):
         "the whole network in eval mode but for CE (3 passes more)",
     )
 
+    @property
+    def recomputable(self) -> bool:
+        return self.bn == "eval"
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         with leave_no_trace(model, "keep", key):
             return self._search(model, batch, key, state, self._clean(model, batch))
