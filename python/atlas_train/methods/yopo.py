@@ -58,10 +58,6 @@ class YOPO(Method):
         "(1 pass more)",
     )
 
-    @property
-    def recomputable(self) -> bool:
-        return False
-
     def require(self, model: nn.Module) -> None:
         FirstLayer(uncompiled(model), self.first_layer)
 
