@@ -134,8 +134,8 @@ class TrainConfig:
     )
     checkpoint_activations: bool = option(
         False,
-        "training forwards keep the input of each block alone, and the backward runs the block again: a forward more "
-        "each, for memory. Attacks keep one forward of the batch as ever",
+        "training forwards keep the input of each block alone, and the backward runs the block again: up to a forward "
+        "more each, for memory. Attacks keep what a forward of the batch keeps, as ever",
     )
 
     averaging: Literal["none", "ema", "swa"] = option(
