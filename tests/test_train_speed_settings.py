@@ -16,12 +16,13 @@ from torch._dynamo.utils import counters
 
 from atlas_kernels import Execution, memory, noise_key
 from atlas_kernels.attacks.execution import current_execution
-from atlas_train import checkpoint, engine, methods, models
+from atlas_train import checkpoint, engine, methods, models, progress
 from atlas_train import run as runs
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.methods import Batch, State
 from atlas_train.passes import count_passes, passes_per_step
 from atlas_train.recompute import Recomputed, blocks
+from atlas_train.step_graph import StepGraph
 from bars import EPS, TINY, same, splits, weights
 from fidelity import Steps
 
@@ -144,17 +145,34 @@ def test_a_run_has_one_execution_and_it_ends_with_the_step(monkeypatch: pytest.M
     assert [execution is run.execution for execution in seen] == [True] * 4 + [False]
 
 
-@pytest.mark.parametrize("field", ["fold_batchnorm", "cuda_graphs"])
-def test_what_the_execution_is_told(field: str) -> None:
-    if field not in {f.name for f in dataclasses.fields(Execution)}:
-        pytest.skip(f"this Execution has no {field}")
-    if field == "cuda_graphs" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    value = {"fold_batchnorm": True, "cuda_graphs": "attack"}[field]
-    device = "cuda" if field == "cuda_graphs" else "cpu"
-    run = runs.prepare(config(**{field: value, "device": device}), splits(), None, None)
-    assert getattr(run.execution, field)
-    assert not getattr(runs.prepare(config(), splits(), None, None).execution, field)
+@pytest.fixture
+def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Settings of a run that takes itself to be on CUDA, and is prepared on the CPU."""
+    monkeypatch.setattr(runs, "usable_device", lambda name: torch.device("cpu"))
+    return {"device": "cuda"}
+
+
+def test_what_the_execution_is_told(as_if_cuda: dict[str, str]) -> None:
+    for settings in ({}, {"fold_batchnorm": True}, {"cuda_graphs": "attack"}, {"cuda_graphs": "step"}):
+        if "fold_batchnorm" in settings and not hasattr(Execution(), "fold_batchnorm"):
+            continue
+        made = runs.prepare(config(**settings, **as_if_cuda), splits(), None, None).execution
+        assert made.cuda_graphs == (settings.get("cuda_graphs") == "attack")
+        assert getattr(made, "fold_batchnorm", False) == ("fold_batchnorm" in settings)
+
+
+def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_written(
+    as_if_cuda: dict[str, str], tmp_path: Path
+) -> None:
+    run = runs.prepare(config(cuda_graphs="step", **as_if_cuda), splits(), None, None)
+    assert isinstance(engine.train_step(run, progress.Silent()), StepGraph)
+    run = runs.prepare(config(cuda_graphs="attack", **as_if_cuda), splits(), None, None)
+    assert engine.train_step(run, progress.Silent()) == run.method.train_step
+    for method, settings in (("mma", {}), ("adv", {"on_nonfinite": "skip"})):
+        chosen = config(method, cuda_graphs="step", **settings, **as_if_cuda)
+        with pytest.raises(ValueError, match="cuda_graphs='attack'"):
+            engine.train(chosen, splits=splits(), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --- torch.compile

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..capture import capturing
 from .execution import current_execution, device_of
 
 ATTACK_MODES = ("eval", "train", "keep")
@@ -92,7 +93,7 @@ def copied_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _forked_random_state(parameters: list[nn.Parameter], key: Tensor, training: bool) -> Iterator[None]:
     devices = {tensor.device for tensor in (key, *parameters) if tensor.device.type == "cuda"}
-    if devices and torch.cuda.is_current_stream_capturing():
+    if capturing(bool(devices)):
         yield
         return
     indices = sorted(device.index for device in devices)

@@ -20,6 +20,7 @@ from .data import Batches, DataSplits
 from .methods import Method, State
 from .recompute import Recomputed, blocks
 from .report import write_csv
+from .step_graph import require_recordable
 
 LOG = "log.csv"
 
@@ -118,6 +119,8 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     method.require(model)
     if config.checkpoint_activations:
         require_recomputable(method, model)
+    if config.cuda_graphs == "step":
+        require_recordable(method, config.on_nonfinite)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
     optimizer = _optimizer(config, model)
     run = Run(config, method, model, network, _execution(config), optimizer, batches, splits, device, folder, arch)
@@ -144,12 +147,9 @@ def require_recomputable(method: Method, model: nn.Module) -> None:
 
 
 def _execution(config: TrainConfig) -> Execution:
-    chosen: dict[str, Any] = {
-        "fold_batchnorm": config.fold_batchnorm,
-        "cuda_graphs": config.cuda_graphs == "attack",
-    }
     precision = config.attack_precision or config.train_precision
-    return Execution(precision, **{name: value for name, value in chosen.items() if value})
+    chosen: dict[str, Any] = {"fold_batchnorm": True} if config.fold_batchnorm else {}
+    return Execution(precision, cuda_graphs=config.cuda_graphs == "attack", **chosen)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
