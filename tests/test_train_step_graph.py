@@ -167,7 +167,7 @@ def test_dropout_draws_as_in_eager_steps(device: torch.device, monkeypatch: pyte
 
 
 def test_bf16(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(device, method="adv", hyper={"steps": 2}, precision="bf16")
+    settings = config(device, method="adv", hyper={"steps": 2}, train_precision="bf16")
     eager = trained(settings)
     graphs = Graphs(monkeypatch, device)
     assert_same(trained(settings), eager)  # one forward with gradients: each weight has one use

@@ -18,8 +18,9 @@ from .data import DataSplits
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .report import TensorBoard
-from .run import Run, cpu_threads, export, prepare, restore, save
+from .run import Run, export, on_host, prepare, restore, save
 from .schedules import learning_rate
+from .step_graph import StepGraph
 from .watch import watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
@@ -38,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
         kept = f"the state from before is in {saved}" if saved else "no checkpoint was asked for"
         super().__init__(
             f"the loss is not finite at step {step} ({values}); training images {shown}; {kept}. "
-            "Try a smaller lr or weights of the terms, or precision fp32"
+            "Try a smaller lr or weights of the terms, or train_precision fp32"
         )
 
 
@@ -78,7 +79,7 @@ def train(
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
-        with cpu_threads(c.threads):
+        with on_host(c.threads):
             fit(run, display, board, on_epoch)
         if run.skipped:
             display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
@@ -109,7 +110,9 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
 
 
 def train_step(run: Run, display: progress.Display) -> TrainStep:
-    """What trains on a batch: the method itself."""
+    """What trains on a batch: the method itself, or graphs of its step."""
+    if run.config.cuda_graphs == "step":
+        return StepGraph(run.method, run.optimizer, display.say)
     return run.method.train_step
 
 
@@ -125,8 +128,8 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     for batch, key in zip(run.batches, keys, strict=True):
         descent.start(batch)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = train_step(run.model, batch, key, run.state, descent)
+            with run.training():
+                loss, metrics = train_step(run.network, batch, key, run.state, descent)
             steps.append({"loss": loss, **metrics})
             if run.average:
                 run.average.after_batch(run.model)

@@ -45,6 +45,10 @@ class AWP(Method):
         for name in ("eps", "adversarial", "no_graph"):
             object.__setattr__(self, name, getattr(self.method, name))
 
+    @property
+    def recomputable(self) -> bool:
+        return self.method.recomputable
+
     def phase(self, state: State) -> Hashable:
         inner = self.method.phase(state)
         return None if inner is None else (state.epoch < self.warmup, inner)

@@ -79,6 +79,11 @@ class Method(ABC):
         """Optimiser steps per batch."""
         return 1
 
+    @property
+    def recomputable(self) -> bool:
+        """Whether parts of its training forwards may run again in the backward, unseen by hooks of the method's."""
+        return True
+
     def phase(self, state: State) -> Hashable:
         """What a step takes from ``state``, its memory's tensors apart, or from elsewhere on the host.
 

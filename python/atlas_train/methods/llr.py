@@ -71,6 +71,10 @@ class LLR(Method):
         "the whole network in eval mode but for CE (3 passes more)",
     )
 
+    @property
+    def recomputable(self) -> bool:
+        return self.bn == "eval"
+
     def phase(self, state: State) -> Hashable:
         """The radius; in the ramp it is another at every step, so those are not recorded."""
         radius = self._radius(state)
