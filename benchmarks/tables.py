@@ -1,0 +1,50 @@
+"""What a script here leaves behind: a table on the terminal, and beside its JSON the same as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atlas_train.checkpoint import write_json, write_text
+from harness import environment
+
+Table = Sequence[Sequence[str]]  # the header first; all rows as long as it
+#: Options whose values say where things are on this machine, and nothing about the results.
+PLACES = ("--data-dir", "--results", "--checkpoint")
+
+
+def aligned(table: Table) -> str:
+    """The table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = [table[0], ["-" * width for width in widths], *table[1:]]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
+
+
+def markdown(table: Table) -> str:
+    rows = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def command_line(script: str, arguments: Sequence[str]) -> str:
+    """The command as somebody else would type it: what names a folder of this machine is left to them."""
+    shown: list[str] = []
+    for word in arguments:
+        option, equals, _ = word.partition("=")
+        if shown and shown[-1] in PLACES:
+            word = shown[-1].strip("-").upper()
+        elif equals and option in PLACES:
+            word = f"{option}={option.strip('-').upper()}"
+        shown.append(word)
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *shown])
+
+
+def write(path: Path, title: str, command: str, values: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """``values`` with environment and command as JSON in ``path``, ``parts`` beside it as markdown; each whole."""
+    machine = environment()
+    write_json(path, {"command": command, "environment": machine, **values})
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    write_text(path.with_suffix(".md"), "\n\n".join([f"# {title}", *parts, f"`{command}`", f"{facts}."]) + "\n")
