@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends.native import first_outside
+from .capture import capturing
 from .layout import compute_dtype, is_supported, plane_shape
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -22,7 +23,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def value_checks_enabled(t: Tensor, *, attack: bool = False) -> bool:
     """Whether to look at the values of ``t``: on CUDA only once per ``attack``, since looking waits for the device."""
-    if torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or capturing(t.is_cuda):
         return False
     override = os.environ.get("ATLAS_CHECKS")
     if override:

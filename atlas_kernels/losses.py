@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backends, formulas
+from .capture import capturing
 from .checks import class_indices, dense_logits, number_in, require_choice, sample_weights, value_checks_enabled
 from .layout import compute_dtype
 
@@ -357,7 +358,8 @@ class _Loss(torch.autograd.Function):
             needed = grad is not None, other_grad is not None
             return None, *_differentiable(ctx.call, logits, other, needed, g * ctx.call.scale)
         g = g if ctx.late == 1.0 else g * ctx.late
-        if eager and g.ndim == 0 and type(g) is Tensor and g.is_cpu and g.item() == 1.0:
+        known = eager and g.ndim == 0 and type(g) is Tensor and g.is_cpu and not capturing(cuda=False)
+        if known and g.item() == 1.0:
             return None, grad, other_grad
         return None, *(None if t is None else _scaled(t, g) for t in (grad, other_grad))
 

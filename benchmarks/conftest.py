@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from harness import HEADER, Row, as_json, environment
+import step_table
+from harness import HEADER, Row, as_json, environment, write_whole
+from step_table import StepRow
 
 ROWS: list[Row] = []
+STEP_ROWS: list[StepRow] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,21 +32,35 @@ def report(benchmark):  # type: ignore[no-untyped-def]
     return record
 
 
+@pytest.fixture
+def report_step(benchmark):  # type: ignore[no-untyped-def]
+    """As ``report``, for whole training steps. A row whose loss is not the published one fails the run."""
+
+    def record(row: StepRow, ours) -> None:  # type: ignore[no-untyped-def]
+        assert not row.problem, f"{row.step}: {row.problem}"
+        STEP_ROWS.append(row)
+        benchmark.extra_info.update(seconds=row.seconds, passes=row.passes, memory=row.memory)
+        benchmark.pedantic(ours, rounds=3, iterations=1, warmup_rounds=1)
+
+    return record
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not ROWS:
-        return
     write = terminalreporter.write_line
-    write("")
-    write("medians, one process, contenders in turn; floor = bytes of the model at the copy bandwidth of the same run")
-    for name, value in environment().items():
-        write(f"  {name}: {value}")
-    lines = [HEADER, *(row.table_line() for row in ROWS)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    for line in lines:
-        write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if target := config.getoption("--results"):
+    if ROWS or STEP_ROWS:
+        write("")
+        for name, value in environment().items():
+            write(f"  {name}: {value}")
+    if ROWS:
+        write("medians, one process, contenders in turn; floor = bytes of the model at the run's own copy bandwidth")
+        lines = [HEADER, *(row.table_line() for row in ROWS)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+        for line in lines:
+            write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if STEP_ROWS:
+        for line in ("", "whole training steps, small", *step_table.NOTES, *step_table.plain(STEP_ROWS)):
+            write(line)
+    if ROWS and (target := config.getoption("--results")):
         path = Path(target)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(as_json(ROWS), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(as_json(ROWS), indent=1) + "\n")
         write(f"written to {path}")

@@ -6,11 +6,14 @@ is timed by events with a cold L2 (a buffer larger than L2 is written in between
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +65,7 @@ def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = ROUN
             call()
         start = time.perf_counter()
         call()
-        _synchronise(device)
+        synchronise(device)
         repeats[name] = max(1, int(5e-3 / max(time.perf_counter() - start, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -71,9 +74,51 @@ def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = ROUN
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """One call that takes long, as it is: no repeats, caches as they are."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Bytes that torch holds at once in ``call()`` at most, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    # Every allocation of the call and the end of each; the end of an older one is not reported.
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """(low, high, coverage): the order statistics nearest to the median that enclose the true one with probability
+    ``level``; the smallest and the largest value where there are too few for that."""
+    ordered, n = sorted(values), len(values)
+    covered = [1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
+    k = max((k for k, share in enumerate(covered) if share >= level), default=0)
+    return ordered[k], ordered[n - 1 - k], max(covered[k], 0.0)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes to a temporary name and renames, so that the file is never there in part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _once_cpu(call: Call, repeats: int) -> float:

@@ -18,6 +18,9 @@ from fidelity import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
 from published import atlas as published
 
 FORMS: dict[str, dict[str, Any]] = {
+    "neighbours kl": {"local": "neighbours"},
+    "neighbours ce 2": {"local": "neighbours", "local_objective": "ce", "count": 2},
+    "neighbours logit": {"local": "neighbours", "local_objective": "logit"},
     "worst kl": {"local": "worst"},
     "worst ce": {"local": "worst", "local_objective": "ce", "project": True},
     "worst logit": {"local": "worst", "local_objective": "logit"},
@@ -38,6 +41,12 @@ def directions(made: Case, count: int) -> Tensor:
     return (v / v.norm(dim=2, keepdim=True)).transpose(0, 1)
 
 
+def around(made: Case, count: int) -> Tensor:
+    """The noise of ``count`` neighbours, in [-1, 1], [count, B, ...]."""
+    zero, noise = torch.zeros_like(made.batch.x), {"key": made.key, "ids": made.batch.ids}
+    return sample_neighbours(zero, 1.0, count, clip_min=-1, **noise).view(count, *zero.shape)
+
+
 @pytest.mark.parametrize("bn", ["joint", "split"])
 @pytest.mark.parametrize(("global_term", "steps"), [("kl", 1), ("ce", 2), ("logit", 1), ("none", 2)])
 @pytest.mark.parametrize("form", FORMS)
@@ -45,8 +54,8 @@ def test_form_is_its_documented_formula(form: str, global_term: str, steps: int,
     made = trained() if form.startswith("radius") else case()
     how = WEIGHTS | FORMS[form] | {"global_term": global_term, "bn": bn, "steps": steps, "step_size": 0.08}
     stated = {name: value for name, value in how.items() if name != "count"}
-    v = directions(made, how.get("count", 1))
-    expected = theirs(published.atlas, made, made.start(), **stated, directions=v)
+    drawn = {"directions": directions(made, how.get("count", 1)), "noise": around(made, how.get("count", 1))}
+    expected = theirs(published.atlas, made, made.start(), **stated, **drawn)
     assert_same(ours(ATLAS(**how), made), expected, statistics=True)
 
 

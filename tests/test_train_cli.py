@@ -40,7 +40,7 @@ def test_no_flags_mean_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_reach_the_configuration_and_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = "--method atlas --dataset mnist --eps 8/255 --lr 0.1 --precision bf16 --channels-last --no-download"
+    argv = "--method atlas --dataset mnist --eps 8/255 --lr 0.1 --train-precision bf16 --channels-last --no-download"
     argv += " --radius 4/255 --steps 2 --local-objective ce --project --augment false --beside adv standard --threads 3"
     config = config_of(monkeypatch, *argv.split())
     assert config == TrainConfig(
@@ -48,7 +48,7 @@ def test_flags_reach_the_configuration_and_the_method(monkeypatch: pytest.Monkey
         dataset="mnist",
         eps=8 / 255,
         lr=0.1,
-        precision="bf16",
+        train_precision="bf16",
         channels_last=True,
         augment=False,
         threads=3,

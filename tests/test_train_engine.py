@@ -249,7 +249,7 @@ def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
     channels_last = torch.channels_last
     spy(monkeypatch, lambda model, batch, *rest: seen.append(batch.x.is_contiguous(memory_format=channels_last)))
     spy(monkeypatch, lambda model, *rest: model.conv2.register_forward_hook(lambda *a: dtypes.add(a[2].dtype)))
-    config = TrainConfig(**TINY | {"precision": "bf16", "channels_last": True})
+    config = TrainConfig(**TINY | {"train_precision": "bf16", "channels_last": True})
     run = engine.train(config, splits=splits(channels=3))
     assert set(seen) == {True} and torch.bfloat16 in dtypes
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
@@ -272,7 +272,7 @@ def test_the_second_update_on_a_batch_sees_the_weights_of_the_first_in_16_bits_t
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(methods._METHODS, "standard", Twice)
         linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))  # no parameter that stays in 32 bits
-        config = TrainConfig(**TINY | {"method": "standard", "precision": "bf16", "lr": 0.05})
+        config = TrainConfig(**TINY | {"method": "standard", "train_precision": "bf16", "lr": 0.05})
         engine.train(config, splits=splits(), model=linear)
     assert all(abs(first - second) > 1e-3 * first for first, second in zip(losses[::2], losses[1::2], strict=True))
 
@@ -501,6 +501,7 @@ def test_numbers_as_people_write_them() -> None:
         ({"beside": ["adv"], "hyper": {"adv.steps": 0}}, "adv: steps must be an integer >= 1"),
         ({"beside": "adv"}, "beside must be a list of texts"),
         ({"epoch": 3}, "no setting 'epoch'; the nearest is 'epochs'"),
+        ({"precision": "bf16"}, "no setting 'precision'; the nearest is 'train_precision'"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(values: dict, message: str) -> None:
@@ -531,7 +532,7 @@ def test_json_files_and_dicts_say_the_same(tmp_path: Path) -> None:
 def test_defaults_are_filled_in_and_never_override(name: str) -> None:
     data = dataclasses.replace(splits(), name=name, eps=0.17)
     config = resolved(TrainConfig(dataset=name, epochs=77), data)
-    may_be_none = {"data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
+    may_be_none = {"attack_precision", "data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
     assert {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None} <= may_be_none
     assert config.epochs == 77 and config.eps == 0.17 and config.lr == DEFAULTS[name]["lr"]
     assert resolved(config, data) == config

@@ -8,12 +8,14 @@ gradients are never written. Hooks stay as they are and fire.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..capture import capturing
+from .buffers import copied_buffers
 from .execution import current_execution, device_of
 
 ATTACK_MODES = ("eval", "train", "keep")
@@ -75,24 +77,9 @@ def leave_no_trace(
 
 
 @contextmanager
-def copied_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the modules work on copies of their buffers (BatchNorm statistics); the originals are not written to."""
-    # remove_duplicate=False: one module may know the same buffer under two names.
-    buffers = [(m, *named) for m in modules for named in m.named_buffers(recurse=False, remove_duplicate=False)]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}  # a buffer that two modules share stays shared
-    try:
-        for module, name, buffer in buffers:
-            setattr(module, name, copies[id(buffer)])
-        yield
-    finally:
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
-
-
-@contextmanager
 def _forked_random_state(parameters: list[nn.Parameter], key: Tensor, training: bool) -> Iterator[None]:
     devices = {tensor.device for tensor in (key, *parameters) if tensor.device.type == "cuda"}
-    if devices and torch.cuda.is_current_stream_capturing():
+    if capturing(bool(devices)):
         yield
         return
     indices = sorted(device.index for device in devices)

@@ -25,14 +25,15 @@ class Objective:
 
     labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where
     the attack wants the prediction to go, so it descends. kappa: int64[B] that counts, at every cotangent, where the
-    prediction is right. 16-bit logits are computed with in float32.
+    prediction is right. classes: the model's, known from the first forward on. 16-bit logits are computed with in
+    float32.
     """
 
     labels: Tensor | None = None
     reference: Tensor | None = None
     targeted: bool = False
     kind: str = "ce"
-    checked: bool = False
+    classes: int | None = None
     kappa: Tensor | None = None
 
     def cotangent(self, logits: Tensor) -> Tensor:
@@ -85,9 +86,9 @@ class Objective:
             raise ValueError(
                 f"reference_logits has shape {list(self.reference.shape)}, but the model's logits {list(z.shape)}"
             )
-        if self.labels is not None and not self.checked:
+        if self.labels is not None and self.classes is None:
             require_labels(self.labels, z.shape[1])
-        self.checked = True
+        self.classes = z.shape[1]
         return z
 
     def gradient(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:

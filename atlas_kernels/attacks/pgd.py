@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..perturb import pgd_step, random_start
 from ..schema import LINF, NORMS
 from .arguments import class_indices, require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
+from .execution import current_execution
 from .objective import Model, Objective
 
 if TYPE_CHECKING:
@@ -157,12 +158,8 @@ class PGD:
         it; by default one is drawn from ``generator`` (default: the global one of x's device). ids: int64[B], the
         samples' numbers in the noise instead of their rows, so that a sample gets the same noise in whatever batch.
         """
-        with self._attack(model, x, y, reference_logits, start, key, ids, generator) as batch:
-            if self._judged or self.compact:
-                return self._search(model, batch)
-            adv, grad = self._until_last_step(model, batch)
-            adv = adv if grad is None else batch.step(adv, grad)
-            return AttackResult(adv, batch.key, kappa=batch.goal.kappa)
+        batch = self._batch(x, y, reference_logits, start, key, ids, generator)
+        return current_execution().run(self, PGD._to_the_end, model, batch)
 
     def last_gradient(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> LastStep:
         """All of ``run`` but the last step, for a caller who fuses that with more work; same arguments.
@@ -173,10 +170,7 @@ class PGD:
         """
         if self.steps == 0 or self._judged or self.compact:
             raise ValueError('last_gradient needs steps >= 1, restarts=1, keep="last" and compact=False; else use run')
-        with self._attack(model, x, y, **options) as batch:
-            adv, grad = self._until_last_step(model, batch)
-            assert grad is not None
-            return LastStep(adv, grad, batch.key)
+        return current_execution().run(self, PGD._to_the_last_gradient, model, self._batch(x, y, **options))
 
     @property
     def effective_step_size(self) -> float | Tensor:
@@ -192,10 +186,8 @@ class PGD:
         """Whether final iterates are judged, which takes one forward per restart."""
         return self.restarts > 1 or self.keep == "best"
 
-    @contextmanager
-    def _attack(
+    def _batch(
         self,
-        model: Model,
         x: Tensor,
         y: Tensor | None,
         reference_logits: Tensor | None = None,
@@ -203,8 +195,8 @@ class PGD:
         key: Tensor | None = None,
         ids: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Iterator[_Batch]:
-        """Check what can be checked before the first forward, draw the key, and open the contract."""
+    ) -> Batch:
+        """Check what can be checked before the first forward, and draw the key."""
         if y is None and (self.objective != "kl" or self.restarts > 1 or self.compact or self.count_correct):
             raise ValueError(
                 'y is missing: only objective="kl" with restarts=1, compact=False and count_correct=False does without '
@@ -227,21 +219,40 @@ class PGD:
         if start is not None:
             require_like("start", start, "x", x, dtype=True)
             start = start.detach()
-        goal = Objective(None if y is None else class_indices(y, x), targeted=self.targeted, kind=self.objective)
+        reference = None if reference_logits is None else reference_logits.detach()
+        labels = None if y is None else class_indices(y, x)
         with torch.inference_mode(False):
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, self.restarts - 1, x)
-        if self.count_correct:
-            goal.kappa = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        with leave_no_trace(model, self.attack_mode, key, update_buffers=self.update_buffers):
-            batch = _Batch(x.detach(), start, goal, key, ids, self.norm, self.random_start, *radii, *clips)
-            if self.objective == "kl":
-                with torch.no_grad():
-                    z = goal.logits(model, batch.x) if reference_logits is None else reference_logits
-                goal.reference = z.detach()
-            yield batch
+        goal = Objective(labels, reference, targeted=self.targeted, kind=self.objective)
+        return Batch(x.detach(), start, goal, key, ids, self.norm, self.random_start, *radii, *clips)
 
-    def _until_last_step(self, model: Model, batch: _Batch) -> tuple[Tensor, Tensor | None]:
+    @contextmanager
+    def _contract(self, model: Model, batch: Batch) -> Iterator[None]:
+        """Open the contract, with what the objective needs besides the batch."""
+        with leave_no_trace(model, self.attack_mode, batch.key, update_buffers=self.update_buffers):
+            if self.count_correct:
+                batch.goal.kappa = torch.zeros(len(batch.x), dtype=torch.int64, device=batch.x.device)
+            if self.objective == "kl" and batch.goal.reference is None:
+                with torch.no_grad():
+                    batch.goal.reference = batch.goal.logits(model, batch.x).detach()
+            yield
+
+    def _to_the_end(self, model: Model, batch: Batch) -> AttackResult:
+        with self._contract(model, batch):
+            if self._judged or self.compact:
+                return self._search(model, batch)
+            adv, grad = self._until_last_step(model, batch)
+            adv = adv if grad is None else batch.step(adv, grad)
+            return AttackResult(adv, batch.key, kappa=batch.goal.kappa)
+
+    def _to_the_last_gradient(self, model: Model, batch: Batch) -> LastStep:
+        with self._contract(model, batch):
+            adv, grad = self._until_last_step(model, batch)
+            assert grad is not None
+            return LastStep(adv, grad, batch.key)
+
+    def _until_last_step(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor | None]:
         adv, grad = batch.start(0), None
         for _ in range(self.steps):
             if grad is not None:
@@ -249,7 +260,7 @@ class PGD:
             _, grad = batch.goal.gradient(model, adv)
         return adv, grad
 
-    def _search(self, model: Model, batch: _Batch) -> AttackResult:
+    def _search(self, model: Model, batch: Batch) -> AttackResult:
         """All restarts, each for the samples that still need it; the strongest iterate per sample."""
         best = self._climb(model, batch, 0)
         for draw in range(1, self.restarts):
@@ -262,7 +273,7 @@ class PGD:
             return AttackResult(best.adv, batch.key)
         return AttackResult(best.adv, batch.key, None if batch.goal.labels is None else best.fooled, best.objective)
 
-    def _climb(self, model: Model, batch: _Batch, draw: int) -> _Found:
+    def _climb(self, model: Model, batch: Batch, draw: int) -> _Found:
         """One restart: what it keeps of every sample."""
         adv, rows = batch.start(draw), batch.every_row()
         best = _Found.nothing(adv)
@@ -290,7 +301,7 @@ class PGD:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """The samples of one attack, or those that are still in it."""
 
     x: Tensor
@@ -304,6 +315,23 @@ class _Batch:
     step_size: float | Tensor
     clip_min: float | Tensor
     clip_max: float | Tensor
+
+    def values(self) -> tuple[Any, ...]:
+        """All that an attack is given, tensors and numbers."""
+        goal = self.goal
+        return (
+            self.x, self.given_start, goal.labels, goal.reference, self.key, self.ids, self.eps, self.step_size,
+            self.clip_min, self.clip_max,
+        )  # fmt: skip
+
+    def holding(self, tensors: Iterable[Tensor]) -> Batch:
+        """The same with ``tensors`` in place of those in ``values``."""
+        given = iter(tensors)
+        x, start, labels, reference, key, ids, *numbers = (
+            next(given) if isinstance(value, Tensor) else value for value in self.values()
+        )
+        goal = replace(self.goal, labels=labels, reference=reference)
+        return Batch(x, start, goal, key, ids, self.norm, self.random_start, *numbers)
 
     def start(self, draw: int) -> Tensor:
         if self.given_start is not None:
@@ -325,7 +353,7 @@ class _Batch:
     def every_row(self) -> Tensor:
         return torch.arange(len(self.x), device=self.x.device)
 
-    def rows(self, index: Tensor) -> _Batch:
+    def rows(self, index: Tensor) -> Batch:
         ids = self.key[1] + self.every_row() if self.ids is None else self.ids
         eps, step = (v[index] if isinstance(v, Tensor) else v for v in (self.eps, self.step_size))
         start = None if self.given_start is None else self.given_start[index]

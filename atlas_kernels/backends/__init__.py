@@ -59,6 +59,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> str | None:
+    """The backend that is asked for here, or None where each device has its own."""
+    return _forced.get() or _from_environment
+
+
 def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot run on tensors of ``device_type`` ("cpu", "cuda"), or None if it can."""
     if _known(name) == "reference":
@@ -99,7 +104,7 @@ def _implementation(stem: str, name: str) -> Callable[..., None]:
     chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
 
     def run(*args: Any) -> None:
-        here = _forced.get() or _from_environment, args[0].device
+        here = forced_backend(), args[0].device
         function = chosen.get(here)
         if function is None:
             function = chosen[here] = getattr(_choose(here[0], stem, here[1].type), name)

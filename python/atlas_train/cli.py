@@ -124,7 +124,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from .autoattack import autoattack, require_autoattack
     from .evaluate import evaluate as run_evaluation
     from .results import Result, table
-    from .run import cpu_threads, usable_device
+    from .run import on_host, usable_device
 
     wanted = [
         flags.text_flag("checkpoint", "run folder, last.pt or model.safetensors", positional=True),
@@ -139,7 +139,7 @@ def evaluate(argv: Sequence[str]) -> int:
     own: dict[str, Any] = {name: getattr(args, name) for name in same}
     model = model.to(usable_device(args.device))
     eps = args.eps or run["eps"]
-    with cpu_threads(args.threads or run["threads"]):
+    with on_host(args.threads or run["threads"]):
         result = Result(run_evaluation(model, splits.test, eps, say=print, **own))
         if args.autoattack:
             how = {"version": args.autoattack_version, "batch_size": args.batch_size, "seed": args.seed}

@@ -19,7 +19,7 @@ from .evaluate import evaluate
 from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, environment, markdown, table
-from .run import Run, cpu_threads
+from .run import Run, on_host
 
 Results = dict[str, Result]
 #: Settings that say where on this machine things are, and nothing about the results.
@@ -75,7 +75,7 @@ def _own(config: TrainConfig, name: str) -> TrainConfig:
 
 def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
     c, model = run.config, run.final_model
-    with cpu_threads(c.threads):
+    with on_host(c.threads):
         found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
         result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
         if c.autoattack:

@@ -116,8 +116,27 @@ class TrainConfig:
         "of the learning rate: cyclic 0 -> lr -> 0, piecewise lr/10 at 50 % and lr/100 at 75 %, cosine, constant",
     )
     cyclic_peak: float = option(None, "share of steps before the peak of cyclic; " + _AUTO, low=0, below=1)
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast in attack and training; evaluation stays fp32")
+    train_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "of the network where weights get gradients; bf16: autocast. Evaluation stays fp32"
+    )
+    attack_precision: Literal["fp32", "bf16"] | None = option(
+        None, "of the network in attacks, the probe's too; images and steps stay fp32. Default: as train_precision"
+    )
     channels_last: bool = option(False, "images and weights in channels_last")
+    fold_batchnorm: bool = option(False, "attacks in eval mode fold BatchNorm into the convolutions beside it")
+    compile: bool = option(
+        False,
+        "torch.compile of the network in attacks and training. Methods that look inside the network or differentiate "
+        "twice run it as it is there, and so do probe and evaluation",
+    )
+    cuda_graphs: Literal["none", "attack", "step"] = option(
+        "none", "capture attacks, or whole training steps, once, and replay them: for networks small for their GPU"
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "training forwards keep the input of each block alone, and the backward runs the block again: up to a forward "
+        "more each, for memory. Attacks keep what a forward of the batch keeps, as ever",
+    )
 
     averaging: Literal["none", "ema", "swa"] = option(
         "none",
@@ -161,6 +180,7 @@ class TrainConfig:
         known = [self.method, *_beside(self.beside, self.method)]
         for name in known:
             methods.build(name, self.eps or 0.5, self.hyper_of(name))
+        _require_compatible(self)
         if self.awp:
             require_wrappable(methods.get(self.method))
         for key in self.hyper:
@@ -183,6 +203,30 @@ class TrainConfig:
     def label(self) -> str:
         """The method's name in tables."""
         return self.method + ("+awp" if self.awp else "")
+
+
+#: Two settings that are not to be had together, and why.
+_CLASHES = (
+    ("compile", "fold_batchnorm", "compiled code fuses BatchNorm by itself"),
+    ("compile", "checkpoint_activations", "compiled code decides by itself what to compute again"),
+)
+
+
+def _require_compatible(config: TrainConfig) -> None:
+    """Raises ValueError for settings of speed that contradict each other or the device."""
+    for one, other, why in _CLASHES:
+        if getattr(config, one) and getattr(config, other):
+            raise ValueError(f"config: {one} and {other} do not go together, as {why}: leave one out")
+    graphs = config.cuda_graphs
+    if graphs == "step" and config.checkpoint_activations:
+        raise ValueError(
+            "config: cuda_graphs='step' and checkpoint_activations do not go together, as a capture cannot put the "
+            "random state back for what is computed again: leave one out, or set cuda_graphs='attack'"
+        )
+    if graphs != "none" and config.device is not None and not config.device.startswith("cuda"):
+        raise ValueError(
+            f"config: cuda_graphs={graphs!r} needs a CUDA device, got device={config.device!r}: set cuda_graphs='none'"
+        )
 
 
 def resolved(config: TrainConfig, splits: DataSplits) -> TrainConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, progress
+from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits
-from .methods import Batch
+from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .report import TensorBoard
-from .run import Run, cpu_threads, export, prepare, restore, save
+from .run import Run, export, on_host, prepare, restore, save
 from .schedules import learning_rate
+from .step_graph import StepGraph
 from .watch import watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
+TrainStep = Callable[[nn.Module, Batch, Tensor, State, "OptimizerSteps"], tuple[Tensor, Metrics]]
+#: Steps that the CPU may be ahead of the last loss it has looked at: enough to keep CUDA's queue full.
+LAG = 2
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
         kept = f"the state from before is in {saved}" if saved else "no checkpoint was asked for"
         super().__init__(
             f"the loss is not finite at step {step} ({values}); training images {shown}; {kept}. "
-            "Try a smaller lr or weights of the terms, or precision fp32"
+            "Try a smaller lr or weights of the terms, or train_precision fp32"
         )
 
 
@@ -75,7 +79,7 @@ def train(
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
-        with cpu_threads(c.threads):
+        with on_host(c.threads):
             fit(run, display, board, on_epoch)
         if run.skipped:
             display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
@@ -90,8 +94,9 @@ def train(
 
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
+    step = train_step(run, display)
     while run.epoch < run.config.epochs:
-        row = train_epoch(run, display)
+        row = train_epoch(run, display, step)
         if run.average:
             run.average.after_epoch(run.model, run.epoch)
         watch(run, row, display)
@@ -104,7 +109,14 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             return
 
 
-def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
+def train_step(run: Run, display: progress.Display) -> TrainStep:
+    """What trains on a batch: the method itself, or graphs of its step."""
+    if run.config.cuda_graphs == "step":
+        return StepGraph(run.method, run.optimizer, display.say)
+    return run.method.train_step
+
+
+def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> dict[str, Any]:
     """One pass over the data; returns the epoch's numbers (means over its steps)."""
     config, device = run.config, run.device
     run.batches.set_epoch(run.epoch)
@@ -116,8 +128,8 @@ def train_epoch(run: Run, display: progress.Display) -> dict[str, Any]:
     for batch, key in zip(run.batches, keys, strict=True):
         descent.start(batch)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = run.method.train_step(run.model, batch, key, run.state, descent)
+            with run.training():
+                loss, metrics = train_step(run.network, batch, key, run.state, descent)
             steps.append({"loss": loss, **metrics})
             if run.average:
                 run.average.after_batch(run.model)
@@ -141,15 +153,14 @@ class OptimizerSteps:
     """The ``Descent`` that methods are given: backward, outside autocast, and steps at the schedule's rate.
 
     A loss that is not finite stops the run, or leaves the batch out, before it reaches the weights. On CUDA a loss that
-    would stop the run is looked at when the next one is there, so that nothing waits for the device; the checkpoint is
-    from before in any case.
+    would stop the run is looked at when it has arrived, at the latest ``LAG`` steps later, so that nothing waits for
+    the device; the checkpoint is from before in any case.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.lr, self.skipped = run, 0.0, 0
         self._skips = run.config.on_nonfinite == "skip"
-        self._lag = 1 if run.device.type == "cuda" and not self._skips else 0
-        self._unchecked: deque[tuple[int, Batch, dict[str, Tensor]]] = deque()
+        self._losses = Arrivals(self._look, LAG if run.device.type == "cuda" and not self._skips else 0)
 
     def start(self, batch: Batch) -> None:
         """A new batch: no gradients, no updates yet."""
@@ -158,22 +169,30 @@ class OptimizerSteps:
         self.run.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        self._unchecked.append((self.run.step, self._batch, {"loss": loss.detach(), **(metrics or {})}))
-        self._check(self._lag)
+        self.look_at(loss, metrics)
         with torch.autocast(self.run.device.type, enabled=False):
             loss.backward()
 
-    def step(self) -> None:
+    def look_at(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
+        """Has the loss of this batch checked; ``metrics`` explain it if it is not finite."""
+        self._losses.add(self.run.step, loss.detach(), (self._batch, metrics or {}))
+
+    def rate(self) -> float:
+        """The learning rate of the batch's next update, which is then the optimiser's."""
         run = self.run
         update = run.step * run.method.updates + self._update
         total = run.total_steps * run.method.updates
         self.lr = learning_rate(run.config.schedule, run.config.lr, update, total, run.config.cyclic_peak)
         for group in run.optimizer.param_groups:
             group["lr"] = self.lr
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
         self._update += 1
+        return self.lr
+
+    def step(self) -> None:
+        self.rate()
+        self.run.optimizer.step()
+        self.run.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -184,11 +203,11 @@ class OptimizerSteps:
 
     def finish(self) -> None:
         """The end of an epoch: every loss has been looked at."""
-        self._check(0)
+        self._losses.finish()
 
-    def _check(self, lag: int) -> None:
-        while len(self._unchecked) > lag:
-            require_finite(self.run, *self._unchecked.popleft())
+    def _look(self, step: int, loss: Tensor, about: tuple[Batch, Mapping[str, Tensor]]) -> None:
+        batch, metrics = about
+        require_finite(self.run, step, batch, {"loss": loss, **metrics})
 
 
 def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]) -> None:

@@ -57,7 +57,8 @@ def passes_per_step(run: Run) -> float:
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         step = _NoUpdates(network)
-        return count_passes(network, batch.x, lambda: run.method.train_step(network, batch, key, last, step))
+        with run.recomputed(network):
+            return count_passes(network, batch.x, lambda: run.method.train_step(network, batch, key, last, step))
 
 
 class _NoUpdates:

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from atlas_kernels import Execution, keep_memory
 
 from . import averaging, checkpoint, data, models
 from .config import TrainConfig, from_dict, resolved, to_dict
 from .data import Batches, DataSplits
 from .methods import Method, State
+from .recompute import Recomputed, blocks
 from .report import write_csv
+from .step_graph import require_recordable
 
 LOG = "log.csv"
 
 
 @dataclass
 class Run:
-    """A training run under way or done: what a checkpoint keeps, and what the loop needs beside it."""
+    """A training run under way or done: what a checkpoint keeps, and what the loop needs beside it.
+
+    network: what methods are given, ``model`` or its compiled form. execution: how attacks are run.
+    """
 
     config: TrainConfig
     method: Method
     model: nn.Module
+    network: nn.Module
+    execution: Execution
     optimizer: torch.optim.Optimizer
     batches: Batches
     splits: DataSplits
@@ -60,6 +69,16 @@ class Run:
     def state(self) -> State:
         """What a method may know of the run."""
         return State(self.step, self.total_steps, self.epoch, self.config.epochs, len(self.splits.train), self.memory)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """How the forwards and backwards of a step are run: its attacks, and the rest."""
+        with autocast(self.config.train_precision, self.device), self.execution, self.recomputed(self.model):
+            yield
+
+    def recomputed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """In which training forwards of ``model`` keep what the settings say."""
+        return Recomputed(model) if self.config.checkpoint_activations else nullcontext()
 
 
 def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None) -> Run:
@@ -98,7 +117,13 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
         folder = checkpoint.locate(config.resume).parent
     method = config.build_method()
     method.require(model)
-    run = Run(config, method, model, _optimizer(config, model), batches, splits, device, folder, arch)
+    if config.checkpoint_activations:
+        require_recomputable(method, model)
+    if config.cuda_graphs == "step":
+        require_recordable(method, config.on_nonfinite)
+    network = cast(nn.Module, torch.compile(model)) if config.compile else model
+    optimizer = _optimizer(config, model)
+    run = Run(config, method, model, network, _execution(config), optimizer, batches, splits, device, folder, arch)
     run.average = averaging.make(config, model)
     return run
 
@@ -111,6 +136,27 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
+def require_recomputable(method: Method, model: nn.Module) -> None:
+    """Raises ValueError where ``checkpoint_activations`` cannot be had."""
+    if not method.recomputable:
+        raise ValueError(
+            f"checkpoint_activations: {method.name} looks into the network while it runs, so its forwards cannot be "
+            "run again in the backward; set checkpoint_activations=False"
+        )
+    blocks(model)
+
+
+def _execution(config: TrainConfig) -> Execution:
+    precision = config.attack_precision or config.train_precision
+    chosen: dict[str, Any] = {"fold_batchnorm": True} if config.fold_batchnorm else {}
+    return Execution(precision, cuda_graphs=config.cuda_graphs == "attack", **chosen)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The network in "fp32" or "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -120,12 +166,13 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """torch with so many CPU threads (None: as it is), and then as before."""
+def on_host(threads: int | None) -> Iterator[None]:
+    """torch with so many CPU threads (None: as it is) and with freed memory kept, and then as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(threads or before)
     try:
-        yield
+        with keep_memory():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from atlas_kernels.attacks import PGD
 
 from . import progress
 from .data import Batches
 from .evaluate import eval_mode, evaluate, predict
 from .noise import noise_keys
-from .run import Run
+from .run import Run, autocast
 
 VAL_SIZE, VAL_STEPS, PROBE_STEPS = 500, 10, 5
 PROBE_DROP, PROBE_WINDOW, PROBE_GAP = 0.2, 5, 0.4
@@ -73,5 +71,7 @@ def probe(run: Run) -> float:
     x, y, ids = next(iter(few))
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
     attack = PGD(run.config.eps, steps=PROBE_STEPS)
-    with eval_mode(run.model), torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        return (predict(run.model, attack(run.model, x, y, key=key, ids=ids)) == y).float().mean().item()
+    with eval_mode(run.model), run.execution:
+        adv = attack(run.model, x, y, key=key, ids=ids)
+        with autocast(run.execution.precision, run.device):
+            return (predict(run.model, adv) == y).float().mean().item()

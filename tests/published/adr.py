@@ -1,4 +1,7 @@
-"""Adversary divergence reduction: the losses of the authors' train_compact.py and compact_loss.py, in PyTorch."""
+"""Adversary divergence reduction: the losses of the authors' train_compact.py and compact_loss.py, in PyTorch.
+
+Both of the authors' PyTorch versions (ADR_pt, and the one in ASCL that runs) go on to two forwards for a log: ``log``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from torch.nn import functional as F
 
 def adr(
     model, x, y, start, optimizer, *, eps, step_size, steps, form="adv", attack_in_train_mode=False, beta=6.0,
-    alpha_nat=0.5, alpha_adv=0.5, lc=1.0, gc=1.0, conf=1.0, vat=1.0, gs=0.0,
+    alpha_nat=0.5, alpha_adv=0.5, lc=1.0, gc=1.0, conf=1.0, vat=1.0, gs=0.0, log=False,
 ):  # fmt: skip
-    """Returns (x', loss)."""
+    """Returns (x', loss). log: in train mode, so running statistics see them, after every update."""
     model.train(attack_in_train_mode)
     x_adv = start.detach()
     for _ in range(steps):
@@ -37,6 +40,8 @@ def adr(
         loss = loss + weight * term
     loss.backward()
     optimizer.step()
+    for images in (x, x_adv) if log else ():
+        (model(images).argmax(dim=1) == y).float().mean()
     return x_adv, loss.detach()
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 def atlas(
     model, x, y, start, optimizer, *, eps, step_size, steps, bn, global_term, global_weight, local, local_weight,
-    radius, local_objective="kl", project=False, directions=None, rivals=1,
+    radius, local_objective="kl", project=False, directions=None, rivals=1, noise=(),
 ):  # fmt: skip
-    """``directions`` [m, B, C]: the random unit vectors of jacobian. Returns (x', loss)."""
+    """``directions`` [m, B, C]: the random unit vectors of jacobian. ``noise`` [m, B, ...]: that of neighbours, in
+    [-1, 1]. Returns (x', loss)."""
 
     def climb(at):
         at = at.detach().requires_grad_()
@@ -25,17 +26,19 @@ def atlas(
     adv = start.detach()
     for _ in range(steps):
         adv = torch.clamp(adv + step_size * climb(adv), x - eps, x + eps).clamp(0, 1)
-    worst = None
+    near = []
     if local == "worst":
         worst = adv + radius * climb(adv)
         if project:
             worst = torch.clamp(worst, x - eps, x + eps)
-        worst = worst.clamp(0, 1)
+        near = [worst.clamp(0, 1)]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])  # an attack leaves no trace
 
-    adv.requires_grad_(local != "worst")
-    parts = [part for part in ((x if global_term != "none" else None), adv, worst) if part is not None]
+    if local == "neighbours":
+        near = [(adv + radius * u).clamp(0, 1) for u in noise]
+    adv.requires_grad_(not near)
+    parts = [*([x] if global_term != "none" else []), adv, *near]
     logits = list(model(torch.cat(parts)).split(len(x))) if bn == "joint" else [model(part) for part in parts]
     z_x = logits.pop(0) if global_term != "none" else None
     z = logits[0]
@@ -48,13 +51,13 @@ def atlas(
     elif global_term == "logit":
         loss = loss + global_weight * ((z_x - z) ** 2).sum(1).mean()
 
-    if local == "worst":
-        z_worst = logits[1]
+    if near:
         term = {
-            "kl": lambda: kl(z.detach(), z_worst),
-            "ce": lambda: F.cross_entropy(z_worst, y),
-            "logit": lambda: ((z_worst - z) ** 2).sum(1).mean(),
-        }[local_objective]()
+            "kl": lambda z_near: kl(z.detach(), z_near),
+            "ce": lambda z_near: F.cross_entropy(z_near, y),
+            "logit": lambda z_near: ((z_near - z) ** 2).sum(1).mean(),
+        }[local_objective]
+        term = sum(term(z_near) for z_near in logits[1:]) / len(near)
     elif local == "jacobian":
         term = 0.0
         for v in directions:

@@ -11,6 +11,8 @@ import copy
 import torch
 from torch.nn import functional as F
 
+from .adv import attack
+
 EPSILON = 1e-20
 PROXY_LR = 0.01
 
@@ -42,11 +44,7 @@ def shift(model, diff, coefficient):
 def at_awp(model, x, y, start, optimizer, *, eps, step_size, steps, gamma):
     """Adversarial training with AWP around the step; the last forward, of x, is for the log."""
     model.train()
-    delta = (start - x).requires_grad_()
-    for _ in range(steps):
-        (grad,) = torch.autograd.grad(F.cross_entropy(model(x + delta), y), delta)
-        d = (delta.detach() + step_size * grad.sign()).clamp(-eps, eps)
-        delta = d.clamp(0 - x, 1 - x).requires_grad_()
+    delta = attack(model, x, y, start, eps=eps, step_size=step_size, steps=steps)
     model(x + delta)
     x_adv = (x + delta).detach().clamp(0, 1)
     awp = calc_awp(model, lambda net: F.cross_entropy(net(x_adv), y))

@@ -13,6 +13,7 @@ def cure(model, x, y, start, optimizer, *, h, weight, square=False):
 
     model.eval()
     inputs.requires_grad_()
+    model(inputs)  # of no use there either
     F.cross_entropy(model(inputs), y, reduction="sum").backward()
     z = torch.sign(inputs.grad.data)
     z = h * (z + 1e-7) / (z.reshape(z.size(0), -1).norm(dim=1)[:, None, None, None] + 1e-7)

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 def attack(model, x, y, start, *, eps, step_size, steps, loss_of):
     """PGD in eval mode that counts, sample by sample, the iterates before a step that are right: (x', kappa)."""
     model.eval()
-    kappa = torch.zeros(len(x), dtype=x.dtype)
-    x_adv = start.detach()
+    kappa = torch.zeros(len(x), dtype=x.dtype)  # on the CPU, wherever x is
+    x_adv = start.detach().clone()
     for _ in range(steps):
-        x_adv = x_adv.clone().requires_grad_()
+        x_adv.requires_grad_()
         output = model(x_adv)
         predict = output.max(1)[1]
         for p in range(len(x)):
@@ -23,7 +23,7 @@ def attack(model, x, y, start, *, eps, step_size, steps, loss_of):
         x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
         x_adv = torch.min(torch.max(x_adv, x - eps), x + eps)
         x_adv = torch.clamp(x_adv, 0.0, 1.0)
-    return x_adv, kappa
+    return x_adv, kappa.to(x.device)
 
 
 def normalised_weights(kappa, steps, lam, kind):

@@ -1,8 +1,12 @@
-"""LLR as google-deepmind's regularizers.py, graph.py and batchnorm.py have it, for the network of ``fidelity``."""
+"""LLR as google-deepmind's regularizers.py, graph.py and batchnorm.py have it: for networks whose BatchNorms run
+once each. TensorFlow makes the gradients that are asked for and no others, and so do the steps here."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -15,7 +19,7 @@ def llr(
     cross_entropy = F.cross_entropy(model(x), y)  # the one forward that moves the running averages
 
     inputs = x.detach().requires_grad_()
-    stats = [(bn.running_mean, bn.running_var) for bn in (model.bn1, model.bn2)] if running else None
+    stats = [(bn.running_mean, bn.running_var) for bn in norms(model)] if running else None
     logits, stats = network(model, inputs, stats)
     losses = F.cross_entropy(logits, y, reduction="none")
     grad = torch.autograd.grad(losses.sum(), inputs, create_graph=True)[0]
@@ -46,16 +50,23 @@ def llr(
     return x_adv, loss.detach()
 
 
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def network(model, x, stats):
-    """The logits with those statistics of the BatchNorms, or with the batch's own; and the statistics."""
+    """The logits with those statistics of the BatchNorms, in order, or with the batch's own; and the statistics."""
     used = []
-    h = x
-    for i, (conv, bn) in enumerate([(model.conv1, model.bn1), (model.conv2, model.bn2)]):
-        h = conv(h)
-        mean, var = (
-            stats[i] if stats else (h.mean((0, 2, 3)), (h**2).mean((0, 2, 3)) - h.mean((0, 2, 3)) ** 2)
-        )  # the variance as the published code has it
-        used.append((mean, var))
+
+    def normalise(bn, h):
+        mean, var = stats[len(used)] if stats else (h.mean((0, 2, 3)), (h**2).mean((0, 2, 3)) - h.mean((0, 2, 3)) ** 2)
+        used.append((mean, var))  # the variance as the published code has it
         mean, var, scale, offset = (t[None, :, None, None] for t in (mean, var, bn.weight, bn.bias))
-        h = torch.relu(scale * (h - mean) / torch.sqrt(var + 1e-5) + offset)
-    return model.linear(h.flatten(1)), used
+        return scale * (h - mean) / torch.sqrt(var + 1e-5) + offset
+
+    for bn in norms(model):
+        bn.forward = partial(normalise, bn)
+    logits = model(x)
+    for bn in norms(model):
+        del bn.forward
+    return logits, used

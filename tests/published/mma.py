@@ -1,8 +1,9 @@
-"""MMA as the authors' trainer.py and anpgd.py have it."""
+"""MMA as the authors' trainer.py and anpgd.py have it, radii read and written one by one."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -17,8 +18,8 @@ def times(values, images):
 
 
 def pgd(model, x, y, noise, eps, steps):
-    """Per-sample radii; the objective is SLM; in eval mode."""
-    model.eval()
+    """Per-sample radii; the objective is SLM; in eval mode, the weights frozen."""
+    model.eval().requires_grad_(False)
     delta = times(eps, noise)
     delta = torch.clamp(x + delta, 0, 1) - x
     for _ in range(steps):
@@ -27,7 +28,7 @@ def pgd(model, x, y, noise, eps, steps):
         delta = delta.detach() + times(2.5 * eps / steps, torch.sign(grad))
         delta = torch.max(torch.min(delta, times(eps, torch.ones_like(x))), times(eps, -torch.ones_like(x)))
         delta = torch.clamp(x + delta, 0, 1) - x
-    model.train()
+    model.train().requires_grad_(True)
     return torch.clamp(x + delta, 0, 1)
 
 
@@ -55,7 +56,7 @@ def mma(model, x, y, start, optimizer, *, ids, known, steps, d_max, min_eps, sea
     mixed, found = x.clone(), x.new_zeros(len(x))
     if correct.any():
         few, labels = x[correct], y[correct]
-        eps = x.new_tensor([max(min_eps, known.setdefault(i, min_eps)) for i in ids[correct].tolist()])
+        eps = x.new_tensor([max(min_eps, known.setdefault(i, min_eps)) for i in map(Tensor.item, ids[correct])])
         adv = pgd(model, few, labels, start[correct], eps, steps)
         way = times(1.0 / (eps + 1e-12), adv - few)
         margin = slm(model(adv), labels).detach()
@@ -74,5 +75,5 @@ def mma(model, x, y, start, optimizer, *, ids, known, steps, d_max, min_eps, sea
     for p, before in zip(model.parameters(), saved, strict=True):
         p.grad = (1 - clean_weight) * p.grad + clean_weight * before
     optimizer.step()
-    known.update(zip(ids.tolist(), found.tolist(), strict=True))
+    known.update(zip(map(Tensor.item, ids), map(Tensor.item, found), strict=True))
     return mixed, clean_weight * clean.detach() + (1 - clean_weight) * margin_loss.detach()

@@ -22,10 +22,10 @@ def yopo(model, x, y, start, optimizer, *, f1, rest, eps, sigma, outer, inner):
             (grad,) = torch.autograd.grad(hamiltonian, eta)
             e = torch.clamp(eta.detach() - sigma * torch.sign(grad), -eps, eps)
             eta = (torch.clamp(x + e, 0.0, 1.0) - x).requires_grad_()
-        x_adv = torch.clamp(x + eta.detach(), 0, 1)
+        x_adv = torch.clamp(x + eta, 0, 1)  # with eta in the graph
         (-1.0 * (f1(model, x_adv) * p).sum()).backward()
         losses.append(loss.detach())
     with torch.no_grad():
         model(x_adv)  # for the log
     optimizer.step()
-    return x_adv, torch.stack(losses).mean()
+    return x_adv.detach(), torch.stack(losses).mean()

@@ -44,7 +44,7 @@ def _distance(logits: Tensor, x: Tensor, labels: Tensor, other: Tensor, *, creat
 
 def _slope(logits: Tensor, x: Tensor, labels: Tensor, other: Tensor, *, create_graph: bool = True) -> Tensor:
     """``||grad (z_y - z_other)||_1``, the dual of the l_inf norm."""
-    v = F.one_hot(labels, logits.shape[1]) - F.one_hot(other, logits.shape[1])
+    v = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0).scatter_(1, other[:, None], -1.0)
     return pulled_back(logits, x, v, create_graph=create_graph).abs().sum(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels.attacks.contract import copied_buffers
+from atlas_kernels.attacks.buffers import copied_buffers
 from atlas_kernels.attacks.weights import weight_directions
 
 from ..data import Batch
@@ -42,8 +42,16 @@ class AWP(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_wrappable(type(self.method))
-        for name in ("eps", "adversarial"):
+        for name in ("eps", "adversarial", "no_graph"):
             object.__setattr__(self, name, getattr(self.method, name))
+
+    @property
+    def recomputable(self) -> bool:
+        return self.method.recomputable
+
+    def phase(self, state: State) -> Hashable:
+        inner = self.method.phase(state)
+        return None if inner is None else (state.epoch < self.warmup, inner)
 
     def require(self, model: nn.Module) -> None:
         self.method.require(model)

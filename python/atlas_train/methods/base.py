@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -61,6 +61,8 @@ class Method(ABC):
     adversarial: ClassVar[bool] = True
     #: Defaults that differ by data set, where the published code has them: {"mnist": {"steps": 40}}.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Why a step cannot be one CUDA graph, where it cannot: "name, which waits for ...".
+    no_graph: ClassVar[str] = ""
 
     eps: float = option(
         help="l_inf radius, in the unit of images in [0, 1]",
@@ -76,6 +78,18 @@ class Method(ABC):
     def updates(self) -> int:
         """Optimiser steps per batch."""
         return 1
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether parts of its training forwards may run again in the backward, unseen by hooks of the method's."""
+        return True
+
+    def phase(self, state: State) -> Hashable:
+        """What a step takes from ``state``, its memory's tensors apart, or from elsewhere on the host.
+
+        A CUDA graph of a step is recorded anew when this changes; None: the step is not to be recorded.
+        """
+        return ()
 
     def require(self, model: nn.Module) -> None:  # noqa: B027 (most methods train any network)
         """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""

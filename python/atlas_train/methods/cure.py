@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,7 +46,13 @@ class CURE(Method):
     grow: bool = option(True, "in the first four epochs h is 1/30, 2/15, 4/15 and 3/5 of it, as in the published list")
     form: Literal["code", "paper"] = option("code", "of the penalty: the norm, as published code has it, or its square")
 
+    def phase(self, state: State) -> Hashable:
+        return self._length(state)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> float:
+        return self._length(state)
+
+    def _length(self, state: State) -> float:
         """The length of z in this epoch."""
         return self.h * (GROWTH[state.epoch] if self.grow and state.epoch < len(GROWTH) else 1.0)
 

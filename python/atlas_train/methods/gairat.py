@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -70,6 +70,9 @@ class GAIRAT(Method):
     beta: float = option(6.0, "weight of the KL term, for base=trades", low=0)
     attack_mode: AttackMode = option("eval", "mode of BatchNorm and dropout in the attack; eval, as published")
 
+    def phase(self, state: State) -> Hashable:
+        return self._burnt_in(state)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
         trades = self.base == "trades"
         attack = PGD(
@@ -79,8 +82,11 @@ class GAIRAT(Method):
         start = near_start(batch, key) if trades else None
         found = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
         assert found.kappa is not None
-        burnt_in = (state.epoch + 1) / state.epochs >= self.burn_in
-        return Given(found.adv, self.weights(found.kappa, compute_dtype(batch.x.dtype)) if burnt_in else None)
+        weights = self.weights(found.kappa, compute_dtype(batch.x.dtype)) if self._burnt_in(state) else None
+        return Given(found.adv, weights)
+
+    def _burnt_in(self, state: State) -> bool:
+        return (state.epoch + 1) / state.epochs >= self.burn_in
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.base == "adv":

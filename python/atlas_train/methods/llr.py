@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -69,6 +70,15 @@ class LLR(Method):
         "BatchNorm in l. clean_batch: the statistics of the clean batch, as published. eval: running averages, with "
         "the whole network in eval mode but for CE (3 passes more)",
     )
+
+    @property
+    def recomputable(self) -> bool:
+        return self.bn == "eval"
+
+    def phase(self, state: State) -> Hashable:
+        """The radius; in the ramp it is another at every step, so those are not recorded."""
+        radius = self._radius(state)
+        return radius if radius == self.eps else None
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         with leave_no_trace(model, "keep", key):

@@ -37,6 +37,7 @@ class Classifier(nn.Module):
 
     image_size: int | None = None  # height and width that the layers need; None: any
     num_features: int
+    stages: tuple[str, ...] = ()  # methods of several layers, which ``recompute`` takes as its blocks
 
     def __init__(self, in_channels: int, normalize: Normalize | None) -> None:
         super().__init__()

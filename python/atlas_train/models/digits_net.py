@@ -14,6 +14,7 @@ class DigitsNet(Classifier):
 
     image_size = 8
     num_features = 128
+    stages = ("_stage1", "_stage2")
 
     def __init__(
         self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None
@@ -27,9 +28,13 @@ class DigitsNet(Classifier):
         self.linear = nn.Linear(self.num_features, num_classes)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.fc(F.max_pool2d(x, 2).flatten(1)))
+        return F.relu(self.fc(self._stage2(self._stage1(x)).flatten(1)))
+
+    def _stage1(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def _stage2(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.linear(features)

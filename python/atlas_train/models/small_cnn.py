@@ -19,6 +19,7 @@ class SmallCNN(Classifier):
 
     image_size = 28
     num_features = 200
+    stages = ("_stage1", "_stage2")
 
     def __init__(
         self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None
@@ -48,13 +49,18 @@ class SmallCNN(Classifier):
             nn.init.zeros_(parameter)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        conv, fc = self.feature_extractor, self.classifier
-        x = F.relu(conv["conv2"](F.relu(conv["conv1"](x))))
-        x = F.max_pool2d(x, 2)
-        x = F.relu(conv["conv4"](F.relu(conv["conv3"](x))))
-        x = F.max_pool2d(x, 2).flatten(1)
+        fc = self.classifier
+        x = self._stage2(self._stage1(x)).flatten(1)
         x = fc["drop"](F.relu(fc["fc1"](x)))
         return F.relu(fc["fc2"](x))
+
+    def _stage1(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.feature_extractor
+        return F.max_pool2d(F.relu(conv["conv2"](F.relu(conv["conv1"](x)))), 2)
+
+    def _stage2(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.feature_extractor
+        return F.max_pool2d(F.relu(conv["conv4"](F.relu(conv["conv3"](x)))), 2)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.classifier["fc3"](features)

@@ -1,0 +1,181 @@
+"""Whole attacks as CUDA graphs: each kind of call is recorded at its first use and replayed after.
+
+A kind is: the attack's settings, the model, the shapes, dtypes and strides of what is given, the modes of the modules
+(for ``attack_mode="keep"``), autocast, backend and the settings of the ``Execution``. Images, labels, logits, start,
+noise key, ids and per-sample or per-channel numbers are inputs of the graph; the noise is that of the call's own key.
+Weights and buffers are read anew at every replay, so an optimiser that writes in place is seen; weights that are
+replaced (``.to()``, ``load_state_dict(assign=True)``) are noticed, and recorded anew.
+
+What Python does in the model happens at the recording only: an attribute that changes later is not seen, unless it is a
+parameter or a buffer; nor are torch's global switches. Under a graph random layers draw from the device's generator,
+which moves on: a replayed key repeats an attack's noise, but not its dropout masks.
+
+An ``Execution`` keeps ``LIMIT`` graphs per model, the last used ones, and they share one pool of memory: in the end the
+largest attack's activations, held for as long as the graphs are. Graphs go with the model or the ``Execution``. All
+attacks of one ``Execution`` belong on one stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import forced_backend
+from ..capture import Capture, CaptureFailed, Recorder, capturing, cuda_graph
+from ..checks import require_labels
+
+if TYPE_CHECKING:
+    from .objective import Model
+    from .pgd import PGD, Batch
+
+Result = TypeVar("Result")
+
+#: Graphs per model. A training makes two per attack (the last batch of an epoch may be smaller), an evaluation too.
+LIMIT = 16
+#: From LIMIT recordings on, at least so many calls for each: a recording costs three attacks and a pause.
+CALLS_PER_RECORDING = 8
+_TOO_MANY = (
+    "too many of its calls are of a kind not seen before, each of which takes a recording; keep shapes and settings (a "
+    "radius that changes: give it as a tensor [B]), keep the model, and write its weights in place"
+)
+_IN_BATCH = {"eps", "step_size", "clip_min", "clip_max"}  # settings of PGD that the batch holds, checked
+
+
+@dataclass(frozen=True)
+class _Graph:
+    capture: Capture[Any]
+    classes: int | None
+
+
+@dataclass
+class _OfModel:
+    """kinds: graphs, or why there is none. tensors: where and what weights and buffers were. told: reasons given."""
+
+    kinds: dict[Hashable, _Graph | str] = field(default_factory=dict)
+    tensors: list[Hashable] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+
+
+class Graphs:
+    """The graphs of one ``Execution``. ``recorder`` and ``device_type``: what records, on which devices."""
+
+    def __init__(self, recorder: Recorder = cuda_graph, device_type: str = "cuda") -> None:
+        self.recordings = self.calls = 0
+        self._recorder, self._device_type = recorder, device_type
+        self._models: WeakKeyDictionary[nn.Module, _OfModel] = WeakKeyDictionary()
+        self._functions = _OfModel()
+
+    def run(
+        self,
+        attack: PGD,
+        loop: Callable[[PGD, Model, Batch], Result],
+        model: Model,
+        batch: Batch,
+        settings: Hashable,
+    ) -> Result:
+        """``loop(attack, model, batch)``, by a graph where one can be had."""
+        if not len(batch.x) or capturing(batch.x.is_cuda):
+            return loop(attack, model, batch)
+        self.calls += 1
+        found = self._find(attack, loop, model, batch, settings)
+        if isinstance(found, str):
+            self._say_once(model, found)
+            return loop(attack, model, batch)
+        if batch.goal.labels is not None and found.classes is not None:
+            require_labels(batch.goal.labels, found.classes)
+        made: Result = found.capture(*_tensors(batch))
+        return made
+
+    def _find(
+        self, attack: PGD, loop: Callable[..., Any], model: Model, batch: Batch, settings: Hashable
+    ) -> _Graph | str:
+        """The graph for this call, made if need be, or why there is none."""
+        if batch.x.device.type != self._device_type:
+            return f"x is on {batch.x.device}; put model and images on a CUDA device, or leave cuda_graphs out"
+        if attack.compact:
+            return "compact=True waits for the device at every step; set compact=False"
+        if not isinstance(model, nn.Module):
+            return f"the weights of a {type(model).__name__} cannot be found; pass the torch.nn.Module itself"
+        state = _state(model)
+        if state is None:
+            return f"{type(model).__name__} has hooks, which a replay would not call; remove them"
+        of, (modes, tensors) = self._models.setdefault(model, _OfModel()), state
+        if of.tensors != tensors:
+            of.kinds.clear()
+            of.tensors = tensors
+        kind = _kind(attack, loop, batch), settings, modes if attack.attack_mode == "keep" else None
+        if kind in of.kinds:
+            found = of.kinds.pop(kind)
+        elif self.recordings >= LIMIT and self.recordings * CALLS_PER_RECORDING > self.calls:
+            return _TOO_MANY
+        else:
+            found = self._record(attack, loop, model, batch)
+        of.kinds[kind] = found  # the last used one is the last
+        if len(of.kinds) > LIMIT:
+            del of.kinds[next(iter(of.kinds))]
+        return found
+
+    def _record(self, attack: PGD, loop: Callable[..., Any], model: nn.Module, batch: Batch) -> _Graph | str:
+        self.recordings += 1
+        classes: int | None = None
+
+        def call(*tensors: Tensor) -> Any:
+            nonlocal classes
+            held = batch.holding(tensors)
+            result = loop(attack, model, held)
+            classes = held.goal.classes
+            return result
+
+        share = next(self._captures(batch.x.device), None)
+        try:
+            # The buffers: where update_buffers lets BatchNorm's move, one call is to move them once.
+            capture = Capture(call, _tensors(batch), restore=model.buffers(), share=share, recorder=self._recorder)
+        except CaptureFailed as error:
+            return f"{type(model).__name__}: {error}"
+        return _Graph(capture, classes)
+
+    def _captures(self, device: torch.device) -> Any:
+        graphs = chain.from_iterable(of.kinds.values() for of in self._models.values())
+        return (g.capture for g in graphs if isinstance(g, _Graph) and g.capture.inputs[0].device == device)
+
+    def _say_once(self, model: Model, reason: str) -> None:
+        of = self._models.setdefault(model, _OfModel()) if isinstance(model, nn.Module) else self._functions
+        if reason not in of.told:
+            of.told.add(reason)
+            warnings.warn(f"cuda_graphs: an attack runs without: {reason}", stacklevel=6)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]
+
+
+def _kind(attack: PGD, loop: Callable[..., Any], batch: Batch) -> Hashable:
+    """What is constant in a graph, the model apart."""
+    device = batch.x.device
+    settings = (getattr(attack, f.name) for f in fields(attack) if f.name not in _IN_BATCH)
+    given = ((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in batch.values())
+    return (
+        device, type(attack), loop, *settings, *given,
+        torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), forced_backend(),
+    )  # fmt: skip
+
+
+def _state(model: nn.Module) -> tuple[tuple[bool, ...], list[Hashable]] | None:
+    """The modes of the modules, and where and what their tensors are; None if any has hooks."""
+    modes: list[bool] = []
+    tensors: list[Hashable] = []
+    for m in model.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return None
+        modes.append(m.training)
+        for t in chain(m._parameters.values(), m._buffers.values()):
+            if t is not None:
+                tensors.append((t.data_ptr(), t.dtype, t.shape, t.stride()))
+    return tuple(modes), tensors

@@ -1,0 +1,485 @@
+"""PGD as users run it: torchattacks, foolbox, a careful plain script and ours, beside the bare passes of the network.
+
+    python benchmarks/bench_attacks.py [--results FILE.json] [--only NAME ...] [--compact] [--compile]
+
+All attack the same weights on the same images with the same eps, step and number of steps from a uniform start, in one
+process: every round runs each contender once, and medians are compared. torchattacks, foolbox and the plain script run
+with the allocator as it is found, ours and the bare passes inside ``keep_memory``, which is a setting of the whole
+process; each after one untimed pass. Peers: pip install --no-deps -r benchmarks/peers.txt. A peer that is missing
+says so in its row.
+
+A row is printed only if its adversaries lie in the ball and in [0, 1], and are as strong as the plain script's to the
+tolerances below. With restarts, contenders differ in what they do with a sample that is already fooled, which the
+passes show: torchattacks (MultiAttack) and the plain script leave it out of later restarts, foolbox (repeat) and ours
+go on with it (foolbox keeps the first adversary that fools, ours the strongest), ours with ``compact`` leaves it out
+at once, in the middle of a restart too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import harness
+from atlas_kernels import PGD, Execution, keep_memory
+from atlas_train import data, methods, models
+from atlas_train.evaluate import predict
+from atlas_train.noise import noise_keys
+from atlas_train.options import fraction
+from atlas_train.passes import count_passes
+from tables import Table, aligned, command_line, markdown, write
+
+Attack = Callable[[], Tensor]
+#: As a share of what the plain script adds to the mean loss: how much more or less another attack may add.
+LOSS_TOLERANCE = 0.05
+#: Of the share of samples fooled, which is what counts where an attack stops at the first success: two of sixteen.
+FOOLED_TOLERANCE = 1 / 8
+#: What float32 rounds away in x + (adv - x), with images in [0, 1].
+ROUNDING = 1e-6
+TRAINING_STEPS = 20
+PEERS = ("torchattacks", "foolbox")
+PLAIN, INSTALL = "plain PyTorch fp32", "pip install --no-deps -r benchmarks/peers.txt"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is attacked, and how."""
+
+    network: str
+    width: int
+    batch: int
+    shape: tuple[int, int, int]
+    steps: int = 10
+    restarts: int = 1
+    eps: float = 8 / 255
+    rounds: int = 5
+
+    @property
+    def attack(self) -> str:
+        return f"PGD-{self.steps}" + (f" x {self.restarts}" if self.restarts > 1 else "")
+
+
+CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
+WORKLOADS = {
+    "resnet": Workload("preact_resnet18", 64, 64, CIFAR, rounds=3),
+    "narrow": Workload("preact_resnet18", 16, 128, CIFAR),
+    "restarts": Workload("preact_resnet18", 16, 16, CIFAR, steps=50, restarts=10, eps=16 / 255, rounds=3),
+    "cnn": Workload("small_cnn", 32, 128, MNIST, eps=0.3, rounds=9),
+}
+SMALL = Workload("digits_net", 16, 64, (1, 8, 8), eps=0.1, rounds=9)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload with its network, in eval mode, and its images."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    steps: int
+    restarts: int
+
+    @property
+    def step_size(self) -> float:
+        return self.eps / 4
+
+    def lean(self) -> Task:
+        """The same in channels_last."""
+        model = copy.deepcopy(self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, model=model, x=self.x.contiguous(memory_format=torch.channels_last))
+
+
+def make_task(work: Workload, device: torch.device) -> Task:
+    """A network after a few steps of one-step ADV on digits, enlarged, and test images of them: some are fooled soon,
+    some late and some not at all."""
+    torch.manual_seed(0)
+    digits, method = data.load("digits"), methods.build("one_step_adv", 0.1, {})
+    model = models.build(work.network, num_classes=10, in_channels=work.shape[0], width=work.width).to(device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3  # so that its statistics arrive in so few steps
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for number, key in enumerate(noise_keys(0, 0, TRAINING_STEPS).to(device)):
+        rows = slice(32 * number, 32 * number + 32)
+        loss, _ = method.loss(model, _batch(digits.train, rows, work.shape, device), key)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    x, y, _ = _batch(digits.test, slice(work.batch), work.shape, device)
+    return Task(model.eval(), x, y, work.eps, work.steps, work.restarts)
+
+
+def _batch(images: data.Images, rows: slice, shape: tuple[int, int, int], device: torch.device) -> data.Batch:
+    x = F.interpolate(images.images[rows].to(device) / 255, shape[1:], mode="bilinear")
+    y = images.labels[rows].to(device)
+    return data.Batch(x.expand(-1, shape[0], -1, -1).contiguous(), y, torch.arange(len(y), device=device))
+
+
+# What is measured
+
+
+class Strength(NamedTuple):
+    """Of adversaries, judged by the network in float32: mean cross-entropy, and the share that is misclassified."""
+
+    loss: float
+    fooled: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the attack. counted: the same attack in a form whose passes can be counted, and checked.
+
+    run_pass: one forward and backward, before each timing. keeps: inside ``keep_memory``. stops: with samples that are
+    fooled, so that the losses say little.
+    """
+
+    name: str
+    run: Attack
+    counted: Attack
+    run_pass: Callable[[], object]
+    keeps: bool
+    stops: bool = False
+
+    @property
+    def around(self) -> AbstractContextManager[None]:
+        return keep_memory() if self.keeps else nullcontext()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's numbers, or why there are none.
+
+    passes: forwards of the batch that cost as much. peak: bytes in use at once, beyond what was before.
+    """
+
+    name: str
+    problem: str | None = None
+    seconds: float | None = None
+    passes: float | None = None
+    strength: Strength | None = None
+    peak: int | None = None
+    samples: list[float] = field(default_factory=list)
+
+
+def plain_pgd(task: Task) -> Tensor:
+    """A careful script. The weights are frozen by whoever calls."""
+    x, low, high = task.x, (task.x - task.eps).clamp_(min=0), (task.x + task.eps).clamp_(max=1)
+    adv = torch.empty_like(x).uniform_(-task.eps, task.eps).add_(x).clamp_(0, 1)
+    for _ in range(task.steps):
+        loss = F.cross_entropy(task.model(adv.requires_grad_()), task.y, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, adv)
+        adv = torch.clamp(adv.detach().add_(grad.sign_(), alpha=task.step_size), low, high)
+    return adv
+
+
+def plain_restarts(task: Task) -> Tensor:
+    """Restarts, each for the samples that are still classified correctly."""
+    best, going = task.x.clone(), torch.arange(len(task.x), device=task.x.device)
+    for _ in range(task.restarts):
+        some = replace(task, x=task.x[going], y=task.y[going])
+        best[going] = adv = plain_pgd(some)
+        going = going[predict(task.model, adv) == some.y]
+        if not len(going):
+            break
+    return best
+
+
+def bare_passes(task: Task, precision: str) -> Tensor:
+    """As many passes as ours makes, and nothing else."""
+    with torch.autocast(task.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for _ in range(task.steps * task.restarts):
+            one_pass(task)
+        for _ in range(task.restarts if task.restarts > 1 else 0):
+            predict(task.model, task.x)
+    return task.x
+
+
+def one_pass(task: Task) -> None:
+    z = task.model(leaf := task.x.detach().requires_grad_())
+    torch.autograd.grad(z, leaf, torch.ones_like(z))
+
+
+def torchattacks_pgd(task: Task) -> Attack:
+    import torchattacks  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    attack = torchattacks.PGD(task.model, eps=task.eps, alpha=task.step_size, steps=task.steps, random_start=True)
+    if task.restarts > 1:
+        attack = torchattacks.MultiAttack([attack] * task.restarts)
+    return lambda: attack(task.x, task.y)
+
+
+def foolbox_pgd(task: Task) -> Attack:
+    import foolbox  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    model = foolbox.PyTorchModel(task.model, bounds=(0, 1), device=task.x.device)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=task.step_size, steps=task.steps, random_start=True)
+    if task.restarts > 1:
+        attack = attack.repeat(task.restarts)
+    return lambda: attack(model, task.x, task.y, epsilons=task.eps)[1]
+
+
+def our_pgd(task: Task, precision: str, compact: bool) -> Attack:
+    execution = Execution(precision)
+    attack = PGD(task.eps, task.step_size, task.steps, restarts=task.restarts, compact=compact)
+
+    def run() -> Tensor:
+        with execution:
+            return attack(task.model, task.x, task.y)
+
+    return run
+
+
+def contenders(task: Task, compact: bool, compiled: bool) -> tuple[list[Contender], list[Row]]:
+    """Who takes part, and a row for every peer that cannot."""
+    found, absent = [], []
+    for name, make in (("torchattacks", torchattacks_pgd), ("foolbox", foolbox_pgd)):
+        try:
+            run = make(task)
+        except ImportError as error:
+            absent.append(Row(name, f"absent ({error}): {INSTALL}"))
+        else:
+            found.append(Contender(name, run, run, partial(one_pass, task), keeps=False, stops=task.restarts > 1))
+    frozen, own = task.lean(), task.lean()
+    frozen.model.requires_grad_(False)
+    plain = partial(plain_pgd if task.restarts == 1 else plain_restarts, frozen)
+    found.append(Contender(PLAIN, plain, plain, partial(one_pass, frozen), keeps=False, stops=task.restarts > 1))
+    for precision in ("fp32", "bf16"):
+        bare = partial(bare_passes, frozen, precision)
+        warm = partial(bare_passes, replace(frozen, steps=1, restarts=1), precision)
+        for kind in ("", " compact") if compact else ("",):
+            run, stops = our_pgd(own, precision, bool(kind)), bool(kind) or task.restarts > 1
+            found.append(Contender(f"ours {precision}{kind}", run, run, warm, True, stops))
+            if compiled:
+                fast = our_pgd(replace(own, model=torch.compile(own.model)), precision, bool(kind))
+                found.append(Contender(f"ours {precision}{kind} compiled", fast, run, warm, True, stops))
+        found.append(Contender(f"bare passes {precision}", bare, bare, warm, keeps=True))
+    return found, absent
+
+
+# What is checked
+
+
+def strength(task: Task, adv: Tensor) -> Strength:
+    with torch.no_grad():
+        z = task.model(adv)
+    return Strength(F.cross_entropy(z, task.y).item(), (z.argmax(1) != task.y).double().mean().item())
+
+
+def problem_with(task: Task, adv: Tensor, plain: Strength, stops: bool) -> str | None:
+    """Why these are no adversaries as strong as the plain script's; None: they are."""
+    if adv.shape != task.x.shape or not adv.isfinite().all():
+        return f"not {list(task.x.shape)} finite numbers"
+    distance = (adv.double() - task.x.double()).abs().max().item()
+    if distance > task.eps + ROUNDING:
+        return f"left the ball: {distance:.6f} from x, eps {task.eps:.6f}"
+    if adv.min() < 0 or adv.max() > 1:
+        return f"left the range [0, 1]: {adv.min().item():.6f} to {adv.max().item():.6f}"
+    found = strength(task, adv)
+    if stops and abs(found.fooled - plain.fooled) > FOOLED_TOLERANCE:
+        return f"fools {found.fooled:.1%}, but the plain script {plain.fooled:.1%} (tolerance {FOOLED_TOLERANCE:.1%})"
+    tolerance = LOSS_TOLERANCE * abs(plain.loss - strength(task, task.x).loss)
+    if not stops and abs(found.loss - plain.loss) > tolerance:
+        return f"loss {found.loss:.4f}, but the plain script's is {plain.loss:.4f} (tolerance {tolerance:.4f})"
+    return None
+
+
+def examine(task: Task, contender: Contender, plain: Strength) -> Row:
+    """Attacks, untimed: are they right, how much memory do they need, how many passes do they make?"""
+    made: list[Tensor] = []
+    contender.run_pass()
+    if contender.run is not contender.counted:
+        contender.run()  # compiles, which takes memory of its own
+    peak = peak_memory(lambda: made.append(contender.run()), contender.around, task.x.device)
+    passes = count_passes(task.model, task.x, contender.counted)
+    task.model.zero_grad(set_to_none=True)  # foolbox leaves gradients
+    if contender.name.startswith("bare"):
+        return Row(contender.name, passes=passes, peak=peak)
+    problem = problem_with(task, made[-1], plain, contender.stops)
+    return Row(contender.name, problem, passes=passes, strength=strength(task, made[-1]), peak=peak)
+
+
+def peak_memory(call: harness.Call, around: AbstractContextManager[None], device: torch.device) -> int | None:
+    """What ``call`` needs beyond what is in use: of the device, or, from Linux, of the process. None: not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with around:
+            call()
+        return torch.cuda.max_memory_allocated() - before
+    with keep_memory():
+        pass  # at its end what is free is given back
+    if not _forget_peak():
+        return None
+    before = _resident("VmRSS")
+    with around:
+        call()
+    return _resident("VmHWM") - before
+
+
+def _forget_peak() -> bool:
+    """Sets this process's peak back to what it has now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+# The rounds
+
+
+def measure(task: Task, rounds: int, compact: bool, compiled: bool) -> list[Row]:
+    """A row per contender: examined first, then, if nothing is wrong with it, timed in every round."""
+    found, absent = contenders(task, compact, compiled)
+    plain = next(contender for contender in found if contender.name == PLAIN)
+    reference = strength(task, plain.run())
+    rows = {contender: examine(task, contender, reference) for contender in found}
+    for _ in range(rounds):
+        for contender, row in rows.items():
+            if row.problem is None:
+                row.samples.append(seconds(task, contender))
+    timed = (replace(row, seconds=statistics.median(row.samples)) if row.samples else row for row in rows.values())
+    return [*absent, *timed]
+
+
+def seconds(task: Task, contender: Contender) -> float:
+    once = harness._once_cuda if task.x.is_cuda else lambda call: harness._once_cpu(call, 1)
+    with contender.around:
+        contender.run_pass()
+        taken = once(contender.run)
+    task.model.zero_grad(set_to_none=True)
+    return taken
+
+
+# The table
+
+
+def table(rows: Sequence[Row]) -> Table:
+    time = {row.name: row.seconds for row in rows if row.seconds is not None}
+    peer = min((t for name, t in time.items() if name in PEERS), default=None)
+    header = ["", "ms", "fastest peer / it", "plain / it", "passes", "ms/pass", "of bare", "peak MiB", "loss", "fooled"]
+    lines = [header]
+    for row in rows:
+        if row.seconds is None or row.passes is None:
+            lines.append([row.name, *["-"] * (len(header) - 1)])
+            continue
+        bare = time.get(f"bare passes {'bf16' if 'bf16' in row.name else 'fp32'}")
+        ratios = [_ratio(peer, row.seconds), _ratio(time.get(PLAIN), row.seconds)]
+        milli = [f"{1e3 * row.seconds:.1f}", f"{1e3 * row.seconds / row.passes:.2f}"]
+        share = "-" if bare is None else f"{bare / row.seconds:.0%}"
+        peak = "-" if row.peak is None else f"{row.peak / 2**20:.0f}"
+        strong = ["-", "-"] if row.strength is None else [f"{row.strength.loss:.3f}", f"{row.strength.fooled:.1%}"]
+        lines.append([row.name, milli[0], *ratios, f"{row.passes:.1f}", milli[1], share, peak, *strong])
+    return lines
+
+
+def _ratio(other: float | None, own: float) -> str:
+    return "-" if other is None else f"{other / own:.2f}x"
+
+
+def title(work: Workload) -> str:
+    eps = f"eps {fraction(work.eps)}, step eps/4"
+    return f"{work.network} width {work.width}, batch {work.batch}, {work.attack}, {eps}"
+
+
+NOTE = (
+    "Medians of rounds in one process. passes: forwards of the batch that cost as much (a backward to the input is 1, "
+    "to the weights 1 more). of bare: the time of as many bare passes as ours makes without compact, at the same "
+    "precision, over its time. peak: beyond what was in use before. loss, fooled: of the adversaries, judged in "
+    "float32. A row is printed if they lie in the ball and in [0, 1] and add as much to the loss as the plain script's "
+    f"to {LOSS_TOLERANCE:.0%}, or, where samples that are fooled may be left alone, fool as many of all samples, to "
+    f"{FOOLED_TOLERANCE:.1%}."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table per workload; 1 if a contender was not as strong as it had to be, or left the ball."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    o = _parser().parse_args(arguments)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    known = {**WORKLOADS, "small": SMALL}
+    parts, measured, refused = [], [], 0
+    for name in o.only:
+        work, task = known[name], make_task(known[name], torch.device(o.device))
+        rows = measure(task, o.rounds or work.rounds, o.compact, o.compile)
+        lines, heading = table(rows), title(work)
+        notes = [f"{row.name}: {row.problem}" for row in rows if row.problem]
+        refused += sum(row.problem is not None and row.passes is not None for row in rows)
+        print("\n".join([f"\n{heading}\n", aligned(lines), *notes]), flush=True)
+        parts += [f"## {heading}", markdown(lines), *notes]
+        measured.append({"name": name, **asdict(work), "rows": [asdict(row) for row in rows]})
+    print(f"\n{NOTE}")
+    if o.results:
+        command = command_line(__file__, arguments)
+        tolerances = {"loss_tolerance": LOSS_TOLERANCE, "fooled_tolerance": FOOLED_TOLERANCE, "rounding": ROUNDING}
+        values = {**tolerances, "workloads": measured}
+        write(Path(o.results), "Attacks, ours and others'", command, values, [*parts, NOTE])
+    return int(refused > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="PGD: ours beside torchattacks, foolbox and a plain script.")
+    known = (*WORKLOADS, "small")
+    parser.add_argument("--only", nargs="+", default=list(WORKLOADS), choices=known, help="workloads; default: all")
+    parser.add_argument("--rounds", type=int, help="rounds; default: by workload")
+    parser.add_argument("--compact", action="store_true", help="also ours with compact=True")
+    parser.add_argument("--compile", action="store_true", help="also ours on the network through torch.compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--results", metavar="FILE.json", help="write the numbers there, and the tables beside as .md")
+    return parser
+
+
+# Under pytest-benchmark: the small size, a row per contender
+
+
+def _small(name: str) -> tuple[Task, Contender]:
+    task = make_task(SMALL, _device())
+    found, absent = contenders(task, compact=True, compiled=False)
+    for row in absent:
+        if row.name == name:
+            pytest.skip(str(row.problem))
+    return task, next(contender for contender in found if contender.name == name)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+NAMES = [*PEERS, PLAIN, *(f"{who} {p}" for who in ("ours", "bare passes") for p in ("fp32", "bf16"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pgd(benchmark: Any, name: str) -> None:
+    task, contender = _small(name)
+    _, plain = _small(PLAIN)
+    row = examine(task, contender, strength(task, plain.run()))
+    assert row.problem is None, f"{name}: {row.problem}; no time is reported"
+    benchmark.extra_info.update(passes=row.passes, strength=row.strength)
+    with contender.around:
+        benchmark.pedantic(contender.run, rounds=9, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The table of whole training steps: what was measured of each, how it is said, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import median_interval, write_whole
+
+#: Between the losses of ours and of the published step in fp32. Sums in another order turn the signs of gradients that
+#: are all but zero: most rows agree to 1e-4, TRADES, whose KL begins without a gradient, to a few 1e-3. In double
+#: precision all agree to 1e-9 (tests/test_bench_training_step.py).
+TOLERANCE = 5e-3
+
+NOTES = (
+    "Medians in ms; one process, contenders in turn; the same weights, images, noise and settings on both sides; SGD "
+    "with momentum at a learning rate of 0 in effect, so that every round is the same step.",
+    "published: the published code's way in plain PyTorch, fp32, contiguous NCHW, with all that it runs (weight "
+    "gradients in attacks, forwards for logs), its starting noise handed to it; for atlas our own documentation of it. "
+    "ours: the trainer's step in channels_last under keep_memory, bf16 by autocast in attack and training.",
+    "F: passes of the network, 1 a forward, 1 a backward to the input, 1 a backward to the weights. Ours leaves out "
+    "passes whose only effect is on BatchNorm's running statistics (bn_compat makes them). x: published / ours.",
+    "network: share of ours that its passes take when nothing but them is run, of the same dtype, layout, modes and "
+    "widths: median over rounds of that / ours, both of one round, and the interval of the order statistics around it, "
+    "which holds the true median with the probability in brackets. MiB: the most that torch holds at once in a step "
+    "beyond weights, momentum and images.",
+    f"A row has times only if ours in fp32 and the published step gave the same loss, to {TOLERANCE:g} of it.",
+)
+HEADER = (
+    "step", "published ms", "F", "ours fp32 ms", "x", "ours bf16 ms", "x", "F", "network fp32", "network bf16",
+    "MiB published", "ours fp32", "ours bf16", "rounds",
+)  # fmt: skip
+
+
+@dataclass
+class StepRow:
+    """A method's step: passes and bytes by contender, seconds of every round, losses where they are to be the same.
+
+    Contenders: "published" (or "published NAME" for each of several), "ours fp32", "ours bf16", "bare fp32", "bare
+    bf16", and the last four with " compiled".
+    """
+
+    step: str
+    losses: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def published(self) -> list[str]:
+        return [name for name in self.losses if name.startswith("published")]
+
+    def look_for_problems(self) -> None:
+        """Sets ``problem`` where a loss differs from the published one, or the bare passes from those of ours."""
+        for name in self.published:
+            theirs, mine = self.losses[name], self.losses["ours fp32"]
+            if not abs(mine - theirs) <= TOLERANCE * abs(theirs):
+                self.problem = f"loss {mine:.6g}, {name} {theirs:.6g}: no times"
+        ours, bare = self.passes["ours"], self.passes["bare"]
+        if abs(bare - ours) > 0.02 * ours:
+            raise ValueError(
+                f"{self.step}: the bare loop makes {bare:.2f} passes and ours {ours:.2f}: correct its row in steps.py"
+            )
+
+    def lines(self) -> list[list[str]]:
+        """A line for each published way, and one for ours compiled."""
+        if self.problem:
+            return [[self.step, self.problem]]
+        lines = [self._line(name, "") for name in self.published]
+        return lines + ([self._line(self.published[0], " compiled")] if "ours fp32 compiled" in self.seconds else [])
+
+    def _line(self, published: str, kind: str) -> list[str]:
+        label = f"{self.step} ({project})" if (project := published.removeprefix("published").strip()) else self.step
+        theirs = self._ms(published)
+        times, shares = [], []
+        for dtype in ("fp32", "bf16"):
+            ours = self._ms(f"ours {dtype}{kind}")
+            times += [f"{ours:.1f}", f"{theirs / ours:.2f}"]
+            shares.append(self._share(f"bare {dtype}{kind}", f"ours {dtype}{kind}"))
+        memory = [f"{self.memory[name] / 2**20:.0f}" if name in self.memory else "-" for name in
+                  (published, f"ours fp32{kind}", f"ours bf16{kind}")]  # fmt: skip
+        passes = [f"{self.passes[name]:.1f}" for name in (published, "ours")]
+        rounds = str(len(self.seconds[published]))
+        return [label + kind, f"{theirs:.1f}", passes[0], *times, passes[1], *shares, *memory, rounds]
+
+    def _ms(self, name: str) -> float:
+        return 1e3 * statistics.median(self.seconds[name])
+
+    def _share(self, part: str, whole: str) -> str:
+        shares = [a / b for a, b in zip(self.seconds[part], self.seconds[whole], strict=True)]
+        low, high, coverage = median_interval(shares)
+        return f"{statistics.median(shares):.1%} ({low:.1%} to {high:.1%}) [{coverage:.0%}]"
+
+
+def plain(rows: Sequence[StepRow]) -> list[str]:
+    """The table in columns."""
+    lines = [list(HEADER), *(line for row in rows for line in row.lines())]
+    whole = [line for line in lines if len(line) == len(HEADER)]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(HEADER))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
+
+
+def markdown(facts: dict[str, Any], rows: Sequence[StepRow]) -> str:
+    """The table with what it was measured on."""
+    lines = [list(HEADER), ["---"] * len(HEADER), *(line for row in rows for line in row.lines())]
+    table = ["| " + " | ".join(line + [""] * (len(HEADER) - len(line))) + " |" for line in lines]
+    listed = [f"- {name}: {value}" for group in facts.values() for name, value in group.items()]
+    return "\n".join(["# Whole training steps", "", *NOTES, "", *listed, "", *table, ""])
+
+
+def write(path: Path, facts: dict[str, Any], rows: Sequence[StepRow]) -> None:
+    """``path`` as JSON, and its twin in markdown."""
+    made = [asdict(row) | {"published": row.published} for row in rows]
+    write_whole(path, json.dumps(facts | {"rows": made}, indent=1) + "\n")
+    write_whole(path.with_suffix(".md"), markdown(facts, rows))
