@@ -27,23 +27,27 @@ import torch
 
 import subjects
 from atlas_kernels import keep_memory
+from atlas_train import methods
 from atlas_train.passes import Flops
+from bare import Attack
+from harness import Call
 from scaling_report import ATTACK, NOTE, PRECISIONS, draw, tables
-from subjects import Call, Setting, Timed, in_turn
+from steps import STEPS
+from subjects import Setting, Timed, in_turn
 from tables import aligned, command_line, markdown, write
 
 METHODS = ("one_step_adv", "atlas")
-STEPS = 10  # of the attack, where they are not what is varied
+USUAL, FEW = 10, 4  # attack steps where they are not what is varied; at most so many bare ones are timed
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: ``work`` at a setting, as a point of ``axis``. steps: of the attack."""
+    """One measurement: ``work`` at a setting, as a point of ``axis``. steps: of the attack, in training too."""
 
     axis: str
     work: str
     setting: Setting
-    steps: int = STEPS
+    steps: int
 
     @property
     def at(self) -> int:
@@ -53,39 +57,40 @@ class Point:
 
 @dataclass(frozen=True)
 class Piece:
-    """A call that is timed: a point's work or a part of a floor; equal pieces are timed once."""
+    """A call that is timed: a point's work, or what it is measured against; equal pieces are timed once."""
 
     kind: str
     setting: Setting
-    count: int = 1  # attack steps, or parts of the batch
+    steps: int = 1
 
     def call(self) -> Call:
         s = self.setting
-        match self.kind:
-            case "PGD":
-                return subjects.attack(s, self.count)
-            case "operators":
-                return subjects.attack_operators(s, self.count)
-            case "input pass, eval" | "input pass, train":
-                return subjects.input_pass(s, training=self.kind.endswith("train"))
-            case "weight pass":
-                return subjects.weight_pass(s, self.count)
-            case "matrix product":
+        match self.kind.partition(" of ")[::2]:
+            case "PGD", _:
+                return subjects.attack(s, self.steps)
+            case "operators", _:
+                return subjects.attack_operators(s, self.steps)
+            case "passes", "PGD":
+                return subjects.bare_passes(s, [Attack(self.steps, "eval")])
+            case "passes", method:
+                return subjects.bare_passes(s, STEPS[method].passes(methods.build(method, subjects.EPS, {}), 0))
+            case "matrix product", _:
                 return subjects.matrix_product(s)[0]
-            case method:
+            case method, _:
                 return subjects.training_step(s, method)
 
 
 def work_of(p: Point) -> Piece:
-    return Piece(p.work, p.setting, p.steps if p.work == ATTACK else 1)
+    return Piece(p.work, p.setting, p.steps)
 
 
-def floor_of(p: Point) -> list[tuple[int, Piece]]:
-    """The bare passes that the work is made of, and how many of each."""
-    if p.work == ATTACK:
-        return [(p.steps, Piece("input pass, eval", p.setting))]
-    parts = {"one_step_adv": 1, "atlas": 3}[p.work]  # ATLAS's update sees image, adversary and neighbour
-    return [(1, Piece("input pass, train", p.setting)), (1, Piece("weight pass", p.setting, parts))]
+def passes_of(p: Point) -> Piece:
+    """The bare passes that the work cannot do without; of an attack's, a few."""
+    return Piece(f"passes of {p.work}", p.setting, min(p.steps, FEW))
+
+
+def operators_of(p: Point) -> Piece:
+    return Piece("operators", p.setting, p.steps)
 
 
 def product_of(p: Point) -> Piece:
@@ -116,41 +121,43 @@ def points(device: str, quick: bool) -> Iterator[Point]:
         for axis, (around, values) in axes.items():
             for value in values:
                 setting = replace(around, precision=precision, **{axis: value})  # type: ignore[arg-type]
-                yield from (Point(axis, work, setting) for work in (ATTACK, *METHODS))
+                yield from every_work(axis, setting)
         for batch in batches:
-            setting = replace(small, precision=precision, batch=batch)
-            yield from (Point("batch", work, setting) for work in (ATTACK, *METHODS))
+            yield from every_work("batch", replace(small, precision=precision, batch=batch))
         for setting in (few, replace(small, batch=16)):
             yield from (Point("steps", ATTACK, replace(setting, precision=precision), count) for count in steps)
+
+
+def every_work(axis: str, setting: Setting) -> Iterator[Point]:
+    yield Point(axis, ATTACK, setting, USUAL)
+    yield from (Point(axis, method, setting, 1) for method in METHODS)
 
 
 def study(found: Sequence[Point], rounds: int) -> list[dict[str, Any]]:
     """Times everything in turn; a row per point, seconds and floating-point operations of the whole batch."""
     device = found[0].setting.device
-    operators = {p: Piece("operators", p.setting, p.steps) for p in found if p.work == ATTACK}
-    pieces = {work_of(p) for p in found} | {product_of(p) for p in found} | set(operators.values())
-    pieces |= {piece for p in found for _, piece in floor_of(p)}
-    ordered = sorted(pieces, key=repr)
+    pieces = {of(p): None for p in found for of in (work_of, passes_of, product_of)}
+    pieces |= {operators_of(p): None for p in found if p.work == ATTACK}
     with keep_memory():
-        timed = in_turn({piece: (piece.call(), piece.setting.threads) for piece in ordered}, rounds, device)
-        flops = {piece: operations(piece.call()) for piece in {work_of(p) for p in found}}
-    return [row(p, timed, flops[work_of(p)], operators.get(p)) for p in found]
+        timed = in_turn({piece: (piece.call(), piece.setting.threads) for piece in pieces}, rounds, device)
+        flops = {piece: operations(piece.call()) for piece in dict.fromkeys(work_of(p) for p in found)}
+    return [row(p, timed, flops[work_of(p)]) for p in found]
 
 
-def row(p: Point, timed: dict[Piece, Timed], flops: int, operators: Piece | None) -> dict[str, Any]:
+def row(p: Point, timed: dict[Piece, Timed], flops: int) -> dict[str, Any]:
     product = subjects.matrix_product(product_of(p).setting)[1] / timed[product_of(p)].median
     return {
         "axis": p.axis,
         "work": p.work,
-        "steps": p.steps if p.work == ATTACK else 1,
+        "steps": p.steps,
         **asdict(p.setting),
         "at": p.at,
         "seconds": asdict(timed[work_of(p)]),
-        "passes_seconds": sum(count * timed[piece].median for count, piece in floor_of(p)),
+        "passes_seconds": timed[passes_of(p)].median * p.steps / passes_of(p).steps,
         "flops": flops,
         "product_flops_per_second": product,
         "flops_seconds": flops / product,
-        "operators_seconds": timed[operators].median if operators else None,
+        "operators_seconds": timed[operators_of(p)].median if p.work == ATTACK else None,
     }
 
 

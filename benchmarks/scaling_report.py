@@ -63,11 +63,11 @@ def draw(rows: Rows, folder: Path, name: str) -> list[Path]:
     for work in dict.fromkeys(r["work"] for r in rows):
         panels = list(groups([r for r in rows if r["work"] == work]))
         figure = Figure(figsize=(11, 2.8 * -(-len(panels) // 3)), layout="constrained")
-        axes = figure.subplots(-(-len(panels) // 3), 3, squeeze=False).flat
+        axes = list(figure.subplots(-(-len(panels) // 3), 3, squeeze=False).flat)
         for ax, (network, axis, own) in zip(axes, panels, strict=False):
             _panel(ax, axis, own)
             ax.set_title(f"{network}, width {own[0]['width']}", fontsize="small")
-        for ax in list(axes)[len(panels) :]:
+        for ax in axes[len(panels) :]:
             ax.set_axis_off()
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="small", frameon=False, title=work)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from atlas_kernels import PGD, Execution, attack_cotangent, noise_key, pgd_step, random_start
 from atlas_train import methods, models
 from atlas_train.methods import Batch, State
+from bare import Bare, Pass
+from harness import Call, seconds
 
 EPS = 8 / 255
 SHORTEST = 0.02  # seconds of a measurement
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -40,54 +40,32 @@ class Setting:
 
 
 @lru_cache
-def _network(name: str, width: int | None, classes: int, device: str, training: bool, frozen: bool) -> nn.Module:
+def _network(name: str, width: int | None, classes: int, device: str, use: str = "") -> nn.Module:
     torch.manual_seed(0)
     model = models.build(name, num_classes=classes, in_channels=1 if name == "small_cnn" else 3, width=width)
     for weight in model.parameters():
         if weight.ndim == 2 and not weight.any():
             nn.init.kaiming_uniform_(weight)  # SmallCNN's last layer starts from zero, which has no gradient
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.train(training).requires_grad_(not frozen)
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
 
 
-def network_of(s: Setting, training: bool = True, frozen: bool = False) -> nn.Module:
-    """Untrained, in channels_last; the same object for the same arguments."""
-    return _network(s.network, s.width, s.classes, s.device, training, frozen)
+def network_of(s: Setting) -> nn.Module:
+    """Untrained, in train mode and channels_last; the same object for the same sizes."""
+    return _network(s.network, s.width, s.classes, s.device)
 
 
-def batch_of(s: Setting, parts: int = 1) -> Batch:
-    """Random images in channels_last, ``parts`` times the batch."""
-    count, channels = parts * s.batch, 1 if s.network == "small_cnn" else 3
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(count, channels, s.image, s.image, generator=generator).to(s.device)
-    y = torch.randint(s.classes, (count,), generator=generator).to(s.device)
-    return Batch(x.contiguous(memory_format=torch.channels_last), y, torch.arange(count, device=s.device))
+def batch_of(s: Setting) -> Batch:
+    """Random images, in channels_last."""
+    channels, generator = 1 if s.network == "small_cnn" else 3, torch.Generator().manual_seed(0)
+    x = torch.rand(s.batch, channels, s.image, s.image, generator=generator).to(s.device)
+    y = torch.randint(s.classes, (s.batch,), generator=generator).to(s.device)
+    return Batch(x.contiguous(memory_format=torch.channels_last), y, torch.arange(s.batch, device=s.device))
 
 
-def input_pass(s: Setting, training: bool) -> Call:
-    """A forward and the gradient to the images of a constant cotangent: what an attack step cannot do without."""
-    model, x = network_of(s, training, frozen=True), batch_of(s).x.requires_grad_()
-    ones = torch.ones(s.batch, s.classes, device=s.device)
-
-    def run() -> None:
-        with s.autocast():
-            z = model(x)
-        torch.autograd.grad(z, x, ones.to(z.dtype))
-
-    return run
-
-
-def weight_pass(s: Setting, parts: int = 1) -> Call:
-    """A forward in train mode and the gradients to the weights: what an update cannot do without."""
-    model, x = network_of(s), batch_of(s, parts).x
-    ones = torch.ones(len(x), s.classes, device=s.device)
-
-    def run() -> None:
-        with s.autocast():
-            z = model(x)
-        torch.autograd.grad(z, list(model.parameters()), ones.to(z.dtype))
-
-    return run
+def bare_passes(s: Setting, passes: Sequence[Pass]) -> Call:
+    """Passes of the network and nothing else, on a network of their own: they set its modes."""
+    bare = Bare(_network(s.network, s.width, s.classes, s.device, "bare"), batch_of(s).x, s.precision == "bf16")
+    return lambda: bare.run(passes)
 
 
 def attack(s: Setting, steps: int) -> Call:
@@ -182,7 +160,7 @@ def in_turn(
             torch.set_num_threads(threads)
             if number < 0 or repeats[name] > 1:
                 call()  # what comes first pays for what another call has left in the caches
-            taken = _seconds(call, repeats[name], device)
+            taken = seconds(partial(_repeat, call, repeats[name]), torch.device(device)) / repeats[name]
             if number < 0:
                 repeats[name] = max(1, round(SHORTEST / taken))
             else:
@@ -191,15 +169,6 @@ def in_turn(
     return {name: Timed(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
 
 
-def _seconds(call: Call, repeats: int, device: str) -> float:
-    _synchronise(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
+def _repeat(call: Call, count: int) -> None:
+    for _ in range(count):
         call()
-    _synchronise(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
