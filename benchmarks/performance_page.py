@@ -44,7 +44,7 @@ def _table(path: Path, heading: str | None) -> str:
         known = ", ".join(repr(part[3:]) for part in parts if part.startswith("## "))
         raise ValueError(f"{path.name} has no table {heading!r} (it has {known})")
     table = parts[parts.index(f"## {heading}") + 1]
-    command = next((part for part in reversed(parts) if part.startswith("`")), None)
+    command = next((part for part in parts if part.startswith("`")), None)
     return "\n\n".join([f"{heading}:", table, *([] if command is None else [f"Printed by {command}."])])
 
 

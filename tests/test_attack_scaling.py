@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +24,9 @@ import scaling
 import subjects
 from atlas_kernels.attacks import objective, pgd
 from atlas_train.config import from_file
-from scaling import ATTACK, METHODS, Point, operations, passes_of, points, study, work_of
+from scaling import ATTACK, METHODS, Point, operations, operators_of, passes_of, points, product_of, row, study, work_of
 from scaling_report import AXES, PRECISIONS, draw, tables
-from subjects import Setting
+from subjects import Setting, Timed
 
 BENCHMARKS = Path(scaling.__file__).parent
 SMALL = Setting("small_cnn", 4, batch=2, image=28)
@@ -39,6 +40,20 @@ def test_floor_is_made_of_the_passes_of_the_work(work: str, network: str) -> Non
     floor = passes_of(point)
     made = operations(floor.call()) * point.steps / floor.steps
     assert made == pytest.approx(operations(work_of(point).call()), rel=0.01)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_works_and_floors_run_in_their_precision(precision: str, dtype: torch.dtype) -> None:
+    s = replace(SMALL, precision=precision)
+    for work in (ATTACK, *METHODS):
+        point = Point("batch", work, s, 1)
+        for made, use in ((work_of(point), ""), (passes_of(point), "bare")):
+            seen: list[torch.dtype] = []
+            network = subjects.network_of(s, use)
+            hook = network.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
+            made.call()()
+            hook.remove()
+            assert set(seen) == {dtype}, made
 
 
 def test_operators_are_those_of_the_attack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +93,17 @@ def test_points_vary_one_thing_at_a_time(quick: bool) -> None:
     assert not [p for p in points("cuda", quick) if p.axis == "threads"]
 
 
+def test_a_row_compares_seconds_of_the_same_steps() -> None:
+    point = Point("steps", ATTACK, SMALL, 20)
+    timed = {work_of(point): Timed(2.0, 1.9, 2.1), passes_of(point): Timed(0.3, 0.3, 0.3)}
+    timed |= {operators_of(point): Timed(0.1, 0.1, 0.1), product_of(point): Timed(4.0, 4.0, 4.0)}
+    made = row(point, timed, flops=10**9)
+    assert passes_of(point).steps == 4 and made["passes_seconds"] == pytest.approx(5 * 0.3)
+    assert made["seconds"] == {"median": 2.0, "low": 1.9, "high": 2.1} and made["operators_seconds"] == 0.1
+    assert made["product_flops_per_second"] == 2 * 2048**3 / 4
+    assert made["flops_seconds"] == pytest.approx(4e9 / (2 * 2048**3)) and made["at"] == 20
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     some = [
@@ -92,6 +118,7 @@ def rows() -> list[dict]:
 def test_rows_and_tables(rows: list[dict]) -> None:
     assert json.loads(json.dumps(rows)) == rows
     for r in rows:
+        assert r["at"] == r["batch"]
         assert 0 < r["seconds"]["low"] <= r["seconds"]["median"] <= r["seconds"]["high"]
         assert r["passes_seconds"] > 0 and r["flops_seconds"] > 0
         assert (r["operators_seconds"] is not None) == (r["work"] == ATTACK)
