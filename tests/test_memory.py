@@ -25,7 +25,7 @@ def _no_filling():
 
 
 def faults() -> int:
-    """Pages that a block, allocated, written and freed, asks the system for: the fewest of six times, as a heap that has
+    """Pages that a block, allocated, written and freed, asks the system for: the fewest of six, as a heap that has
     holes may place the first ones in different spots."""
     asked = []
     for _ in range(6):
