@@ -631,7 +631,11 @@ def test_weights_cast_once_are_the_bits_of_autocast(dtype, mode, outside, x: Ten
 
 def test_a_hook_that_makes_the_weights_is_heeded(x: Tensor) -> None:
     model, x = ready(FOLDING["bias"][0], x, torch.float32).requires_grad_(False).eval(), x.float()
-    model.conv.register_forward_pre_hook(lambda m, _: m.weight.data.neg_())
+
+    def turn(module: nn.Module, _: Any) -> None:
+        module.weight.data.neg_()
+
+    model.conv.register_forward_pre_hook(turn)
     found = []
     for network in (model, lambda v: model(v)):
         with Execution("bf16"), leave_no_trace(network, "keep", None):
