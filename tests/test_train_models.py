@@ -10,7 +10,14 @@ from torch import nn
 from atlas_train import models
 from atlas_train.models import Normalize
 
-SIZES = {"digits_net": (1, 8), "small_cnn": (1, 28), "preact_resnet18": (3, 32)}
+SIZES = {
+    "digits_net": (1, 8),
+    "small_cnn": (1, 28),
+    "preact_resnet18": (3, 32),
+    "wide_resnet28_10": (3, 32),
+    "wide_resnet34_10": (3, 32),
+}
+WIDE = {"wide_resnet28_10": 4, "wide_resnet34_10": 5}  # blocks a stage
 DATASETS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
 
 
@@ -53,6 +60,15 @@ def test_parameter_counts():
         norms = 2 * w * (4 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8) + 8)
         return convs + shortcuts + norms + 80 * w + 10
 
+    def wide(blocks: int, w: int, c: int = 10) -> int:  # the same, with a stem of 16 channels
+        convs = 27 * 16 + 9 * (16 * w + (2 + 8) * w * w + (2 * blocks - 1) * (1 + 4 + 16) * w * w)
+        shortcuts = (16 if w != 16 else 0) * w + (2 + 8) * w * w
+        norms = 2 * (16 + w + 2 * w + (2 * blocks - 1) * (1 + 2 + 4) * w + 4 * w)
+        return convs + shortcuts + norms + (4 * w + 1) * c
+
+    assert count("wide_resnet28_10") == wide(4, 160) == 36_479_194
+    assert count("wide_resnet34_10") == wide(5, 160) == 46_160_474
+    assert count("wide_resnet28_10", width=16) == wide(4, 16)  # nothing to shorten in the first stage
     assert count("preact_resnet18") == preact(64) == 11_172_170
     assert count("preact_resnet18", width=16) == preact(16) == 701_018
     assert count("small_cnn") == 320 + 9_248 + 18_496 + 36_928 + 205_000 + 40_200 + 2_010 == 312_202
@@ -71,6 +87,68 @@ def test_preact_resnet_has_the_usual_names():
         if stage > 1:
             expected.add(f"layer{stage}.0.shortcut.0.weight")
     assert keys == expected
+
+
+def wide_names(blocks: int, first_stages: tuple[str, ...] = ("block1",)) -> set[str]:
+    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    expected = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{part}" for part in norm}
+    for stage in (*first_stages, "block2", "block3"):
+        expected.add(f"{stage}.layer.0.convShortcut.weight")
+        for block in range(blocks):
+            expected |= {f"{stage}.layer.{block}.conv{i}.weight" for i in (1, 2)}
+            expected |= {f"{stage}.layer.{block}.bn{i}.{part}" for i in (1, 2) for part in norm}
+    return expected
+
+
+@pytest.mark.parametrize(("name", "blocks"), WIDE.items())
+def test_wide_resnet_has_the_usual_names_and_loads_checkpoints(name: str, blocks: int):
+    model, other = make(name, normalize=False), make(name, normalize=False)
+    assert set(model.state_dict()) == wide_names(blocks)
+    # as they are published: with a second first stage that takes no part
+    for module in other.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight)
+    saved = other.state_dict()
+    saved |= {key.replace("block1.", "sub_block1."): value for key, value in saved.items() if key.startswith("block1.")}
+    assert set(saved) == wide_names(blocks, ("block1", "sub_block1"))
+    model.load_state_dict(saved)
+    nn.Sequential(model).load_state_dict({f"0.{key}": value for key, value in saved.items()})
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**saved, "sub_block2.layer.0.bn1.weight": torch.ones(4)})
+
+
+def test_wide_resnet_starts_as_published():
+    model = make("wide_resnet28_10", width=32, num_classes=10)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 5_000):
+        weight = conv.weight.detach().flatten()
+        outputs = conv.out_channels * conv.kernel_size[0] ** 2  # fan-out, not the usual fan-in
+        assert abs(weight.std().item() / (2 / outputs) ** 0.5 - 1) < 0.05
+        assert abs(weight.pow(4).mean().item() / weight.var().item() ** 2 - 3) < 0.3  # a uniform one would have 1.8
+    assert not model.fc.bias.any() and model.fc.weight.any()
+
+
+@pytest.mark.parametrize("width", [4, 16])  # 16: as wide as the stem, so the first stage has no convolution to shorten
+@pytest.mark.parametrize(("name", "blocks"), WIDE.items())
+def test_wide_blocks_compute_what_they_say(name: str, blocks: int, width: int):
+    model = make(name, width=width).eval()
+    lively_norms(model)
+    x = batch(name, size=12)
+    w = model.state_dict()
+    h = (x - torch.tensor(models.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(models.CIFAR10_STD).view(3, 1, 1)
+    h = F.conv2d(h, w["conv1.weight"], padding=1)
+    for stage in range(1, 4):
+        for block in range(blocks):
+            at, stride = f"block{stage}.layer.{block}", 2 if stage > 1 and block == 0 else 1
+            a, short = bn_relu(w, f"{at}.bn1", h), h
+            if block == 0 and (stage > 1 or width != 16):
+                short = F.conv2d(a, w[f"{at}.convShortcut.weight"], stride=stride)
+            h = F.conv2d(a, w[f"{at}.conv1.weight"], stride=stride, padding=1)
+            h = F.conv2d(bn_relu(w, f"{at}.bn2", h), w[f"{at}.conv2.weight"], padding=1) + short
+    features = bn_relu(w, "bn1", h).mean((2, 3))
+    scale = features.abs().max().item()
+    torch.testing.assert_close(model.features(x), features, rtol=1e-4, atol=1e-4 * scale)
+    assert features.shape == (3, 4 * width) == (3, model.num_features)
 
 
 def test_small_cnn_is_that_of_trades():
@@ -101,34 +179,38 @@ def test_small_cnn_is_that_of_trades():
     assert torch.equal(model(x), model(x))
 
 
-def test_preact_blocks_compute_what_they_say():
-    """Against the definition, block by block: pre-activation, shortcut from the activated input where shapes change."""
-    model = make("preact_resnet18").eval()
+def lively_norms(model: nn.Module) -> None:
+    """BatchNorms that do something, so that their order matters."""
     generator = torch.Generator().manual_seed(2)
-    for module in model.modules():  # BatchNorms that do something, so that their order matters
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
 
+
+def bn_relu(w: dict[str, torch.Tensor], name: str, h: torch.Tensor) -> torch.Tensor:
+    mean, var, gain, bias = (
+        w[f"{name}.{p}"].view(1, -1, 1, 1) for p in ("running_mean", "running_var", "weight", "bias")
+    )
+    return ((h - mean) / (var + 1e-5).sqrt() * gain + bias).clamp_min(0)
+
+
+def test_preact_blocks_compute_what_they_say():
+    """Against the definition, block by block: pre-activation, shortcut from the activated input where shapes change."""
+    model = make("preact_resnet18").eval()
+    lively_norms(model)
     x = batch("preact_resnet18")
     w = model.state_dict()
-
-    def bn_relu(name: str, h: torch.Tensor) -> torch.Tensor:
-        mean, var, gain, bias = (
-            w[f"{name}.{p}"].view(1, -1, 1, 1) for p in ("running_mean", "running_var", "weight", "bias")
-        )
-        return ((h - mean) / (var + 1e-5).sqrt() * gain + bias).clamp_min(0)
-
     h = (x - torch.tensor(models.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(models.CIFAR10_STD).view(3, 1, 1)
     h = F.conv2d(h, w["conv1.weight"], padding=1)
     for stage in range(1, 5):
         for block in range(2):
             name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
-            a = bn_relu(f"{name}.bn1", h)
+            a = bn_relu(w, f"{name}.bn1", h)
             short = F.conv2d(a, w[f"{name}.shortcut.0.weight"], stride=2) if stride == 2 else h
             h = F.conv2d(a, w[f"{name}.conv1.weight"], stride=stride, padding=1)
-            h = F.conv2d(bn_relu(f"{name}.bn2", h), w[f"{name}.conv2.weight"], padding=1) + short
-    features = bn_relu("bn", h).mean((2, 3))
+            h = F.conv2d(bn_relu(w, f"{name}.bn2", h), w[f"{name}.conv2.weight"], padding=1) + short
+    features = bn_relu(w, "bn", h).mean((2, 3))
     torch.testing.assert_close(model.features(x), features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(x), features @ w["linear.weight"].T + w["linear.bias"], rtol=1e-4, atol=1e-4)
 
@@ -138,7 +220,7 @@ def test_preact_blocks_compute_what_they_say():
 def test_double_backward(name: str, train: bool):
     """The parameter gradient of a penalty on the input gradient, against a difference quotient in float64."""
     model = make(name, width=2).double().train(train)
-    x = batch(name, n=2, size=16 if name == "preact_resnet18" else None).double().requires_grad_()
+    x = batch(name, n=2, size=16 if SIZES[name][1] == 32 else None).double().requires_grad_()
     y = torch.tensor([1, 3])
 
     def penalty() -> torch.Tensor:

@@ -12,6 +12,7 @@ from .digits_net import DigitsNet
 from .imported import build_imported, is_import_path
 from .preact_resnet import PreActResNet18
 from .small_cnn import SmallCNN
+from .wide_resnet import WideResNet28, WideResNet34
 
 __all__ = ["Classifier", "Normalize", "build", "default_for", "is_import_path", "names", "network"]
 
@@ -22,6 +23,8 @@ _MODELS: dict[str, type[Classifier]] = {
     "digits_net": DigitsNet,
     "small_cnn": SmallCNN,
     "preact_resnet18": PreActResNet18,
+    "wide_resnet28_10": WideResNet28,
+    "wide_resnet34_10": WideResNet34,
 }
 _DEFAULTS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
 
@@ -48,8 +51,8 @@ def build(
     """A freshly initialised model; `torch.manual_seed` rules the initialisation.
 
     "digits_net": a small network with BatchNorm for 8x8 images. "small_cnn": the MNIST network of TRADES, 28x28.
-    "preact_resnet18": PreActResNet-18 for 32x32 images.
-    width: channels of the first stage; later stages scale with it. None: the published width (32, 32 and 64).
+    "preact_resnet18": PreActResNet-18 for 32x32 images. "wide_resnet28_10", "wide_resnet34_10": wide residual networks.
+    width: channels of the first stage; later stages scale with it. None: the published width (32, 32, 64, 160 and 160).
     normalize: (mean, std) per channel, for images in [0, 1]; True: those of CIFAR-10 for 3 channels and none for any
     other number (grey digits are used as they are); False: none.
 
