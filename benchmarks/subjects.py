@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ SHORTEST = 0.02  # seconds of a measurement
 
 @dataclass(frozen=True)
 class Setting:
-    """A network and what it is given. threads: of the CPU."""
+    """A network, what it is given and how it is run. attack_precision: of the attack alone. threads: of the CPU."""
 
     network: str = "preact_resnet18"
     width: int | None = None
@@ -32,49 +32,67 @@ class Setting:
     image: int = 32
     classes: int = 10
     precision: str = "fp32"
+    attack_precision: str = "keep"
+    channels_last: bool = True
+    fold_batchnorm: bool = False
+    cuda_graphs: bool = False
+    compile: bool = False
     threads: int = 1
     device: str = "cpu"
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-@lru_cache
-def _network(name: str, width: int | None, classes: int, device: str, use: str = "") -> nn.Module:
+def network_of(s: Setting, use: str = "") -> nn.Module:
+    """Untrained, in train mode; the same object for the same setting and use."""
+    return _network(replace(s, batch=1, image=1, threads=1, precision="fp32", attack_precision="keep"), use)
+
+
+@cache
+def _network(s: Setting, use: str) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build(name, num_classes=classes, in_channels=1 if name == "small_cnn" else 3, width=width)
+    model = models.build(s.network, num_classes=s.classes, in_channels=_channels(s), width=s.width)
     for weight in model.parameters():
         if weight.ndim == 2 and not weight.any():
             nn.init.kaiming_uniform_(weight)  # SmallCNN's last layer starts from zero, which has no gradient
-    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
-
-
-def network_of(s: Setting) -> nn.Module:
-    """Untrained, in train mode and channels_last; the same object for the same sizes."""
-    return _network(s.network, s.width, s.classes, s.device)
+    model = model.to(s.device).to(memory_format=s.layout)  # type: ignore[call-overload]
+    return torch.compile(model, dynamic=False) if s.compile else model  # type: ignore[return-value]
 
 
 def batch_of(s: Setting) -> Batch:
-    """Random images, in channels_last."""
-    channels, generator = 1 if s.network == "small_cnn" else 3, torch.Generator().manual_seed(0)
-    x = torch.rand(s.batch, channels, s.image, s.image, generator=generator).to(s.device)
+    """Random images."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(s.batch, _channels(s), s.image, s.image, generator=generator).to(s.device)
     y = torch.randint(s.classes, (s.batch,), generator=generator).to(s.device)
-    return Batch(x.contiguous(memory_format=torch.channels_last), y, torch.arange(s.batch, device=s.device))
+    return Batch(x.contiguous(memory_format=s.layout), y, torch.arange(s.batch, device=s.device))
+
+
+def _channels(s: Setting) -> int:
+    return 1 if s.network == "small_cnn" else 3
+
+
+def _execution(s: Setting) -> Execution:
+    return Execution(s.attack_precision, fold_batchnorm=s.fold_batchnorm, cuda_graphs=s.cuda_graphs)
 
 
 def bare_passes(s: Setting, passes: Sequence[Pass]) -> Call:
     """Passes of the network and nothing else, on a network of their own: they set its modes."""
-    bare = Bare(_network(s.network, s.width, s.classes, s.device, "bare"), batch_of(s).x, s.precision == "bf16")
+    bare = Bare(network_of(s, "bare"), batch_of(s).x, s.precision == "bf16")
     return lambda: bare.run(passes)
 
 
 def attack(s: Setting, steps: int) -> Call:
     """PGD in eval mode, as a user runs it."""
     model, batch = network_of(s), batch_of(s)
-    pgd, execution = PGD(EPS, steps=steps), Execution(s.precision)
+    pgd, execution = PGD(EPS, steps=steps), _execution(s)
 
     def run() -> Tensor:
-        with execution:
+        with execution, s.autocast():
             return pgd(model, batch.x, batch.y)
 
     return run
@@ -120,10 +138,10 @@ class Update:
 def training_step(s: Setting, method: str, **hyper: Any) -> Call:
     """One batch of a training method, as the trainer runs it."""
     model, batch, key = network_of(s), batch_of(s), noise_key(s.device)
-    made, update = methods.build(method, EPS, hyper), Update(model)
+    made, update, execution = methods.build(method, EPS, hyper), Update(model), _execution(s)
 
     def run() -> None:
-        with s.autocast():
+        with execution, s.autocast():
             made.train_step(model, batch, key, State(size=len(batch.y)), update)
 
     return run
