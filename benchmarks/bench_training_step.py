@@ -35,8 +35,9 @@ from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from bare import Bare, Learn, Pass
 from harness import Call, environment, median_interval, peak_memory, seconds
-from step_table import NOTES, StepRow, plain, write
+from step_table import NOTES, StepRow, listed, report, table
 from steps import STEPS, Published, Step
+from tables import aligned, command_line
 
 #: The data set whose images and defaults a network is measured with, and the batch size.
 NETWORKS = {"small_cnn": ("mnist", 128), "preact_resnet18": ("cifar10", 64), "wide_resnet28_10": ("cifar10", 8)}
@@ -277,7 +278,7 @@ def facts_of(bench: Bench) -> dict[str, Any]:
     settings, source = bench.settings, "real" if bench.settings.data_dir else "synthetic: blurred patterns under noise"
     shown = {name: value for name, value in asdict(settings).items() if name != "data_dir"}
     shown |= {"batch_size": settings.batch, "images": f"{source}, shape {list(bench.splits.train.shape)}"}
-    return {"environment": environment(), "settings": shown, "one pass": one_pass(bench)}
+    return {"settings": shown, "one pass": one_pass(bench)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -314,9 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         rows.append(measure(bench, name, say))
         if results:
-            write(results, facts, rows)
-    listed = [f"{name}: {value}" for group in facts.values() for name, value in group.items()]
-    print("\n".join([*NOTES, *listed, "", *plain(rows)]))
+            report(results, command_line(__file__, sys.argv[1:] if arguments is None else arguments), facts, rows)
+    print("\n".join([*NOTES, *listed({"environment": environment(), **facts}), "", aligned(table(rows))]))
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 import step_table
-from harness import HEADER, Row, as_json, environment, write_whole
+from atlas_train.checkpoint import write_json
+from harness import HEADER, Row, as_json, environment
 from step_table import StepRow
+from tables import aligned
 
 ROWS: list[Row] = []
 STEP_ROWS: list[StepRow] = []
@@ -58,9 +59,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in lines:
             write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if STEP_ROWS:
-        for line in ("", "whole training steps, small", *step_table.NOTES, *step_table.plain(STEP_ROWS)):
+        for line in ("", "whole training steps, small", *step_table.NOTES, aligned(step_table.table(STEP_ROWS))):
             write(line)
     if ROWS and (target := config.getoption("--results")):
         path = Path(target)
-        write_whole(path, json.dumps(as_json(ROWS), indent=1) + "\n")
+        write_json(path, as_json(ROWS))
         write(f"written to {path}")

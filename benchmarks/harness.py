@@ -114,13 +114,6 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
     return ordered[k], ordered[n - 1 - k], max(covered[k], 0.0)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes to a temporary name and renames, so that the file is never there in part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _once_cpu(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):

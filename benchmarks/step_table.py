@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import median_interval, write_whole
+from harness import median_interval
+from tables import Table, markdown, write
 
 #: Between the losses of ours and of the published step in fp32. Sums in another order turn the signs of gradients that
 #: are all but zero: most rows agree to 1e-4, TRADES, whose KL begins without a gradient, to a few 1e-3. In double
@@ -70,7 +70,7 @@ class StepRow:
     def lines(self) -> list[list[str]]:
         """A line for each published way, and one for ours compiled."""
         if self.problem:
-            return [[self.step, self.problem]]
+            return [[f"{self.step}: {self.problem}"]]
         lines = [self._line(name, "") for name in self.published]
         return lines + ([self._line(self.published[0], " compiled")] if "ours fp32 compiled" in self.seconds else [])
 
@@ -97,24 +97,17 @@ class StepRow:
         return f"{statistics.median(shares):.1%} ({low:.1%} to {high:.1%}) [{coverage:.0%}]"
 
 
-def plain(rows: Sequence[StepRow]) -> list[str]:
-    """The table in columns."""
+def table(rows: Sequence[StepRow]) -> Table:
     lines = [list(HEADER), *(line for row in rows for line in row.lines())]
-    whole = [line for line in lines if len(line) == len(HEADER)]
-    widths = [max(len(line[i]) for line in whole) for i in range(len(HEADER))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
+    return [line + [""] * (len(HEADER) - len(line)) for line in lines]
 
 
-def markdown(facts: dict[str, Any], rows: Sequence[StepRow]) -> str:
-    """The table with what it was measured on."""
-    lines = [list(HEADER), ["---"] * len(HEADER), *(line for row in rows for line in row.lines())]
-    table = ["| " + " | ".join(line + [""] * (len(HEADER) - len(line))) + " |" for line in lines]
-    listed = [f"- {name}: {value}" for group in facts.values() for name, value in group.items()]
-    return "\n".join(["# Whole training steps", "", *NOTES, "", *listed, "", *table, ""])
-
-
-def write(path: Path, facts: dict[str, Any], rows: Sequence[StepRow]) -> None:
-    """``path`` as JSON, and its twin in markdown."""
+def report(path: Path, command: str, facts: Mapping[str, Mapping[str, Any]], rows: Sequence[StepRow]) -> None:
+    """Everything as JSON in ``path``, and the table with what it was measured on beside it in markdown."""
     made = [asdict(row) | {"published": row.published} for row in rows]
-    write_whole(path, json.dumps(facts | {"rows": made}, indent=1) + "\n")
-    write_whole(path.with_suffix(".md"), markdown(facts, rows))
+    parts = ["\n\n".join(NOTES), "\n".join(f"- {line}" for line in listed(facts)), markdown(table(rows))]
+    write(path, "Whole training steps", command, {**facts, "rows": made}, parts)
+
+
+def listed(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{name}: {value}" for group in facts.values() for name, value in group.items()]

@@ -301,14 +301,15 @@ def test_a_layer_in_16_bits_is_folded_in_32(dtype: torch.dtype, folding: Executi
     assert error <= 2 * usual, "no worse than unfolded"
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_weights_keep_their_layout(memory_format: torch.memory_format, folding: Execution, x: Tensor) -> None:
-    model = ready(FOLDING["basic"][0], x).to(memory_format=memory_format)
-    passes(folding, model, x)
-    layers = folding._preparations._networks[model]._layers
-    found = {layer: prepared.weight for layer, prepared in layers.items() if prepared.norm}
-    assert len(found) == 3
-    assert all(weight.stride() == layer.weight.stride() for layer, weight in found.items())
+def test_weights_keep_their_layout(folding: Execution, x: Tensor) -> None:
+    model = ready(FOLDING["basic"][0], x)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=memory_format)
+        passes(folding, model, x)
+        layers = folding._preparations._networks[model]._layers
+        found = {layer: prepared.weight for layer, prepared in layers.items() if prepared.norm}
+        assert len(found) == 3
+        assert all(weight.stride() == layer.weight.stride() for layer, weight in found.items())
 
 
 # What changes is seen.
@@ -377,13 +378,28 @@ def a_train_mode_attack(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+def a_train_mode_attack_that_moves_statistics(model: nn.Module, x: Tensor) -> Tensor:
+    with leave_no_trace(model, "train", None, update_buffers=True):
+        return model(x)
+
+
+def an_attack_within(model: nn.Module, x: Tensor) -> Tensor:
+    with leave_no_trace(model, "eval", None):
+        return model(x)
+
+
 def a_copy(model: nn.Module, x: Tensor) -> Tensor:
     other = copy.deepcopy(model)
     other.conv.weight.mul_(2)
     return other(x)
 
 
-@pytest.mark.parametrize("meanwhile", [in_place, statistics, a_functional_call, a_train_mode_attack, a_copy])
+MEANWHILE = (in_place, statistics, a_functional_call, a_train_mode_attack, a_train_mode_attack_that_moves_statistics,
+             an_attack_within, a_copy)  # fmt: skip
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+@pytest.mark.filterwarnings("error")
 def test_changes_within_an_attack_are_seen(meanwhile: Callable[..., Tensor], folding: Execution, x: Tensor) -> None:
     found = []
     for execution in (folding, Execution()):
@@ -527,8 +543,8 @@ def test_one_forward_more_and_only_once(folding: Execution, x: Tensor, y: Tensor
     seen = []
     model.register_forward_hook(lambda *_: seen.append(1))
     with folding:
-        for expected in (3, 5):
-            PGD(EPS, steps=2)(model, x, y)
+        for mode, expected in (("train", 2), ("eval", 5), ("eval", 7)):
+            PGD(EPS, steps=2, attack_mode=mode)(model, x, y)
             assert len(seen) == expected
 
 
@@ -611,6 +627,20 @@ def test_weights_cast_once_are_the_bits_of_autocast(dtype, mode, outside, x: Ten
     (adv, grad, casts), (expected, expected_grad, usual) = found
     assert torch.equal(grad, expected_grad) and torch.equal(adv, expected) and grad.any()
     assert casts == 0 and usual == 3 * 22, "21 layers, one of them with a bias"
+
+
+def test_a_hook_that_makes_the_weights_is_heeded(x: Tensor) -> None:
+    model, x = ready(FOLDING["bias"][0], x, torch.float32).requires_grad_(False).eval(), x.float()
+
+    def turn(module: nn.Module, _: Any) -> None:
+        module.weight.data.neg_()
+
+    model.conv.register_forward_pre_hook(turn)
+    found = []
+    for network in (model, lambda v: model(v)):
+        with Execution("bf16"), leave_no_trace(network, "keep", None):
+            found.append(torch.stack([network(x), network(x)]))
+    assert torch.equal(*found) and not torch.equal(*found[0])
 
 
 def test_autocast_that_is_switched_within_the_network(x: Tensor) -> None:

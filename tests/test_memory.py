@@ -25,16 +25,19 @@ def _no_filling():
 
 
 def faults() -> int:
-    """Pages that a block, allocated, written and freed, asks the system for."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(BLOCK).fill_(1.0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    """Pages that a block, allocated, written and freed, asks the system for: the fewest of six, as a heap that has
+    holes may place the first ones in different spots."""
+    asked = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(BLOCK).fill_(1.0)
+        asked.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(asked)
 
 
 def test_freed_memory_serves_again_inside_and_only_there() -> None:
     assert faults() > PAGES / 2
     with keep_memory():
-        faults()
         assert faults() < PAGES / 2
         with keep_memory():
             assert faults() < PAGES / 2
@@ -45,5 +48,4 @@ def test_freed_memory_serves_again_inside_and_only_there() -> None:
 def test_it_ends_with_an_exception_too() -> None:
     with pytest.raises(RuntimeError), keep_memory():
         raise RuntimeError
-    faults()
     assert faults() > PAGES / 2

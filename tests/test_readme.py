@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLE, DROP_INS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+EXAMPLE, EXECUTION, DROP_INS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def test_drop_ins_are_there():
@@ -30,3 +30,5 @@ def test_example_trains_a_model():
     exec(compile(EXAMPLE, "README.md", "exec"), names)
     assert (model(x).argmax(1) == y).float().mean() > 0.95
     assert names["images"].shape == (3 * 64, 3, 4, 4)
+    exec(compile(EXECUTION, "README.md", "exec"), names)
+    assert (names["x_adv"] - x).abs().max() > 0.5 * 8 / 255

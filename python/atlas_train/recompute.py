@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from atlas_kernels.attacks.contract import copied_buffers
+from atlas_kernels.attacks.buffers import copied_buffers
 
 #: What is computed again as one: a module, and the name of its method.
 Block = tuple[nn.Module, str]

@@ -148,8 +148,7 @@ def require_recomputable(method: Method, model: nn.Module) -> None:
 
 def _execution(config: TrainConfig) -> Execution:
     precision = config.attack_precision or config.train_precision
-    chosen: dict[str, Any] = {"fold_batchnorm": True} if config.fold_batchnorm else {}
-    return Execution(precision, cuda_graphs=config.cuda_graphs == "attack", **chosen)
+    return Execution(precision, fold_batchnorm=config.fold_batchnorm, cuda_graphs=config.cuda_graphs == "attack")
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
