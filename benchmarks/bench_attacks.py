@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import harness
 from atlas_kernels import PGD, Execution, keep_memory
 from atlas_train import data, methods, models
 from atlas_train.evaluate import predict
 from atlas_train.noise import noise_keys
 from atlas_train.options import fraction
 from atlas_train.passes import count_passes
+from harness import peak_memory, seconds
 from tables import Table, aligned, command_line, markdown, write
 
 Attack = Callable[[], Tensor]
@@ -164,7 +164,7 @@ class Contender:
 class Row:
     """A contender's numbers, or why there are none.
 
-    passes: forwards of the batch that cost as much. peak: bytes in use at once, beyond what was before.
+    passes: forwards of the batch that cost as much. peak: bytes that torch holds at once, beyond what it held before.
     """
 
     name: str
@@ -304,45 +304,14 @@ def examine(task: Task, contender: Contender, plain: Strength) -> Row:
     contender.run_pass()
     if contender.run is not contender.counted:
         contender.run()  # compiles, which takes memory of its own
-    peak = peak_memory(lambda: made.append(contender.run()), contender.around, task.x.device)
+    with contender.around:
+        peak = peak_memory(lambda: made.append(contender.run()), task.x.device)
     passes = count_passes(task.model, task.x, contender.counted)
     task.model.zero_grad(set_to_none=True)  # foolbox leaves gradients
     if contender.name.startswith("bare"):
         return Row(contender.name, passes=passes, peak=peak)
     problem = problem_with(task, made[-1], plain, contender.stops)
     return Row(contender.name, problem, passes=passes, strength=strength(task, made[-1]), peak=peak)
-
-
-def peak_memory(call: harness.Call, around: AbstractContextManager[None], device: torch.device) -> int | None:
-    """What ``call`` needs beyond what is in use: of the device, or, from Linux, of the process. None: not known."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with around:
-            call()
-        return torch.cuda.max_memory_allocated() - before
-    with keep_memory():
-        pass  # at its end what is free is given back
-    if not _forget_peak():
-        return None
-    before = _resident("VmRSS")
-    with around:
-        call()
-    return _resident("VmHWM") - before
-
-
-def _forget_peak() -> bool:
-    """Sets this process's peak back to what it has now; False where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 # The rounds
@@ -357,16 +326,15 @@ def measure(task: Task, rounds: int, compact: bool, compiled: bool) -> list[Row]
     for _ in range(rounds):
         for contender, row in rows.items():
             if row.problem is None:
-                row.samples.append(seconds(task, contender))
-    timed = (replace(row, seconds=statistics.median(row.samples)) if row.samples else row for row in rows.values())
-    return [*absent, *timed]
+                row.samples.append(timed(task, contender))
+    medians = (replace(row, seconds=statistics.median(row.samples)) if row.samples else row for row in rows.values())
+    return [*absent, *medians]
 
 
-def seconds(task: Task, contender: Contender) -> float:
-    once = harness._once_cuda if task.x.is_cuda else lambda call: harness._once_cpu(call, 1)
+def timed(task: Task, contender: Contender) -> float:
     with contender.around:
         contender.run_pass()
-        taken = once(contender.run)
+        taken = seconds(contender.run, task.x.device)
     task.model.zero_grad(set_to_none=True)
     return taken
 
@@ -403,12 +371,12 @@ def title(work: Workload) -> str:
 
 
 NOTE = (
-    "Medians of rounds in one process. passes: forwards of the batch that cost as much (a backward to the input is 1, "
-    "to the weights 1 more). of bare: the time of as many bare passes as ours makes without compact, at the same "
-    "precision, over its time. peak: beyond what was in use before. loss, fooled: of the adversaries, judged in "
-    "float32. A row is printed if they lie in the ball and in [0, 1] and add as much to the loss as the plain script's "
-    f"to {LOSS_TOLERANCE:.0%}, or, where samples that are fooled may be left alone, fool as many of all samples, to "
-    f"{FOOLED_TOLERANCE:.1%}."
+    "Medians of rounds in one process. passes: forwards of the batch that cost as much (a backward to the input is 1,"
+    " to the weights 1 more). of bare: the time of as many bare passes as ours makes without compact, at the same "
+    "precision, over its time. peak: what torch holds at once beyond what it held before. loss, fooled: of the "
+    "adversaries, judged in float32. A row is printed if they lie in the ball and in [0, 1] and add as much to the "
+    f"loss as the plain script's to {LOSS_TOLERANCE:.0%}, or, where samples that are fooled may be left alone, fool as"
+    f" many of all samples, to {FOOLED_TOLERANCE:.1%}."
 )
 
 
