@@ -24,8 +24,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import keep_memory
-from atlas_kernels.attacks.contract import copied_buffers
+from atlas_kernels import Execution, keep_memory
+from atlas_kernels.attacks.buffers import copied_buffers
+from atlas_kernels.capture import Capture, Recorder, cuda_graph
 from atlas_train import data, methods, models
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batch, DataSplits, Images
@@ -33,9 +34,10 @@ from atlas_train.engine import OptimizerSteps
 from atlas_train.noise import noise_keys
 from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
-from bare import Bare, Learn, Pass
+from atlas_train.step_graph import StepGraph
+from bare import Attack, Bare, Learn, Pass
 from harness import Call, environment, median_interval, peak_memory, seconds
-from step_table import NOTES, StepRow, listed, report, table
+from step_table import KINDS, NOTES, StepRow, listed, report, table
 from steps import STEPS, Published, Step
 from tables import aligned, command_line
 
@@ -61,7 +63,9 @@ class Settings:
     steps: int = 10
     rounds: int = 5
     row_seconds: float = 40.0
+    fold: bool = False
     compile: bool = False
+    graphs: bool = False
     device: str = "cpu"
 
     @property
@@ -76,8 +80,8 @@ class Settings:
 class Bench:
     """Images, and a network after some standard training on them, so that no gradient is degenerate."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.device = settings, torch.device(settings.device)
+    def __init__(self, settings: Settings, recorder: Recorder = cuda_graph) -> None:
+        self.settings, self.device, self.recorder = settings, torch.device(settings.device), recorder
         torch.manual_seed(0)
         self.splits = images(settings)
         channels = self.splits.train.shape[0]
@@ -159,14 +163,19 @@ class Contest:
         self.key = noise_keys(0, 0, 1)[0].to(bench.device)
         self.passes = {dtype: self._passes(dtype == "bf16") for dtype in ("fp32", "bf16")}
         self.kinds = {"": self.made.model}
+        if bench.settings.fold and any(isinstance(p, Attack) and p.mode == "eval" for p in self.passes["fp32"]):
+            self.kinds[" folded"] = self.made.model
         if bench.settings.compile:
             torch._dynamo.reset()  # else networks of earlier rows count as recompilations, of which there may be few
             self.kinds[" compiled"] = torch.compile(self.made.model, dynamic=False)  # type: ignore[assignment]
+        if bench.settings.graphs and not self.made.method.no_graph:
+            self.kinds[" graphs"] = self.made.model
         self.calls = {f"published {project}".strip(): self._published(bench, p) for project, p in self._ways}
         for (kind, model), dtype in itertools.product(self.kinds.items(), ("fp32", "bf16")):
-            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16")
-            bare = Bare(model, self.batch.x, dtype == "bf16")
-            self.calls[f"bare {dtype}{kind}"] = partial(bare.run, self.passes[dtype])
+            recorder = bench.recorder if kind == " graphs" else None
+            execution = Execution(fold_batchnorm=kind == " folded")
+            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", execution, recorder)
+            self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder)
 
     @property
     def _ways(self) -> Iterable[tuple[str, Published]]:
@@ -175,7 +184,9 @@ class Contest:
     def look(self) -> StepRow:
         """The first step of each contender, untimed: loss, passes, memory, and whether there is anything to time."""
         for name, call in self.calls.items():
-            if not name.startswith("bare"):
+            if name.startswith("bare") and name.endswith("graphs"):
+                call()  # records
+            elif not name.startswith("bare"):
                 with keep_memory() if name.startswith("ours") else nullcontext():
                     self._first(name, call)
         few = self.batch.x if self.step.by_data else self.batch.x[:8]
@@ -201,8 +212,9 @@ class Contest:
 
     def _first(self, name: str, call: Call) -> None:
         losses: list[Any] = []
-        if name.endswith("compiled"):
-            call()  # compiles
+        if name.endswith(KINDS):
+            for _ in range(2):
+                call()  # sees what folds, or compiles; of a graph, the eager step and the one that is recorded
             self.row.memory[name] = peak_memory(lambda: losses.append(call()), self.device)
         else:
             model, x = self.made.model, self.batch.x
@@ -223,17 +235,31 @@ class Contest:
         algorithm, start, how = published(self.made.method, batch, self.key)
         return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how)[1]
 
-    def _ours(self, model: nn.Module, bf16: bool) -> Call:
+    def _ours(self, model: nn.Module, bf16: bool, execution: Execution, recorder: Recorder | None) -> Call:
         """A step as the engine makes it."""
         run, descent = self.made, OptimizerSteps(self.made)
+        graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
+        train_step = graphs or run.method.train_step
 
         def call() -> Tensor:
             run.model.train()
             descent.start(self.batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                return run.method.train_step(model, self.batch, self.key, run.state, descent)[0]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), execution:
+                return train_step(model, self.batch, self.key, run.state, descent)[0]
 
         return call
+
+    def _bare(self, model: nn.Module, dtype: str, recorder: Recorder | None) -> Call:
+        run, x = partial(Bare(model, self.batch.x, dtype == "bf16").run, self.passes[dtype]), self.batch.x
+        captures: list[Capture[None]] = []
+
+        def replay() -> None:
+            if not captures:
+                assert recorder is not None
+                captures.append(Capture(lambda _: run(), [x], restore=model.buffers(), recorder=recorder))
+            captures[0](x)
+
+        return replay if recorder else run
 
     def _passes(self, bf16: bool) -> list[Pass]:
         model, x, y = self.made.model.train(), self.batch.x, self.batch.y
@@ -243,6 +269,10 @@ class Contest:
             torch.autocast(x.device.type, torch.bfloat16, enabled=bf16),
         ):
             return list(self.step.passes(self.made.method, sure(model(x), y)))
+
+
+def _no_graph(reason: str) -> None:
+    raise RuntimeError(reason)
 
 
 def measure(bench: Bench, name: str, say: Callable[[str], None] = lambda line: None) -> StepRow:
@@ -298,8 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Settings.row_seconds,
         help=f"after {LEAST_ROUNDS} rounds a row ends once it has taken so long; default: %(default)s",
     )
+    parser.add_argument("--fold", action="store_true", help="also ours with BatchNorm folded in eval-mode attacks")
     parser.add_argument(
         "--compile", action="store_true", help="also ours and its passes with torch.compile of the network"
+    )
+    parser.add_argument(
+        "--graphs", action="store_true", help="also ours and its passes as CUDA graphs of a whole step; CUDA only"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -309,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names, results = options.pop("methods").split(","), options.pop("results")
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"--methods: no row {unknown[0]!r} (known: {', '.join(STEPS)})")
+    if options["graphs"] and not options["device"].startswith("cuda"):
+        parser.error(f"--graphs needs a CUDA device, got --device {options['device']}")
     say = partial(print, file=sys.stderr, flush=True)
     bench, rows = Bench(Settings(**options)), []
     facts = facts_of(bench)

@@ -30,6 +30,9 @@ NOTES = (
     "beyond weights, momentum and images.",
     f"A row has times only if ours in fp32 and the published step gave the same loss, to {TOLERANCE:g} of it.",
 )
+#: Of ours and its passes: BatchNorm folded in eval-mode attacks (its passes are the network's as it is), torch.compile
+#: of the network, CUDA graphs of whole steps.
+KINDS = (" folded", " compiled", " graphs")
 HEADER = (
     "step", "published ms", "F", "ours fp32 ms", "x", "ours bf16 ms", "x", "F", "network fp32", "network bf16",
     "MiB published", "ours fp32", "ours bf16", "rounds",
@@ -41,7 +44,7 @@ class StepRow:
     """A method's step: passes and bytes by contender, seconds of every round, losses where they are to be the same.
 
     Contenders: "published" (or "published NAME" for each of several), "ours fp32", "ours bf16", "bare fp32", "bare
-    bf16", and the last four with " compiled".
+    bf16", and the last four with one of ``KINDS``.
     """
 
     step: str
@@ -68,11 +71,12 @@ class StepRow:
             )
 
     def lines(self) -> list[list[str]]:
-        """A line for each published way, and one for ours compiled."""
+        """A line for each published way, and one for each other kind of ours."""
         if self.problem:
             return [[f"{self.step}: {self.problem}"]]
         lines = [self._line(name, "") for name in self.published]
-        return lines + ([self._line(self.published[0], " compiled")] if "ours fp32 compiled" in self.seconds else [])
+        kinds = [kind for kind in KINDS if f"ours fp32{kind}" in self.seconds]
+        return lines + [self._line(self.published[0], kind) for kind in kinds]
 
     def _line(self, published: str, kind: str) -> list[str]:
         label = f"{self.step} ({project})" if (project := published.removeprefix("published").strip()) else self.step

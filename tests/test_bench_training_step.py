@@ -21,6 +21,7 @@ import bench_training_step as bench
 import harness
 import steps
 from bare import first_layer
+from recorded import recorded
 
 CPU = torch.device("cpu")
 K = 4
@@ -194,3 +195,12 @@ def test_the_interval_is_that_of_order_statistics() -> None:
     assert harness.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0, 0.75)
     low, high, coverage = harness.median_interval(range(1, 12))  # type: ignore[arg-type]
     assert (low, high) == (2, 10) and coverage == pytest.approx(0.9883, abs=1e-4)
+
+
+def test_steps_and_passes_as_graphs(small: bench.Bench) -> None:
+    made = copy.copy(small)
+    made.settings, made.recorder = dataclasses.replace(small.settings, graphs=True), recorded
+    row = bench.measure(made, "trades")
+    assert row.problem is None and {"bare bf16 graphs", "ours bf16 graphs"} < set(row.seconds)
+    assert [line[0] for line in row.lines()] == ["trades", "trades graphs"]
+    assert not any("graphs" in name for name in bench.Contest(made, "mma").calls), "which cannot be a graph"
