@@ -197,10 +197,13 @@ def test_the_interval_is_that_of_order_statistics() -> None:
     assert (low, high) == (2, 10) and coverage == pytest.approx(0.9883, abs=1e-4)
 
 
-def test_steps_and_passes_as_graphs(small: bench.Bench) -> None:
+def test_other_kinds_of_ours(small: bench.Bench) -> None:
     made = copy.copy(small)
-    made.settings, made.recorder = dataclasses.replace(small.settings, graphs=True), recorded
+    made.settings, made.recorder = dataclasses.replace(small.settings, fold=True, graphs=True), recorded
     row = bench.measure(made, "trades")
-    assert row.problem is None and {"bare bf16 graphs", "ours bf16 graphs"} < set(row.seconds)
-    assert [line[0] for line in row.lines()] == ["trades", "trades graphs"]
-    assert not any("graphs" in name for name in bench.Contest(made, "mma").calls), "which cannot be a graph"
+    assert row.problem is None
+    for kind in (" folded", " graphs"):
+        assert {f"{side} {dtype}{kind}" for side in ("ours", "bare") for dtype in ("fp32", "bf16")} < set(row.seconds)
+    assert [line[0] for line in row.lines()] == ["trades", "trades folded", "trades graphs"]
+    assert set(bench.Contest(made, "standard").kinds) == {"", " graphs"}, "there is no attack in eval mode"
+    assert set(bench.Contest(made, "mma").kinds) == {"", " folded"}, "a step of MMA cannot be a graph"
