@@ -1,7 +1,7 @@
 """Host memory that a training loop frees and asks for again, kept instead of given back to the system in between.
 
 glibc returns large freed blocks to the kernel at once. A network's activations are such blocks, so every pass asks for
-the same pages again, and has them zeroed again: about a tenth of a pass of PreActResNet-18 on a CPU.
+the same pages again, and has them zeroed again; `benchmarks/choices.py` measures what that costs.
 """
 
 from __future__ import annotations

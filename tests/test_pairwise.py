@@ -63,7 +63,7 @@ def check(h, h_adv, labels, **options):
             continue
         assert a.dtype == (wide if what == "loss" else h.dtype) and a.shape == c.shape, what
         size = terms.max() if what == "loss" else c.abs().max()
-        rounding = torch.finfo(a.dtype).eps * (8 if wide == torch.float32 else 256)  # float64 has no better judge
+        rounding = torch.finfo(a.dtype).eps * (4 if wide == torch.float32 else 256)  # float64 has no better judge
         bound = 2 * (b.double() - c).abs().max() + rounding * size + torch.finfo(a.dtype).tiny
         assert (a.double() - c).abs().max() <= bound, what
 
