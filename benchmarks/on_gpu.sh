@@ -53,7 +53,7 @@ run_steps() {
   python benchmarks/bench_training_step.py --network preact_resnet18 --batch-size 128 --rounds 5 --row-seconds 20 --graphs \
     "${data[@]}" --results "$results-training-step.json"
   python benchmarks/choices.py --batch-size 128 --steps 10 --compile --results "$results-choices.json"
-  python benchmarks/profile_step.py --method trades --batch-size 128 "${data[@]}" | tee "$results-profile.txt"
+  python benchmarks/profile_step.py --method trades --batch-size 128 "${data[@]}" --results "$results-profile.json"
 }
 
 run_scaling() {

@@ -24,7 +24,8 @@ def filled(text: str, results: Path, figures: Path) -> str:
     def content(found: re.Match[str]) -> str:
         begin, name, heading, end = found.groups()
         paths = sorted((figures if name.endswith(".png") else results).glob(name))
-        made = [_figure(path) if path.suffix == ".png" else _table(path, heading) for path in paths]
+        said: set[str] = set()
+        made = [_figure(path) if path.suffix == ".png" else _table(path, heading, said) for path in paths]
         inside = "\n\n".join(made or [f"(Not measured yet: there is no `{name}`.)"])
         return f"{begin}\n{inside}\n\n{end}"
 
@@ -35,11 +36,17 @@ def _figure(path: Path) -> str:
     return f"![{path.stem}]({path.parent.name}/{path.name})"
 
 
-def _table(path: Path, heading: str | None) -> str:
-    """The file with its headings two levels down, or one table of it. Raises ValueError where that is not there."""
+def _table(path: Path, heading: str | None, said: set[str]) -> str:
+    """The file with its headings two levels down, or one table of it. Raises ValueError where that is not there.
+
+    A whole file leaves out notes that are ``said`` before in the block and adds its own; its two last parts, command
+    and machine, stay.
+    """
     parts = path.read_text(encoding="utf-8").strip().split("\n\n")
     if heading is None:
-        return "\n\n".join(f"##{part}" if part.startswith("#") else part for part in parts)
+        new = [part for part in parts[:-2] if part not in said] + parts[-2:]
+        said.update(part for part in new if part[0].isalpha())
+        return "\n\n".join(f"##{part}" if part.startswith("#") else part for part in new)
     if f"## {heading}" not in parts:
         known = ", ".join(repr(part[3:]) for part in parts if part.startswith("## "))
         raise ValueError(f"{path.name} has no table {heading!r} (it has {known})")

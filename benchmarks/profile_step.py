@@ -1,6 +1,6 @@
 """Where a training step's time goes: by kind of work, the published step beside ours, in fp32 and in bf16.
 
-    python benchmarks/profile_step.py --method trades --network preact_resnet18 [--batch-size N] [--width N]
+    python benchmarks/profile_step.py --method trades --network preact_resnet18 [--batch-size N] [--results FILE.json]
 
 The steps are those of ``bench_training_step.py``, its rows and its images. Every kind is the time of its operators
 alone, as torch's profiler gives it (on a GPU: of the device); what the step takes beside them, the interpreter's and
@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -23,7 +26,7 @@ from atlas_kernels.schema import NAMESPACE, OPERATORS
 from bench_training_step import NETWORKS, Bench, Contest, Settings
 from harness import Call, seconds
 from steps import STEPS
-from tables import Table, aligned
+from tables import Table, aligned, command_line, markdown, write
 
 #: Kinds of work by what an operator's name holds, the first that fits; what fits none is pointwise or a reduction.
 KINDS = {
@@ -76,7 +79,14 @@ def table(columns: dict[str, Counter[str]]) -> Table:
     return [*lines, ["the step", *(cell for s in columns.values() for cell in (f"{s.total():.1f}", ""))]]
 
 
-def main(arguments: list[str] | None = None) -> None:
+NOTE = (
+    "Milliseconds of one step by kind of work, each the time of its operators alone, and their share. The rest is what "
+    "the step takes beside them, the profiler's own time among it."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description="Where a training step's time goes, the published one beside ours.")
     parser.add_argument("--method", default="trades", choices=tuple(STEPS))
     parser.add_argument("--network", default="preact_resnet18", choices=tuple(NETWORKS))
@@ -85,9 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the attacks that take several")
     parser.add_argument("--data-dir", help="folder with the data set's files; default: synthetic images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, metavar="FILE.json", help="write the numbers there, the table as .md")
     options = vars(parser.parse_args(arguments))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop
-    method = options.pop("method")
+    method, results = options.pop("method"), options.pop("results")
     announce_operators()
     contest = Contest(Bench(Settings(**options)), method)
     columns = {}
@@ -95,7 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
         if not name.startswith("bare"):
             with keep_memory() if name.startswith("ours") else nullcontext():
                 columns[name] = profiled(call, contest.device)
-    print(f"{method}, {options['network']}, batch of {len(contest.batch.y)}\n\n{aligned(table(columns))}")
+    lines = table(columns)
+    title = f"Where a step's time goes: {method}, {options['network']}, batch {len(contest.batch.y)}"
+    print(f"{title}\n\n{aligned(lines)}\n\n{NOTE}")
+    if results:
+        write(results, title, command_line(__file__, arguments), {"milliseconds": columns}, [markdown(lines), NOTE])
 
 
 if __name__ == "__main__":

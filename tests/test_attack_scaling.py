@@ -208,13 +208,16 @@ def test_kinds_of_work(name: str, kind: str) -> None:
     assert profile_step.kind_of(name) == kind
 
 
-def test_profile_of_a_step(monkeypatch, capsys) -> None:
+def test_profile_of_a_step(monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr(profile_step, "announce_operators", lambda: None)  # which lasts as long as the process
     options = ["--method", "one_step_adv", "--network", "small_cnn", "--width", "2", "--batch-size", "4"]
-    profile_step.main([*options, "--device", "cpu"])
+    profile_step.main([*options, "--device", "cpu", "--results", str(tmp_path / "profile.json")])
     lines = capsys.readouterr().out.splitlines()
     assert "published" in lines[2] and "ours bf16" in lines[2]
-    assert lines[-1].startswith("the step") and any(line.startswith("convolutions, backward") for line in lines)
+    assert lines[-3].startswith("the step") and any(line.startswith("convolutions, backward") for line in lines)
+    found = json.loads((tmp_path / "profile.json").read_text())["milliseconds"]
+    assert list(found) == ["published", "ours fp32", "ours bf16"] and found["published"]["convolutions, backward"] > 0
+    assert "| convolutions, backward |" in (tmp_path / "profile.md").read_text()
 
 
 def test_the_training_on_a_gpu_is_a_configuration() -> None:

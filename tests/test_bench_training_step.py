@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from atlas_kernels import memory
+from atlas_kernels.capture import CaptureFailed
 from atlas_train import methods
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -35,16 +36,6 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-class Double(bench.Bench):
-    """In double precision, where the two sides differ by rounding alone and that does not grow."""
-
-    def run(self, method: str, hyper: dict[str, Any]) -> Any:
-        made = super().run(method, hyper)
-        made.model.double()
-        made.batches = [batch._replace(x=batch.x.double()) for batch in made.batches]  # type: ignore[assignment]
-        return made
-
-
 @pytest.fixture(scope="module")
 def small() -> Iterator[bench.Bench]:
     with pytest.MonkeyPatch.context() as patch:
@@ -53,27 +44,16 @@ def small() -> Iterator[bench.Bench]:
         yield bench.Bench(bench.Settings("digits_net", width=8, steps=K, rounds=2))
 
 
-@pytest.fixture(scope="module")
-def double(small: bench.Bench) -> bench.Bench:
-    made = copy.copy(small)
-    made.__class__, made.model = Double, copy.deepcopy(small.model).double()
-    return made
-
-
 def test_every_method_has_a_row_and_adv_has_both_ways() -> None:
     assert {step.method for step in steps.STEPS.values()} == set(methods.names())
     assert len(steps.STEPS["adv"].published) == 2 and steps.STEPS["adr trades"].hyper == {"form": "trades"}
 
 
 @pytest.mark.parametrize("name", steps.STEPS)
-def test_both_sides_make_the_same_step_and_bare_makes_its_passes(
-    name: str, small: bench.Bench, double: bench.Bench
-) -> None:
-    contest = bench.Contest(double, name)
-    mine = contest.calls["ours fp32"]()
-    for label, call in contest.calls.items():
-        if label.startswith("published"):
-            torch.testing.assert_close(call(), mine, rtol=1e-9, atol=0)
+def test_both_sides_make_the_same_step_and_bare_makes_its_passes(name: str, small: bench.Bench) -> None:
+    losses = bench.Contest(small.double(), name).losses()
+    assert list(losses.values()) == pytest.approx([losses["ours fp32"]] * len(losses), rel=1e-9, abs=0)
+    assert len(losses) == 1 + len(steps.STEPS[name].published)
     row = bench.Contest(small, name).look()
     expected = PUBLISHED.get(name) or [row.passes["published"]]  # of YOPO and MMA it depends on network and data
     assert [row.passes[way] for way in row.published] == pytest.approx(expected, abs=0.6)
@@ -111,8 +91,28 @@ def test_a_wrong_loss_prints_no_time(small: bench.Bench, monkeypatch: pytest.Mon
     monkeypatch.setitem(steps.STEPS, "trades", dataclasses.replace(steps.STEPS["trades"], published={"": wrong}))
     row = bench.measure(small, "trades")
     assert not row.seconds and row.problem
+    assert row.doubles["published"] != pytest.approx(row.doubles["ours fp32"], rel=1e-3)
     said = f"trades: loss {row.losses['ours fp32']:.6g}, published {row.losses['published']:.6g}: no times"
     assert bench.table([row])[1] == [said, *[""] * (len(bench.table([])[0]) - 1)]
+
+
+@pytest.mark.parametrize(
+    "mine, published, exact, times",
+    [
+        (1.004, 1.0, None, True),
+        (1.006, 1.0, 1.004, True),
+        (1.006, 1.0, 1.0001, False),
+        (1.006, 1.0, 1.012, False),
+        (1.0, float("nan"), 1.0, True),
+        (float("nan"), 1.0, 1.0, False),
+    ],
+)
+def test_rounding_is_told_from_another_loss(mine: float, published: float, exact: float | None, times: bool) -> None:
+    row = bench.StepRow("x", losses={"published": published, "ours fp32": mine}, passes={"ours": 3.0, "bare": 3.0})
+    assert row.differing == ([] if exact is None else ["published"])
+    row.doubles = {"published": exact or 0.0}
+    row.look_for_problems()
+    assert (row.problem is None) == times
 
 
 def test_a_bare_loop_of_other_passes_is_an_error(small: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,4 +206,17 @@ def test_other_kinds_of_ours(small: bench.Bench) -> None:
         assert {f"{side} {dtype}{kind}" for side in ("ours", "bare") for dtype in ("fp32", "bf16")} < set(row.seconds)
     assert [line[0] for line in row.lines()] == ["trades", "trades folded", "trades graphs"]
     assert set(bench.Contest(made, "standard").kinds) == {"", " graphs"}, "there is no attack in eval mode"
+    assert not row.missing
     assert set(bench.Contest(made, "mma").kinds) == {"", " folded"}, "a step of MMA cannot be a graph"
+
+
+def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:
+    def refuses(call: Any, device: torch.device, *, warmup: int, pool: Any) -> Any:
+        raise CaptureFailed("it waits for the device")
+
+    made = copy.copy(small)
+    made.settings, made.recorder = dataclasses.replace(small.settings, graphs=True), refuses
+    row = bench.measure(made, "standard")
+    assert not any("graphs" in name for name in row.seconds) and "ours fp32" in row.seconds
+    said = [line[0] for line in row.lines()]
+    assert said[0] == "standard" and said[1].startswith("standard graphs: ") and "it waits for the device" in said[1]

@@ -57,6 +57,12 @@ def test_pattern_takes_every_file_in_order(folders: tuple[Path, Path]) -> None:
     assert made.index("### Title") < made.index("### Other")
 
 
+def test_notes_are_said_once(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "x3.md").write_text(TABLES.replace("# Title", "# Third"))
+    made = filled(block("x*.md"), *folders)
+    assert made.count("A note.") == 1 and made.count(FIRST) == made.count("cpu.") == made.count("`python x.py`") == 2
+
+
 def test_a_table_that_is_not_there_is_refused(folders: tuple[Path, Path]) -> None:
     with pytest.raises(ValueError, match="x.md has no table 'Third'.*it has 'First, by batch', 'Second'"):
         filled(block("x.md: Third"), *folders)
