@@ -2,7 +2,8 @@
 
     python benchmarks/bench_training_step.py --network preact_resnet18 --data-dir DIR --results FILE.json
 
-prints the table of ``step_table.py`` and writes it after every row, as JSON and markdown. The rows are in ``steps.py``.
+prints the table of ``step_table.py`` and writes it after every row, as JSON and markdown; with ``--keep`` into the
+table that FILE has, so that one which was cut off goes on. The rows are in ``steps.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
 from bare import Attack, Bare, Learn, Pass
 from harness import Call, environment, median_interval, peak_memory, seconds
-from step_table import KINDS, NOTES, StepRow, listed, report, table
+from step_table import KINDS, NOTES, StepRow, listed, read, report, table
 from steps import STEPS, Published, Step
 from tables import aligned, command_line
 
@@ -363,19 +364,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="write FILE (JSON) and its twin in markdown after every row"
     )
+    parser.add_argument("--keep", action="store_true", help="keep the rows of FILE that are not measured now")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(arguments))
-    names, results = options.pop("methods").split(","), options.pop("results")
+    names, results, keep = options.pop("methods").split(","), options.pop("results"), options.pop("keep")
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"--methods: no row {unknown[0]!r} (known: {', '.join(STEPS)})")
     if options["graphs"] and not options["device"].startswith("cuda"):
         parser.error(f"--graphs needs a CUDA device, got --device {options['device']}")
+    if keep and not (results and results.exists()):
+        parser.error("--keep needs the file of an earlier run as --results")
     say = partial(print, file=sys.stderr, flush=True)
-    bench, rows = Bench(Settings(**options)), []
+    bench, command = Bench(Settings(**options)), command_line(__file__, arguments)
     facts = facts_of(bench)
+    found = {row.step: row for row in (read(results, facts) if keep else [])}
     for name in names:
-        rows.append(measure(bench, name, say))
+        made = replace(measure(bench, name, say), command=command, commit=str(environment()["commit"]))
+        found[name] = made
+        rows = [found[step] for step in STEPS if step in found]
         if results:
-            report(results, command_line(__file__, sys.argv[1:] if arguments is None else arguments), facts, rows)
+            report(results, command, facts, rows)
     print("\n".join([*NOTES, *listed({"environment": environment(), **facts}), "", aligned(table(rows))]))
 
 

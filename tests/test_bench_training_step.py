@@ -175,6 +175,27 @@ def test_results_are_written_after_every_row(
     assert "| standard |" in target.with_suffix(".md").read_text() and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_table_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Any) -> None:
+    """Rows that are kept stay in their order, those measured again are replaced, other settings are refused."""
+    target = tmp_path / "steps.json"
+    how = ["--network", "digits_net", "--width", "4", "--rounds", "1", "--steps", "2", "--device", "cpu"]
+    how += ["--results", str(target)]
+    monkeypatch.setattr(bench, "measure", lambda made, name, say: bench.StepRow(name, problem="first"))
+    bench.main([*how, "--methods", "mart,adv"])
+    monkeypatch.setattr(bench, "measure", lambda made, name, say: bench.StepRow(name, problem="second"))
+    bench.main([*how, "--methods", "standard,mart", "--keep"])
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["step"], row["problem"]) for row in rows] == [
+        ("standard", "second"), ("adv", "first"), ("mart", "second")]  # fmt: skip
+    assert "- adv: `python benchmarks/bench_training_step.py" in target.with_suffix(".md").read_text()
+    before = target.read_text()
+    with pytest.raises(ValueError, match="steps = 2, this run 3: take another file"):
+        bench.main([*how, "--steps", "3", "--methods", "trades", "--keep"])
+    assert target.read_text() == before
+    with pytest.raises(SystemExit):
+        bench.main(["--methods", "adv", "--keep", "--results", str(tmp_path / "other.json")])
+
+
 def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--methods", "adv,tradse"])

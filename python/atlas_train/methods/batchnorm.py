@@ -68,8 +68,10 @@ def constant(statistics: Statistics) -> Statistics:
 def _normalise(layer: _BatchNorm, mean: Tensor, var: Tensor, x: Tensor) -> Tensor:
     if not mean.requires_grad:
         return F.batch_norm(x, mean, var, layer.weight, layer.bias, training=False, eps=layer.eps)
-    shape = [1, -1, *[1] * (x.ndim - 2)]  # F.batch_norm has no gradient to its statistics
-    scale = (var + layer.eps).rsqrt()
-    scale = scale if layer.weight is None else scale * layer.weight
-    out = (x - mean.view(shape)) * scale.view(shape)
-    return (out if layer.bias is None else out + layer.bias.view(shape)).to(x.dtype)
+    # F.batch_norm has no gradient to its statistics, only to weight and bias. Statistics that move from (m, s) are the
+    # same as these held, the weight times s' / s, and the bias less (m' - m) s' weight; which changes no value here.
+    scale, fixed = (var + layer.eps).rsqrt(), mean.detach()
+    weight = scale / scale.detach() if layer.weight is None else layer.weight * (scale / scale.detach())
+    shift = (fixed - mean) * scale.detach() * weight
+    bias = shift if layer.bias is None else layer.bias + shift
+    return F.batch_norm(x, fixed, var.detach(), weight, bias, training=False, eps=layer.eps)
