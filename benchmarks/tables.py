@@ -11,7 +11,7 @@ from harness import environment
 
 Table = Sequence[Sequence[str]]  # the header first; all rows as long as it
 #: Options whose values say where things are on this machine, and nothing about the results.
-PLACES = ("--data-dir", "--results", "--checkpoint")
+PLACES = ("--data-dir", "--results", "--plots", "--checkpoint")
 
 
 def aligned(table: Table) -> str:

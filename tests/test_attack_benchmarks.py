@@ -191,6 +191,6 @@ def test_the_study_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_commands_name_no_folders() -> None:
-    given = ["--data-dir", "/somewhere/else", "--results=/x/y.json", "--size", "10"]
+    given = ["--data-dir", "/somewhere/else", "--results=/x/y.json", "--plots", "/z"]
     shown = tables.command_line("/home/me/benchmarks/attack_precision.py", given)
-    assert shown == "python benchmarks/attack_precision.py --data-dir DATA-DIR --results=RESULTS --size 10"
+    assert shown == "python benchmarks/attack_precision.py --data-dir DATA-DIR --results=RESULTS --plots PLOTS"
