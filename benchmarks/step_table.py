@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,7 @@ class StepRow:
     def look_for_problems(self) -> None:
         """Sets ``problem`` where a loss differs from the published one, or the bare passes from those of ours."""
         for name in self.differing:
-            if not self._same(self.doubles[name]):
+            if not (math.isfinite(self.losses[name]) and self._same(self.doubles[name])):
                 self.problem = f"loss {self.losses['ours fp32']:.6g}, {name} {self.losses[name]:.6g}: no times"
         ours, bare = self.passes["ours"], self.passes["bare"]
         if abs(bare - ours) > 0.02 * ours:

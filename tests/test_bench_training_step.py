@@ -103,7 +103,7 @@ def test_a_wrong_loss_prints_no_time(small: bench.Bench, monkeypatch: pytest.Mon
         (1.006, 1.0, 1.004, True),
         (1.006, 1.0, 1.0001, False),
         (1.006, 1.0, 1.012, False),
-        (1.0, float("nan"), 1.0, True),
+        (1.0, float("nan"), 1.0, False),
         (float("nan"), 1.0, 1.0, False),
     ],
 )

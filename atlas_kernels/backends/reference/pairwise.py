@@ -12,8 +12,7 @@ def compactness(h, h_adv, labels, scale, squared, factor, value, total, grad, ad
     dtype = compute_dtype(h.dtype)
     weights = torch.tensor([1.0 - 1.0 / scale, 1.0], dtype=dtype, device=h.device)
     clean, rows = h.to(dtype), weights.new_zeros(h.shape[0])
-    if grad is not None:
-        grad.zero_()
+    slopes = torch.zeros_like(clean, dtype=torch.float64)  # sums over all adversaries, one after another
     for i, adversary in enumerate(h_adv.to(dtype)):
         weight = weights[(labels == labels[i]).long()].unsqueeze(1)
         difference = adversary - clean
@@ -22,7 +21,9 @@ def compactness(h, h_adv, labels, scale, squared, factor, value, total, grad, ad
         if adv_grad is not None:
             adv_grad[i] = slope.sum(0)
         if grad is not None:
-            grad.sub_(slope)
+            slopes.sub_(slope)
+    if grad is not None:
+        grad.copy_(slopes)
     if value is not None:
         value.copy_(factor * rows)
     if total is not None:
