@@ -28,7 +28,8 @@ def can_keep_memory() -> bool:
 
 @contextmanager
 def keep_memory() -> Iterator[None]:
-    """Inside, freed host memory stays with the process, which then holds as much as it ever had in use at once.
+    """Inside, freed host memory stays with the process, which then holds as much as it ever had in use at once, or
+    a few blocks more where small ones that are in use lie between those that were freed.
 
     At the end the free memory is given back, and glibc behaves as it does in a process that has freed large blocks.
     It is a setting of the whole process, threads included; nested contexts count as one. With another allocator (macOS,
