@@ -131,6 +131,12 @@ SIGNATURES = [
     (mart.mart_loss, published.mart_loss, []),
     (gairat.GA_PGD, published.GA_PGD, []),
     (gairat.GAIR, published.GAIR, []),
+    (gairat.cwloss, published.cw_loss, []),
+    (gairat.eval_robust, published.eval_robust, []),
+    (robust_overfitting.mixup_data, published.mixup_data, []),
+    (robust_overfitting.mixup_criterion, published.mixup_criterion, []),
+    (awp.diff_in_weights, published.diff_in_weights, []),
+    (awp.add_into_weights, published.add_into_weights, []),
     (fast_adversarial.attack_pgd, published.fast_cifar_pgd, []),
     (fast_adversarial.attack_fgsm, published.attack_fgsm, []),
     (fast_adversarial.clamp, published.clamp, []),
@@ -162,9 +168,45 @@ def test_signatures_of_methods() -> None:
         (jacobian.JacobianReg.forward, "x, y"),
         (fast_adversarial.evaluate_pgd, "test_loader, model, attack_iters, restarts"),
         (fast_adversarial.evaluate_standard, "test_loader, model"),
+        (gairat.eval_clean, "model, test_loader"),
     ]:
         found = [name for name in inspect.signature(function).parameters if name != "self"]
         assert found == names.split(", ")
+
+
+PUBLIC = {  # what the files define; what is refused has a minus
+    trades: "squared_l2_norm l2_norm trades_loss",
+    mart: "mart_loss",
+    gairat: "cwloss GA_PGD eval_clean eval_robust GAIR -GA_earlystop",
+    fast_adversarial: "cifar10_mean cifar10_std mu std upper_limit lower_limit clamp attack_pgd attack_fgsm "
+    "evaluate_pgd evaluate_standard -get_loaders",
+    robust_overfitting: "cifar10_mean cifar10_std mu std upper_limit lower_limit normalize clamp mixup_data "
+    "mixup_criterion attack_pgd -Batches -get_args -main -normalise -pad -transpose -Crop -FlipLR -Cutout -Transform "
+    "-cifar10",
+    awp: "EPS diff_in_weights add_into_weights AdvWeightPerturb TradesAWP perturb_input",
+    jacobian: "JacobianReg",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_every_public_name_is_there_or_says_where_it_is(module: Any) -> None:
+    offered = {name for name in PUBLIC[module].split() if name[0] != "-"}
+    assert offered <= set(dir(module))
+    assert set(getattr(module, "__all__", offered)) == offered
+    for name in (name[1:] for name in PUBLIC[module].split() if name[0] == "-"):
+        assert not hasattr(module, name)
+        with pytest.raises(AttributeError, match=f"no '{name}'; it has .*Import it from the original"):
+            getattr(module, name)
+        with pytest.raises(ImportError, match=f"no '{name}'; it has .*Import it from the original"):
+            exec(f"from {module.__name__} import {name}")
+    with pytest.raises(AttributeError, match="has no"):
+        _ = module.no_such_thing
+
+
+def test_trades_norms() -> None:
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.allclose(trades.squared_l2_norm(x), x.view(1, -1).square().sum(1))  # as published, of the whole batch
+    assert torch.allclose(trades.l2_norm(x), x.norm()[None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,6 +298,33 @@ def test_gair(func: str, steps: int) -> None:
         close(mine, published.GAIR(steps, kappa.double(), lam, func), "weights")
         close(gairat.GAIR(steps, kappa.float(), lam, func).double(), mine, "weights in float32", 1e-6)
     assert gairat.GAIR(10, torch.full((4,), 10.0), -500.0, "Tanh").tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("confidence", [50, 0.2])
+def test_gairat_cwloss(confidence: float) -> None:
+    logits, target = torch.randn(16, CLASSES, dtype=torch.float64), torch.arange(16) % CLASSES
+    both = []
+    for function in (gairat.cwloss, published.cw_loss):
+        output = logits.clone().requires_grad_()
+        loss = function(output, target, confidence)
+        both.append((loss.detach(), *torch.autograd.grad(loss, output)))
+    close(both[0][0], both[1][0], "loss")
+    close(both[0][1], both[1][1], "gradient")
+    assert confidence == 50 or (both[0][1] == 0).all(1).any()
+
+
+@pytest.mark.parametrize(("loss_fn", "category", "random"), [("cent", "Madry", True), ("cw", "trades", False)])
+def test_gairat_evaluation(loss_fn: str, category: str, random: bool) -> None:
+    model, x, y = setting()
+    loader = [(x[:10], y[:10]), (x[10:], y[10:])]
+    how = (loader, 3, EPS, STEP, loss_fn, category, random)
+    mine, theirs = (after(f, model, *how) for f in (gairat.eval_robust, published.eval_robust))
+    assert mine.result == pytest.approx(theirs.result, rel=1e-9)
+    same_trace(mine, theirs)
+    mine = after(gairat.eval_clean, model, loader)
+    theirs = after(lambda m: published.evaluate(loader, m, lambda a, b: 0), model)
+    assert mine.result == pytest.approx(theirs.result, rel=1e-9) and 0 < mine.result[1] < 1
+    same_trace(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -373,6 +442,54 @@ def test_robust_overfitting_l2_with_a_gradient_of_nothing() -> None:
     same_images(mine.result, theirs.result)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.0])
+def test_mixup(alpha: float) -> None:
+    model, x, y = setting()
+
+    def mixed(module: Any) -> Callable[[nn.Module], Any]:
+        def step(model: nn.Module) -> Any:
+            images, y_a, y_b, lam = module.mixup_data(x, y, alpha)
+            loss = module.mixup_criterion(torch.nn.functional.cross_entropy, model(images), y_a, y_b, lam)
+            return images, y_b, lam, loss.detach()
+
+        return step
+
+    mine, theirs = (after(mixed(module), model) for module in (robust_overfitting, published))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(mine.result, theirs.result, strict=True)
+    )
+    assert (mine.result[2] == 1) == (alpha == 0)
+    same_trace(mine, theirs)
+
+
+def test_robust_overfitting_limits_are_globals_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in 0..255, say, with radii in their unit."""
+    model, x, y = setting()
+    plain = after(robust_overfitting.attack_pgd, model.eval(), x, y, EPS, STEP, 3, 1, "l_inf").result
+    mean, deviation = 255 * robust_overfitting.mu, 255 * robust_overfitting.std
+    for name, value in {"upper_limit": 255, "mu": mean, "std": deviation}.items():
+        monkeypatch.setattr(robust_overfitting, name, value)
+    large = after(robust_overfitting.attack_pgd, model, 255 * x, y, 255 * EPS, 255 * STEP, 3, 1, "l_inf").result
+    close(large / 255, plain, "delta", 1e-6)
+
+
+def test_awp_weights_by_name() -> None:
+    model, _, _ = setting()
+    proxy = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in proxy.parameters():
+            weight.add_(torch.randn_like(weight))
+    mine, theirs = awp.diff_in_weights(model, proxy), published.diff_in_weights(model, proxy)
+    assert list(mine) == list(theirs) and awp.EPS == 1e-20
+    for name, value in mine.items():
+        close(value, theirs[name], name)
+    added = copy.deepcopy(model), copy.deepcopy(model)
+    awp.add_into_weights(added[0], mine, 0.3)
+    published.add_into_weights(added[1], theirs, 0.3)
+    for left, right in zip(added[0].parameters(), added[1].parameters(), strict=True):
+        close(left.detach(), right.detach(), "weights")
+
+
 @pytest.mark.parametrize("kind", ["at", "trades"])
 def test_awp(kind: str) -> None:
     model, x, y = setting()
@@ -481,6 +598,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gairat.GA_PGD(*S, 8, 2, 2, "cent", "Madry", True), ValueError, "epsilon"),
     (lambda: gairat.GAIR(10, torch.ones(4), 0.0, "tanh"), ValueError, "func"),
     (lambda: gairat.GAIR(1, torch.ones(4), 0.0, "Tanh"), ValueError, "num_steps"),
+    (lambda: gairat.eval_clean(S.model, []), ValueError, "gives no images"),
     (lambda: fast_adversarial.attack_pgd(*S, EPSILON[:2], ALPHA[:2], 2, 1), ValueError, "epsilon"),
     (lambda: fast_adversarial.attack_pgd(*S, 8, 2, 2, 1), ValueError, "epsilon"),
     (lambda: robust_overfitting.attack_pgd(*S, EPS, STEP, 2, 1, "linf"), ValueError, "norm"),

@@ -5,5 +5,5 @@ effects are those of the published functions; starts and directions are drawn fr
 same order, so that a seeded script sees the same adversaries up to rounding. Each docstring says what is kept and what
 differs. Everywhere: attacks compute no gradient of the weights and leave ``.grad`` alone (published code often leaves
 the attack's gradients there, which the script has to zero before its own), and tensors go to the device of the images
-or of the model instead of to CUDA.
+or of the model instead of to CUDA. What else a published file has stays there; asked for here, it says so.
 """

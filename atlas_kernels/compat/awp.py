@@ -15,6 +15,25 @@ from ..attacks.weights import weight_directions
 from ..checks import require_choice
 from .trades import DISTANCES, kl_adversary, noise_near
 
+EPS = 1e-20
+
+
+def diff_in_weights(model: nn.Module, proxy: nn.Module) -> dict[str, Tensor]:
+    """By name, what separates the proxy's weights from the model's, scaled to the norm of the model's: of those of two
+    or more dimensions with "weight" in their name."""
+    pairs = zip(model.state_dict().items(), proxy.state_dict().values(), strict=True)
+    chosen = [(name, old, new - old) for (name, old), new in pairs if old.ndim > 1 and "weight" in name]
+    return weight_directions(((name, old) for name, old, _ in chosen), (difference for *_, difference in chosen))
+
+
+@torch.no_grad()
+def add_into_weights(model: nn.Module, diff: dict[str, Tensor], coeff: float = 1.0) -> None:
+    """Adds ``coeff * diff`` to the weights of its names."""
+    weights = [(weight, diff[name]) for name, weight in model.named_parameters() if name in diff]
+    if weights:
+        own, directions = zip(*weights, strict=True)
+        torch._foreach_add_(own, directions, alpha=coeff)
+
 
 class _WeightPerturbation:
     def __init__(self, model: nn.Module, proxy: nn.Module | None, proxy_optim: Optimizer | None, gamma: float) -> None:
@@ -26,18 +45,11 @@ class _WeightPerturbation:
 
     def perturb(self, diff: dict[str, Tensor]) -> None:
         """Adds gamma times the directions to the weights."""
-        self._add(diff, self.gamma)
+        add_into_weights(self.model, diff, self.gamma)
 
     def restore(self, diff: dict[str, Tensor]) -> None:
         """Takes them away again; an update made in between stays."""
-        self._add(diff, -self.gamma)
-
-    @torch.no_grad()
-    def _add(self, diff: dict[str, Tensor], factor: float) -> None:
-        weights = [(weight, diff[name]) for name, weight in self.model.named_parameters() if name in diff]
-        if weights:
-            own, directions = zip(*weights, strict=True)
-            torch._foreach_add_(own, directions, alpha=factor)
+        add_into_weights(self.model, diff, -self.gamma)
 
     def _directions(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
         """``||w|| g / ||g||`` per weight, g the gradient of the loss in train mode; BatchNorm's statistics rest."""

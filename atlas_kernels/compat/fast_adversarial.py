@@ -1,5 +1,5 @@
 """Drop-ins for ``CIFAR10/utils.py`` and ``MNIST/evaluate_mnist.py`` of locuslab/fast_adversarial (Wong, Rice & Kolter
-2020, arXiv 2001.03994); ``get_loaders`` is not here.
+2020, arXiv 2001.03994); ``get_loaders`` stays with the original.
 
 As there, the statistics and limits of normalised CIFAR-10 images are globals of this module, made when it is imported,
 on CUDA where there is one; set ``lower_limit`` and ``upper_limit`` for another data set.
@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import losses
 from ..attacks import leave_no_trace
 from ..attacks.arguments import class_indices, require_radius
 from ..attacks.objective import Objective
 from ..perturb import pgd_step
+from ._evaluation import evaluate
+from ._missing import refuse
 from ._restarts import Rows, strongest_delta
+
+__all__ = [
+    "attack_fgsm", "attack_pgd", "cifar10_mean", "cifar10_std", "clamp", "evaluate_pgd", "evaluate_standard",
+    "lower_limit", "mu", "std", "upper_limit",
+]  # fmt: skip
 
 cifar10_mean = (0.4914, 0.4822, 0.4465)
 cifar10_std = (0.2471, 0.2435, 0.2616)
@@ -114,26 +120,19 @@ def evaluate_pgd(
     Kept: the model is left in eval mode. Differs: results are read off the device once, not twice per batch.
     """
     epsilon, alpha = (8 / 255.0) / std, (2 / 255.0) / std
-    model.eval()
-    return _evaluate(test_loader, model, lambda X, y: attack_pgd(model, X, y, epsilon, alpha, attack_iters, restarts))
+    return evaluate(
+        test_loader, model, lambda X, y: X + attack_pgd(model, X, y, epsilon, alpha, attack_iters, restarts)
+    )
 
 
 def evaluate_standard(test_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) on the images as they are; the rest as in ``evaluate_pgd``."""
-    model.eval()
-    return _evaluate(test_loader, model, lambda X, y: None)
+    return evaluate(test_loader, model, lambda X, y: X)
 
 
-def _evaluate(test_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, attack: Any) -> tuple[float, float]:
-    device = next(model.parameters()).device
-    sums, n = torch.zeros(2, dtype=torch.float64, device=device), 0
-    for X, y in test_loader:
-        X, y = X.to(device), y.to(device)
-        delta = attack(X, y)
-        with torch.no_grad():
-            output = model(X if delta is None else X + delta)
-            sums[0] += losses.cross_entropy(output, y, reduction="sum")
-            sums[1] += (output.argmax(1) == y).sum()
-        n += len(y)
-    loss, accuracy = (sums / n).tolist()
-    return loss, accuracy
+__getattr__ = refuse(
+    __name__,
+    __all__,
+    ("get_loaders",),
+    "Import it from the original's utils.py: it reads CIFAR-10 with torchvision.",
+)

@@ -3,18 +3,24 @@ Geometry-aware-Instance-reweighted-Adversarial-Training)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import losses
 from ..attacks import leave_no_trace
 from ..attacks.arguments import class_indices, require_count, require_radius
 from ..attacks.objective import Objective
 from ..checks import require_choice, require_images
 from ..perturb import pgd_step
+from ._evaluation import evaluate
+from ._missing import refuse
 from .trades import noise_near
+
+__all__ = ["GAIR", "GA_PGD", "cwloss", "eval_clean", "eval_robust"]
 
 _OBJECTIVES = {"cent": "ce", "cw": "margin", "kl": "kl"}
 
@@ -68,6 +74,40 @@ def GA_PGD(
     return x_adv, kappa.to(torch.get_default_dtype())
 
 
+def cwloss(output: Tensor, target: Tensor, confidence: float = 50, num_classes: int = 10) -> Tensor:
+    """``-sum max(z_y - max_{k != y} z_k + confidence, 0)``, which an attack climbs.
+
+    Differs: the classes are those of ``output``, whatever ``num_classes`` says.
+    """
+    return (losses.margin_loss(output, target, reduction="none") - confidence).clamp(max=0.0).sum()
+
+
+def eval_clean(model: nn.Module, test_loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in [0, 1]); the model is left in eval mode.
+
+    Differs: the mean is over the images that the loader gives, not over its ``dataset``, which need not be all of them.
+    """
+    return evaluate(test_loader, model, lambda data, target: data)
+
+
+def eval_robust(
+    model: nn.Module,
+    test_loader: Iterable[tuple[Tensor, Tensor]],
+    perturb_steps: int,
+    epsilon: float,
+    step_size: float,
+    loss_fn: str,
+    category: str,
+    random: bool,
+) -> tuple[float, float]:
+    """As ``eval_clean``, on the adversaries of ``GA_PGD``."""
+
+    def adversaries(data: Tensor, target: Tensor) -> Tensor:
+        return GA_PGD(model, data, target, epsilon, step_size, perturb_steps, loss_fn, category, random)[0]
+
+    return evaluate(test_loader, model, adversaries)
+
+
 def GAIR(num_steps: int, Kappa: Tensor, Lambda: float | Tensor, func: str) -> Tensor:
     """Weights of the samples, over their mean: with h = num_steps // 2,
 
@@ -106,3 +146,6 @@ def _start(x: Tensor, epsilon: float, category: str) -> Tensor:
 
     noise = torch.from_numpy(np.random.uniform(-epsilon, epsilon, x.shape)).float()
     return (x + noise.to(x.device)).clamp(0.0, 1.0).to(x.dtype)
+
+
+__getattr__ = refuse(__name__, __all__, ("GA_earlystop",), "Import it from the original's earlystop.py (GAIR-FAT).")

@@ -1,8 +1,8 @@
-"""Drop-in for the attack in ``train_cifar.py`` of locuslab/robust_overfitting (Rice, Wong & Kolter 2020, arXiv
-2002.11569) and in csdongxian/AWP's AT_AWP scripts.
+"""Drop-ins for the attack and mixup in ``train_cifar.py`` of locuslab/robust_overfitting (Rice, Wong & Kolter 2020,
+arXiv 2002.11569) and in csdongxian/AWP's AT_AWP scripts; what reads data stays with the original.
 
 As there, images are in [0, 1] and the attack normalises them with this module's globals ``mu`` and ``std``, those of
-CIFAR-10; set them for another data set.
+CIFAR-10, and keeps them between ``lower_limit`` and ``upper_limit``; set these for another data set.
 """
 
 from __future__ import annotations
@@ -17,14 +17,37 @@ from ..attacks.arguments import class_indices, require_radius
 from ..attacks.objective import Objective
 from ..checks import require_choice
 from ..perturb import pgd_step
+from ._missing import refuse
 from ._restarts import Rows, Step, strongest_delta
-from .fast_adversarial import mu, std
+from .fast_adversarial import cifar10_mean, cifar10_std, clamp, mu, std
+
+__all__ = [
+    "attack_pgd", "cifar10_mean", "cifar10_std", "clamp", "lower_limit", "mixup_criterion", "mixup_data", "mu",
+    "normalize", "std", "upper_limit",
+]  # fmt: skip
 
 upper_limit, lower_limit = 1, 0
 
 
 def normalize(X: Tensor) -> Tensor:
     return (X - mu.to(X.device)) / std.to(X.device)
+
+
+def mixup_data(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor, Tensor, float]:
+    """``(lam x + (1 - lam) x[i], y, y[i], lam)``, i a random order, drawn by torch on the CPU, and lam from
+    Beta(alpha, alpha), drawn by numpy; 1 for alpha = 0."""
+    import numpy as np  # not needed by anything else here
+
+    lam = float(np.random.beta(alpha, alpha)) if alpha > 0 else 1.0
+    index = torch.randperm(len(x)).to(x.device)
+    return lam * x + (1 - lam) * x[index], y, y[index.to(y.device)], lam
+
+
+def mixup_criterion(
+    criterion: Callable[[Tensor, Tensor], Tensor], pred: Tensor, y_a: Tensor, y_b: Tensor, lam: float
+) -> Tensor:
+    """``lam criterion(pred, y_a) + (1 - lam) criterion(pred, y_b)``."""
+    return lam * criterion(pred, y_a) + (1 - lam) * criterion(pred, y_b)
 
 
 def attack_pgd(
@@ -77,7 +100,7 @@ def attack_pgd(
 
 
 def _linf(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], Step]:
-    require_radius("epsilon", epsilon, clip_min=0, clip_max=1)
+    require_radius("epsilon", epsilon, clip_min=lower_limit, clip_max=upper_limit)
 
     def start() -> Tensor:
         return (X + torch.zeros_like(X).uniform_(-epsilon, epsilon)).clamp_(lower_limit, upper_limit)
@@ -123,3 +146,11 @@ class _Mixup(Objective):
         assert isinstance(chosen, _Mixup)
         chosen.second = self.second.rows(index)
         return chosen
+
+
+_OF_DATA = (
+    "Batches", "Crop", "Cutout", "FlipLR", "Transform", "cifar10", "get_args", "main", "normalise", "pad", "transpose",
+)  # fmt: skip
+__getattr__ = refuse(
+    __name__, __all__, _OF_DATA, "Import it from the original's train_cifar.py or utils.py: it is no part of attacks."
+)

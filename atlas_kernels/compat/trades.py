@@ -14,6 +14,16 @@ from ..checks import require_choice, require_images
 DISTANCES = ("l_inf", "l_2")
 
 
+def squared_l2_norm(x: Tensor) -> Tensor:
+    """The sum of all squares, of the whole batch, [1]."""
+    return x.reshape(1, -1).square().sum(1)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """The root of ``squared_l2_norm``."""
+    return squared_l2_norm(x).sqrt()
+
+
 def trades_loss(
     model: nn.Module,
     x_natural: Tensor,

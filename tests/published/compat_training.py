@@ -77,10 +77,18 @@ def mart_loss(
     return boosted + beta * (kl * (1.0000001 - p.gather(1, y[:, None])[:, 0])).sum() / len(y)
 
 
-def cw_loss(output, target, confidence=50):
-    hot = F.one_hot(target, output.shape[1])
+def cw_loss(output, target, confidence=50, num_classes=10):
+    hot = F.one_hot(target, output.shape[1])  # published: num_classes, which there is the same
     other = ((1 - hot) * output - hot * 10000.0).max(1)[0]
     return -torch.clamp((hot * output).sum(1) - other + confidence, min=0.0).sum()
+
+
+def eval_robust(model, test_loader, perturb_steps, epsilon, step_size, loss_fn, category, random):
+    return evaluate(
+        test_loader,
+        model,
+        lambda X, y: GA_PGD(model, X, y, epsilon, step_size, perturb_steps, loss_fn, category, random)[0] - X,
+    )
 
 
 def GA_PGD(model, data, target, epsilon, step_size, num_steps, loss_fn, category, rand_init):
@@ -103,6 +111,32 @@ def GA_PGD(model, data, target, epsilon, step_size, num_steps, loss_fn, category
         return F.cross_entropy(output, target) if loss_fn == "cent" else cw_loss(output, target)
 
     return signed_steps(loss_of, x_adv, data, step_size, epsilon, num_steps), kappa
+
+
+def mixup_data(x, y, alpha=1.0):
+    lam = np.random.beta(alpha, alpha) if alpha > 0 else 1
+    index = torch.randperm(x.size()[0])
+    return lam * x + (1 - lam) * x[index, :], y, y[index], lam
+
+
+def mixup_criterion(criterion, pred, y_a, y_b, lam):
+    return lam * criterion(pred, y_a) + (1 - lam) * criterion(pred, y_b)
+
+
+def diff_in_weights(model, proxy):
+    diff, new = {}, proxy.state_dict()
+    for name, old in model.state_dict().items():
+        if old.ndim > 1 and "weight" in name:
+            d = new[name] - old
+            diff[name] = old.norm() / (d.norm() + 1e-20) * d
+    return diff
+
+
+def add_into_weights(model, diff, coeff=1.0):
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in diff:
+                weight.add_(coeff * diff[name])
 
 
 def GAIR(num_steps, Kappa, Lambda, func):
@@ -239,12 +273,7 @@ class AWP:
         self.optim.zero_grad()
         (-loss).backward()
         self.optim.step()
-        diff, new = {}, self.proxy.state_dict()
-        for name, old in self.model.state_dict().items():
-            if old.ndim > 1 and "weight" in name:
-                d = new[name] - old
-                diff[name] = old.norm() / (d.norm() + 1e-20) * d
-        return diff
+        return diff_in_weights(self.model, self.proxy)
 
 
 def perturb_input(model, x_natural, step_size=0.003, epsilon=0.031, perturb_steps=10, distance="l_inf"):
