@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import io
+import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import atlas_kernels.compat.torchattacks as ours
+from atlas_kernels import Execution
 
 try:
     import torchattacks as theirs
@@ -96,6 +101,10 @@ def labels(device: torch.device) -> Tensor:
     return (torch.arange(7) % CLASSES).to(device)
 
 
+def public(thing: Any) -> set[str]:
+    return {name for name in dir(thing) if name[0] != "_"}
+
+
 def after(attack: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
     """The adversaries from a known random state, and what is drawn next."""
     torch.manual_seed(2)
@@ -130,8 +139,7 @@ def test_same_signature_and_printed_form(name, model):
     mine, published = mine(model), published(model)
     split = [sorted(str(attack)[:-1].replace("(", ", ", 1).split(", ")) for attack in (mine, published)]
     assert split[0] == split[1]
-    public = {name for name in dir(published) if name[0] != "_"} - {"forward", "get_output_with_eval_nograd"}
-    assert public <= set(dir(mine))
+    assert public(published) <= public(mine)
     assert list(mine.supported_mode) == published.supported_mode
 
 
@@ -335,7 +343,9 @@ REFUSED: list[tuple[type[Exception], str, Callable[[Any, Tensor, Tensor], object
     (ValueError, "write 8/255", lambda m, x, y: ours.PGD(m, eps=8)),
     (ValueError, "eps must be finite", lambda m, x, y: ours.FGSM(m, eps=-1)),
     (ValueError, "alpha must be finite", lambda m, x, y: ours.PGD(m, alpha=-1)),
-    (TypeError, "one value per sample", lambda m, x, y: ours.PGD(m, eps=torch.full((7,), 0.1))),
+    (TypeError, "one value per sample", lambda m, x, y: ours.FGSM(m, eps=torch.full((1, 3, 1, 1), 0.1))(x, y)),
+    (TypeError, "one value per sample", lambda m, x, y: ours.MIFGSM(m, alpha=torch.full((3, 1, 1), 0.1))(x, y)),
+    (ValueError, r"eps has shape \[6\]", lambda m, x, y: ours.PGD(m, eps=torch.full((6, 1, 1, 1), 0.1).to(x))(x, y)),
     (TypeError, "steps must be an integer", lambda m, x, y: ours.PGD(m, steps=2.5)),
     (ValueError, "labels is missing: FGSM", lambda m, x, y: ours.FGSM(m)(x)),
     (ValueError, "is not a class", lambda m, x, y: ours.PGD(m)(x, y + CLASSES)),
@@ -351,8 +361,19 @@ REFUSED: list[tuple[type[Exception], str, Callable[[Any, Tensor, Tensor], object
     (ValueError, "std must be positive", lambda m, x, y: ours.PGD(m).set_normalization_used([0.5], [0.0])),
     (ValueError, "one each per channel", lambda m, x, y: ours.PGD(m).set_normalization_used([0.5] * 3, [0.5])),
     (ValueError, "call set_normalization_used", lambda m, x, y: ours.PGD(m).normalize(x)),
-    (NotImplementedError, "in a loop", lambda m, x, y: ours.PGD(m).save([(x, y)], "adv.pt")),
+    (NotImplementedError, "no forward", lambda m, x, y: ours.Attack("mine", m)(x, y)),
+    (ValueError, "save_type must be", lambda m, x, y: ours.PGD(m).save([(x, y)], save_type="uint8")),
+    (ValueError, "gives no images", lambda m, x, y: ours.PGD(m).save([], io.BytesIO(), verbose=False)),
+    (ValueError, "type must be", lambda m, x, y: ours.PGD.to_type(x, "uint8")),
+    (TypeError, "y must be an integer", lambda m, x, y: ours.PGD(m)(x, y.tolist())),
+    (ValueError, "give two or more", lambda m, x, y: ours.MultiAttack([ours.PGD(m)])),
+    (ValueError, "attacks is empty", lambda m, x, y: ours.MultiAttack([])),
+    (TypeError, "labels must be a tensor", lambda m, x, y: ours.MultiAttack([ours.PGD(m)] * 2)(x)),
+    (ValueError, "different models", lambda m, x, y: ours.MultiAttack([ours.PGD(m), ours.PGD(copy.deepcopy(m))])),
+    (ValueError, "no targeted mode", lambda m, x, y: ours.MultiAttack([ours.PGD(m)] * 2).set_mode_targeted_random()),
     (AttributeError, "no 'CW'; it has FFGSM, FGSM", lambda m, x, y: ours.CW(m)),
+    (AttributeError, "Import it from torchattacks", lambda m, x, y: ours.AutoAttack(m)),
+    (AttributeError, "no 'PDG'; it has", lambda m, x, y: ours.PDG(m)),
 ]
 
 
@@ -384,3 +405,553 @@ def test_normalised_images_may_be_off_by_rounding_only(model, images, labels):
     assert float(adv.min()) > -1e-6 and float(adv.max()) < 1 + 1e-6
     with pytest.raises(ValueError, match="outside"):
         attack(x * 1.01, labels)
+
+
+def both(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    return tuple(getattr(module, name)(*args, **kwargs) for module in (ours, theirs))
+
+
+@beside
+def test_every_public_name_is_there_or_says_where_it_is():
+    for name in public(theirs):
+        if not hasattr(ours, name):
+            with pytest.raises(ImportError, match=f"no '{name}'; it has .*Import it from torchattacks"):
+                exec(f"from atlas_kernels.compat.torchattacks import {name}")
+    assert {"attack", "attacks", "wrappers", "MultiAttack", *NAMES} <= public(ours)
+    assert ours.__version__ == theirs.__version__ and set(ours.__wrapper__) <= set(theirs.__wrapper__)
+    assert set(ours.__all__) == set(theirs.__all__) & public(ours)  # which scripts go through, calling each
+    for name in NAMES:
+        assert importlib.import_module(f"{ours.__name__}.attacks.{name.lower()}").__dict__[name] is getattr(ours, name)
+    from atlas_kernels.compat.torchattacks.attack import Attack, wrapper_method
+    from atlas_kernels.compat.torchattacks.wrappers.multiattack import MultiAttack
+
+    assert Attack is ours.Attack and MultiAttack is ours.MultiAttack and callable(wrapper_method)
+
+
+@beside
+@pytest.mark.parametrize("name", ["Attack", "MultiAttack", *NAMES])
+def test_same_signatures_of_methods(name):
+    mine, published = getattr(ours, name), theirs.attack.Attack if name == "Attack" else getattr(theirs, name)
+    for method in public(published) | {"__call__"}:
+        a, b = (
+            inspect.signature(inspect.unwrap(getattr(cls, method))).parameters.values() for cls in (mine, published)
+        )
+        if "wrapper_func" in getattr(published, method).__qualname__:  # theirs hides what it wraps
+            a = inspect.signature(getattr(mine, method)).parameters.values()
+            b = inspect.signature(getattr(published, method).__closure__[0].cell_contents).parameters.values()
+        assert [(p.name, p.default, p.kind) for p in a] == [(p.name, p.default, p.kind) for p in b], method
+
+
+def turned(attack: Any, inputs: Tensor, labels: Any = None) -> Tensor:
+    """Four classes of five, at another temperature and with their sign turned."""
+    images = attack.normalize(inputs) if attack._normalization_applied is False else inputs
+    return -attack.model(images)[:, [3, 0, 4, 1]] / 0.3
+
+
+@beside
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("place", ["class", "attack", "base"])
+def test_get_logits_may_be_overridden(name, place, model, images, labels, monkeypatch):
+    labels, model = labels % 4, model.eval()
+    plain, _ = after(getattr(ours, name)(model), images, labels)
+    mine, published = (
+        type("Own", (getattr(module, name),), {"get_logits": turned} if place == "class" else {})(model)
+        for module in (ours, theirs)
+    )
+    for attack in (mine, published):
+        if place == "attack":
+            attack.get_logits = turned.__get__(attack)
+        elif place == "base":
+            base = next(cls for cls in type(attack).__mro__ if "get_logits" in vars(cls))
+            monkeypatch.setattr(base, "get_logits", turned)
+    adv = assert_equal(mine, published, images, labels)
+    assert not torch.allclose(adv, plain)
+    for mode in MODES if name != "TPGD" and place == "class" else ():
+        if mode != "function":  # whose targets are of five classes
+            MODES[mode](mine), MODES[mode](published)
+            assert_equal(mine, published, images, labels)
+    for attack in (mine, published):
+        attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+    assert_equal(mine, published, mine.normalize(images), labels)
+    assert all(p.requires_grad for p in model.parameters()) and not model.training
+
+
+@beside
+@pytest.mark.parametrize("name", NAMES)
+def test_get_logits_may_draw_random_numbers(name, model, images, labels):
+    """Input diversity, smoothing, dropout: as often as there, in the same order, and the same numbers afterwards."""
+    calls: list[int] = []
+
+    def get_logits(self, inputs, labels=None, *args, **kwargs):
+        calls.append(1)
+        return self.model(inputs + 0.05 * torch.randn_like(inputs)) + torch.rand(5).to(inputs)
+
+    mine, published = (
+        type("Own", (getattr(m, name),), {"get_logits": get_logits})(model.eval()) for m in (ours, theirs)
+    )
+    for mode in ("random", "least likely", None) if name != "TPGD" else (None,):
+        for attack in (mine, published):
+            attack.set_mode_default() if mode is None else MODES[mode](attack)
+        assert_equal(mine, published, images, labels)
+    assert len(calls) % 2 == 0 and calls
+    for attack in (mine, published):
+        attack.set_model_training_mode(model_training=True, dropout_training=True)
+    assert_equal(mine, published, images, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_get_logits_overridden_in_any_context_and_dtype(name, model, images, labels):
+    attack = type("Own", (getattr(ours, name),), {"get_logits": turned})(model.eval(), eps=0.1)
+    attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+    batch, labels = attack.normalize(images), labels % 4
+    expected, _ = after(attack, batch, labels)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+            assert torch.equal(after(attack, batch, labels)[0], expected)
+    assert attack(batch[:0], labels[:0]).shape == batch[:0].shape
+    attack.set_model(model.bfloat16())
+    adv = attack(batch.bfloat16(), labels)
+    assert adv.dtype == torch.bfloat16 and torch.isfinite(adv).all() and not torch.equal(adv, batch.bfloat16())
+
+
+class Ensemble:
+    """The mean of two networks, of which the attack knows one."""
+
+    def get_logits(self, inputs: Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        return (self.model(inputs) + self.second(inputs)) / 2
+
+
+@beside
+@pytest.mark.parametrize("name", ["MIFGSM", "PGD"])
+def test_an_ensemble_by_get_logits(name, model, images, labels):
+    second = copy.deepcopy(model.eval())
+    second.linear.weight.data.normal_()
+    attacks = [type("Own", (Ensemble, getattr(module, name)), {"second": second})(model) for module in (ours, theirs)]
+    assert_equal(*attacks, images, labels)
+    attacks[1].model = attacks[0].model = second
+    assert_equal(*attacks, images, labels)
+
+
+@beside
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_may_be_called(name, training, model, images, labels):
+    """In the mode that the model is in."""
+    model.dropout.p = 0.0
+    mine, published = (getattr(module, name)(copy.deepcopy(model).train(training)) for module in (ours, theirs))
+    assert_equal(mine.forward, published.forward, images, labels)
+    assert mine.model.training == training
+
+
+@beside
+def test_forward_may_be_overridden(model, images, labels):
+    def forward(self, inputs, labels=None, *args, shift=0.0, **kwargs):
+        assert not any(module.training for module in self.model.modules()) and 0 <= inputs.min() <= inputs.max() <= 1
+        assert self.get_mode() == "default" and self.device == inputs.device
+        inputs = (inputs + shift).clamp(0, 1).requires_grad_()
+        loss = torch.nn.functional.cross_entropy(self.get_logits(inputs), labels)
+        return (inputs + 0.1 * torch.autograd.grad(loss, inputs)[0].sign()).clamp(0, 1).detach()
+
+    for normalised in (False, True):
+        attacks = [
+            type("Own", (base,), {"forward": forward})("Own", copy.deepcopy(model))
+            for base in (ours.attack.Attack, theirs.attack.Attack)
+        ]
+        batch = images * 0.8 + 0.1
+        if normalised:
+            for attack in attacks:
+                attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+            batch = attacks[0].normalize(batch)
+        assert_equal(*attacks, batch, labels)
+        assert attacks[0].supported_mode == attacks[1].supported_mode
+        shifted = [attack(batch, labels, shift=0.02) for attack in attacks]
+        assert torch.allclose(*shifted, atol=1e-9, rtol=0) and not torch.equal(shifted[0], attacks[0](batch, labels))
+        assert attacks[0].model.training and not attacks[0].model.frozen_bn.training
+
+
+@beside
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_may_be_run_twice(name, model, images, labels):
+    """From where the first run ended, as restarts and schedules of one's own do."""
+
+    def forward(self, images, labels):
+        base = next(cls for cls in type(self).__mro__ if cls.__name__ == name)
+        return base.forward(self, base.forward(self, images, labels), labels)
+
+    mine, published = (type("Twice", (getattr(m, name),), {"forward": forward})(model) for m in (ours, theirs))
+    assert_equal(mine, published, images, labels)
+
+
+@beside
+@pytest.mark.parametrize("name", ["PGDL2", "FGSM"])
+def test_the_other_public_methods_may_be_overridden(name, model, images, labels):
+    overrides = {
+        "normalize": lambda self, inputs: (inputs - 0.4) / 0.3,
+        "inverse_normalize": lambda self, inputs: inputs * 0.3 + 0.4,
+        "get_target_label": lambda self, inputs, labels=None: (
+            (labels + 1 + (inputs.flatten(1).mean(1) > 0.5)) % CLASSES
+        ),
+        "get_output_with_eval_nograd": lambda self, inputs: inputs.flatten(1)[:, :CLASSES],
+    }
+    for method, function in overrides.items():
+        mine, published = (type("Own", (getattr(m, name),), {method: function})(model.eval()) for m in (ours, theirs))
+        plain, batch = getattr(ours, name)(model), images
+        for attack in (mine, published, plain):
+            if "normalize" in method:
+                attack.set_normalization_used([0.4] * 3, [0.5] * 3)
+                batch = (images * 0.8 + 0.1 - 0.4) / (0.5 if method == "normalize" else 0.3)
+            else:
+                attack.set_mode_targeted_least_likely(quiet=True)
+        adv = assert_equal(mine, published, batch, labels)
+        if method != "inverse_normalize":
+            assert not torch.allclose(adv, after(plain, batch, labels)[0]), method
+
+
+@beside
+@pytest.mark.parametrize("name", NAMES)
+def test_attributes_changed_afterwards_act_as_there(name, model, images, labels):
+    mine, published = both(name, model.eval())
+    other = copy.deepcopy(model)
+    other.linear.weight.data.normal_()
+    changes = {"eps": 0.2, "alpha": 0.03, "steps": 3, "decay": 0.3, "random_start": False, "eps_for_division": 1e-3}
+    before = after(mine, images, labels)[0]
+    for attribute, value in {**changes, "model": other}.items():
+        if hasattr(mine, attribute):
+            setattr(mine, attribute, value), setattr(published, attribute, value)
+            adv = assert_equal(mine, published, images, labels)
+            assert not torch.equal(adv, before), attribute
+            before = adv
+
+
+@beside
+@pytest.mark.parametrize("name", ["FGSM", "PGD", "MIFGSM", "TPGD", "PGDL2"])
+def test_one_eps_per_sample(name, model, images, labels):
+    eps = torch.linspace(0.02, 0.4, len(images), dtype=images.dtype, device=images.device)
+    shaped = eps if name == "PGDL2" else eps.view(-1, 1, 1, 1)
+    still = {"random_start": False} if name in ("PGD", "PGDL2") else {}
+    given = {} if name in ("FGSM", "PGDL2") else {"alpha": shaped / 3}
+    mine, published = both(name, model.eval(), eps=shaped, **still, **given)
+    adv = assert_equal(mine, published, images, labels)
+    mine.eps = eps
+    assert torch.equal(adv, after(mine, images, labels)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_eps_per_sample_is_that_of_each_alone(name, model, images, labels):
+    """Starts included, and steps: samples do not touch in eval mode."""
+    eps = torch.linspace(0.02, 0.4, len(images), dtype=images.dtype, device=images.device)
+    attack = getattr(ours, name)(model, eps=eps)
+    if hasattr(attack, "alpha"):
+        attack.alpha = eps / 2
+    adv, _ = after(attack, images, labels)
+    attack.eps = float(eps[4])
+    if hasattr(attack, "alpha"):
+        attack.alpha = float(eps[4]) / 2
+    assert torch.allclose(after(attack, images, labels)[0][4], adv[4], atol=1e-9, rtol=0)
+
+
+def settings_of_many(attack: Any, name: str) -> None:
+    if name == "normalised":
+        attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+    elif name == "training mode":
+        attack.set_model_training_mode(model_training=True, batchnorm_training=True)
+    elif name == "device":
+        attack.set_device(attack.attacks[0].device)
+    elif name == "targeted":
+        attack.supported_mode = ["default", "targeted"]
+        attack.set_mode_targeted_least_likely(kth_min=2, quiet=True)
+    elif name == "model":
+        other = copy.deepcopy(attack.model)
+        other.linear.weight.data.neg_()
+        attack.set_model(other)
+
+
+def inner(module: Any, model: nn.Module) -> list[Any]:
+    return [
+        module.FGSM(model, eps=0.02), module.PGDL2(model, eps=0.3, steps=2), module.PGD(model, eps=0.1, steps=3),
+        module.MIFGSM(model, eps=0.1),
+    ]  # fmt: skip
+
+
+@beside
+@pytest.mark.parametrize("setting", ["none", "normalised", "training mode", "device", "targeted", "model"])
+def test_multiattack(setting, model, images, labels):
+    """Theirs of theirs, and every mixture with ours."""
+    model, made = model.eval(), {}
+    model.dropout.p = 0.0  # theirs lets the attacks inside switch it on
+    labels = model(images).argmax(1)
+    for outer in (theirs, ours):
+        for module in (theirs, ours):
+            net = copy.deepcopy(model)
+            attack = outer.MultiAttack(inner(module, net))
+            settings_of_many(attack, setting)
+            batch = attack.normalize(images) if setting == "normalised" else images
+            made[outer.__name__, module.__name__] = after(attack, batch, labels)
+            assert all(a.model is attack.model for a in attack.attacks)
+            assert {a._normalization_applied for a in attack.attacks} <= {None, True}
+            if setting == "targeted":
+                assert all(a.targeted and a.get_mode() == "targeted(least-likely)" for a in attack.attacks)
+                attack.set_mode_default()
+                assert not any(a.targeted for a in attack.attacks)
+    (adv, drawn), *others = made.values()
+    for found, drawn_then in others:
+        assert float((found - adv).abs().max()) <= 1e-9 and torch.equal(drawn, drawn_then)
+    assert not torch.allclose(adv, images)
+
+
+@beside
+def test_multiattack_takes_what_is_overridden(model, images, labels):
+    """Its own get_logits says what is still right; get_logits of those inside, what is attacked."""
+    made = []
+    for module in (ours, theirs):
+        own = type("Own", (module.FGSM,), {"get_logits": lambda self, x: -self.model(x)})
+        many = type("Many", (module.MultiAttack,), {"get_logits": lambda self, x: self.model(x).roll(1, 1)})
+        made.append(many([own(model.eval(), eps=0.05), module.PGD(model, eps=0.05)]))
+    assert_equal(*made, images, labels)
+    assert made[0].attack == "MultiAttack" and len(made[0].attacks) == 2
+
+
+@beside
+def test_settings_reach_attacks_in_attributes_lists_and_dicts(model, capsys):
+    for module in (ours, theirs):
+
+        class Holder(module.attack.Attack):
+            def __init__(self, model):
+                super().__init__("Holder", model)
+                self.supported_mode = ["default", "targeted"]
+                self.one, self.many = (
+                    inner(ours, model)[0],
+                    {"a": inner(theirs, model)[1:], "b": [inner(ours, model)[3]]},
+                )
+
+        holder = Holder(model)
+        held = [holder.one, *holder.many["a"], *holder.many["b"]]
+        holder.set_mode_targeted_by_function(lambda x, y: y, quiet=True)
+        holder.set_model_training_mode(True, dropout_training=True)
+        holder.set_device("meta")
+        for attack in held:
+            assert attack.targeted and attack.get_mode() == "targeted(custom)" and str(attack.device) == "meta"
+            assert (attack._model_training, attack._batchnorm_training, attack._dropout_training) == (True, False, True)
+        assert capsys.readouterr().out == ""
+
+
+@beside
+def test_lgv_takes_ours(model, images, labels):
+    """It makes its attack at the first call, and hands settings on from then on."""
+    mine, published = (
+        theirs.LGV(model.eval(), [], attack_class=module.PGD, eps=0.1, steps=3, verbose=False)
+        for module in (ours, theirs)
+    )
+    for attack in (mine, published):
+        attack.load_models([copy.deepcopy(model)])
+    adv = assert_equal(mine, published, images, labels)
+    for attack in (mine, published):
+        attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+    assert isinstance(mine.base_attack, ours.PGD)
+    assert not torch.allclose(assert_equal(mine, published, mine.normalize(images), labels), mine.normalize(adv))
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_attacks_are_copied_and_pickled(imported, model, images, labels, monkeypatch):
+    """Also where torchattacks is imported, to which ours then seem to be its own."""
+    if imported and theirs is None:
+        pytest.skip("torchattacks is missing")
+    if not imported:
+        monkeypatch.delitem(importlib.sys.modules, "torchattacks.attack", raising=False)
+    attack = ours.PGD(model, eps=0.1)
+    attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+    attack.set_mode_targeted_random(quiet=True)
+    batch = attack.normalize(images)
+    expected, _ = after(attack, batch, labels)
+    assert theirs is None or isinstance(attack, theirs.attack.Attack) == imported
+    assert type(attack) is ours.PGD and isinstance(attack, ours.Attack) and attack.__class__.__name__ == "PGD"
+    for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
+        copied = pickle.loads(pickle.dumps(attack, protocol))
+        assert type(copied) is ours.PGD and torch.equal(after(copied, batch, labels)[0], expected)
+    copied = copy.deepcopy(attack)
+    nn.init.zeros_(attack.model.linear.weight)
+    assert copied._target_map_function.__self__ is copied
+    assert torch.equal(after(copied, batch, labels)[0], expected)
+    assert torch.equal(copy.copy(copied).model.linear.weight, copied.model.linear.weight)
+
+
+@beside
+def test_random_targets_leave_frozen_layers_frozen(model, images, labels):
+    """Where torchattacks, having looked at the predictions, puts all of the model in train mode."""
+    seen = []
+    model.linear.register_forward_hook(lambda *_: seen.append((model.bn.training, model.dropout.training)))
+    for module, expected in ((ours, (False, False)), (theirs, (True, True))):
+        attack = module.FGSM(model.train())
+        attack.set_model_training_mode(model_training=True)
+        attack.set_mode_targeted_random(quiet=True)
+        attack(images, labels)
+        assert seen.pop() == expected
+
+
+class RobModel(Net):
+    """By this name and these attributes torchattacks knows a model of MAIR, whose inputs are normalised."""
+
+    mean, std = torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.5, 0.3, 0.25])
+
+
+@beside
+def test_models_of_mair(model, images, labels):
+    mair = RobModel().to(images)
+    mair.load_state_dict(model.state_dict())
+    mine, published = both("PGD", mair.eval())
+    assert mine.normalization_used is not None
+    assert_equal(mine, published, mine.normalize(images), labels)
+    mair.mean = None
+    assert ours.PGD(mair).normalization_used is None
+
+
+def loader(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(images[:4], labels[:4]), (images[4:], labels[4:])]
+
+
+@beside
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("save_type", ["float", "int"])
+def test_save_and_load(save_type, normalised, model, images, labels, tmp_path, capsys):
+    """Either writes what the other writes and reads what the other reads."""
+    images, model = images.float(), model.float().eval()
+    images = torch.where((255 * images - (255 * images).round()).abs() < 0.01, 0.3, images)  # no ties in rounding down
+    labels = model(images).argmax(1)
+    files, figures = [], []
+    for name, module in (("ours", ours), ("theirs", theirs)):
+        attack, batch = module.FGSM(model, eps=0.0503), images
+        if normalised:
+            attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+            batch = attack.normalize(images)
+        files.append(tmp_path / name)
+        options = {"save_predictions": True, "save_clean_inputs": True, "save_type": save_type, "return_verbose": True}
+        figures.append(attack.save(loader(batch, labels), str(files[-1]), **options))
+    assert figures[0][:2] == pytest.approx(figures[1][:2], rel=1e-4) and figures[0][2] > 0
+    assert "Robust accuracy" in capsys.readouterr().out and 0 < figures[0][0] < 100
+    a, b = (torch.load(file) for file in files)
+    assert list(sorted(a)) == list(sorted(b)) and a["save_type"] == b["save_type"]
+    for key in set(a) - {"save_type"}:
+        assert a[key].dtype == b[key].dtype and torch.allclose(a[key].float(), b[key].float(), atol=1e-6), key
+    how = {"load_predictions": True, "load_clean_inputs": True, "normalize": {"mean": [0.1] * 3, "std": [0.5] * 3}}
+    for file in files:
+        (mine,), (published,) = (list(module.load(str(file), **how)) for module in (ours.PGD, theirs.PGD))
+        assert all(torch.allclose(p.float(), q.float(), atol=1e-6) for p, q in zip(mine, published, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+@beside
+def test_multiattack_saves(model, images, labels, tmp_path, capsys):
+    labels, made = model.eval()(images).argmax(1), []
+    for module in (ours, theirs):
+        attack = module.MultiAttack([module.FGSM(model, eps=0.02), module.FGSM(model, eps=0.1)], verbose=True)
+        made.append(attack.save(loader(images, labels), str(tmp_path / "adv"), return_verbose=True)[:3])
+        assert attack.verbose
+        capsys.readouterr()
+        attack(images, labels)
+        made.append(capsys.readouterr().out)
+    assert made[0][0] == pytest.approx(made[2][0]) and made[0][1] == pytest.approx(made[2][1])
+    assert made[1] == made[3] and made[1].startswith("Attack success rate: ")
+
+
+def test_save_to_a_stream_and_of_nothing(model, images, labels):
+    file = io.BytesIO()
+    attack = ours.PGD(model)
+    assert attack.save(loader(images, labels), file, verbose=False) is None
+    file.seek(0)
+    (batch,) = attack.load(file)
+    assert len(batch) == 2 and batch[0].shape == images.shape and torch.equal(batch[1], labels.cpu())
+    file.seek(0)
+    with pytest.raises(ValueError, match="no preds and no clean_inputs"):
+        attack.load(file, load_predictions=True, load_clean_inputs=True)
+
+
+def test_a_file_is_written_whole_or_not_at_all(model, images, labels, tmp_path, monkeypatch):
+    (tmp_path / "adv").write_bytes(b"before")
+
+    def fail(content: Any, path: Any) -> None:
+        open(path, "wb").close()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ours.PGD(model).save(loader(images, labels), tmp_path / "adv", verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["adv"] and (tmp_path / "adv").read_bytes() == b"before"
+
+
+def test_execution_knows_a_normalised_or_overridden_model_again(model, images, labels):
+    """Folded once, not with a forward more in every call."""
+    counts = []
+    model.linear.register_forward_hook(lambda *_: counts.append(1))
+    for overridden in (False, True):
+        attack = ours.PGD(model.eval(), steps=2)
+        attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+        if overridden:
+            attack.get_logits = turned.__get__(attack)
+        expected, found = after(attack, attack.normalize(images), labels % 4)[0], []
+        execution = Execution(fold_batchnorm=True)
+        for _ in range(2):
+            counts.clear()
+            with execution:
+                found.append(after(attack, attack.normalize(images), labels % 4)[0])
+        assert len(counts) == 2 and all(torch.allclose(adv, expected, atol=1e-9) for adv in found)
+
+
+def test_normalisation_that_changes_is_seen(model, images, labels):
+    attack, mean = ours.PGD(model.eval()), torch.full((3,), 0.4, dtype=torch.float64)
+    for value in (0.4, 0.2):
+        mean.fill_(value)
+        attack.set_normalization_used(mean, [0.5] * 3)
+        fresh = ours.PGD(model)
+        fresh.set_normalization_used(mean, [0.5] * 3)
+        batch = attack.normalize(images)
+        assert torch.equal(after(attack, batch, labels)[0], after(fresh, batch, labels)[0])
+        assert torch.equal(mean, torch.full_like(mean, value))
+
+
+OVERRIDES: list[dict[str, Callable[..., Any]]] = [
+    {},
+    {},
+    {"get_logits": lambda self, x, *_: -super(type(self), self).get_logits(x) / 2},
+    {"get_logits": lambda self, x, *_: super(type(self), self).get_logits(x + 0.03 * torch.randn_like(x))},
+    {"get_target_label": lambda self, x, y=None: (y + 2) % CLASSES},
+    {"forward": lambda self, x, y=None: super(type(self), self).forward(super(type(self), self).forward(x, y), y)},
+]
+
+
+def drawn(chance: random.Random, depth: int = 0) -> Callable[[Any, nn.Module], Any]:
+    """A recipe of an attack, from either package: settings, overrides, and attacks within attacks."""
+    name, override = chance.choice([*NAMES, *["MultiAttack"] * (2 if depth < 2 else 0)]), chance.choice(OVERRIDES)
+    if name == "MultiAttack":
+        parts = [(drawn(chance, depth + 1), chance.random() < 0.5) for _ in range(chance.randint(2, 3))]
+
+        def many(module: Any, net: nn.Module) -> Any:
+            attacks = [part(theirs if foreign else module, net) for part, foreign in parts]
+            return type("Own", (module.MultiAttack,), override)(attacks)
+
+        return many
+    choices = {"eps": [0.02, 0.1, 0.3], "alpha": [0.01, 0.05], "steps": [0, 1, 3], "random_start": [True, False]}
+    taken = {
+        key: chance.choice(choices[key]) for key in inspect.signature(getattr(ours, name)).parameters & choices.keys()
+    }
+    return lambda module, net: type("Own", (getattr(module, name),), override)(net, **taken)
+
+
+@beside
+@pytest.mark.parametrize("seed", range(40))
+def test_same_for_random_settings_overrides_and_nesting(seed, model, images, labels):
+    """But for what differs: in train mode theirs un-freezes layers after targets and within MultiAttack."""
+    chance = random.Random(seed)
+    recipe, normalised, mode = drawn(chance), chance.random() < 0.4, chance.choice([None, *MODES])
+    training = chance.random() < 0.3
+    model.dropout.p, attacks = 0.0, []
+    for module in (ours, theirs):
+        attack = recipe(module, copy.deepcopy(model.eval()))
+        if normalised:
+            attack.set_normalization_used([0.2, 0.4, 0.6], [0.5, 0.3, 0.25])
+        if "targeted" in attack.supported_mode and mode is not None:
+            MODES[mode](attack)
+        elif training and not hasattr(attack, "attacks"):
+            attack.set_model_training_mode(model_training=True, batchnorm_training=True)
+        attacks.append(attack)
+    assert_equal(*attacks, attacks[0].normalize(images) if normalised else images, labels)

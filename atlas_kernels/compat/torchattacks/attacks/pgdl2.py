@@ -1,0 +1,51 @@
+"""Projected gradient descent in the l2 ball."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ....attacks import PGD
+from ....layout import compute_dtype
+from ._gradient import DirectedAttack, around, radius, spread
+
+
+class PGDL2(DirectedAttack):
+    """Gradient steps in the l2 ball, from a random direction at a uniform radius (Madry et al. 2018, arXiv 1706.06083).
+
+    A step has length ``alpha n / (n + eps_for_division)``, n the norm of a sample's gradient of the mean loss: where
+    the prediction is nearly certain, or the batch large, it is shorter than alpha; 0 makes it alpha always.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float | Tensor = 1.0,
+        alpha: float | Tensor = 0.2,
+        steps: int = 10,
+        random_start: bool = True,
+        eps_for_division: float = 1e-10,
+    ) -> None:
+        super().__init__("PGDL2", model)
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+        self.eps_for_division = eps_for_division
+        self._attack()
+
+    def _attack(self) -> PGD:
+        return self._pgd(self.alpha, self.steps, norm="l2")
+
+    def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
+        if not self.random_start:
+            return None
+        noise = torch.empty_like(x).normal_()
+        length = torch.linalg.vector_norm(noise.flatten(1), dim=1)
+        share = torch.zeros_like(length).uniform_(0, 1)
+        return around(x, noise.mul_(spread(share / length * eps, x)))
+
+    def _direction(self, grad: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=compute_dtype(grad.dtype))
+        share = length / (length + self.eps_for_division * len(grad))
+        return grad, radius("alpha", self.alpha) * share.nan_to_num(0.0)
