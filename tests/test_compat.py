@@ -386,6 +386,16 @@ def test_fast_adversarial_limits_are_globals_of_the_module(monkeypatch: pytest.M
     assert adv.min() > -0.5 - 1e-12 and adv.max() < 0.5 + 1e-12
 
 
+def test_fast_adversarial_radii_are_those_of_channels_in_any_shape() -> None:
+    model, x, y = setting(normalised=True)
+    square = torch.nn.functional.pad(x, (0, -3))[:, :, :3]  # as wide as it has channels
+    model.linear = nn.Linear(8 * 4, CLASSES).double()
+    expected = after(fast_adversarial.attack_pgd, model, square, y, EPSILON, ALPHA, 3, 1).result
+    for shape in ((3,), (1, 3, 1, 1)):
+        radii = EPSILON.view(shape), ALPHA.view(shape)
+        assert torch.equal(after(fast_adversarial.attack_pgd, model, square, y, *radii, 3, 1).result, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_adversarial_fgsm(dtype: torch.dtype) -> None:
     model, x, y = setting(dtype)
@@ -600,6 +610,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gairat.GAIR(1, torch.ones(4), 0.0, "Tanh"), ValueError, "num_steps"),
     (lambda: gairat.eval_clean(S.model, []), ValueError, "gives no images"),
     (lambda: fast_adversarial.attack_pgd(*S, EPSILON[:2], ALPHA[:2], 2, 1), ValueError, "epsilon"),
+    (lambda: fast_adversarial.attack_pgd(*S, EPSILON, ALPHA[:2], 2, 1), ValueError, "alpha has 2"),
     (lambda: fast_adversarial.attack_pgd(*S, 8, 2, 2, 1), ValueError, "epsilon"),
     (lambda: robust_overfitting.attack_pgd(*S, EPS, STEP, 2, 1, "linf"), ValueError, "norm"),
     (lambda: robust_overfitting.attack_pgd(*S, 8, 2, 2, 1, "l_inf"), ValueError, "epsilon"),

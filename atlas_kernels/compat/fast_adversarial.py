@@ -86,9 +86,12 @@ def _attack_normalised(
     model: nn.Module, X: Tensor, y: Tensor, epsilon: Tensor, alpha: Tensor, attack_iters: int, restarts: int
 ) -> Tensor:
     X = X.detach()
-    radii, epsilon, alpha = epsilon.flatten().tolist(), epsilon.to(X), alpha.to(X)
+    radii = epsilon.flatten().tolist()
+    epsilon, alpha = (values.to(X).reshape(-1, 1, 1) for values in (epsilon, alpha))
     if X.ndim != 4 or len(radii) != X.shape[1]:
         raise ValueError(f"epsilon has {len(radii)} radii, expected one per channel of X [B, C, H, W], {list(X.shape)}")
+    if len(alpha) not in (1, X.shape[1]):
+        raise ValueError(f"alpha has {len(alpha)} step sizes, expected one, or one per channel of X {list(X.shape)}")
     low, high = (clamp(bound, lower_limit, upper_limit) for bound in (X - epsilon, X + epsilon))
 
     def start() -> Tensor:
