@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -123,3 +124,26 @@ def test_the_defaults_of_each_data_set_can_be_built(name: str) -> None:
         built = methods.build(name, eps, lengths)
         assert {key: getattr(built, key) for key in values} == pytest.approx(lengths)
         assert set(values) <= set(hints(method))
+
+
+_FORMS = [("atlas", {"local": form}) for form in ("worst", "jacobian", "radius")]
+
+
+@pytest.mark.parametrize(("name", "hyper"), [*((name, {}) for name in methods.names()), *_FORMS])
+def test_hyper_parameters_as_used_are_those_that_are_used(name: str, hyper: dict[str, Any]) -> None:
+    """What a default of None stands for, given as a number, is the same step bit for bit."""
+    default = methods.build(name, EPS, hyper)
+    used = default.in_use()
+    assert set(used) == set(methods.hyper_parameters(type(default)))
+    assert [key for key, value in used.items() if value is None] == (["first_layer"] if name == "yopo" else [])
+    assert json.loads(json.dumps(used)) == used
+    outcomes = []
+    for method in (default, methods.build(name, EPS, used)):
+        model, batch, key = made()
+        loss, _ = step(method, model, batch, key)
+        outcomes.append([loss, *model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    for key, value in used.items():
+        if getattr(default, key) is None and value is not None:
+            other = methods.build(name, EPS, {**hyper, key: value / 2})
+            assert other.in_use()[key] == value / 2

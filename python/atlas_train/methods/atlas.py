@@ -140,7 +140,7 @@ class ATLAS(Method):
         return self.eps / 2 if self.radius is None else self.radius
 
     @property
-    def _weight(self) -> float:
+    def _local_weight(self) -> float:
         return _WEIGHTS[self.local] if self.local_weight is None else self.local_weight
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
@@ -191,7 +191,7 @@ class ATLAS(Method):
         logits = model(torch.cat(parts)) if self.bn == "joint" else torch.cat([model(part) for part in parts])
         loss, metrics = self._combine(logits, batch.y)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
-        return loss + self._weight * local, metrics | {"local": local.detach()}
+        return loss + self._local_weight * local, metrics | {"local": local.detach()}
 
     def _local(self, logits: Tensor, adv: Tensor, batch: Batch, key: Tensor) -> Tensor:
         if self.local == "jacobian":
@@ -221,7 +221,7 @@ class ATLAS(Method):
             logits,
             y,
             local=self.local_objective if self._points else "none",
-            local_weight=self._weight,
+            local_weight=self._local_weight,
             global_term=self.global_term,
             global_weight=self.global_weight,
             return_terms=True,

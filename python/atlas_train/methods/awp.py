@@ -53,6 +53,9 @@ class AWP(Method):
         inner = self.method.phase(state)
         return None if inner is None else (state.epoch < self.warmup, inner)
 
+    def in_use(self) -> dict[str, Any]:
+        return self.method.in_use()
+
     def require(self, model: nn.Module) -> None:
         self.method.require(model)
 

@@ -39,9 +39,13 @@ class BackwardSmoothing(Method):
     gamma: float = option(1.0, "size of the noise on the logits", low=0)
     beta: float = option(10.0, "weight of the KL term, as in the authors' README; their script's default is 6", low=0)
 
+    @property
+    def _step_size(self) -> float:
+        return self.eps if self.step_size is None else self.step_size
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         x, _, ids = batch
-        step_size = self.eps if self.step_size is None else self.step_size
+        step_size = self._step_size
         with leave_no_trace(model, "eval", key):
             leaf = x.detach().requires_grad_()
             logits = model(leaf)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
+
+from atlas_kernels.attacks import PGD
 
 from ..data import Batch
 from ..options import check, option
@@ -73,6 +75,16 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check(self, self.name)
+
+    def in_use(self) -> dict[str, Any]:
+        """All hyper-parameters; of one that is None, what it stands for: the property of its name with a _ before."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "eps"}
+        return {name: getattr(self, f"_{name}", None) if value is None else value for name, value in given.items()}
+
+    @property
+    def _step_size(self) -> Any:
+        """The step of an attack that leaves it to PGD."""
+        return PGD(self.eps, steps=getattr(self, "steps", 1)).effective_step_size
 
     @property
     def updates(self) -> int:

@@ -42,6 +42,10 @@ class Free(Method):
     def updates(self) -> int:
         return self.replays
 
+    @property
+    def _step_size(self) -> float:
+        return self.eps if self.step_size is None else self.step_size
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         """What moves: x + delta or, clipped as a sum, delta."""
         return self._centre(batch) + self._delta(batch, state)
@@ -54,7 +58,7 @@ class Free(Method):
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
     ) -> tuple[Tensor, Metrics]:
         """The loss is the mean over the replays, "adv" that of the last one, as published."""
-        step_size = self.eps if self.step_size is None else self.step_size
+        step_size = self._step_size
         centre, low = self._centre(batch), 0.0 if self.clip == "delta" else -1.0
         moving, losses = self.prepare(model, batch, key, state), []
         for _ in range(self.replays):

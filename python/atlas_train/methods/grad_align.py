@@ -59,9 +59,15 @@ class GradAlign(Method):
         """``weight``, or its default."""
         return 0.02 * 10 ** (min(255 * self.eps, 16) / 8) if self.weight is None else self.weight
 
+    _weight = effective_weight
+
+    @property
+    def _step_size(self) -> float:
+        return 1.25 * self.eps if self.step_size is None else self.step_size
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
         x, ids = batch.x, batch.ids
-        step_size = 1.25 * self.eps if self.step_size is None else self.step_size
+        step_size = self._step_size
         start = x + self.eps * uniform(x, key, ids, 0) if self.start == "random" else x
         inside = start.clamp(0, 1)
         attack = PGD(self.eps, step_size, 1, attack_mode="train", update_buffers=self.bn_compat)

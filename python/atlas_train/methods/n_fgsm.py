@@ -40,9 +40,13 @@ class NFGSM(Method):
         False, "BatchNorm's running statistics also see the attack's forward, as in the published code; costs nothing"
     )
 
+    @property
+    def _step_size(self) -> float:
+        return self.eps if self.step_size is None else self.step_size
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         x, y, ids = batch
-        step_size = self.eps if self.step_size is None else self.step_size
+        step_size = self._step_size
         attack = PGD(self.eps, step_size, 1, attack_mode=self.attack_mode, update_buffers=self.bn_compat)
         start = random_start(x, self.noise_magnitude * self.eps, key=key, ids=ids)
         last = attack.last_gradient(model, x, y, start=start, key=key, ids=ids)

@@ -94,22 +94,22 @@ class YOPO(Method):
         return torch.stack(losses).mean(), metrics
 
     @property
-    def _step_size(self) -> float:
+    def _sigma(self) -> float:
         return self.eps / 4 if self.sigma is None else self.sigma
 
     def _one_step(self, adv: Tensor, grad: Tensor | None, x: Tensor, from_start: bool) -> Tensor:
         """All n steps; of those from the start the first apart, in which clipped pixels only come back into range."""
         assert grad is not None
         if from_start:
-            adv = pgd_step(adv, grad.masked_fill((adv < 0) | (adv > 1), 0), x, self.eps, self._step_size)
-        return pgd_step(adv, grad, x, self.eps, (self.inner - from_start) * self._step_size)
+            adv = pgd_step(adv, grad.masked_fill((adv < 0) | (adv > 1), 0), x, self.eps, self._sigma)
+        return pgd_step(adv, grad, x, self.eps, (self.inner - from_start) * self._sigma)
 
     def _inner_steps(self, first: FirstLayer, adv: Tensor, cotangent: Tensor, x: Tensor, key: Tensor) -> Tensor:
         with leave_no_trace(first.model, "keep", key):
             for _ in range(self.inner):
                 leaf = adv.requires_grad_()
                 (grad,) = torch.autograd.grad(first(leaf.clamp(0, 1)), leaf, cotangent)
-                adv = pgd_step(leaf.detach(), grad, x, self.eps, self._step_size)
+                adv = pgd_step(leaf.detach(), grad, x, self.eps, self._sigma)
         return adv
 
 
