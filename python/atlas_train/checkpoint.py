@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import shutil
+import stat
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +23,37 @@ LAST = "last.pt"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole."""
+    """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole.
+
+    Its mode is the usual one, whatever ``write`` gives it. Raises OSError that names the file where the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         write(temporary)
+        os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise OSError(
+            f"{path} could not be written: its disk takes no more ({shutil.disk_usage(path.parent).free / 1e6:,.1f} MB "
+            "free). What lay there before is as it was: make room, and resume the run"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a file could not grow. torch and safetensors say so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    codes = [f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(words in str(error) for words in ("inline_container", "iostream error", *codes))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,11 +73,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that a run folder, or a file, means. Raises FileNotFoundError with what was looked for."""
+    """The checkpoint that a run folder, a folder of one run, or a file means.
+
+    Raises FileNotFoundError with what was looked for.
+    """
     given = Path(path)
     found = given / LAST if given.is_dir() else given
     if not found.is_file():
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
+        if len(runs) == 1:
+            return Path(runs[0], LAST)
         hint = f"; it holds the runs {', '.join(runs)}: name one of them" if runs else ""
         raise FileNotFoundError(f"no checkpoint {found}{hint}")
     return found
@@ -94,6 +124,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
         raise ValueError(f"the weights in {source} do not fit a {type(model).__name__}: {error}") from error
 
 
+def fingerprint(model: nn.Module) -> str:
+    """The sha256 of weights and buffers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def export_state_dict(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -113,19 +152,28 @@ def export_name() -> str:
     return "model.safetensors" if find_spec("safetensors") else "model.pt"
 
 
-def load_model(path: str | os.PathLike[str], model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's configuration.
 
-    path: run folder, last.pt, or an exported model.safetensors. model: the network's name or import path; default: the
-    checkpoint's own, if that is one of ours. An import path in a checkpoint is not followed, for a file must not say
-    what code is run. Raises as ``load`` does, and ValueError when ``model`` is needed or does not fit.
+    path: run folder, last.pt, or an exported model.safetensors. model: a network that takes the weights, or its name or
+    import path; default: the checkpoint's own, if that is one of ours. An import path in a checkpoint is not followed,
+    for a file must not say what code is run. Raises as ``load`` does, and ValueError when ``model`` is needed or does
+    not fit.
     """
+    network, description = load_network(path, model)
+    return network, description["config"]
+
+
+def load_network(
+    path: str | os.PathLike[str], model: nn.Module | str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """``load_model``, with all that says what the network is: arch, config and, of newer versions, data."""
     found = locate(path)
     if found.suffix == ".safetensors":
         weights, description = _read_safetensors(found)
     else:
         state = load(found)
-        weights, description = final_weights(state), {"arch": state["arch"], "config": state["config"]}
+        weights, description = final_weights(state), {k: state[k] for k in ("arch", "config", "data") if k in state}
     arch = description["arch"]
     if model is None:
         require_trusted(arch["name"], found)
@@ -134,10 +182,13 @@ def load_model(path: str | os.PathLike[str], model: str | None = None) -> tuple[
                 f"{found} holds a {arch['name']} of your own: build it yourself and load its weights into it, or say "
                 "how it is built, --model package.module:factory"
             )
-    sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
-    built = models.network(model or arch["name"], **sizes)
+    if isinstance(model, nn.Module):
+        built = model
+    else:
+        sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
+        built = models.network(model or arch["name"], **sizes)
     load_weights(built, weights, found)
-    return built.eval(), description["config"]
+    return built.eval(), description
 
 
 def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:

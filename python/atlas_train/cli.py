@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import checkpoint, data, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file
+from . import checkpoint, flags, methods
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file, without_place
+from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, option
 
 USAGE = """\
@@ -36,12 +37,12 @@ class EvaluateConfig:
 
     model: str | None = option(None, "network, by name or import path; default: the run's, if it is one of ours")
     dataset: str | None = option(None, "data set; default: the run's")
-    data_dir: str | None = option(None, "folder with the data's files; default: the run's")
+    data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
     eps: float | None = option(
         None, "l_inf radius, e.g. 8/255; default: the run's", above=0, below=1, hint="write 8/255 instead of 8"
     )
-    size: int | None = option(None, "test images; default: 1000 on a CPU, else all", low=1)
+    size: int | None = option(None, "test images; default: the run's, which is 1000 on a CPU, else all", low=1)
     batch_size: int = option(250, "images at a time", low=1)
     steps: int = option(20, "PGD steps", low=1)
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
@@ -65,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in commands:
         return _complain(f"atlas: no command {name!r}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
     try:
-        return commands[name](rest)
+        with terminable():
+            return commands[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _complain("\natlas: stopped; `atlas train --resume FOLDER` goes on after the last whole epoch", 130)
+        return _complain("\natlas: stopped", 130)
+    except Terminated as stop:
+        return _complain("\natlas: told to end", int(str(stop.code)))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         return _complain(f"atlas: {error}")
 
@@ -82,7 +86,7 @@ def _complain(text: str, status: int = 2) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
-    from .compare import compare
+    from .compare import CONFIG, compare, is_comparison
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
     for flag in ("--config", "--resume", "--method", "--model"):
@@ -94,11 +98,15 @@ def train(argv: Sequence[str]) -> int:
     if first.config:
         base = from_file(first.config)
     elif first.resume:
-        base = from_dict(checkpoint.load(first.resume)["config"], first.resume)
+        resumed = Path(first.resume)
+        if is_comparison(resumed):
+            base = from_file(resumed / CONFIG)
+        else:
+            base = from_dict(checkpoint.load(resumed)["config"], first.resume)
         if not first.model:
             checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method
-    compare(parse_train(name, base, argv))
+    compare(parse_train(name, base, argv), command=("atlas", "train", *argv))
     return 0
 
 
@@ -121,33 +129,20 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
 
 def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: a checkpoint's accuracies on the test images."""
-    from .autoattack import autoattack, require_autoattack
-    from .evaluate import evaluate as run_evaluation
-    from .results import Result, table
-    from .run import on_host, usable_device
+    from .results import table
+    from .stored import evaluate_checkpoint
 
     wanted = [
         flags.text_flag("checkpoint", "run folder, last.pt or model.safetensors", positional=True),
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
-    if args.autoattack:
-        require_autoattack()
-    model, run = checkpoint.load_model(args.checkpoint, args.model)
-    splits = data.load(args.dataset or run["dataset"], args.data_dir or run["data_dir"], args.download)
-    same = ("size", "batch_size", "steps", "step_size", "restarts", "seed")
-    own: dict[str, Any] = {name: getattr(args, name) for name in same}
-    model = model.to(usable_device(args.device))
-    eps = args.eps or run["eps"]
-    with on_host(args.threads or run["threads"]):
-        result = Result(run_evaluation(model, splits.test, eps, say=print, **own))
-        if args.autoattack:
-            how = {"version": args.autoattack_version, "batch_size": args.batch_size, "seed": args.seed}
-            found = autoattack(model, splits.test, eps, args.autoattack, say=print, **how)
-            result = dataclasses.replace(result, autoattack=found)
-    print(table({run["method"]: result}))
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name != "json"}
+    results = evaluate_checkpoint(args.checkpoint, **asked)
+    print(table(results))
+    (result,) = results.values()
     if args.json:
-        checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": args.checkpoint})
+        checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": without_place(args.checkpoint)})
     return 0
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, data, progress
+import atlas_kernels
+
+from . import checkpoint, progress
 from .autoattack import autoattack, require_autoattack
-from .config import TrainConfig, resolved, to_dict
+from .config import TrainConfig, from_file, methods_of, recorded, resolved, without_place
 from .data import DataSplits
-from .engine import train
-from .evaluate import evaluate
+from .engine import load_splits, train
+from .evaluate import Say, evaluate
+from .folders import locked, made, numbered
+from .interrupts import Terminated, terminable
 from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, environment, markdown, table
 from .run import Run, on_host
 
 Results = dict[str, Result]
-#: Settings that say where on this machine things are, and nothing about the results.
-PLACES = ("data_dir", "out_dir", "resume")
+#: In the folder of a comparison the whole configuration, methods beside included.
+CONFIG = "config.json"
 EVALUATION, RESULTS, MARKDOWN, CURVES = "evaluation.json", "results.json", "results.md", "curves.png"
 
 
@@ -32,65 +38,199 @@ def compare(
     *,
     splits: DataSplits | None = None,
     show: str = "auto",
-    say: Callable[[str], None] = print,
+    say: Say = print,
+    command: Sequence[str] | None = None,
 ) -> Results:
     """Trains ``config.method`` and every method in ``config.beside`` under the same settings and evaluates them.
 
     Returns what each came to. In the run's folder: a subfolder per method (last.pt, log.csv, model.safetensors,
-    evaluation.json), results.json with configuration and environment, results.md and, with matplotlib, curves.png.
+    evaluation.json), config.json with the settings of them all, results.json with configuration, environment and
+    ``command``, results.md and, with matplotlib, curves.png.
+
+    With ``config.resume`` a run goes on; with the folder of a comparison, all of it: methods that are done stay as they
+    are, one that was stopped goes on, missing ones are trained, and the table is that of all.
 
     Args:
         show: progress: auto, live, plain or silent.
         say: takes the lines between the progress and the final table.
+        command: the words of the command line, for results.json.
 
-    Raises FileExistsError when ``config.out_dir`` already holds such a run, and what ``train`` raises.
+    Raises FileExistsError when ``config.out_dir`` already holds such a run or another run is writing to the folder, and
+    what ``train`` raises.
     """
     if config.autoattack:
         require_autoattack()
-    splits = splits or data.load(config.dataset, config.data_dir, config.download)
-    config = resolved(replace(config, beside=()) if config.resume else config, splits)
-    root = checkpoint.locate(config.resume).parent.parent if config.resume else choose_folder(config)
-    runs: dict[str, Run] = {}
-    results: Results = {}
-    for own in (_own(config, config.method), *(_own(config, name) for name in config.beside)):
-        folder = checkpoint.locate(config.resume).parent if config.resume else root / own.method
-        runs[own.label] = train(own, splits=splits, folder=folder, display=progress.make(show))
-        results[own.label] = _result(runs[own.label], splits, say)
-        checkpoint.write_json(folder / EVALUATION, results[own.label].evaluation.to_dict())
-    results = {name: results[name] for name in (*config.beside, config.label)}
-    folder = root if config.beside else folder
-    drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
-    title = _write(folder, config, runs[config.label], results)
+    config, folders = _resumed(config) if config.resume else (config, {})
+    splits = splits or _load(config, folders)
+    config = resolved(config, splits)
+    with ExitStack() as stack:
+        stack.enter_context(terminable())
+        if not folders:
+            root = stack.enter_context(_new_folder(config))
+            folders = {name: root / name for name in methods_of(config)}
+        folder = folders[config.method].parent if config.beside else folders[config.method]
+        stack.enter_context(made(folder))
+        stack.enter_context(locked(folder))
+        if not config.resume:
+            _require_free(config, folders)
+        with _explained(folder, folders, splits, say):
+            if config.beside:
+                checkpoint.write_json(folder / CONFIG, recorded(config))
+            runs, results = _train_all(config, folders, splits, show, say)
+            drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
+            title = _write(folder, config, runs, results, command)
     say(f"\n{title}\n")
     say(table(results))
     say(f"files: {folder}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return results
 
 
-def _own(config: TrainConfig, name: str) -> TrainConfig:
+def is_comparison(path: str | Path) -> bool:
+    """Whether that is the folder of several methods' runs."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
+
+
+def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
+    """A configuration that goes on, and the folder of each of its methods."""
+    resume = str(config.resume)
+    if is_comparison(resume):
+        root = Path(resume)
+        old = from_file(root / CONFIG)
+        if config.method != old.method:
+            raise ValueError(
+                f"{root} compares {old.method} with others, you gave method {config.method}: leave the method out, or "
+                "add others with beside"
+            )
+        config = replace(config, beside=old.beside if config.beside is None else config.beside)
+    else:
+        folder = checkpoint.locate(resume).parent
+        config, root = replace(config, beside=config.beside or ()), folder.parent
+        if not config.beside:
+            return config, {config.method: folder}
+        if folder.name != config.method:
+            raise ValueError(
+                f"beside: {folder} lies alone, for the folder of a run that others go beside is called by its method, "
+                f"{config.method}: leave beside out"
+            )
+    return config, {name: root / name for name in methods_of(config)}
+
+
+def _load(config: TrainConfig, folders: Mapping[str, Path]) -> DataSplits:
+    """The data of the configuration, or of the runs that are there."""
+    starts = [start for name, folder in folders.items() if (start := _start(config, name, folder))]
+    found = checkpoint.locate(starts[0]) if starts else None
+    return load_splits(config, checkpoint.load(found) if found else None, found)
+
+
+def _start(config: TrainConfig, name: str, folder: Path) -> str | None:
+    """What the run of a method goes on with, if there is anything."""
+    if config.resume and not is_comparison(config.resume) and name == config.method:
+        return config.resume
+    return str(folder) if (folder / checkpoint.LAST).exists() else None
+
+
+def _new_folder(config: TrainConfig) -> AbstractContextManager[Path]:
+    """``out_dir``; without it, the first free runs/<dataset>-<n>."""
+    return numbered(Path("runs"), config.dataset) if config.out_dir is None else made(Path(config.out_dir))
+
+
+def _require_free(config: TrainConfig, folders: Mapping[str, Path]) -> None:
+    """Raises FileExistsError if there is a run already where one is to begin."""
+    for name, folder in folders.items():
+        if (folder / checkpoint.LAST).exists():
+            raise FileExistsError(
+                f"out_dir {config.out_dir} already holds a run of {name}: go on with it (resume {folder}) or choose "
+                "another"
+            )
+    root = folders[config.method].parent
+    if config.beside and is_comparison(root):
+        raise FileExistsError(
+            f"out_dir {root} already holds a comparison: go on with it (resume {root}) or choose another"
+        )
+
+
+def _train_all(
+    config: TrainConfig, folders: Mapping[str, Path], splits: DataSplits, show: str, say: Say
+) -> tuple[dict[str, Run], Results]:
+    """The runs, and what they came to in the order of the table. Those that are there already go first."""
+    owns = {name: _own(config, name, folder) for name, folder in folders.items()}
+    runs: dict[str, Run] = {}
+    results: Results = {}
+    for name in sorted(owns, key=lambda name: owns[name].resume is None):
+        run = train(owns[name], splits=splits, folder=folders[name], display=progress.make(show))
+        runs[run.config.label] = run
+        results[run.config.label] = _result(run, splits, folders[name], say)
+    return runs, {name: results[name] for name in (*config.beside, config.label)}
+
+
+def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
     """The run of one method: the same settings, without what belongs to another method."""
-    awp = config.awp if name == config.method else 0.0
-    return replace(config, method=name, hyper=config.hyper_of(name), awp=awp, beside=())
+    own = replace(config, method=name, hyper=config.hyper_of(name), awp=config.awp if name == config.method else 0.0)
+    return replace(own, beside=(), resume=_start(config, name, folder))
 
 
-def _result(run: Run, splits: DataSplits, say: Callable[[str], None]) -> Result:
+@contextmanager
+def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, say: Say) -> Iterator[None]:
+    """A run that is stopped says how to go on; one of which nothing comes leaves config.json as it was."""
+    path = folder / CONFIG
+    before = path.read_text() if path.exists() else None
+    try:
+        yield
+    except BaseException as error:
+        there = any((own / checkpoint.LAST).exists() for own in folders.values())
+        if before is None and not there:
+            path.unlink(missing_ok=True)
+        elif before is not None and isinstance(error, ValueError):
+            checkpoint.write_text(path, before)
+        if there and isinstance(error, (KeyboardInterrupt, Terminated)):
+            how = f"atlas train --resume {folder}" if splits.loader else f"resume={str(folder)!r} and the same splits"
+            say(f"\nstopped; to go on after the last whole epoch: {how}")
+        raise
+
+
+def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
+    """What the run came to; evaluated anew unless the very same was evaluated before."""
     c, model = run.config, run.final_model
+    settings = ("eps", "eval_size", "channels_last", "autoattack", "autoattack_version")
+    of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
+    of |= {"weights": checkpoint.fingerprint(model), "versions": [atlas_kernels.__version__, torch.__version__]}
+    if kept := _kept(folder / EVALUATION, of):
+        say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
+        return kept
     with on_host(c.threads):
         found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
         result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
         if c.autoattack:
             how: dict[str, Any] = {"version": c.autoattack_version, "say": say}
             result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
+    checkpoint.write_json(folder / EVALUATION, result.to_dict() | {"of": of})
     return result
 
 
-def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str:
+def _kept(path: Path, of: Mapping[str, Any]) -> Result | None:
+    """An evaluation that was written before, if it is one of ``of``."""
+    try:
+        values = json.loads(path.read_text())
+        return Result.from_dict(values) if values["of"] == of else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(
+    folder: Path, config: TrainConfig, runs: Mapping[str, Run], results: Results, command: Sequence[str] | None
+) -> str:
     """results.json and results.md, each of which explains itself; returns the title."""
+    run = runs[config.label]
     title = f"{run.splits.name}, {len(run.splits.train):,} training images, epochs {config.epochs}, seed {config.seed}"
     machine = environment(run.device, config.threads or torch.get_num_threads())
+    own = {name: {"hyper": runs[name].hyper, "changes": runs[name].changes} for name in results}
+    used = {f"{each.config.method}.{key}": value for each in runs.values() for key, value in each.hyper.items()}
     values = {
-        "methods": {name: result.to_dict() for name, result in results.items()},
-        "config": {key: value for key, value in to_dict(config).items() if key not in PLACES},
+        "methods": {name: result.to_dict() | own[name] for name, result in results.items()},
+        "config": recorded(config) | {"hyper": used},
+        "network": run.arch | {"parameters": sum(p.numel() for p in run.model.parameters())},
+        "data": run.data,
+        "command": command and shlex.join(map(_public, command)),
         "environment": machine,
     }
     checkpoint.write_json(folder / RESULTS, values)
@@ -98,15 +238,7 @@ def _write(folder: Path, config: TrainConfig, run: Run, results: Results) -> str
     return title
 
 
-def choose_folder(config: TrainConfig) -> Path:
-    """``out_dir`` if it holds no run of these methods yet; without ``out_dir``, the first free runs/<dataset>-<n>."""
-    if config.out_dir is None:
-        return next(folder for n in count(1) if not (folder := Path("runs") / f"{config.dataset}-{n}").exists())
-    folder = Path(config.out_dir)
-    for name in (config.method, *config.beside):
-        own = folder / name
-        if (own / checkpoint.LAST).exists():
-            raise FileExistsError(
-                f"out_dir {folder} already holds a run of {name}: go on with it (resume {own}) or choose another"
-            )
-    return folder
+def _public(word: str) -> str:
+    """A word of the command line without folders that nobody else has: --data-dir=/home/me/data: --data-dir=data."""
+    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + sign + without_place(value)

@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
 
-from . import methods, models
+from . import data, methods, models
 from .data import DataSplits
 from .methods.awp import require_wrappable
 from .options import check, nearest, option
@@ -53,6 +53,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beside": (),
     },
 }
+#: Settings that say where on this machine things are, and nothing about the results.
+PLACES = ("data_dir", "out_dir", "resume")
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters some "
@@ -202,7 +204,12 @@ class TrainConfig:
     @property
     def label(self) -> str:
         """The method's name in tables."""
-        return self.method + ("+awp" if self.awp else "")
+        return label(self.method, self.awp)
+
+
+def label(method: str, awp: float) -> str:
+    """What tables call a method with that much perturbation of weights."""
+    return method + ("+awp" if awp else "")
 
 
 #: Two settings that are not to be had together, and why.
@@ -229,19 +236,38 @@ def _require_compatible(config: TrainConfig) -> None:
         )
 
 
-def resolved(config: TrainConfig, splits: DataSplits) -> TrainConfig:
-    """The configuration with every default that depends on data set and machine filled in."""
+def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -> TrainConfig:
+    """The configuration with every default that depends on data set and machine filled in.
+
+    The data set is that of ``splits``. own_model: the network is given as such, so that ``model`` names none.
+    """
     table = DEFAULTS.get(splits.name, DEFAULTS["cifar10"])
     defaults = table | {
         "eps": splits.eps,
         "augment": splits.augment,
-        "model": models.default_for(splits.name) if config.model is None else None,
+        "model": default_model(splits) if config.model is None and not own_model else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     missing = {k: v for k, v in defaults.items() if getattr(config, k, config) is None}
+    missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
     config = dataclasses.replace(config, **missing)
     config = dataclasses.replace(config, beside=_beside(config.beside, config.method))
     return dataclasses.replace(config, hyper={**config.hyper, **_published(config, splits.name)})
+
+
+def default_model(splits: DataSplits) -> str:
+    """The network of a data set. Raises ValueError for data of your own, which have none."""
+    if splits.name not in data.names():
+        raise ValueError(
+            f"model: the data set {splits.name!r} has no network of its own: give train a network (model=...), or name "
+            f"one in the configuration, one of {', '.join(models.names())} or package.module:factory"
+        )
+    return models.default_for(splits.name)
+
+
+def methods_of(config: TrainConfig) -> tuple[str, ...]:
+    """The method and those beside it."""
+    return config.method, *_beside(config.beside, config.method)
 
 
 def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
@@ -270,6 +296,18 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
         "hyper": dict(config.hyper),
         "beside": None if config.beside is None else list(config.beside),
     }
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """``to_dict`` for files that others read: without what says where things lie on this machine."""
+    kept = {key: value for key, value in to_dict(config).items() if key not in PLACES}
+    return kept | {"model": config.model and without_place(config.model)}
+
+
+def without_place(path: str) -> str:
+    """A path for files that others read: of one that starts at the root, or goes up, the last part alone."""
+    parts = PurePath(path)
+    return parts.name or path if parts.is_absolute() or ".." in parts.parts else path
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:

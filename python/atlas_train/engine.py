@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, progress
+from . import checkpoint, data, progress
 from .arrivals import Arrivals
 from .config import TrainConfig
-from .data import DataSplits
+from .data import DataSplits, identity
+from .folders import locked, made
+from .interrupts import terminable
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .report import TensorBoard
-from .run import Run, export, on_host, prepare, restore, save
+from .resuming import require_network, restore
+from .run import Run, discard, export, on_host, prepare, save
 from .schedules import learning_rate
 from .step_graph import StepGraph
 from .watch import watch
@@ -67,18 +71,35 @@ def train(
     ValueError for a checkpoint of another run.
     """
     display = display or progress.Silent()
-    run = prepare(config, splits, model, folder)
-    if run.config.resume:
-        restore(run, run.config.resume)
-    elif run.folder:
-        save(run)  # so that there is a state from before, whatever happens
-    board = TensorBoard(run.folder) if run.config.tensorboard else None
+    if folder is None and config.resume:
+        folder = checkpoint.locate(config.resume).parent
+    with ExitStack() as stack:
+        stack.enter_context(terminable())
+        if folder:
+            stack.enter_context(made(folder))
+            stack.enter_context(locked(folder))
+        run, notes = start(config, splits, model, folder)
+        try:
+            _train(run, notes, display, on_epoch)
+        except Exception as error:
+            if folder and not config.resume and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
+                discard(folder)
+            raise
+    return run
+
+
+def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None) -> None:
     c = run.config
+    if not c.resume and run.folder:
+        save(run)  # so that there is a state from before, whatever happens
+    board = TensorBoard(run.folder) if c.tensorboard else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
+        for note in notes:
+            display.say(note)
         with on_host(c.threads):
             fit(run, display, board, on_epoch)
         if run.skipped:
@@ -89,7 +110,34 @@ def train(
             board.close()
     if run.folder:
         export(run)
-    return run
+
+
+def start(
+    config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None
+) -> tuple[Run, list[str]]:
+    """The run before its first step, or where its checkpoint left off; and what the user should know of it."""
+    if not config.resume:
+        splits = splits or load_splits(config)
+        run = prepare(config, splits, model, folder)
+        run.data = identity.record(splits) if folder else {}
+        return run, []
+    source = checkpoint.locate(config.resume)
+    state = checkpoint.load(source)
+    require_network(state, model, config.model, source)
+    splits = splits or load_splits(config, state, source)
+    images = identity.record(splits)
+    notes = identity.require_same(state, images, source, "resume")
+    run = prepare(config, splits, model, folder)
+    run.data = images
+    return run, notes + restore(run, state, source)
+
+
+def load_splits(config: TrainConfig, state: Mapping[str, Any] | None = None, source: object = None) -> DataSplits:
+    """The data that ``config.dataset`` names; for a run that goes on, those by the loader that its checkpoint names."""
+    name = config.dataset
+    if state and name == state.get("data", {}).get("name"):
+        name = identity.loader(state, source, "resume")
+    return data.load(name, config.data_dir, config.download)
 
 
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:

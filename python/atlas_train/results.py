@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 import atlas_kernels
@@ -22,7 +26,7 @@ class Result:
     """What a method came to; None where it is not known.
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
-    skipped: batches left out of training, for their loss was not finite.
+    skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
     """
 
     evaluation: Evaluation
@@ -31,11 +35,23 @@ class Result:
     passes: float | None = None
     skipped: int | None = None
     autoattack: AutoAttacked | None = None
+    data: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; without what is not known."""
         own = {key: value for key, value in asdict(self).items() if key != "evaluation" and value is not None}
         return self.evaluation.to_dict() | own
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """The inverse of ``to_dict``; TypeError where something is missing."""
+
+        def of(kind: type[Any], values: Mapping[str, Any]) -> Any:
+            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+
+        attacked = values.get("autoattack")
+        parts = {"evaluation": of(Evaluation, values), "autoattack": attacked and of(AutoAttacked, attacked)}
+        return cast(Result, of(cls, {**values, **parts}))
 
 
 def table(results: Mapping[str, Result]) -> str:
@@ -53,21 +69,41 @@ def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str
     columns = _columns(results)
     rows = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)], *_rows(columns)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    machine = ", ".join(f"{key} {value}" for key, value in environment.items())
+    machine = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
     return "\n".join([f"# {title}", "", *lines, "", _note(results) + ".", "", machine + ".", ""])
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its configuration."""
+    """What the numbers of a run depend on beside its configuration, and when they were made."""
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "atlas-kernels": atlas_kernels.__version__,
+        "commit": commit(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "threads": threads,
     }
+
+
+def commit() -> str | None:
+    """The commit of this package's source, with "-dirty" where it was changed; None outside of a git checkout."""
+    here = Path(__file__)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, env=clean | {"GIT_OPTIONAL_LOCKS": "0"}, **how).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # or the checkout around it is of something else
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:

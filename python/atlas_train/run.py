@@ -1,4 +1,4 @@
-"""A training run: what it is made of, and how it is written to its folder and read back."""
+"""A training run: what it is made of, and how it is written to its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atlas_kernels import Execution, keep_memory
 
 from . import averaging, checkpoint, data, models
-from .config import TrainConfig, from_dict, resolved, to_dict
+from .config import TrainConfig, recorded, resolved, without_place
 from .data import Batches, DataSplits
 from .methods import Method, State
 from .recompute import Recomputed, blocks
@@ -29,7 +29,8 @@ LOG = "log.csv"
 class Run:
     """A training run under way or done: what a checkpoint keeps, and what the loop needs beside it.
 
-    network: what methods are given, ``model`` or its compiled form. execution: how attacks are run.
+    network: what methods are given, ``model`` or its compiled form. execution: how attacks are run. data: the record
+    of its images (``data.identity``). changes: settings that a resumed run has changed, each with its epoch.
     """
 
     config: TrainConfig
@@ -49,12 +50,19 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Tensor] = field(default_factory=dict)
     average: averaging.Averaging | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def final_model(self) -> nn.Module:
         """What training came to: the average of the weights where there is one, else the network itself."""
         average = self.average.network() if self.average else None
         return self.model if average is None else average
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The method's hyper-parameters as used."""
+        return self.method.in_use()
 
     @property
     def total_steps(self) -> int:
@@ -84,12 +92,14 @@ class Run:
 def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None) -> Run:
     """Data, network, optimiser and method as the configuration says, before the first step."""
     splits = splits or data.load(config.dataset, config.data_dir, config.download)
-    config = resolved(config, splits)
+    config = resolved(config, splits, own_model=model is not None)
+    if folder is None and config.resume:
+        folder = checkpoint.locate(config.resume).parent
     device = usable_device(config.device)
     if config.train_size is not None:
         splits = replace(splits, train=splits.train.subset(config.train_size, config.seed))
     arch: dict[str, Any] = {
-        "name": config.model if model is None else type(model).__name__,
+        "name": without_place(config.model) if model is None else type(model).__name__,
         "by_name": model is None,
         "num_classes": splits.num_classes,
         "in_channels": splits.train.shape[0],
@@ -98,7 +108,7 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     torch.manual_seed(config.seed)
     if model is None:
         model = models.network(
-            arch["name"], num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
+            config.model, num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
         )
     model = model.to(device)
     if config.channels_last:
@@ -113,8 +123,6 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
         channels_last=config.channels_last,
         drop_last=len(splits.train) >= config.batch_size,
     )
-    if folder is None and config.resume:
-        folder = checkpoint.locate(config.resume).parent
     method = config.build_method()
     method.require(model)
     if config.checkpoint_activations:
@@ -180,7 +188,10 @@ def save(run: Run) -> None:
     """last.pt and log.csv in the run's folder."""
     assert run.folder
     state = {
-        "config": to_dict(replace(run.config, resume=None)),
+        "config": recorded(run.config),
+        "data": run.data,
+        "hyper": run.hyper,
+        "changes": run.changes,
         "arch": run.arch,
         "epoch": run.epoch,
         "step": run.step,
@@ -196,39 +207,16 @@ def save(run: Run) -> None:
     write_csv(run.folder / LOG, run.history)
 
 
-def restore(run: Run, path: str) -> None:
-    """Puts the run where the checkpoint left off. Raises ValueError if it belongs to another run."""
-    found = checkpoint.locate(path)
-    state = checkpoint.load(found)
-    require_same(run, state, found)
-    checkpoint.load_weights(run.model, state["model"], found)
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.average:
-        run.average.load_state_dict(state["average"])
-    checkpoint.restore_rng(state["rng"])
-    run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
-    run.history = state["history"]
-    run.memory.update({name: value.to(run.device) for name, value in state.get("memory", {}).items()})
-
-
-def require_same(run: Run, state: dict[str, Any], source: Path) -> None:
-    """Method, network, data and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
-    old, new = from_dict(state["config"], str(source)), run.config
-    fixed = ("method", "dataset", "train_size", "batch_size", "optimizer", "seed", "averaging")
-    changed = {name: (getattr(old, name), getattr(new, name)) for name in fixed}
-    changed |= {f"model {key}": (value, run.arch.get(key)) for key, value in state["arch"].items()}
-    changed["hyper-parameters"] = (old.build_method(), run.method) if old.method == new.method else (None, None)
-    for name, (then, now) in changed.items():
-        if then != now:
-            raise ValueError(f"{source} cannot be resumed with another {name}: it has {then!r}, you gave {now!r}")
-    if state["epoch"] > new.epochs:
-        raise ValueError(f"{source} has done {state['epoch']} epochs already; give epochs more than {new.epochs}")
+def discard(folder: Path) -> None:
+    """Takes away what ``save`` and TensorBoard wrote for a run of which nothing came."""
+    for path in (folder / checkpoint.LAST, folder / LOG, *folder.glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)
 
 
 def export(run: Run) -> Path:
     """The bare weights of ``final_model``, for others to load; returns the file."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
-    description = json.dumps({"arch": run.arch, "config": to_dict(replace(run.config, resume=None))})
+    description = json.dumps({"arch": run.arch, "config": recorded(run.config), "data": run.data})
     checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
     return path

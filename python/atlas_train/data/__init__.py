@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 
@@ -33,4 +34,4 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bo
     if name not in _LOADERS:
         near = difflib.get_close_matches(str(name).lower().replace("-", ""), _LOADERS, n=1, cutoff=0)[0]
         raise ValueError(f"name: no data set {name!r}; the nearest is {near!r} (known: {', '.join(_LOADERS)})")
-    return _LOADERS[name](data_dir, download)
+    return dataclasses.replace(_LOADERS[name](data_dir, download), loader=name)

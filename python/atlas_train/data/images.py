@@ -56,6 +56,7 @@ class DataSplits:
 
     eps: the usual l_inf radius for this set, in the unit of images in [0, 1].
     augment: whether training usually crops and flips (natural images: yes; digits: no).
+    loader: the name by which `data.load` makes these images; None: data of your own.
     """
 
     name: str
@@ -65,6 +66,7 @@ class DataSplits:
     eps: float
     augment: bool = False
     class_names: tuple[str, ...] | None = None
+    loader: str | None = None
 
     def __post_init__(self) -> None:
         for split, images in (("train", self.train), ("test", self.test)):

@@ -1,0 +1,82 @@
+"""Which images a run is made on: a record for checkpoints and results, and what does not fit it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .images import DataSplits, Images
+
+SPLITS = ("train", "test")
+_CHUNK = 2**24  # bytes that are hashed at a time, so that a set on a GPU or in another layout is never copied whole
+
+
+def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
+    """Name, loader, number of classes and, of each part, number, shape and fingerprint. It reads every byte once."""
+    own = {"name": splits.name, "loader": splits.loader, "num_classes": splits.num_classes}
+    return own | {part: _facts(getattr(splits, part)) for part in parts}
+
+
+def _facts(images: Images) -> dict[str, Any]:
+    return {"images": len(images), "shape": list(images.shape), "sha256": fingerprint(images)}
+
+
+def fingerprint(images: Images) -> str:
+    """The sha256 of shape, pixels and labels, in hexadecimal: the same on every device and in every memory layout."""
+    digest = hashlib.sha256(repr(list(images.images.shape)).encode())
+    rows = max(1, _CHUNK // max(1, images.images[:1].numel()))
+    for pixels in images.images.split(rows):
+        digest.update(pixels.cpu().contiguous().reshape(-1).numpy().data)
+    digest.update(images.labels.cpu().contiguous().numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def describe(recorded: Mapping[str, Any]) -> str:
+    """A record in words: "digits: 10 classes, 1,297 train images of 1x8x8 (sha256 0123456789ab...), ..."."""
+    parts = [
+        f"{part['images']:,} {name} images of {'x'.join(map(str, part['shape']))} (sha256 {part['sha256'][:12]}...)"
+        for name in SPLITS
+        if (part := recorded.get(name))
+    ]
+    return f"{recorded['name']}: {recorded['num_classes']} classes, " + ", ".join(parts)
+
+
+def loader(state: Mapping[str, Any], source: object, function: str) -> str:
+    """The name by which `data.load` makes the data of a checkpoint. Raises ValueError for data of the user's own."""
+    recorded = state.get("data") or {"loader": state["config"]["dataset"]}
+    if recorded["loader"] is None:
+        raise ValueError(
+            f"{source} was made on data of your own, {describe(recorded)}, which no --dataset stands for; give them "
+            f"from Python: {_from_python(function, source)}"
+        )
+    return str(recorded["loader"])
+
+
+def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: object, function: str) -> list[str]:
+    """Raises ValueError if the data ``given`` are not the checkpoint's: by content, for a name is no more than a name.
+
+    Returns what is to be said: a checkpoint of a version that recorded no data has their name alone.
+    """
+    if not (recorded := state.get("data")):
+        name = state["config"]["dataset"]
+        if given["loader"] not in (None, name):
+            raise ValueError(f"{source} was made on {name}, you gave {given['name']}: leave out the data set")
+        return [
+            f"note: {source} is of a version that kept no record of its images: it says {name}, and nothing tells "
+            f"whether they are those of {describe(given)}"
+        ]
+    differ = [name for name in SPLITS if name in given and given[name]["sha256"] != recorded[name]["sha256"]]
+    if differ or recorded["num_classes"] != given["num_classes"]:
+        known = recorded["loader"] and recorded["loader"] != given["loader"]
+        remedy = f"leave out the data set, or say {recorded['loader']}" if known else _from_python(function, source)
+        raise ValueError(
+            f"{source} was made on other data. It has {describe(recorded)}; you gave {describe(given)}. Give those it "
+            f"was made on: {remedy}"
+        )
+    return []
+
+
+def _from_python(function: str, source: object) -> str:
+    folder = str(source).removesuffix("/last.pt")
+    return f"atlas_train.stored.{function}({folder!r}, splits=...)"

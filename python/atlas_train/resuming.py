@@ -1,0 +1,122 @@
+"""A run that goes on from its checkpoint: what must be the same, what may change, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint, models
+from .config import PLACES, TrainConfig, from_dict, without_place
+from .run import Run
+from .schedules import learning_rate
+
+FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging")
+#: Settings that are never told as changed: checked otherwise, or without a say in the numbers.
+_UNTOLD = {
+    *FIXED,
+    *PLACES,
+    "dataset",
+    "model",
+    "width",
+    "hyper",
+    "awp",
+    "awp_warmup",
+    "beside",
+    "download",
+    "tensorboard",
+}
+
+
+def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str | None, source: Path) -> None:
+    """Raises ValueError if the checkpoint has a network of the user's own, which nobody gave."""
+    arch = state["arch"]
+    if model is None and not arch["by_name"] and not models.is_import_path(name):
+        raise ValueError(
+            f"{source} holds a {arch['name']} of your own: give it from Python (model=...), or say how it is built, "
+            "--model package.module:factory"
+        )
+
+
+def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
+    """Puts the run where the checkpoint left off; returns what the user should know.
+
+    Raises ValueError if it belongs to another run.
+    """
+    old = from_dict(state["config"], str(source))
+    require_same(run, old, state, source)
+    checkpoint.load_weights(run.model, state["model"], source)
+    wanted = {"momentum": run.config.momentum, "weight_decay": run.config.weight_decay}
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group in run.optimizer.param_groups:  # the checkpoint's are those of then
+        group.update({name: value for name, value in wanted.items() if name in group})
+    if run.average:
+        run.average.load_state_dict(state["average"])
+    checkpoint.restore_rng(state["rng"])
+    run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
+    run.history = state["history"]
+    run.changes = list(state.get("changes", []))
+    run.memory.update({name: value.to(run.device) for name, value in state.get("memory", {}).items()})
+    if changed := differences(old, run.config):
+        run.changes.append({"epoch": run.epoch, "changed": changed})
+        return [text for text in (_told(run, changed), _stretched(run, old)) if text]
+    return []
+
+
+def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: Path) -> None:
+    """Method, network and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
+    new = run.config
+    changed = {name: (getattr(old, name), getattr(new, name)) for name in FIXED}
+    changed |= _networks(run, state["arch"])
+    if old.method == new.method:
+        changed["hyper-parameters"] = _used(old, state, run)
+    for name, (then, now) in changed.items():
+        if then != now:
+            raise ValueError(f"{source} cannot be resumed with another {name}: it has {then!r}, you gave {now!r}")
+    if state["epoch"] > new.epochs:
+        raise ValueError(f"{source} has done {state['epoch']} epochs already; give epochs more than {new.epochs}")
+
+
+def _networks(run: Run, arch: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the two networks are: that of a class given from Python may now come from the import path of its class."""
+    then, now = dict(arch) | {"name": without_place(arch["name"])}, dict(run.arch)
+    if not arch["by_name"]:
+        now |= {"name": type(run.model).__name__, "by_name": False, "width": then["width"]}
+    return {f"model {key}": (value, now.get(key)) for key, value in then.items()}
+
+
+def _used(old: TrainConfig, state: Mapping[str, Any], run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The hyper-parameters that differ, with what defaults stood for when the checkpoint was written."""
+    then, now = ({key: getattr(c, key) for key in ("eps", "awp", "awp_warmup")} for c in (old, run.config))
+    then |= state["hyper"] if "hyper" in state else old.build_method().in_use()
+    now |= run.hyper
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return {name: then.get(name) for name in names}, {name: now.get(name) for name in names}
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
+    """The settings that may change and did: [before, now] by name."""
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _UNTOLD]
+    pairs = {name: [getattr(old, name), getattr(new, name)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _told(run: Run, changed: Mapping[str, list[Any]]) -> str:
+    words = ", ".join(f"{name} {now} (before: {then})" for name, (then, now) in changed.items())
+    return f"resumed after epoch {run.epoch} with {words}"
+
+
+def _stretched(run: Run, old: TrainConfig) -> str | None:
+    """What becomes of a schedule whose length has changed."""
+    new = run.config
+    if old.epochs == new.epochs or run.epoch == new.epochs:
+        return None
+    text = f"schedules are stretched over {new.epochs} epochs, of which {run.epoch} are done"
+    if new.schedule != "constant" and run.history:
+        total, updates = run.total_steps * run.method.updates, run.step * run.method.updates
+        lr = learning_rate(new.schedule, new.lr, updates, total, new.cyclic_peak)
+        text += f": the {new.schedule} learning rate goes on at {lr:.3g}, after {run.history[-1]['lr']:.3g}"
+    return text

@@ -1,0 +1,123 @@
+"""Runs that lie in their folders, from Python: evaluated, or gone on with, on data and networks that you give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, data, progress
+from .autoattack import Version, require_autoattack
+from .autoattack import autoattack as run_autoattack
+from .config import from_dict, label
+from .data import DataSplits, identity
+from .engine import OnEpoch, train
+from .evaluate import Say, evaluate
+from .results import Result
+from .run import Run, on_host, usable_device
+
+Path = str | os.PathLike[str]
+
+
+def resume(
+    path: Path,
+    *,
+    splits: DataSplits | None = None,
+    model: nn.Module | None = None,
+    display: progress.Display | None = None,
+    on_epoch: OnEpoch | None = None,
+    **changes: Any,
+) -> Run:
+    """Goes on with a run where it stopped, with its own settings: ``resume("runs/digits-1/atlas", epochs=60)``.
+
+    Args:
+        path: run folder or last.pt.
+        splits: the data, if they are not of a name that ``atlas train --dataset`` knows: those of the run, or
+            ValueError.
+        model: a network as it was built for the run, if it was given to ``train``; its weights are then the run's.
+        display, on_epoch: as for ``train``.
+        changes: settings of ``TrainConfig`` that are to be others from now on, e.g. epochs.
+    """
+    state = checkpoint.load(path)
+    config = from_dict(state["config"], str(path))
+    if model is None and "model" not in changes:
+        checkpoint.require_trusted(config.model, path)
+    config = replace(config, **changes | {"resume": os.fspath(path), "beside": ()})
+    return train(config, splits=splits, model=model, display=display, on_epoch=on_epoch)
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    splits: DataSplits | None = None,
+    model: nn.Module | str | None = None,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    download: bool = False,
+    other_data: bool = False,
+    eps: float | None = None,
+    size: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    autoattack: int = 0,
+    autoattack_version: Version = "standard",
+    device: str | None = None,
+    threads: int | None = None,
+    say: Say = print,
+    **pgd: Any,
+) -> dict[str, Result]:
+    """Clean, FGSM and PGD accuracy of a checkpoint's network on its test images, by the name of its method.
+
+    Args:
+        path: run folder, last.pt or model.safetensors.
+        splits: the data, if they are not of a name that ``atlas train --dataset`` knows: their test images must be
+            those of the run, or ValueError.
+        model: a network as it was built for the run, which takes the weights, or a name or import path; default: the
+            run's, if it is one of ours.
+        dataset: a data set to evaluate on instead of the run's. data_dir, download: as for ``data.load``.
+        other_data: ``splits`` may be others than the run's.
+        eps, size, threads: default: the run's. device: default: cuda where there is one.
+        autoattack: so many images for AutoAttack too.
+        say: told what is going on.
+        pgd: steps, step_size and restarts of ``evaluate``.
+    """
+    if autoattack:
+        require_autoattack()
+    network, description = checkpoint.load_network(path, model)
+    run = description["config"]
+    if splits is None:
+        name = dataset or identity.loader(description, path, "evaluate_checkpoint")
+        splits = data.load(name, data_dir or run.get("data_dir"), download)
+    images = identity.record(splits, ("test",))
+    for note in _notes(description, images, path, other_data or dataset is not None):
+        say(note)
+    network = network.to(usable_device(device))
+    channels_last = bool(run.get("channels_last"))
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    eps, size = eps or run["eps"], size or run.get("eval_size")
+    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "say": say}
+    with on_host(threads or run.get("threads")):
+        found = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
+        result = Result(found, data=images)
+        if autoattack:
+            attacked = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
+            result = replace(result, autoattack=attacked)
+    return {label(run["method"], run.get("awp", 0)): result}
+
+
+def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path, other: bool) -> list[str]:
+    """What is to be said of the data. Raises ValueError where they are not the run's, and nobody asked for others."""
+    classes = description["arch"]["num_classes"]
+    if images["num_classes"] > classes:
+        raise ValueError(f"{path} knows {classes} classes, and the data have {images['num_classes']}: give others")
+    try:
+        return identity.require_same(description, images, path, "evaluate_checkpoint")
+    except ValueError as error:
+        if not other:
+            raise ValueError(f"{error}; or, if you mean to evaluate on others, say other_data=True") from error
+        return [f"note: not the data that {path} was made on"]
