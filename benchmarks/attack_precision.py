@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_kernels import PGD, Execution, keep_memory, noise_key
-from atlas_train import checkpoint, data
+from atlas_train import data
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batch, Batches, DataSplits
 from atlas_train.engine import train
 from atlas_train.evaluate import SUBSET_SEED, eval_mode
 from atlas_train.options import fraction
 from atlas_train.run import usable_device
+from atlas_train.stored import opened
 from tables import Table, aligned, command_line, markdown, write
 
 CONFIDENCE = 0.95
@@ -184,8 +185,7 @@ def settings(steps: Sequence[int], other_steps: Sequence[int]) -> Iterator[Setti
 def network(o: argparse.Namespace) -> tuple[nn.Module, DataSplits, float, str]:
     """The network, its data and radius, and a line about where it comes from."""
     if o.checkpoint:
-        model, config = checkpoint.load_model(o.checkpoint)
-        splits = data.load(config["dataset"], o.data_dir)
+        model, config, splits, _ = opened(o.checkpoint, data_dir=o.data_dir)
         return model, splits, config["eps"], f"{config['method']}, {config['epochs']} epochs, from a checkpoint"
     own = TRAINING[o.dataset]
     given = {name: getattr(o, name) for name in ("train_size", "epochs", "width", "threads", "device")}

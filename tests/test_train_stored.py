@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class Lines(engine.progress.Silent):
 def old_version(folder: Path) -> None:
     """The checkpoint as the version before wrote it, which recorded no data."""
     state = checkpoint.load(folder)
-    for key in ("data", "hyper", "changes"):
+    for key in ("data", "hyper", "changes", "versions"):
         del state[key]
     state["config"] |= {"data_dir": None, "out_dir": None, "resume": None}
     checkpoint.save(folder / "last.pt", state)
@@ -167,8 +168,23 @@ def test_checkpoints_of_the_version_before_go_on_with_a_note(tmp_path: Path) -> 
     said: list[str] = []
     evaluate_checkpoint(tmp_path, splits=splits(), steps=1, say=said.append)
     assert "kept no record of its images" in said[0]
-    with pytest.raises(ValueError, match="was made on bars, you gave digits"):
-        resume(tmp_path, splits=replace(splits(), name="digits", loader="digits"), epochs=5)
+    for given in (replace(splits(), name="digits", loader="digits"), splits(channels=3)):
+        with pytest.raises(ValueError, match="was made on bars: 4 classes, 1 channels; you gave"):
+            resume(tmp_path, splits=given, epochs=5)
+
+
+def test_numbers_of_numpy_leave_files_that_can_be_read(tmp_path: Path) -> None:
+    own = replace(splits(), num_classes=np.int64(4), eps=np.float64(0.1))
+    engine.train(TrainConfig(**STANDARD), splits=own, model=net(), folder=tmp_path / "own")
+    assert checkpoint.load(tmp_path / "own")["arch"]["num_classes"] == 4
+    own = replace(splits(), eps=np.float64(0.1))
+    config = TrainConfig(**TINY | {"epochs": 1, "hyper": {"radius": np.float64(0.25)}, "out_dir": str(tmp_path)})
+    compare(config, splits=own, show="silent", say=lambda text: None)
+    for file in ("", "last.pt", checkpoint.export_name()):
+        if not file.endswith(".pt") or file == "last.pt":
+            checkpoint.load_model(tmp_path / "atlas" / file)
+    assert json.loads((tmp_path / "atlas" / "results.json").read_text())["methods"]["atlas"]["hyper"]["radius"] == 0.25
+    assert resume(tmp_path / "atlas", splits=own, epochs=2).epoch == 2
 
 
 # --- the network of a run
@@ -240,6 +256,11 @@ def test_what_a_resumed_run_changes_is_applied_told_and_recorded(tmp_path: Path)
     quiet = Lines()
     resume(tmp_path, splits=splits(), display=quiet)
     assert quiet.said == []
+    state = checkpoint.load(tmp_path)
+    state["versions"]["torch"] = "2.9"
+    checkpoint.save(tmp_path / "last.pt", state)
+    resume(tmp_path, splits=splits(), display=quiet)
+    assert quiet.said == [f"resumed after epoch 4 with torch {torch.__version__} (before: 2.9)"]
 
 
 def test_a_default_that_changes_between_versions_does_not_change_a_run(tmp_path: Path) -> None:

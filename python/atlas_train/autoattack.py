@@ -28,6 +28,7 @@ class AutoAttacked:
     images: int
     version: str
     seconds: float
+    seed: int = 0
 
 
 def autoattack(
@@ -66,7 +67,7 @@ def autoattack(
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
         _, found = attack.run_standard_evaluation(x, y, batch_size=batch_size)
-    return AutoAttacked((found == y).double().mean().item(), len(y), version, time.perf_counter() - started)
+    return AutoAttacked((found == y).double().mean().item(), len(y), version, time.perf_counter() - started, seed)
 
 
 class InRows(nn.Module):

@@ -8,13 +8,17 @@ import json
 import os
 import shutil
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+import atlas_kernels
 
 from . import models
 
@@ -58,7 +62,7 @@ def _is_full(error: Exception) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(builtin(value), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,8 +72,22 @@ def write_text(path: Path, text: str) -> None:
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a checkpoint. ``state``: tensors, numbers, strings, lists and dicts."""
-    content = {"format": FORMAT, **state}
+    content = {"format": FORMAT, **builtin(state)}
     write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def builtin(value: Any) -> Any:
+    """``value`` in plain types, which are read without running code: NumPy's numbers and kinds of str become such."""
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, (list, tuple)):
+        return [builtin(item) for item in value]
+    if isinstance(value, Mapping) and not isinstance(value, OrderedDict):  # that one is a module's state_dict
+        return {builtin(key): builtin(item) for key, item in value.items()}
+    return value
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -122,6 +140,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
         model.load_state_dict(dict(weights))
     except RuntimeError as error:
         raise ValueError(f"the weights in {source} do not fit a {type(model).__name__}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers go by: another one of these may round otherwise, or have other defaults."""
+    return {"atlas-kernels": atlas_kernels.__version__, "torch": torch.__version__, "numpy": np.__version__}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-import atlas_kernels
-
 from . import checkpoint, progress
 from .autoattack import autoattack, require_autoattack
 from .config import TrainConfig, from_file, methods_of, recorded, resolved, without_place
@@ -193,7 +191,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     c, model = run.config, run.final_model
     settings = ("eps", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
-    of |= {"weights": checkpoint.fingerprint(model), "versions": [atlas_kernels.__version__, torch.__version__]}
+    of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions()}
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept

@@ -37,6 +37,7 @@ class Evaluation:
     pgd_restarts: int
     seconds: float
     device: str
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; eps also as everyone writes it."""
@@ -100,7 +101,7 @@ def evaluate(
     clean, fgsm, pgd = (correct.double() / len(images)).tolist()
     seconds = time.perf_counter() - started
     return Evaluation(
-        clean, fgsm, pgd, len(images), eps, steps, step_size, restarts, seconds=seconds, device=str(where)
+        clean, fgsm, pgd, len(images), eps, steps, step_size, restarts, seconds=seconds, device=str(where), seed=seed
     )
 
 

@@ -11,12 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
-import atlas_kernels
-
 from .autoattack import AutoAttacked
+from .checkpoint import versions
 from .evaluate import Evaluation
 from .options import fraction
 
@@ -77,10 +75,8 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """What the numbers of a run depend on beside its configuration, and when they were made."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "atlas-kernels": atlas_kernels.__version__,
         "commit": commit(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

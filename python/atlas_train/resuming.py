@@ -60,7 +60,13 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     run.history = state["history"]
     run.changes = list(state.get("changes", []))
     run.memory.update({name: value.to(run.device) for name, value in state.get("memory", {}).items()})
-    if changed := differences(old, run.config):
+    changed = differences(old, run.config)
+    changed |= {
+        name: [then, now]
+        for name, now in checkpoint.versions().items()
+        if (then := state.get("versions", {}).get(name, now)) != now
+    }
+    if changed:
         run.changes.append({"epoch": run.epoch, "changed": changed})
         return [text for text in (_told(run, changed), _stretched(run, old)) if text]
     return []

@@ -192,6 +192,7 @@ def save(run: Run) -> None:
         "data": run.data,
         "hyper": run.hyper,
         "changes": run.changes,
+        "versions": checkpoint.versions(),
         "arch": run.arch,
         "epoch": run.epoch,
         "step": run.step,
@@ -217,6 +218,6 @@ def export(run: Run) -> Path:
     """The bare weights of ``final_model``, for others to load; returns the file."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
-    description = json.dumps({"arch": run.arch, "config": recorded(run.config), "data": run.data})
+    description = json.dumps(checkpoint.builtin({"arch": run.arch, "config": recorded(run.config), "data": run.data}))
     checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
     return path

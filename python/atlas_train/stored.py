@@ -87,14 +87,16 @@ def evaluate_checkpoint(
     """
     if autoattack:
         require_autoattack()
-    network, description = checkpoint.load_network(path, model)
-    run = description["config"]
-    if splits is None:
-        name = dataset or identity.loader(description, path, "evaluate_checkpoint")
-        splits = data.load(name, data_dir or run.get("data_dir"), download)
-    images = identity.record(splits, ("test",))
-    for note in _notes(description, images, path, other_data or dataset is not None):
-        say(note)
+    network, run, splits, images = opened(
+        path,
+        splits=splits,
+        model=model,
+        dataset=dataset,
+        data_dir=data_dir,
+        download=download,
+        other_data=other_data,
+        say=say,
+    )
     network = network.to(usable_device(device))
     channels_last = bool(run.get("channels_last"))
     if channels_last:
@@ -108,6 +110,31 @@ def evaluate_checkpoint(
             attacked = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
             result = replace(result, autoattack=attacked)
     return {label(run["method"], run.get("awp", 0)): result}
+
+
+def opened(
+    path: Path,
+    *,
+    splits: DataSplits | None = None,
+    model: nn.Module | str | None = None,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    download: bool = False,
+    other_data: bool = False,
+    say: Say = print,
+) -> tuple[nn.Module, dict[str, Any], DataSplits, dict[str, Any]]:
+    """The network of a checkpoint, its settings, its data and the record of the test images.
+
+    Arguments and errors are those of ``evaluate_checkpoint``.
+    """
+    network, description = checkpoint.load_network(path, model)
+    if splits is None:
+        name = dataset or identity.loader(description, path, "evaluate_checkpoint")
+        splits = data.load(name, data_dir or description["config"].get("data_dir"), download)
+    images = identity.record(splits, ("test",))
+    for note in _notes(description, images, path, other_data or dataset is not None):
+        say(note)
+    return network, description["config"], splits, images
 
 
 def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path, other: bool) -> list[str]:

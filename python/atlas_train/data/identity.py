@@ -59,9 +59,11 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
     Returns what is to be said: a checkpoint of a version that recorded no data has their name alone.
     """
     if not (recorded := state.get("data")):
-        name = state["config"]["dataset"]
-        if given["loader"] not in (None, name):
-            raise ValueError(f"{source} was made on {name}, you gave {given['name']}: leave out the data set")
+        name, arch = state["config"]["dataset"], state["arch"]
+        sizes = given["num_classes"], given["test"]["shape"][0]
+        if given["loader"] not in (None, name) or sizes != (arch["num_classes"], arch["in_channels"]):
+            known = f"{name}: {arch['num_classes']} classes, {arch['in_channels']} channels"
+            raise ValueError(f"{source} was made on {known}; you gave {describe(given)}: leave out the data set")
         return [
             f"note: {source} is of a version that kept no record of its images: it says {name}, and nothing tells "
             f"whether they are those of {describe(given)}"
