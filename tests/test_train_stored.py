@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from atlas_train import checkpoint, cli, data, engine, folders, methods, models
+from atlas_train import answers, checkpoint, cli, data, engine, folders, methods, models
 from atlas_train import compare as comparing
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, from_file, recorded, resolved
@@ -231,6 +231,42 @@ def test_a_network_of_ones_own_goes_on_from_the_import_path_of_its_class(
         assert message in capsys.readouterr().err
     assert cli.main([*again, "--model", str(tmp_path / "nets.py:Mine")]) == 0
     assert checkpoint.load("run")["arch"]["name"] == "nets.py:Mine"  # and not where it lies
+
+
+class Scaled(nn.Module):
+    """A network with a constant that no state_dict holds, and a buffer that every forward moves."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.mean, self.linear = mean, nn.Linear(64, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.linear(x.flatten(1) - self.mean)  # type: ignore[no-any-return]
+
+
+def test_a_network_with_other_constants_is_not_taken_for_the_one_of_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+
+    def scaled(mean: float) -> Scaled:
+        torch.manual_seed(3)
+        return Scaled(mean)
+
+    engine.train(TrainConfig(**STANDARD), splits=splits(), model=scaled(0.3), folder=tmp_path)
+    seen = engine.train(TrainConfig(**STANDARD), splits=splits(), model=scaled(0.3)).model.state_dict()["seen"]
+    assert checkpoint.load(tmp_path)["model"]["seen"] == seen  # looked at, and left as it was
+    for file in ("last.pt", "model.safetensors"):
+        checkpoint.load_model(tmp_path / file, scaled(0.3))
+        with pytest.raises(ValueError, match="another Scaled: its weights fit this one, and the same images get other"):
+            checkpoint.load_model(tmp_path / file, scaled(0.0))
+    with pytest.raises(ValueError, match="another Scaled"):
+        resume(tmp_path, splits=splits(), model=scaled(0.0), epochs=3)
+    assert resume(tmp_path, splits=splits(), model=scaled(0.3), epochs=3).epoch == 3
+    noisy = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    noisy.forward = lambda x: x.flatten(1)[:, :4] + torch.rand(4)  # type: ignore[method-assign]
+    state = torch.get_rng_state()
+    assert answers.answers(noisy, (1, 8, 8)) is None and torch.equal(torch.get_rng_state(), state)
 
 
 # --- what may change

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import atlas_kernels
 
-from . import models
+from . import answers, models
 
 FORMAT = 1
 LAST = "last.pt"
@@ -196,7 +196,8 @@ def load_network(
         weights, description = _read_safetensors(found)
     else:
         state = load(found)
-        weights, description = final_weights(state), {k: state[k] for k in ("arch", "config", "data") if k in state}
+        kept = ("arch", "config", "data", "answers")
+        weights, description = final_weights(state), {key: state[key] for key in kept if key in state}
     arch = description["arch"]
     if model is None:
         require_trusted(arch["name"], found)
@@ -211,6 +212,8 @@ def load_network(
         sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
         built = models.network(model or arch["name"], **sizes)
     load_weights(built, weights, found)
+    if description.get("answers"):
+        answers.require_same(built, description["answers"], description["data"]["test"]["shape"], found)
     return built.eval(), description
 
 

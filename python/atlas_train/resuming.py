@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, models
+from . import answers, checkpoint, models
 from .config import PLACES, TrainConfig, from_dict, without_place
 from .run import Run
 from .schedules import learning_rate
@@ -55,6 +55,7 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
         group.update({name: value for name, value in wanted.items() if name in group})
     if run.average:
         run.average.load_state_dict(state["average"])
+    answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
     checkpoint.restore_rng(state["rng"])
     run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
     run.history = state["history"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import Execution, keep_memory
 
-from . import averaging, checkpoint, data, models
+from . import answers, averaging, checkpoint, data, models
 from .config import TrainConfig, recorded, resolved, without_place
 from .data import Batches, DataSplits
 from .methods import Method, State
@@ -58,6 +58,12 @@ class Run:
         """What training came to: the average of the weights where there is one, else the network itself."""
         average = self.average.network() if self.average else None
         return self.model if average is None else average
+
+    @property
+    def answers(self) -> list[list[float]] | None:
+        """What a network of the user's own says to fixed images; one of ours is known by its name."""
+        ours = self.arch["by_name"] and not models.is_import_path(self.arch["name"])
+        return None if ours else answers.answers(self.final_model, self.splits.train.shape)
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -194,6 +200,7 @@ def save(run: Run) -> None:
         "changes": run.changes,
         "versions": checkpoint.versions(),
         "arch": run.arch,
+        "answers": run.answers,
         "epoch": run.epoch,
         "step": run.step,
         "seconds": run.seconds,
@@ -218,6 +225,7 @@ def export(run: Run) -> Path:
     """The bare weights of ``final_model``, for others to load; returns the file."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
-    description = json.dumps(checkpoint.builtin({"arch": run.arch, "config": recorded(run.config), "data": run.data}))
+    own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": run.answers}
+    description = json.dumps(checkpoint.builtin(own))
     checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
     return path
