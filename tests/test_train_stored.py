@@ -229,6 +229,7 @@ def test_a_network_of_ones_own_goes_on_from_the_import_path_of_its_class(
     for given, message in (([], "holds a Mine of your own"), (["--model", "nets.py:Other"], "another model name")):
         assert cli.main([*again, *given]) == 2
         assert message in capsys.readouterr().err
+    assert resume("run", model="nets.py:Mine", epochs=1).epoch == 1
     assert cli.main([*again, "--model", str(tmp_path / "nets.py:Mine")]) == 0
     assert checkpoint.load("run")["arch"]["name"] == "nets.py:Mine"  # and not where it lies
 
@@ -456,6 +457,11 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_folder(beside: tuple[str, 
         patch.setattr(methods.Standard, "objective", lambda *args: (_ for _ in ()).throw(TypeError("no such step")))
         engine.train(TrainConfig(**STANDARD), splits=splits(), folder=tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
+    engine.train(TrainConfig(**STANDARD), splits=splits(), folder=tmp_path / "there")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError, match="no such step"):
+        patch.setattr(methods.Standard, "objective", lambda *args: (_ for _ in ()).throw(TypeError("no such step")))
+        resume(tmp_path / "there", splits=splits(), epochs=3)
+    assert checkpoint.load(tmp_path / "there")["epoch"] == 2
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_from_before_stays(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise OSError(
             f"{path} could not be written: its disk takes no more ({shutil.disk_usage(path.parent).free / 1e6:,.1f} MB "
-            "free). What lay there before is as it was: make room, and resume the run"
+            "free). What lay there before is as it was. Make room and try again; a run goes on with --resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def builtin(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, (list, tuple)):
-        return [builtin(item) for item in value]
+        return (tuple if isinstance(value, tuple) else list)(map(builtin, value))
     if isinstance(value, Mapping) and not isinstance(value, OrderedDict):  # that one is a module's state_dict
         return {builtin(key): builtin(item) for key, item in value.items()}
     return value

@@ -180,7 +180,8 @@ def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, sa
             path.unlink(missing_ok=True)
         elif before is not None and isinstance(error, ValueError):
             checkpoint.write_text(path, before)
-        if there and isinstance(error, (KeyboardInterrupt, Terminated)):
+        stopped = isinstance(error, (KeyboardInterrupt, Terminated, OSError, RuntimeError))
+        if there and stopped and not isinstance(error, FileExistsError):
             how = f"atlas train --resume {folder}" if splits.loader else f"resume={str(folder)!r} and the same splits"
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise

@@ -16,7 +16,7 @@ from . import checkpoint, data, progress
 from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits, identity
-from .folders import locked, made
+from .folders import LOCK, locked, made
 from .interrupts import terminable
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
@@ -61,14 +61,17 @@ def train(
     Args:
         config: the settings; with ``config.resume`` the run in that checkpoint goes on, to the same bits as if it had
             never stopped, if settings, machine and thread count are the same.
-        splits: data of your own; default: ``config.dataset``.
+        splits: data of your own, by whose name the run is then known; default: ``config.dataset``. ``stored`` has what
+            resumes and evaluates such a run.
         model: a network of your own, images in [0, 1] -> logits; default: ``config.model``.
-        folder: where last.pt, log.csv and the weights go; default: the resumed run's, or none at all.
+        folder: where last.pt, log.csv and the weights go; default: the resumed run's, or none at all. An
+            empty one stays empty where the run fails in its first epoch, but for a loss that is not finite.
         display: told of the progress; default: nothing is printed.
         on_epoch: called with each epoch's numbers; returning True ends the training there.
 
     Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
-    ValueError for a checkpoint of another run.
+    ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder.
+    While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the process without one.
     """
     display = display or progress.Silent()
     if folder is None and config.resume:
@@ -78,11 +81,12 @@ def train(
         if folder:
             stack.enter_context(made(folder))
             stack.enter_context(locked(folder))
+        empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
             _train(run, notes, display, on_epoch)
         except Exception as error:
-            if folder and not config.resume and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
+            if folder and empty and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
                 discard(folder)
             raise
     return run

@@ -15,20 +15,9 @@ from .run import Run
 from .schedules import learning_rate
 
 FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging")
-#: Settings that are never told as changed: checked otherwise, or without a say in the numbers.
-_UNTOLD = {
-    *FIXED,
-    *PLACES,
-    "dataset",
-    "model",
-    "width",
-    "hyper",
-    "awp",
-    "awp_warmup",
-    "beside",
-    "download",
-    "tensorboard",
-}
+_CHECKED = (*FIXED, "dataset", "model", "width", "hyper", "awp", "awp_warmup")
+#: Settings that are never told as changed: checked, or without a say in the numbers.
+_UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
 
 
 def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str | None, source: Path) -> None:

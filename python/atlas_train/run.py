@@ -216,7 +216,7 @@ def save(run: Run) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Takes away what ``save`` and TensorBoard wrote for a run of which nothing came."""
+    """Takes away what ``save`` and TensorBoard wrote, for a run of which nothing came, into an empty folder."""
     for path in (folder / checkpoint.LAST, folder / LOG, *folder.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 

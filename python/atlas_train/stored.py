@@ -27,7 +27,7 @@ def resume(
     path: Path,
     *,
     splits: DataSplits | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     display: progress.Display | None = None,
     on_epoch: OnEpoch | None = None,
     **changes: Any,
@@ -38,14 +38,17 @@ def resume(
         path: run folder or last.pt.
         splits: the data, if they are not of a name that ``atlas train --dataset`` knows: those of the run, or
             ValueError.
-        model: a network as it was built for the run, if it was given to ``train``; its weights are then the run's.
+        model: a network as it was built for the run, if it was given to ``train``, or its import path; default: the
+            run's, if it is one of ours.
         display, on_epoch: as for ``train``.
         changes: settings of ``TrainConfig`` that are to be others from now on, e.g. epochs.
     """
     state = checkpoint.load(path)
     config = from_dict(state["config"], str(path))
-    if model is None and "model" not in changes:
+    if model is None:
         checkpoint.require_trusted(config.model, path)
+    elif isinstance(model, str):
+        changes["model"], model = model, None
     config = replace(config, **changes | {"resume": os.fspath(path), "beside": ()})
     return train(config, splits=splits, model=model, display=display, on_epoch=on_epoch)
 
