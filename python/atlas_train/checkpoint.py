@@ -46,8 +46,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         free = shutil.disk_usage(path.parent).free + 512 * temporary.stat().st_blocks  # the half of it will go
         raise OSError(
-            f"{path} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there before is "
-            "as it was. Make room and try again; a run goes on with --resume"
+            f"{path} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there before "
+            "is as it was. Make room and try again; a run goes on with --resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
