@@ -511,6 +511,26 @@ def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
     assert resume(tmp_path, splits=splits(), epochs=2).epoch == 2
 
 
+def test_a_comparison_does_not_begin_beside_a_run_in_one_of_its_folders(tmp_path: Path) -> None:
+    config = TrainConfig(**STANDARD | {"epochs": 1, "out_dir": str(tmp_path), "beside": ("adv",)})
+    compare(config, splits=splits(), show="silent", say=lambda text: None)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    refused: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(FileExistsError) as caught:
+            compare(replace(config, resume=str(tmp_path), epochs=2), splits=splits(), show="silent")
+        refused.append(str(caught.value))
+
+    with folders.locked(tmp_path / "adv"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert f"another run is writing to {tmp_path / 'adv'}" in refused[0]
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert {path for path in files if path.is_file() and files[path] != after[path]} == set()
+
+
 def test_the_lock_of_a_killed_run_is_not_in_force_and_its_leftovers_go(tmp_path: Path) -> None:
     code = f"""
 import os, signal

@@ -151,7 +151,8 @@ def versions() -> dict[str, str]:
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of weights and buffers, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from .folders import locked, made, numbered
 from .interrupts import Terminated, terminable
 from .passes import passes_per_step
 from .report import write_curves
-from .results import Result, environment, markdown, table
+from .results import Result, commit, environment, markdown, table
 from .run import Run, on_host
 
 Results = dict[str, Result]
@@ -68,7 +68,8 @@ def compare(
             folders = {name: root / name for name in methods_of(config)}
         folder = folders[config.method].parent if config.beside else folders[config.method]
         stack.enter_context(made(folder))
-        stack.enter_context(locked(folder))
+        for path in (folder, *(own for own in folders.values() if own.exists())):
+            stack.enter_context(locked(path))
         if not config.resume:
             _require_free(config, folders)
         with _explained(folder, folders, splits, say):
@@ -192,7 +193,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     c, model = run.config, run.final_model
     settings = ("eps", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
-    of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions()}
+    of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
