@@ -1,7 +1,7 @@
 """What an attack climbs: the objective per sample, and its derivative with respect to the logits (the cotangent).
 
 A sign step needs only the sign of the input gradient, and that is one vector-Jacobian product of the network with the
-cotangent: no loss, no loss graph, no mean over the batch whose 1/B underflows in 16 bits.
+cotangent: no loss, no loss graph, no mean over the batch. What underflows in float16 all the same: see ``float16.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import require_labels
 from ..objectives import Cotangent, attack_cotangent
+from . import float16
 
 Model = Callable[[Tensor], Tensor]
 
@@ -27,6 +28,9 @@ class Objective:
     the attack wants the prediction to go, so it descends. kappa: int64[B] that counts, at every cotangent, where the
     prediction is right. classes: the model's, known from the first forward on. 16-bit logits are computed with in
     float32.
+
+    Of the model, as it is found in the attack: in_float16, whether it runs in that; coupled, whether samples depend on
+    each other. watched: who records the attack asks afterwards whether a sample was ``lost`` in float16.
     """
 
     labels: Tensor | None = None
@@ -35,6 +39,10 @@ class Objective:
     kind: str = "ce"
     classes: int | None = None
     kappa: Tensor | None = None
+    in_float16: bool | None = None
+    coupled: bool | None = None
+    watched: bool = False
+    lost: Tensor | None = None
 
     def cotangent(self, logits: Tensor) -> Tensor:
         """d(objective)/d(logits), [B, C] in the dtype of the logits: p - onehot(y) for CE, p - p_ref for KL.
@@ -92,9 +100,19 @@ class Objective:
         return z
 
     def gradient(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward and one backward to the input alone: (logits, d(objective)/dx)."""
+        """One forward and one backward to the input alone: (logits, d(objective)/dx).
+
+        Of a network in float16 the gradient is float32, and samples that are lost there cost more passes.
+        """
         if not len(x):
             return self.logits(model, x), torch.zeros_like(x)
+        if float16.unwatched(self, model, x):
+            with float16.in_float32(model, x) as network:
+                return self._gradient(network, x.float())
+        return self._gradient(model, x)
+
+    def traced(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A leaf of x's values, and its logits with their graph."""
         leaf = x.detach().requires_grad_()
         z = self.logits(model, leaf)
         if not z.requires_grad:
@@ -102,4 +120,27 @@ class Objective:
                 "the model's logits carry no gradient to its input: it runs under no_grad, detaches, or is quantised; "
                 "a gradient attack needs a differentiable model"
             )
+        return leaf, z
+
+    def _gradient(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf, z = self.traced(model, x)
+        if self.in_float16 is None:
+            self.in_float16 = float16.is_used(leaf, z)
+        if self.in_float16:
+            return float16.gradient(self, model, leaf, z)
         return z, torch.autograd.grad(z, leaf, self.cotangent(z.detach()))[0]
+
+    def count(self, logits: Tensor) -> None:
+        """Add to ``kappa`` where the prediction is right."""
+        self._of(logits, kappa=self.kappa, return_cotangent=False)
+
+    @torch.no_grad()
+    def predict(self, model: Model, x: Tensor) -> Tensor:
+        """The logits without a graph, of finite value where the model in float32 has one."""
+        if not len(x):
+            return self.logits(model, x)
+        if float16.unwatched(self, model, x):
+            with float16.in_float32(model, x) as network:
+                return self.logits(network, x)
+        z = self.logits(model, x)
+        return float16.logits(self, model, x, z) if float16.is_used(x, z) else z

@@ -234,8 +234,7 @@ class PGD:
             if self.count_correct:
                 batch.goal.kappa = torch.zeros(len(batch.x), dtype=torch.int64, device=batch.x.device)
             if self.objective == "kl" and batch.goal.reference is None:
-                with torch.no_grad():
-                    batch.goal.reference = batch.goal.logits(model, batch.x).detach()
+                batch.goal.reference = batch.goal.predict(model, batch.x)
             yield
 
     def _to_the_end(self, model: Model, batch: Batch) -> AttackResult:
@@ -288,8 +287,7 @@ class PGD:
             adv = batch.step(adv, grad)
         found = _Found(adv, best.objective[rows], best.fooled[rows])
         if self._judged:
-            with torch.no_grad():
-                found = _Found(adv, *batch.goal.judge(batch.goal.logits(model, adv)))
+            found = _Found(adv, *batch.goal.judge(batch.goal.predict(model, adv)))
         last = torch.ones_like(found.fooled) if self.keep == "last" else self._keeps(found, best.objective[rows])
         best.put(rows, found, last)
         return best

@@ -33,8 +33,7 @@ def strongest_delta(
             adv = climb(forward, start(), y, goal, step, attack_iters, coupled)
             if restarts == 1 and not coupled:
                 return adv - x  # nothing hangs on what a judging forward would say
-            with torch.no_grad():
-                loss, _ = goal.judge(goal.logits(forward, adv))
+            loss, _ = goal.judge(goal.predict(forward, adv))
             stronger = (loss >= best).view(-1, *[1] * (x.ndim - 1))
             delta = torch.where(stronger, adv - x, delta)
             best = torch.maximum(loss, best)

@@ -66,8 +66,7 @@ def GA_PGD(
     x_adv = _start(data, epsilon, category) if rand_init else data.clone()
     with leave_no_trace(model, "eval", None):
         if loss_fn == "kl":
-            with torch.no_grad():
-                goal.reference = goal.logits(model, data)
+            goal.reference = goal.predict(model, data)
         for _ in range(num_steps):
             _, grad = goal.gradient(model, x_adv)
             x_adv = pgd_step(x_adv, grad, data, epsilon, step_size)

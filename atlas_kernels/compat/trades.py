@@ -91,8 +91,7 @@ def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, st
     require_images(x)
     x, goal = x.detach(), Objective(kind="kl")
     with leave_no_trace(model, "eval", None):
-        with torch.no_grad():
-            goal.reference = goal.logits(model, x)
+        goal.reference = goal.predict(model, x)
         for _ in range(steps):
             _, grad = goal.gradient(model, x + delta)
             norms = grad.flatten(1).norm(dim=1)

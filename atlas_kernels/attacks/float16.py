@@ -1,0 +1,170 @@
+"""Gradients of networks that run in float16, which ends at 6e-8 and at 65,504.
+
+The cotangent of a confident prediction is smaller than that: cast as it is, it is 0, the image does not move, and the
+network looks robust. So it is brought to size before it is cast, by a power of two, which rounds nothing, and the
+gradient is brought back in float32. Each sample has a power of its own; where samples depend on each other, all have
+one. A sample is lost in the network all the same where its gradient is 0, or not finite: it is computed again in
+float32. The host has to look for that. A CUDA graph of ``Execution`` has it looked at after the replay (``graphs.py``);
+in a graph that others record nobody can, so there a network that is known to run in float16 runs in float32.
+
+bfloat16 has the range of float32 and needs none of this.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..capture import capturing
+from .buffers import copied_buffers
+
+if TYPE_CHECKING:
+    from .objective import Model, Objective
+
+Made = tuple[Tensor, ...]
+
+#: How far back from the logits float16 is looked for, in operations.
+_NEAR = 16
+_EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32: its exponent, 2^-126 and 2^127
+
+
+def is_asked_for(model: Model, x: Tensor) -> bool:
+    """Whether ``model`` will run in float16, as far as can be told before."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return x.dtype == torch.float16 or _by_autocast(x) or any(p.dtype == torch.float16 for p in parameters)
+
+
+def is_used(x: Tensor, z: Tensor) -> bool:
+    """Whether the network that made z of x ran in float16, as far as its last operations tell."""
+    return torch.float16 in (x.dtype, z.dtype) or _by_autocast(x) or _is_near(z)
+
+
+def are_coupled(model: Model) -> bool:
+    """Whether a row of the logits may depend on other rows of the batch; of a bare function nobody knows."""
+    if not isinstance(model, nn.Module):
+        return True
+    return any(m.training or (isinstance(m, _BatchNorm) and m.running_mean is None) for m in model.modules())
+
+
+def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
+    """d(z . cotangent)/dx, in float32 at least; of a cotangent in float32 nothing underflows on its way into z's dtype.
+
+    coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
+    """
+    return _pulled_back(z, x, cotangent, coupled)[0]
+
+
+def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``Objective.gradient``, z being the logits of the leaf x in float16."""
+    goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
+    grad, lost = _pulled_back(z, x, replace(goal, kappa=None).cotangent(_wide(z)), goal.coupled)
+    z, grad = _mended(goal, model, x, lost, (z.detach(), grad), _gradient)
+    if goal.kappa is not None:
+        goal.count(z)
+    return z, grad
+
+
+def logits(goal: Objective, model: Model, x: Tensor, z: Tensor) -> Tensor:
+    """z, the logits of x in float16, with those that are not finite computed again."""
+    goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
+    return _mended(goal, model, x, ~z.isfinite().all(1), (z,), lambda *case: (goal.logits(*case[1:]),))[0]
+
+
+def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:
+    """Whether what is lost in float16 would never be found."""
+    return capturing(x.is_cuda) and not goal.watched and is_asked_for(model, x)
+
+
+@contextmanager
+def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
+    """Inside, the function yielded is ``model`` in float32, with float32 copies of the weights where need be."""
+    named = chain(model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ()
+    low = {name: t.float() for name, t in named if t.dtype in (torch.float16, torch.bfloat16)}
+    with torch.autocast(x.device.type, enabled=False):
+        yield lambda images: functional_call(model, low, (images.float(),)) if low else model(images.float())
+
+
+def _gradient(goal: Objective, model: Model, x: Tensor) -> Made:
+    leaf, z = goal.traced(model, x)
+    return z.detach(), pull_back(z, leaf, goal.cotangent(_wide(z)), coupled=bool(goal.coupled))
+
+
+def _mended(
+    goal: Objective, model: Model, x: Tensor, lost: Tensor, made: Made, make: Callable[[Objective, Model, Tensor], Made]
+) -> Made:
+    """``made`` of float16, with what was lost in the rows ``lost`` (bool [B]) made in float32."""
+    if capturing(x.is_cuda):
+        goal.lost = lost.any() if goal.lost is None else goal.lost | lost.any()
+        return made
+    rows = lost.nonzero()[:, 0]
+    if not len(rows):
+        return made
+    x, goal = x.detach(), replace(goal, kappa=None)
+    if goal.coupled:
+        rows = torch.arange(len(x), device=x.device)
+    else:
+        x, goal = x[rows], goal.rows(rows)
+    try:
+        with _leaving_state(model, x, bool(goal.coupled)), in_float32(model, x) as network:
+            found = make(goal, network, x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warnings.warn(
+            f"{len(rows)} images lost their gradient or logits in float16, and the model does not run in float32, in "
+            f"which they would be kept ({error}): attack it in bfloat16 or float32",
+            stacklevel=2,
+        )
+        return made
+    return tuple(_wide(old).index_copy(0, rows, new.to(_wide(old).dtype)) for old, new in zip(made, found, strict=True))
+
+
+@contextmanager
+def _leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
+    """What a second forward would move, it leaves: the random state and the buffers of modules in train mode."""
+    with ExitStack() as stack:
+        if coupled:
+            stack.enter_context(torch.random.fork_rng([x.device.index] if x.is_cuda else []))
+            stack.enter_context(copied_buffers(model.modules() if isinstance(model, nn.Module) else ()))
+        yield
+
+
+def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor]:
+    """The gradient, and bool [B]: whether a row of it is lost, 0 for a cotangent that is not, or not finite."""
+    largest = torch.linalg.vector_norm(cotangent, torch.inf, dim=(0, 1) if coupled else 1, keepdim=True).float()
+    unit = largest.view(torch.int32).bitwise_and(_EXPONENT).clamp_(_LEAST, _MOST).view(torch.float32)
+    (grad,) = torch.autograd.grad(z, x, (cotangent / unit).to(z.dtype))
+    kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1)
+    lost = ((kept == 0) & (largest[:, 0] != 0)) | ~kept.isfinite()
+    return _wide(grad) * unit.view(-1, *[1] * (x.ndim - 1)), lost
+
+
+def _by_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+
+
+def _is_near(z: Tensor) -> bool:
+    """Whether one of the last operations has a result of float16."""
+    nodes = [z.grad_fn]
+    for node in nodes:  # which grow
+        if node is None:
+            continue
+        if any(result.dtype == torch.float16 for result in getattr(node, "_input_metadata", ())):
+            return True
+        if len(nodes) < _NEAR:
+            nodes += [before for before, _ in node.next_functions]
+    return False
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
