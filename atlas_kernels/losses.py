@@ -336,15 +336,14 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, logits, other):  # type: ignore[no-untyped-def]
         _, wanted, other_wanted = ctx.needs_input_grad
-        grad = torch.empty_like(logits) if wanted else None
-        other_grad = torch.empty_like(other) if other_wanted else None
-        # In float16 a gradient over B may underflow that times a loss scale does not: backward divides, in float32.
-        late = call.scale if logits.dtype == torch.float16 else 1.0
-        result, terms = _run(call, call.scale / late, logits, other, grad, other_grad)
-        if late != 1.0:
-            result.mul_(late)
+        # A gradient that underflows in float16 may not do so times a loss scale: it is kept in float32 until then.
+        half = logits.dtype == torch.float16
+        read, other_read = (t.float() if half and t is not None else t for t in (logits, other))
+        grad = torch.empty_like(read) if wanted else None
+        other_grad = torch.empty_like(other_read) if other_wanted else None
+        result, terms = _run(call, call.scale, read, other_read, grad, other_grad)
         ctx.save_for_backward(grad, other_grad, logits, other)
-        ctx.call, ctx.late = call, late
+        ctx.call = call
         if terms is None:
             return result
         ctx.mark_non_differentiable(terms)
@@ -357,18 +356,17 @@ class _Loss(torch.autograd.Function):
         if eager and torch.is_grad_enabled():
             needed = grad is not None, other_grad is not None
             return None, *_differentiable(ctx.call, logits, other, needed, g * ctx.call.scale)
-        g = g if ctx.late == 1.0 else g * ctx.late
         known = eager and g.ndim == 0 and type(g) is Tensor and g.is_cpu and not capturing(cuda=False)
         if known and g.item() == 1.0:
-            return None, grad, other_grad
-        return None, *(None if t is None else _scaled(t, g) for t in (grad, other_grad))
+            return None, *(None if t is None else t.to(logits.dtype) for t in (grad, other_grad))
+        return None, *(None if t is None else _scaled(t, g, logits.dtype) for t in (grad, other_grad))
 
 
-def _scaled(t: Tensor, g: Tensor) -> Tensor:
-    """t times a number, or a number per row (of each batch in t), in the precision of ``g``."""
+def _scaled(t: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """t times a number, or a number per row (of each batch in t), in the precision of ``g``; then in ``dtype``."""
     if g.ndim:
         g = (g if t.shape[0] == g.shape[0] else g.repeat(t.shape[0] // g.shape[0]))[:, None]
-    return t * g if t.dtype == g.dtype else (t.to(g.dtype) * g).to(t.dtype)
+    return (t.to(g.dtype) * g).to(dtype)
 
 
 def _differentiable(call, logits, other, needed, g):  # type: ignore[no-untyped-def]

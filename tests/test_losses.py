@@ -390,14 +390,18 @@ def test_backward_twice_and_scaled(engine):
         value.backward()
 
 
-def test_a_loss_scale_saves_small_float16_gradients(engine):
-    """(p_y - 1) / B is below float16's range here, and 65536 times that is not."""
-    z = by_rows([[9.0, 0.0]] * 4096, engine, torch.float16)
-    y = torch.zeros(4096, dtype=torch.int64, device=engine)
-    (ak.cross_entropy(z, y) * 65536).backward()
-    wide = z.detach().double().requires_grad_()
-    (published.cross_entropy(wide, y).mean() * 65536).backward()
-    torch.testing.assert_close(z.grad.double(), wide.grad, rtol=2e-3, atol=0)
+@pytest.mark.parametrize("margin, batch", [(9.0, 4096), (18.0, 4)])
+def test_a_loss_scale_saves_small_float16_gradients(engine, margin, batch):
+    """(p_y - 1) / B, or p_y - 1, is below float16's range here, and 65536 times that is not."""
+    z = by_rows([[margin, 0.0]] * batch, engine, torch.float16)
+    y = torch.zeros(batch, dtype=torch.int64, device=engine)
+    for reduction, scale in (("mean", 65536.0), ("none", torch.full((batch,), 65536.0, device=engine))):
+        loss = ak.cross_entropy(z, y, reduction=reduction) * scale
+        wide = z.detach().double().requires_grad_()
+        published_loss = published.cross_entropy(wide, y) * scale
+        published_loss = published_loss.mean() if reduction == "mean" else published_loss.sum()
+        (expected,) = torch.autograd.grad(published_loss, wide)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), z)[0].double(), expected, rtol=2e-3, atol=0)
 
 
 def test_gradients_of_weights(engine):

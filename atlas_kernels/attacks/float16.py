@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..capture import capturing
+from ..layout import compute_dtype
 from .buffers import copied_buffers
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Made = tuple[Tensor, ...]
 
 #: How far back from the logits float16 is looked for, in operations.
-_NEAR = 16
+_NEAR = 8
 _EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32: its exponent, 2^-126 and 2^127
 
 
@@ -56,11 +57,13 @@ def are_coupled(model: Model) -> bool:
 
 
 def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
-    """d(z . cotangent)/dx, in float32 at least; of a cotangent in float32 nothing underflows on its way into z's dtype.
+    """d(z . cotangent)/dx; where z was made in float16, of a cotangent in float32, and in float32.
 
     coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
     """
-    return _pulled_back(z, x, cotangent, coupled)[0]
+    if is_used(x, z):
+        return _pulled_back(z, x, cotangent, coupled)[0]
+    return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
 
 
 def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +90,19 @@ def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:
 @contextmanager
 def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
     """Inside, the function yielded is ``model`` in float32, with float32 copies of the weights where need be."""
-    named = chain(model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ()
-    low = {name: t.float() for name, t in named if t.dtype in (torch.float16, torch.bfloat16)}
+    low: dict[str, Tensor] = {}
+    if isinstance(model, nn.Module):
+        named = chain(model.named_parameters(), model.named_buffers())
+        low = {name: t.float() for name, t in named if t.dtype in (torch.float16, torch.bfloat16)}
+
+    def network(images: Tensor) -> Tensor:
+        if isinstance(model, nn.Module) and low:
+            made: Tensor = functional_call(model, low, (images.float(),))
+            return made
+        return model(images.float())
+
     with torch.autocast(x.device.type, enabled=False):
-        yield lambda images: functional_call(model, low, (images.float(),)) if low else model(images.float())
+        yield network
 
 
 def _gradient(goal: Objective, model: Model, x: Tensor) -> Made:
@@ -167,4 +179,4 @@ def _is_near(z: Tensor) -> bool:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+    return t.detach().to(compute_dtype(t.dtype))

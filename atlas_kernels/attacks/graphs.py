@@ -10,6 +10,9 @@ What Python does in the model happens at the recording only: an attribute that c
 parameter or a buffer; nor are torch's global switches. Under a graph random layers draw from the device's generator,
 which moves on: a replayed key repeats an attack's noise, but not its dropout masks.
 
+A graph in float16 also says whether it lost a gradient (``float16.py``): the host waits for that, and where it did, the
+attack runs as ever.
+
 An ``Execution`` keeps ``LIMIT`` graphs per model, the last used ones, and they share one pool of memory: in the end the
 largest attack's activations, held for as long as the graphs are. Graphs go with the model or the ``Execution``. All
 attacks of one ``Execution`` belong on one stream.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -90,7 +93,10 @@ class Graphs:
             return loop(attack, model, batch)
         if batch.goal.labels is not None and found.classes is not None:
             require_labels(batch.goal.labels, found.classes)
-        made: Result = found.capture(*_tensors(batch))
+        made: Result
+        made, lost = found.capture(*_tensors(batch))
+        if lost is not None and bool(lost):  # in the replay running statistics have moved already
+            return loop(replace(attack, update_buffers=False), model, batch)
         return made
 
     def _find(
@@ -129,9 +135,10 @@ class Graphs:
         def call(*tensors: Tensor) -> Any:
             nonlocal classes
             held = batch.holding(tensors)
+            held.goal.watched = True
             result = loop(attack, model, held)
             classes = held.goal.classes
-            return result
+            return result, held.goal.lost
 
         share = next(self._captures(batch.x.device), None)
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.contract import leave_no_trace
+from ..attacks.float16 import are_coupled
 from ..attacks.objective import Model, Objective
 
 Rows = Tensor | slice
@@ -23,9 +24,9 @@ def strongest_delta(
 
     model: its mode is kept and its BatchNorm moves. forward: what is attacked, the model with what precedes it. start:
     draws a first iterate. freeze: a sample stays where it is while it is misclassified, and an attack ends when all
-    are; if no module is in train mode either, such samples are left out of all further forwards.
+    are; if the samples do not depend on each other either, such ones are left out of all further forwards.
     """
-    coupled = any(module.training for module in model.modules())
+    coupled = are_coupled(model)
     climb = _climb_until_misclassified if freeze else _climb
     delta, best = torch.zeros_like(x), torch.zeros((), device=x.device)
     with leave_no_trace(model, "keep", None, update_buffers=True):

@@ -63,7 +63,7 @@ def attack_pgd(
     wins, of equal ones the later. BatchNorm in train mode sees every forward, the one that judges a restart included.
 
     Differs: in eval mode misclassified samples are left out of further forwards, and a single restart is not judged.
-    ``opt`` is not needed: the attack's gradient is not scaled, so it does not underflow either.
+    ``opt`` is not needed: under autocast in float16 each sample's gradient has a scale of its own.
     """
     if isinstance(epsilon, Tensor) and epsilon.ndim:
         return _attack_normalised(model, X, y, epsilon, torch.as_tensor(alpha), attack_iters, restarts)
@@ -101,7 +101,7 @@ def _attack_normalised(
         return clamp(X + delta, lower_limit, upper_limit)
 
     def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
-        return clamp(adv + alpha * grad.sign(), low[rows], high[rows])
+        return clamp(adv + alpha * grad.sign().to(adv.dtype), low[rows], high[rows])
 
     goal = Objective(class_indices(y, X))
     delta = strongest_delta(model, model, X, y, goal, start, step, attack_iters, restarts, freeze=True)
@@ -112,7 +112,7 @@ def attack_fgsm(model: nn.Module, X: Tensor, y: Tensor, epsilon: float) -> Tenso
     """``epsilon * sign(gradient at X)``, in the mode that the model is in; as published not clipped to the images."""
     with leave_no_trace(model, "keep", None, update_buffers=True):
         _, grad = Objective(class_indices(y, X)).gradient(model, X)
-    return epsilon * grad.sign()
+    return epsilon * grad.sign().to(X.dtype)
 
 
 def evaluate_pgd(

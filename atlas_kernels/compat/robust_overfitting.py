@@ -88,12 +88,7 @@ def attack_pgd(
         goal = _Mixup(class_indices(y_a, X), second=Objective(class_indices(y_b, X)), lam=float(lam))
         twice = any(module.training for module in model.modules())
 
-    def forward(x: Tensor) -> Tensor:
-        if twice and torch.is_grad_enabled():
-            with torch.no_grad():
-                model(normalize(x))  # as published, for BatchNorm and dropout
-        return model(normalize(x))
-
+    forward = _Normalised(model, twice)
     start, step = _linf(X, epsilon, alpha) if norm == "l_inf" else _l2(X, epsilon, alpha)
     delta = strongest_delta(model, forward, X, y, goal, start, step, attack_iters, restarts, freeze=early_stop)
     return delta.clamp_(-epsilon, epsilon)
@@ -122,9 +117,24 @@ def _l2(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], 
         norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (X.ndim - 1))
         norms += 1e-10 * len(X)  # as published, whose gradient is that of the mean loss
         delta = (adv - X[rows] + grad / norms * alpha).flatten(1).renorm(2, 0, epsilon).view_as(adv)
-        return (X[rows] + delta).clamp_(lower_limit, upper_limit)
+        return (X[rows] + delta).clamp_(lower_limit, upper_limit).to(adv.dtype)
 
     return start, step
+
+
+class _Normalised(nn.Module):
+    """The model behind the normalisation of its images, in the mode that it is in."""
+
+    def __init__(self, model: nn.Module, twice: bool) -> None:
+        super().__init__()
+        self.model, self.twice, self.training = model, twice, model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.twice and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.model(normalize(x))  # as published, for BatchNorm and dropout
+        logits: Tensor = self.model(normalize(x))
+        return logits
 
 
 @dataclass

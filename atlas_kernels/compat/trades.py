@@ -95,7 +95,7 @@ def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, st
         for _ in range(steps):
             _, grad = goal.gradient(model, x + delta)
             norms = grad.flatten(1).norm(dim=1)
-            direction = grad / norms.view(-1, *[1] * (x.ndim - 1))
+            direction = (grad / norms.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
             still = norms == 0
             if still.any():
                 direction[still] = -torch.randn_like(direction[still])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from atlas_kernels import attack_cotangent, pgd_step, trades_loss
 from atlas_kernels.attacks import PGD, leave_no_trace
+from atlas_kernels.attacks.float16 import pull_back
 
 from ..data import Batch
 from ..noise import uniform
@@ -52,7 +52,8 @@ class BackwardSmoothing(Method):
             clean = wide(logits.detach())
             target = clean + self.gamma * uniform(clean, key, ids, 1)
             cotangent = attack_cotangent(clean, objective="kl", reference=target, descend=True).cotangent
-            (grad,) = torch.autograd.grad(logits, leaf, cotangent)
+            assert cotangent is not None
+            grad = pull_back(logits, leaf, cotangent)
         start = pgd_step(x, grad, x, self.eps, step_size)
         attack = PGD(self.eps, step_size, self.steps, objective="kl")
         return attack(model, x, reference_logits=clean, start=start, key=key, ids=ids)

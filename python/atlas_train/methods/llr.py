@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import leave_no_trace
+from atlas_kernels.attacks.float16 import pull_back
 
 from ..data import Batch
 from ..evaluate import eval_mode
@@ -20,7 +21,7 @@ from ..options import option
 from .base import Method, Metrics, State
 from .batchnorm import Statistics, constant, held, recorded
 from .double_backward import loss_gradient
-from .terms import accuracy, uncompiled
+from .terms import accuracy, uncompiled, wide
 
 BETAS, EPSILON = (0.9, 0.999), 1e-9  # of the inner Adam, as published
 
@@ -114,10 +115,10 @@ class LLR(Method):
             for step in range(1, self.steps + 1):
                 leaf = (x + d).requires_grad_()
                 logits = network(leaf)
-                rise, _, value = attack_cotangent(logits.detach(), batch.y, return_value=True)
+                rise, _, value = attack_cotangent(wide(logits.detach()), batch.y, return_value=True)
                 assert rise is not None and value is not None
                 sign = (value - losses - _dot(d, grad)).sign()
-                (up,) = torch.autograd.grad(logits, leaf, rise * sign[:, None].to(rise.dtype))
+                up = pull_back(logits, leaf, rise * sign[:, None])
                 if self.ascent == "exact":
                     up = up - sign.view(-1, *[1] * (x.ndim - 1)) * grad
                 mean = BETAS[0] * mean + (1 - BETAS[0]) * up
