@@ -2,9 +2,10 @@
 
 Logits are float [B, C], C at least 2; strides other than contiguous are copied first. 16-bit logits are computed with
 in float32 and the loss is float32 (float64 for float64), so no cast is needed under autocast; gradients come in the
-dtype of the logits. Labels are integers [B] of any width. A class of probability 0 contributes 0, also at a logit of
--inf; a NaN among the logits makes its sample's loss NaN and no other's (the gradient too, but for ``logit_pairing``,
-where only that class's is).
+dtype of the logits. A gradient in float16 is rounded after the scale of a ``GradScaler`` has multiplied it; without
+one, a small one underflows, as in PyTorch. Labels are integers [B] of any width. A class of probability 0 contributes
+0, also at a logit of -inf; a NaN among the logits makes its sample's loss NaN and no other's (the gradient too, but for
+``logit_pairing``, where only that class's is).
 
 Common arguments: ``weights``, a number per sample, float [B], that multiplies its loss; ``reduction``, "mean" (the sum
 over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for float [B].

@@ -1,7 +1,7 @@
 """What a gradient attack climbs, and the cotangent that it pulls back through the network.
 
 A sign step needs only one vector-Jacobian product of the network with d(objective)/d(logits). ``attack_cotangent``
-writes that in one pass over the logits: no loss, no graph, no mean over the batch whose 1/B underflows in 16 bits.
+writes that in one pass over the logits: no loss, no graph, no mean over the batch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def attack_cotangent(
     """Per sample: the derivative of an attack's objective with respect to the logits, and where the attack stands.
 
     Args:
-        logits: float [B, C]. 16-bit logits are computed with in float32.
+        logits: float [B, C]. 16-bit logits are computed with in float32, but the cotangent is rounded to their dtype:
+            in float16 that of a confident prediction is 0, so pass ``logits.float()`` and scale what comes before it is
+            cast, as the attacks here do.
         labels: integers [B]; needed by every objective but "kl", by ``kappa`` and by ``return_correct``.
         objective: "ce", cross-entropy (cotangent p - onehot(y)); "kl", KL(softmax(reference) || softmax(logits))
             (p - p_ref); "margin", "dlr" and "dlr_targeted" as ``margin_loss`` and ``dlr_loss``, sources there.

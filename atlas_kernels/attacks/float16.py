@@ -2,12 +2,15 @@
 
 The cotangent of a confident prediction is smaller than that: cast as it is, it is 0, the image does not move, and the
 network looks robust. So it is brought to size before it is cast, by a power of two, which rounds nothing, and the
-gradient is brought back in float32. Each sample has a power of its own; where samples depend on each other, all have
-one. A sample is lost in the network all the same where its gradient is 0, or not finite: it is computed again in
-float32. The host has to look for that. A CUDA graph of ``Execution`` has it looked at after the replay (``graphs.py``);
-in a graph that others record nobody can, so there a network that is known to run in float16 runs in float32.
+gradient is brought back in float32. Each sample has a power of its own; where a module is in train mode, so that the
+samples may depend on each other, all have one.
 
-bfloat16 has the range of float32 and needs none of this.
+A sample is lost in the network all the same where its gradient is 0, or not finite: it is computed again in float32, in
+train mode with the whole batch. The host has to look for that. A CUDA graph of ``Execution`` has it looked at after the
+replay (``graphs.py``); in a graph that others record nobody can, so a network that is known to run in float16 runs in
+float32 there.
+
+bfloat16 has the range of float32, of its normal numbers that is, and needs none of this.
 """
 
 from __future__ import annotations
@@ -96,10 +99,11 @@ def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
         low = {name: t.float() for name, t in named if t.dtype in (torch.float16, torch.bfloat16)}
 
     def network(images: Tensor) -> Tensor:
+        images = images.to(compute_dtype(images.dtype))
         if isinstance(model, nn.Module) and low:
-            made: Tensor = functional_call(model, low, (images.float(),))
+            made: Tensor = functional_call(model, low, (images,))
             return made
-        return model(images.float())
+        return model(images)
 
     with torch.autocast(x.device.type, enabled=False):
         yield network
@@ -117,10 +121,10 @@ def _mended(
     if capturing(x.is_cuda):
         goal.lost = lost.any() if goal.lost is None else goal.lost | lost.any()
         return made
-    rows = lost.nonzero()[:, 0]
+    rows = lost.nonzero()[:, 0].to(x.device)
     if not len(rows):
         return made
-    x, goal = x.detach(), replace(goal, kappa=None)
+    x, goal = _wide(x), replace(goal, kappa=None)
     if goal.coupled:
         rows = torch.arange(len(x), device=x.device)
     else:
@@ -137,7 +141,8 @@ def _mended(
             stacklevel=2,
         )
         return made
-    return tuple(_wide(old).index_copy(0, rows, new.to(_wide(old).dtype)) for old, new in zip(made, found, strict=True))
+    wide = map(_wide, made)
+    return tuple(old.index_copy(0, rows, new.to(old.dtype)) for old, new in zip(wide, found, strict=True))
 
 
 @contextmanager
@@ -155,9 +160,10 @@ def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tupl
     largest = torch.linalg.vector_norm(cotangent, torch.inf, dim=(0, 1) if coupled else 1, keepdim=True).float()
     unit = largest.view(torch.int32).bitwise_and(_EXPONENT).clamp_(_LEAST, _MOST).view(torch.float32)
     (grad,) = torch.autograd.grad(z, x, (cotangent / unit).to(z.dtype))
-    kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1)
-    lost = ((kept == 0) & (largest[:, 0] != 0)) | ~kept.isfinite()
-    return _wide(grad) * unit.view(-1, *[1] * (x.ndim - 1)), lost
+    kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
+    both = torch.stack((kept, largest[:, 0].expand_as(kept)))
+    kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait
+    return _wide(grad) * unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
 
 
 def _by_autocast(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require_labels
+from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
 from . import float16
 
@@ -108,7 +109,7 @@ class Objective:
             return self.logits(model, x), torch.zeros_like(x)
         if float16.unwatched(self, model, x):
             with float16.in_float32(model, x) as network:
-                return self._gradient(network, x.float())
+                return self._gradient(network, x.to(compute_dtype(x.dtype)))
         return self._gradient(model, x)
 
     def traced(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from .. import losses
-from ..attacks import leave_no_trace
+from ..attacks import float16, leave_no_trace
 from ..attacks.weights import weight_directions
 from ..checks import require_choice
 from .trades import DISTANCES, kl_adversary, noise_near
@@ -57,7 +57,10 @@ class _WeightPerturbation:
         with leave_no_trace(self.model, "train", None):
             for _, weight in named:
                 weight.requires_grad_(True)  # here the weights are what is attacked
-            gradients = torch.autograd.grad(loss(), [weight for _, weight in named], allow_unused=True)
+            value = loss()
+            if float16.is_asked_for(self.model, value):  # the length of the gradient cancels, so it need not underflow
+                value = value / value.detach().clamp_min(torch.finfo(torch.float32).tiny)
+            gradients = torch.autograd.grad(value, [weight for _, weight in named], allow_unused=True)
         return weight_directions(named, gradients)
 
 

@@ -1,0 +1,381 @@
+"""An attack in float16 is about as strong as in float32: no image is lost to underflow or overflow."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import PGD, Execution, noise_key
+from atlas_kernels.attacks import float16
+from atlas_kernels.attacks.graphs import Graphs
+from atlas_kernels.capture import Capture, cuda_graph
+from atlas_kernels.compat import fast_adversarial, gairat, robust_overfitting, torchattacks, trades
+from atlas_kernels.compat.awp import AdvWeightPerturb
+from atlas_train.methods import Batch, State, build
+from recorded import recorded
+
+B, EPS = 128, 0.2
+
+
+class Scaled(nn.Module):
+    """A network with larger logits: the same classes, surer of them."""
+
+    def __init__(self, net: nn.Module, scale: float, *, wide: bool = False) -> None:
+        super().__init__()
+        self.net, self.scale, self.wide = net, scale, wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x) * self.scale
+        return z.float() if self.wide else z
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Tensor, Tensor]:
+    """Four classes of bright quadrants, in noise."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(B) % 4
+    quadrant = torch.zeros(B, 2, 2).view(B, 4).scatter_(1, y[:, None], 0.3).view(B, 1, 2, 2)
+    x = quadrant.repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.7 * torch.rand(B, 1, 8, 8, generator=g)
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def trained(images) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.Flatten(), nn.Linear(64, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    x, y = images
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():  # the surest is sure to 1e-2: times 4 beyond float16, times 16 not beyond float32
+        top = net.eval()(x).topk(2).values
+        net[-1].weight.mul_(5 / (top[:, 0] - top[:, 1]).max())
+        net[-1].bias.mul_(5 / (top[:, 0] - top[:, 1]).max())
+    return net
+
+
+@pytest.fixture
+def case(trained, images, device) -> tuple[nn.Module, Tensor, Tensor]:
+    return copy.deepcopy(trained).to(device), *(t.to(device) for t in images)
+
+
+def accuracy(net: nn.Module, mode: str, adv: Tensor, y: Tensor) -> float:
+    net = copy.deepcopy(net).float().train(mode == "train")
+    with torch.no_grad():
+        return float((net(adv.float()).argmax(1) == y).double().mean())
+
+
+def still(adv: Tensor, x: Tensor) -> Tensor:
+    return (adv == x).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+def test_16_bit_attacks_are_as_strong_as_in_float32(case, mode, scale) -> None:
+    net, x, y = case
+    model, attack = Scaled(net, scale), PGD(EPS, steps=5, random_start=False, attack_mode=mode)
+    with Execution("fp32"):
+        wide = attack(model, x, y)
+    for precision, slack in (("fp16", 2), ("bf16", 4)):
+        with Execution(precision):
+            adv = attack(model, x, y)
+        assert not (still(adv, x) & ~still(wide, x)).any()
+        assert abs(accuracy(net, mode, adv, y) - accuracy(net, mode, wide, y)) <= slack / B
+    assert accuracy(net, mode, x, y) > 0.9 > accuracy(net, mode, wide, y) + 0.2, "an attack worth the name"
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("objective", ["ce", "margin", "dlr"])
+def test_gradients_are_the_exact_ones_but_for_16_bits(case, mode, objective) -> None:
+    net, x, y = case
+    attack = PGD(EPS, steps=1, random_start=False, attack_mode=mode, objective=objective)
+    model = Scaled(net, 8.0, wide=objective == "margin")
+    exact = attack.last_gradient(copy.deepcopy(model).double(), x.double(), y).grad.flatten(1)
+    with torch.autocast(x.device.type, torch.float16):
+        grad = attack.last_gradient(model, x, y).grad
+    assert grad.dtype == torch.float32
+    error, size = (t.norm(dim=1) for t in (grad.double().flatten(1) - exact, exact))
+    # A pixel changes by a rounding, and a row by a ReLU that is on in float16 and off in float64. In train mode a row
+    # has terms of all others, which are rounded too.
+    relative = error / (size if mode == "eval" else size.max())
+    assert relative.median() < 0.01 and relative.max() < 0.5
+    assert size.median() < 1e-6 or objective != "ce", "which float16 would not hold"
+
+
+def test_each_power_of_two_is_undone(device) -> None:
+    """Margins from 0 to 80 in one batch, through a linear model: no row is rounded more than another."""
+    g = torch.Generator().manual_seed(0)
+    net = nn.Linear(32, 3, device=device)
+    x, y = torch.rand(64, 32, generator=g).to(device), torch.zeros(64, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(3, 32, generator=g))
+        net.weight[0] += 8 * torch.rand(32, generator=g).to(device)
+        x *= torch.linspace(0, 1, 64, device=device)[:, None]
+    attack = PGD(EPS, steps=1, random_start=False)
+    with torch.autocast(device.type, torch.float16):
+        grad = attack.last_gradient(net, x, y).grad.double()
+        z = net(x).double()
+        p = z.softmax(1)
+        exact = torch.cat([-p[:, 1:].sum(1, keepdim=True), p[:, 1:]], 1) @ net.weight.double()
+    assert exact.abs().amax(1).min() < 1e-20
+    assert ((grad - exact).norm(dim=1) / exact.norm(dim=1)).max() < 2e-3
+
+
+class _Passing(torch.autograd.Function):
+    """The identity, whose derivative is said to be ``factor``, for the rows of which the first pixel is large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = torch.where(x.flatten(1)[:, 0] > 0.5, factor, 1.0).to(torch.float32)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad.float() * ctx.factor.view(-1, *[1] * (grad.ndim - 1))).to(grad.dtype), None
+
+
+class Losing(nn.Module):
+    """In float16 it loses some rows' gradients, or logits."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.net, self.how, self.passes = net, how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        h = self.net[0](x)
+        if self.how == "activations":
+            top = torch.where(x.flatten(1)[:, 0] > 0.5, 1e5, 1.0).to(h.dtype).view(-1, 1, 1, 1)
+            h = h * top * 100 / top / 100
+        else:
+            mark = torch.cat([x.flatten(1)[:, :1].to(h.dtype), h.flatten(1)], 1)
+            mark = _Passing.apply(mark, {"vanishes": 1e-9, "overflows": 1e7}[self.how])
+            h = mark[:, 1:].view_as(h)
+        return self.net[1:](h)
+
+
+LOSSES = ["vanishes", "overflows", "activations"]
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_row_that_is_lost_is_computed_in_float32(case, how) -> None:
+    net, x, y = case
+    model, attack, lost = Losing(net, how), PGD(EPS, steps=3, random_start=False, norm="l2"), x[:, 0, 0, 0] > 0.5
+    assert 0 < lost.sum() < B
+    x[lost, 0, 0, 0] = 1 - 1e-6 * torch.arange(int(lost.sum()), device=x.device)
+    x[~lost, 0, 0, 0] = 0
+    with Execution("fp32"):
+        wide = attack.run(model, x, y)
+    model.passes = 0
+    with Execution("fp16"):
+        adv = attack(model, x, y)
+    assert model.passes == 6
+    torch.testing.assert_close(adv[lost], wide.adv[lost], rtol=0, atol=1e-6)
+    assert not torch.equal(adv[~lost], wide.adv[~lost]) and not still(adv, x).any()
+    with Execution("fp16"):
+        counted = PGD(EPS, steps=3, random_start=False, count_correct=True).run(model, x, y).kappa
+        judged = PGD(EPS, steps=3, random_start=False, keep="best").run(model, x, y)
+    with Execution("fp32"):
+        wanted = PGD(EPS, steps=3, random_start=False, count_correct=True).run(model, x, y).kappa
+        best = PGD(EPS, steps=3, random_start=False, keep="best").run(model, x, y)
+    assert torch.equal(counted[lost], wanted[lost]) and torch.equal(judged.fooled[lost], best.fooled[lost])
+    torch.testing.assert_close(judged.objective[lost], best.objective[lost], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_where_rows_are_coupled_the_batch_is_computed_anew_and_leaves_no_trace(case, how) -> None:
+    net, x, y = case
+    net.insert(6, nn.Dropout(0.2))
+    model, attack = (
+        Losing(net, how).train(),
+        PGD(EPS, steps=2, random_start=False, attack_mode="train", update_buffers=True),
+    )
+    key, before = noise_key(x.device), copy.deepcopy(net.state_dict())
+    state = torch.get_rng_state()
+    with Execution("fp16"):
+        adv = attack(model, x, y, key=key)
+    assert model.passes == 4 and not still(adv, x).any()
+    assert torch.equal(torch.get_rng_state(), state)
+    moved = copy.deepcopy(net.state_dict())
+    assert moved["1.num_batches_tracked"] == before["1.num_batches_tracked"] + 2
+    if how == "activations":
+        return  # those that are infinite are in the running statistics, as without an attack
+    net.load_state_dict(before)
+    with Execution("fp32"):
+        attack(model, x, y, key=key)
+    torch.testing.assert_close(moved["1.running_mean"], net.state_dict()["1.running_mean"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_models_and_images_in_half_precision(case, mode) -> None:
+    net, x, y = case
+    attack = PGD(EPS, steps=3, random_start=False, attack_mode=mode)
+    for model in (Scaled(net, 8.0), Losing(net, "vanishes")):
+        wide = attack(model, x.half().float(), y)
+        adv = attack(copy.deepcopy(model).half(), x.half(), y)
+        assert adv.dtype == torch.float16 and not (still(adv, x.half()) & ~still(wide, x.half().float())).any()
+        assert abs(accuracy(net, mode, adv, y) - accuracy(net, mode, wide, y)) <= 0.024
+
+
+class Stubborn(Losing):
+    """It runs in float16 whatever is asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.half())
+
+
+def test_a_model_that_cannot_run_in_float32_is_told_of(case) -> None:
+    net, x, y = case
+    with pytest.warns(UserWarning, match="the model does not run in float32"):
+        PGD(EPS, steps=1)(Stubborn(net.half(), "vanishes"), x, y)
+
+
+def test_nothing_is_computed_again_for_nothing(case) -> None:
+    """Where the objective is flat, as KL is at the image itself, float32 has no gradient either."""
+    net, x, y = case
+    model, attack = Losing(net, "overflows"), PGD(EPS, steps=1, objective="kl")
+    model.how = "vanishes"
+    with Execution("fp16"):
+        attack(model, x * 0.4, start=x * 0.4)
+    assert model.passes == 2
+
+
+def dropped_in(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """x after a step of a drop-in's attack."""
+    if name == "fast_adversarial":
+        return x + fast_adversarial.attack_pgd(model, x, y, EPS, EPS, 1, 1)
+    if name == "fast_adversarial fgsm":
+        return x + fast_adversarial.attack_fgsm(model, x, y, EPS)
+    if name.startswith("robust_overfitting"):
+        return x + robust_overfitting.attack_pgd(model, x, y, 1.0, 1.0, 2, 1, name.split()[1], early_stop=True)
+    if name == "gairat":
+        return gairat.GA_PGD(model, x, y, EPS, EPS, 1, "cent", "Madry", False)[0]
+    if name == "trades l_2":
+        return trades.kl_adversary(model, x, trades.noise_near(x), EPS, 0.5, 2, "l_2")
+    return getattr(torchattacks, name)(model, steps=2)(x, y)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "half"])
+@pytest.mark.parametrize(
+    "name",
+    ["fast_adversarial", "fast_adversarial fgsm", "robust_overfitting l_2", "gairat", "trades l_2", "PGDL2", "MIFGSM"],
+)
+def test_drop_ins_go_where_they_go_in_float32(case, monkeypatch, name, half) -> None:
+    net, x, y = case
+    monkeypatch.setattr(robust_overfitting, "normalize", lambda images: images)
+    x = x.half().float()
+    model = Scaled(net, 4.0)
+    torch.manual_seed(1)
+    wide = dropped_in(name, model, x, y)
+    torch.manual_seed(1)
+    if half:
+        adv = dropped_in(name, copy.deepcopy(model).half(), x.half(), y)
+        assert adv.dtype == torch.float16
+    else:
+        with torch.autocast(x.device.type, torch.float16):
+            adv = dropped_in(name, model, x, y)
+    assert not (still(adv.float(), x) & ~still(wide, x)).any()
+    along = nn.functional.cosine_similarity((adv.float() - x).flatten(1), (wide - x).flatten(1))
+    assert along.median() > 0.9
+    assert abs(accuracy(net, "eval", adv, y) - accuracy(net, "eval", wide, y)) <= 0.03
+
+
+@pytest.mark.parametrize("name", ["backward_smoothing", "llr"])
+def test_training_methods_prepare_as_in_float32(case, name) -> None:
+    net, x, y = case
+    model = Scaled(net, 4.0)
+    method, key = build(name, EPS, {"steps": 1} if name == "llr" else {"gamma": 0.01}), noise_key(x.device)
+    batch = Batch(x, y, torch.arange(B, device=x.device))
+    wide = method.prepare(model, batch, key, State())
+    with torch.autocast(x.device.type, torch.float16):
+        found = method.prepare(model, batch, key, State())
+    assert nn.functional.cosine_similarity(found.flatten(1), wide.flatten(1)).min() > 0.8
+
+
+@pytest.fixture
+def graphs(device: torch.device) -> Execution:
+    made = Execution("fp16", cuda_graphs=True)
+    if device.type == "cpu":
+        made.graphs = Graphs(recorded, "cpu")
+    return made
+
+
+@pytest.mark.parametrize("how", ["vanishes", "overflows"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_replay_that_loses_a_row_is_made_up_for(case, graphs, how, mode) -> None:
+    net, x, y = case
+    model = Losing(net, how)
+    attack = PGD(EPS, steps=2, random_start=False, attack_mode=mode, update_buffers=mode == "train")
+    dark = x.clone()
+    dark[:, :, 0, 0] = 0  # of which nothing is lost
+    for given in (dark, x, dark):
+        before, model.passes = copy.deepcopy(net.state_dict()), 0
+        with graphs:
+            got = attack(model, given, y)
+        count = net.state_dict()["1.num_batches_tracked"] - before["1.num_batches_tracked"]
+        assert count == (2 if mode == "train" else 0)
+        assert model.passes in ((4,) if given is x else (6, 0)), (
+            "recorded once, then replayed, or replayed and repeated"
+        )
+        net.load_state_dict(before)
+        with Execution("fp16"):
+            torch.testing.assert_close(got, attack(model, given, y), rtol=0, atol=1e-6)
+    assert graphs.graphs.recordings == 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_within_a_graph_of_others_it_is_float32(case, half) -> None:
+    net, x, y = case
+    model, attack = Scaled(net, 4.0), PGD(EPS, steps=2)
+    wide, low = (x.half().float(), x.half()) if half else (x, x)
+    key = noise_key(x.device)
+    expected = attack(copy.deepcopy(model), wide, y, key=key)
+    model = model.half() if half else model
+    recorder: Callable[..., Any] = cuda_graph if x.is_cuda else recorded
+    with Execution("keep" if half else "fp16"):
+        graph = Capture(lambda *given: attack(model, *given[:2], key=given[2]), [low, y, key], recorder=recorder)
+    # Iterates in float16 are rounded, and now and then a sign changes.
+    different = (graph(low, y, key).float() - expected).abs() > (2e-3 if half else 1e-6)
+    assert different.double().mean() <= (0.005 if half else 0)
+
+
+def test_float16_is_seen_where_it_is(case) -> None:
+    net, x, y = case
+    leaf = x.requires_grad_()
+    assert not float16.is_used(leaf, net(leaf))
+    with torch.autocast(x.device.type, torch.float16):
+        z = net(leaf)
+        assert float16.is_used(leaf, net(leaf).float())
+    assert all(float16.is_used(leaf, made) for made in (z, z.float(), z.float().softmax(1).log() / 2))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert not float16.is_used(leaf, net(leaf))
+    loose = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False)).eval()
+    assert float16.are_coupled(loose) and float16.are_coupled(net.train()) and not float16.are_coupled(net.eval())
+
+
+def test_it_warns_of_nothing(case) -> None:
+    net, x, y = case
+    with warnings.catch_warnings(), Execution("fp16"):
+        warnings.simplefilter("error")
+        PGD(EPS, steps=2, restarts=2, compact=True)(Losing(net, "vanishes"), x, y)
+
+
+def test_weights_are_perturbed_where_they_are_in_float32(case) -> None:
+    net, x, y = case
+    awp = AdvWeightPerturb(Scaled(net, 4.0), None, None, 0.01)
+    wide = awp.calc_awp(x, y)
+    with torch.autocast(x.device.type, torch.float16):
+        found = awp.calc_awp(x, y)
+    assert found.keys() == wide.keys()
+    assert all(nn.functional.cosine_similarity(found[k].flatten(), wide[k].flatten(), 0) > 0.99 for k in wide)
