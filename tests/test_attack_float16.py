@@ -132,6 +132,22 @@ def test_each_power_of_two_is_undone(device) -> None:
     assert ((grad - exact).norm(dim=1) / exact.norm(dim=1)).max() < 2e-3
 
 
+def test_bfloat16_moves_what_float32_moves_by_denormal_numbers(device) -> None:
+    """A margin of 86, and in between a derivative of 1e-4, which takes the gradient to 4e-42 before it rises again."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False, device=device), nn.Linear(2, 2, bias=False, device=device))
+    with torch.no_grad():
+        net[0].weight.copy_(1e6 * torch.eye(2))
+        net[1].weight.copy_(torch.tensor([[86 / 750_000, 0.0], [0.0, 0.0]]))
+    x, y = torch.tensor([[0.75, 0.5]], device=device), torch.tensor([0], device=device)
+    attack = PGD(EPS, steps=1, random_start=False)
+    if still(attack(net, x, y), x).any():
+        pytest.skip("here float32 has no denormal numbers")
+    for precision in ("bf16", "fp16"):
+        with Execution(precision):
+            adv, grad = attack(net, x, y), attack.last_gradient(net, x, y).grad
+        assert not still(adv, x).any() and -1e-35 < grad[0, 0] < 0, precision
+
+
 class _Passing(torch.autograd.Function):
     """The identity, whose derivative is said to be ``factor``, for the rows of which the first pixel is large."""
 

@@ -1,16 +1,16 @@
 """Gradients of networks that run in float16, which ends at 6e-8 and at 65,504.
 
 The cotangent of a confident prediction is smaller than that: cast as it is, it is 0, the image does not move, and the
-network looks robust. So it is brought to size before it is cast, by a power of two, which rounds nothing, and the
-gradient is brought back in float32. Each sample has a power of its own; where a module is in train mode, so that the
-samples may depend on each other, all have one.
+network looks robust. So it is brought to size before it is cast, by a power of two, which rounds nothing, and where its
+size matters the gradient is brought back in float32. Each sample has a power of its own; where a module is in train
+mode, so that the samples may depend on each other, all have one.
 
 A sample is lost in the network all the same where its gradient is 0, or not finite: it is computed again in float32, in
 train mode with the whole batch. The host has to look for that. A CUDA graph of ``Execution`` has it looked at after the
 replay (``graphs.py``); in a graph that others record nobody can, so a network that is known to run in float16 runs in
 float32 there.
 
-bfloat16 has the range of float32, of its normal numbers that is, and needs none of this.
+bfloat16 has the range of float32, but for the smallest denormal numbers, for which a constant makes up.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ Made = tuple[Tensor, ...]
 
 #: How far back from the logits float16 is looked for, in operations.
 _NEAR = 8
+#: From the smallest number of float32 to a normal one of bfloat16.
+_LIFT = 2.0**24
 _EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32: its exponent, 2^-126 and 2^127
 
 
@@ -65,18 +67,25 @@ def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False)
     coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
     """
     if is_used(x, z):
-        return _pulled_back(z, x, cotangent, coupled)[0]
+        grad, unit, _ = _pulled_back(z, x, cotangent, coupled)
+        return grad * unit
     return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
 
 
-def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
     """``Objective.gradient``, z being the logits of the leaf x in float16."""
     goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
-    grad, lost = _pulled_back(z, x, replace(goal, kappa=None).cotangent(_wide(z)), goal.coupled)
-    z, grad = _mended(goal, model, x, lost, (z.detach(), grad), _gradient)
+    grad, unit, lost = _pulled_back(z, x, replace(goal, kappa=None).cotangent(_wide(z)), goal.coupled)
+    z, grad = _mended(goal, model, x, lost, (z.detach(), grad * unit if sized else grad), _gradient)
     if goal.kappa is not None:
         goal.count(z)
     return z, grad
+
+
+def bfloat16_gradient(goal: Objective, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
+    """``Objective.gradient``, z being the logits of the leaf x in bfloat16."""
+    (grad,) = torch.autograd.grad(z, x, (goal.cotangent(_wide(z)) * _LIFT).to(z.dtype))
+    return z, grad / _LIFT if sized else grad
 
 
 def logits(goal: Objective, model: Model, x: Tensor, z: Tensor) -> Tensor:
@@ -155,15 +164,16 @@ def _leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
         yield
 
 
-def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor]:
-    """The gradient, and bool [B]: whether a row of it is lost, 0 for a cotangent that is not, or not finite."""
+def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient over ``unit``, the unit, and bool [B]: whether a row is lost, 0 for a cotangent that is not, or not
+    finite."""
     largest = torch.linalg.vector_norm(cotangent, torch.inf, dim=(0, 1) if coupled else 1, keepdim=True).float()
     unit = largest.view(torch.int32).bitwise_and(_EXPONENT).clamp_(_LEAST, _MOST).view(torch.float32)
     (grad,) = torch.autograd.grad(z, x, (cotangent / unit).to(z.dtype))
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait
-    return _wide(grad) * unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
+    return _wide(grad), unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
 
 
 def _by_autocast(x: Tensor) -> bool:

@@ -100,17 +100,18 @@ class Objective:
         self.classes = z.shape[1]
         return z
 
-    def gradient(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, model: Model, x: Tensor, *, sized: bool = True) -> tuple[Tensor, Tensor]:
         """One forward and one backward to the input alone: (logits, d(objective)/dx).
 
-        Of a network in float16 the gradient is float32, and samples that are lost there cost more passes.
+        sized: False where only the direction matters: of a network in 16 bits it may be each sample's gradient times a
+        positive number. In float16 it is float32, and samples that are lost there cost more passes.
         """
         if not len(x):
             return self.logits(model, x), torch.zeros_like(x)
         if float16.unwatched(self, model, x):
             with float16.in_float32(model, x) as network:
-                return self._gradient(network, x.to(compute_dtype(x.dtype)))
-        return self._gradient(model, x)
+                return self._gradient(network, x.to(compute_dtype(x.dtype)), sized)
+        return self._gradient(model, x, sized)
 
     def traced(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         """A leaf of x's values, and its logits with their graph."""
@@ -123,12 +124,14 @@ class Objective:
             )
         return leaf, z
 
-    def _gradient(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, model: Model, x: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
         leaf, z = self.traced(model, x)
         if self.in_float16 is None:
             self.in_float16 = float16.is_used(leaf, z)
         if self.in_float16:
-            return float16.gradient(self, model, leaf, z)
+            return float16.gradient(self, model, leaf, z, sized)
+        if z.dtype == torch.bfloat16:
+            return float16.bfloat16_gradient(self, leaf, z, sized)
         return z, torch.autograd.grad(z, leaf, self.cotangent(z.detach()))[0]
 
     def count(self, logits: Tensor) -> None:

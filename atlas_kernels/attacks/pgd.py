@@ -241,22 +241,22 @@ class PGD:
         with self._contract(model, batch):
             if self._judged or self.compact:
                 return self._search(model, batch)
-            adv, grad = self._until_last_step(model, batch)
+            adv, grad = self._until_last_step(model, batch, sized=False)
             adv = adv if grad is None else batch.step(adv, grad)
             return AttackResult(adv, batch.key, kappa=batch.goal.kappa)
 
     def _to_the_last_gradient(self, model: Model, batch: Batch) -> LastStep:
         with self._contract(model, batch):
-            adv, grad = self._until_last_step(model, batch)
+            adv, grad = self._until_last_step(model, batch, sized=True)
             assert grad is not None
             return LastStep(adv, grad, batch.key)
 
-    def _until_last_step(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _until_last_step(self, model: Model, batch: Batch, *, sized: bool) -> tuple[Tensor, Tensor | None]:
         adv, grad = batch.start(0), None
         for _ in range(self.steps):
             if grad is not None:
                 adv = batch.step(adv, grad)
-            _, grad = batch.goal.gradient(model, adv)
+            _, grad = batch.goal.gradient(model, adv, sized=sized)
         return adv, grad
 
     def _search(self, model: Model, batch: Batch) -> AttackResult:
@@ -277,7 +277,7 @@ class PGD:
         adv, rows = batch.start(draw), batch.every_row()
         best = _Found.nothing(adv)
         for _ in range(self.steps):
-            z, grad = batch.goal.gradient(model, adv)
+            z, grad = batch.goal.gradient(model, adv, sized=False)
             if self.compact or self.keep == "best":
                 found = _Found(adv, *batch.goal.judge(z))
                 best.put(rows, found, self._keeps(found, best.objective[rows]))
