@@ -210,6 +210,20 @@ def test_a_row_that_is_lost_is_computed_in_float32(case, how) -> None:
 
 
 @pytest.mark.parametrize("how", LOSSES)
+def test_references_and_judgements_are_finite(case, how) -> None:
+    net, x, y = case
+    model, attack = Losing(net, how), PGD(EPS, steps=2, restarts=2, objective="kl")
+    x[::2, 0, 0, 0], x[1::2, 0, 0, 0] = 0.9, 0.1
+    key = noise_key(x.device)
+    with Execution("fp16"):
+        found = attack.run(model, x, y, key=key)
+    with Execution("fp32"):
+        wide = attack.run(model, x, y, key=key)
+    assert found.objective.isfinite().all()
+    assert abs((found.fooled != wide.fooled).double().mean()) <= 0.05
+
+
+@pytest.mark.parametrize("how", LOSSES)
 def test_where_rows_are_coupled_the_batch_is_computed_anew_and_leaves_no_trace(case, how) -> None:
     net, x, y = case
     net.insert(6, nn.Dropout(0.2))

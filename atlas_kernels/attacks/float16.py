@@ -91,7 +91,7 @@ def bfloat16_gradient(goal: Objective, x: Tensor, z: Tensor, sized: bool) -> tup
 def logits(goal: Objective, model: Model, x: Tensor, z: Tensor) -> Tensor:
     """z, the logits of x in float16, with those that are not finite computed again."""
     goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
-    return _mended(goal, model, x, ~z.isfinite().all(1), (z,), lambda *case: (goal.logits(*case[1:]),))[0]
+    return _mended(goal, model, x, ~z.isfinite().all(1), (z,), lambda goal, *case: (goal.logits(*case),))[0]
 
 
 def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:

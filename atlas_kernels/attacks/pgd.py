@@ -50,7 +50,8 @@ class Options(TypedDict, total=False):
 
 
 class LastStep(NamedTuple):
-    """Where an attack stands just before its last step: the iterate, the input gradient there, and the noise key."""
+    """Where an attack stands just before its last step: the iterate, the input gradient there, and the noise key. The
+    gradient through a network in float16 is float32."""
 
     adv: Tensor
     grad: Tensor
