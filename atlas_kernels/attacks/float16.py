@@ -72,6 +72,11 @@ def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False)
     return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
 
 
+def unit_of(cotangent: Tensor, *, coupled: bool = False) -> Tensor:
+    """Powers of two, [B, 1] or if coupled [1, 1], over which the rows of ``cotangent`` are of size 1 to 2."""
+    return _power_of_two(_largest(cotangent, coupled))
+
+
 def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
     """``Objective.gradient``, z being the logits of the leaf x in float16."""
     goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
@@ -167,13 +172,22 @@ def _leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
 def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient over ``unit``, the unit, and bool [B]: whether a row is lost, 0 for a cotangent that is not, or not
     finite."""
-    largest = torch.linalg.vector_norm(cotangent, torch.inf, dim=(0, 1) if coupled else 1, keepdim=True).float()
-    unit = largest.view(torch.int32).bitwise_and(_EXPONENT).clamp_(_LEAST, _MOST).view(torch.float32)
+    largest = _largest(cotangent, coupled)
+    unit = _power_of_two(largest)
     (grad,) = torch.autograd.grad(z, x, (cotangent / unit).to(z.dtype))
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait
     return _wide(grad), unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
+
+
+def _largest(cotangent: Tensor, coupled: bool) -> Tensor:
+    return torch.linalg.vector_norm(cotangent, torch.inf, dim=(0, 1) if coupled else 1, keepdim=True).float()
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The one at or below ``size``, float32."""
+    return size.view(torch.int32).bitwise_and(_EXPONENT).clamp_(_LEAST, _MOST).view(torch.float32)
 
 
 def _by_autocast(x: Tensor) -> bool:

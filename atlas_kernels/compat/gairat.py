@@ -68,7 +68,7 @@ def GA_PGD(
         if loss_fn == "kl":
             goal.reference = goal.predict(model, data)
         for _ in range(num_steps):
-            _, grad = goal.gradient(model, x_adv)
+            _, grad = goal.gradient(model, x_adv, sized=False)
             x_adv = pgd_step(x_adv, grad, data, epsilon, step_size)
     return x_adv, kappa.to(torch.get_default_dtype())
 

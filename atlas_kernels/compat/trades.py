@@ -93,7 +93,7 @@ def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, st
     with leave_no_trace(model, "eval", None):
         goal.reference = goal.predict(model, x)
         for _ in range(steps):
-            _, grad = goal.gradient(model, x + delta)
+            _, grad = goal.gradient(model, x + delta, sized=False)
             norms = grad.flatten(1).norm(dim=1)
             direction = (grad / norms.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
             still = norms == 0

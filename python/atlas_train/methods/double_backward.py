@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
+from atlas_kernels import attack_cotangent, cross_entropy
+from atlas_kernels.attacks import float16
 
 from ..noise import normal
 from .terms import uncompiled, wide
@@ -24,7 +25,13 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     leaf = x.detach().requires_grad_()
     logits = uncompiled(model)(leaf)
     losses = cross_entropy(logits, y, reduction="none")
-    return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+    if not float16.is_used(leaf, logits):
+        return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+    cotangent = attack_cotangent(wide(logits.detach()), y).cotangent
+    assert cotangent is not None
+    unit = float16.unit_of(cotangent, coupled=float16.are_coupled(model))[:, 0]
+    (grad,) = torch.autograd.grad((losses / unit).sum(), leaf, create_graph=True)
+    return logits, losses, grad * unit.view(-1, *[1] * (x.ndim - 1))
 
 
 def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:
