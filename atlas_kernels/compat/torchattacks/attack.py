@@ -259,8 +259,8 @@ class Attack(Kin):
         """The logits without gradients, in ``mode`` of ``leave_no_trace``."""
         network = self._through()
         key = None if self._is_overridden() else next_key(inputs.device)
-        with leave_no_trace(network, mode, key), torch.no_grad():
-            return Objective().logits(network, inputs)
+        with leave_no_trace(network, mode, key):
+            return Objective().predict(network, inputs)
 
     def _is_overridden(self) -> bool:
         """Whether what is attacked is not what is defined here, by a class or by an attribute of this attack."""
