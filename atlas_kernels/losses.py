@@ -239,7 +239,7 @@ def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tenso
     if classes < needed:
         raise ValueError(
             f"logits has {classes} classes: the {'' if targets is None else 'targeted '}DLR loss looks "
-            f"as far as logit number {needed}, so it needs {needed} classes; use the margin"
+            f'as far as logit number {needed}, so it needs {needed} classes; use margin_loss, or objective="margin"'
         )
     if targets is None:
         return None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import Execution, keep_memory
-from atlas_kernels.attacks.buffers import copied_buffers
+from atlas_kernels.attacks.held import put_back
 from atlas_kernels.capture import Capture, CaptureFailed, Recorder, cuda_graph
 from atlas_train import data, methods, models
 from atlas_train.config import TrainConfig
@@ -289,7 +289,7 @@ class Contest:
     def _passes(self, bf16: bool) -> list[Pass]:
         model, x, y = self.made.model.train(), self.batch.x, self.batch.y
         with (
-            copied_buffers(model.modules()),
+            put_back(model, copy_buffers=True),
             torch.no_grad(),
             torch.autocast(x.device.type, torch.bfloat16, enabled=bf16),
         ):

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+import itertools
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.utils.hooks import RemovableHandle
 
-from atlas_kernels import noise_key
-from atlas_kernels.attacks import FGSM, PGD
+from atlas_kernels import Execution, noise_key
+from atlas_kernels.attacks import FGSM, PGD, held, leave_no_trace
+from atlas_kernels.attacks.execution import current_execution
 
 EPS = 8 / 255
 ATTACKS = {
@@ -371,3 +384,372 @@ def test_a_scripted_model(model: Net, x: Tensor, y: Tensor) -> None:
     check_result(PGD(EPS, steps=2, attack_mode="train")(scripted, x, y), x)
     assert all(torch.equal(a, b) for a, b in zip(values, scripted.state_dict().values(), strict=True))
     assert [module.training for module in scripted.modules()] == modes
+
+
+# What modules write in eval mode, what torch has cached, and models in an unusual state.
+
+
+class Writes(nn.Module):
+    """In every mode: a counter, scales of quantisation, and a buffer that is exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantise = FakeQuantize(MovingAverageMinMaxObserver)
+        self.head = nn.Linear(48, 5)
+        self.register_buffer("mean", torch.zeros(48))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().flatten(1).mean(0)
+        return self.head(self.quantise(x).flatten(1) - self.mean)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update_buffers", [True, False])
+def test_buffers_that_move_in_eval_mode_are_kept(x: Tensor, y: Tensor, training: bool, update_buffers: bool) -> None:
+    model = Writes().to(x.device)
+    model(x)
+    model.train(training)
+    seen: list[int] = []
+    model.register_forward_hook(lambda m, i, o: seen.append(int(m.count)))
+    before = Snapshot(model)
+    PGD(EPS, steps=3, update_buffers=update_buffers)(model, x, y)
+    before.check()
+    assert seen == [2, 3, 4], "inside it goes on as it would"
+    PGD(EPS, steps=1, attack_mode="keep", update_buffers=update_buffers)(model, x, y)
+    assert int(model.count) == (2 if training and update_buffers else 1), "what was asked for is done, in train mode"
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+def test_a_model_made_in_inference_mode_is_attacked_on_copies(x: Tensor, y: Tensor, mode: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.rnn, self.head = nn.BatchNorm1d(3), nn.GRU(16, 8, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(self.norm(x.flatten(2)))[0][:, -1])
+
+    plain = Recurrent().to(x.device)
+    with torch.inference_mode():
+        model = Recurrent().to(x.device)
+        model.load_state_dict(plain.state_dict())
+    before = [*model.parameters(), *model.buffers(), *model.rnn._flat_weights]
+    attack, key = PGD(EPS, steps=2, attack_mode=mode), noise_key(x.device)
+    assert torch.equal(attack(model, x, y, key=key), attack(plain, x, y, key=key))
+    after = [*model.parameters(), *model.buffers(), *model.rnn._flat_weights]
+    assert all(a is b and a.is_inference() for a, b in zip(after, before, strict=True))
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+def test_a_lazy_model_is_refused_before_anything_is_changed(x: Tensor, y: Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.LazyLinear(5)).to(x.device)
+    with pytest.raises(ValueError, match="'weight' of a LazyLinear .* not initialised yet: run the model once"):
+        PGD(EPS)(model, x, y)
+    assert all(m.training for m in model.modules()) and model[1].weight.requires_grad
+    assert isinstance(model[2].weight, nn.UninitializedParameter)
+    model(x)
+    check_result(PGD(EPS)(model, x, y), x)
+
+
+def test_weights_that_torch_has_computed_beside_keep_their_graph(model: Net, x: Tensor, y: Tensor) -> None:
+    """weight_norm and its like set ``module.weight`` in every forward, those of parametrize can be cached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.spectral_norm(model.head)
+        nn.utils.weight_norm(model.conv)
+    prune.l1_unstructured(model.bn, "weight", 0.25)
+    model(x)
+    made = [model.head.weight, model.conv.weight, model.bn.weight]
+    PGD(EPS, steps=2)(model, x, y)
+    assert all(a is b for a, b in zip(made, [model.head.weight, model.conv.weight, model.bn.weight], strict=True))
+    (model.conv.weight**2).sum().backward()
+    assert model.conv.weight_g.grad is not None
+
+    other = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(48, 5))).to(x.device)
+    with parametrize.cached():
+        PGD(EPS, steps=2)(other, x, y)
+        other(x).sum().backward()
+    assert other[1].parametrizations.weight.original0.grad is not None
+
+
+def test_gradient_hooks_of_weights_do_not_fire(attack: PGD, model: Net, x: Tensor, y: Tensor) -> None:
+    model.scale = torch.ones(5, device=x.device, requires_grad=True)  # no parameter: a tensor of the user's
+    model.register_forward_hook(lambda m, i, o: o * m.scale)
+    for tensor in (model.scale, *(p for p in model.parameters() if p.requires_grad)):
+        tensor.register_hook(lambda g: pytest.fail("called"))
+        tensor.register_post_accumulate_grad_hook(lambda t: pytest.fail("called"))
+    attack(model, x, y)
+    assert model.scale.requires_grad and model.scale.grad is None
+
+
+def test_what_hooks_do_to_modes_and_weights_is_undone(attack: PGD, model: Net, x: Tensor, y: Tensor) -> None:
+    model.register_forward_pre_hook(lambda m, i: m.requires_grad_(True) and None)
+    model.register_forward_hook(lambda m, i, o: m.train() and None)
+    before = Snapshot(model)
+    attack(model, x, y)
+    before.check()
+
+
+@pytest.mark.parametrize("make", ["lambda", "method", "partial", "object", "list", "global", "compiled"])
+def test_the_statistics_of_a_function_are_kept_too(
+    model: Net, x: Tensor, y: Tensor, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Calls:
+        def __init__(self) -> None:
+            self.network = model
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.network(x)
+
+    several = [model, model]
+    monkeypatch.setitem(globals(), "_network", model)
+    function = {
+        "lambda": lambda x: model(x),
+        "method": model.forward,
+        "partial": partial(torch.func.functional_call, model, {}),
+        "object": Calls(),
+        "list": lambda x: sum(network(x) for network in several),
+        "global": lambda x: (lambda x: _network(x))(x),  # type: ignore[name-defined]  # noqa: F821
+        "compiled": torch.compile(lambda x: model(x), backend="eager"),
+    }[make]
+    before = Snapshot(model)
+    check_result(PGD(EPS, steps=2, attack_mode="keep")(function, x, y), x)
+    before.check()
+    with pytest.raises(TypeError, match=r"forward of a torch\.nn\.Module"):
+        PGD(EPS)(function, x, y)
+
+
+# Errors in the clean-up, Ctrl-C anywhere, other orders, threads and processes.
+
+
+def test_one_failure_does_not_keep_the_rest_from_being_put_back(x: Tensor, y: Tensor) -> None:
+    class Stubborn(nn.Flatten):
+        stays = True
+
+        @property
+        def training(self) -> bool:
+            return self.stays
+
+        @training.setter
+        def training(self, mode: bool) -> None:
+            if mode and not self.stays:
+                raise OSError("no way back")
+            self.stays = mode
+
+    model = nn.Sequential(Stubborn(), nn.BatchNorm1d(48), nn.Linear(48, 5)).to(x.device)
+    rest = Snapshot(model[1:])
+    state = random_state()
+    with pytest.raises(OSError, match="no way back"):
+        PGD(EPS, steps=2)(model, x, y, key=noise_key(x.device, generator=torch.Generator(x.device).manual_seed(0)))
+    rest.check()
+    assert model.training and torch.equal(random_state(), state)
+    model[0].stays = True
+    PGD(EPS, steps=2, attack_mode="train")(model, x, y)
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution("bf16", fold_batchnorm=True)])
+def test_ctrl_c_leaves_no_trace_wherever_it_comes(
+    model: Net, x: Tensor, y: Tensor, execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the clean-up too; but the very call of it nothing can guard."""
+    monkeypatch.setattr(held, "_lock", contextlib.nullcontext())  # no signal breaks it, but a trace may
+    attack, key = PGD(EPS, steps=1), noise_key(x.device)
+    attack(model, x, y)  # the first call imports what it needs
+    before, state = Snapshot(model), random_state()
+
+    def is_interrupted(lines: int) -> bool:
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal lines
+            lines -= event == "line" and frame.f_code.co_name not in ("put_back", "at_the_end", "__exit__")
+            if lines == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with execution:
+                attack(model, x, y, key=key)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    lines, stride = 3, 41
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while is_interrupted(lines):
+            if held._under_way:  # Ctrl-C within a context manager of Python's: it ends when it is collected
+                gc.collect()
+            before.check()
+            assert torch.equal(random_state(), state) and not held._under_way
+            assert current_execution() is not execution and torch.is_grad_enabled()
+            assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            lines += stride
+    assert lines > 20 * stride
+
+
+def test_attacks_may_end_in_any_order(model: Net) -> None:
+    def attack(mode: str, seed: int) -> Iterator[None]:
+        key = noise_key(generator=torch.Generator().manual_seed(seed))
+        with leave_no_trace(model, mode, key):
+            yield
+
+    model.cpu()
+    before, state = Snapshot(model), random_state()
+    three = [attack(mode, seed) for seed, mode in enumerate(("eval", "train", "keep"))]
+    for order in itertools.permutations(range(3)):
+        three = [attack(mode, seed) for seed, mode in enumerate(("eval", "train", "keep"))]
+        for generator in three:
+            next(generator)
+        for number in order:
+            assert list(three[number]) == []
+        before.check()
+        assert torch.equal(random_state(), state)
+
+
+def test_an_attack_within_an_attack_leaves_no_trace_in_it(model: Net, x: Tensor, y: Tensor) -> None:
+    inner = PGD(EPS, steps=1, attack_mode="train")
+    key = noise_key(x.device, generator=torch.Generator(x.device).manual_seed(0))
+
+    def attacks_once(m: nn.Module, *_: object) -> None:
+        hook.remove()
+        before, state = Snapshot(m), random_state()
+        inner(m, x, y, key=key)
+        before.check()
+        assert torch.equal(random_state(), state) and not m.training
+
+    hook = model.register_forward_hook(attacks_once)
+    before = Snapshot(model)
+    PGD(EPS, steps=2)(model, x, y)
+    before.check()
+
+
+def run_in_threads(*calls: Callable[[], object]) -> list[Exception]:
+    """What they raise, run at once."""
+    errors: list[Exception] = []
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_threads_may_attack_one_model_in_one_mode(model: Net, x: Tensor, y: Tensor) -> None:
+    together = threading.Barrier(3)
+    key = noise_key(x.device)
+    before, state, expected = Snapshot(model), random_state(), PGD(EPS, steps=4)(model, x, y, key=key)
+    model.register_forward_pre_hook(lambda *_: None if together.wait(5) >= 0 else None)
+    found: list[Tensor] = []
+    assert not run_in_threads(*[lambda: found.append(PGD(EPS, steps=4)(model, x, y, key=key))] * 3)
+    before.check()
+    assert all(torch.equal(adv, expected) for adv in found) and len(found) == 3
+    assert torch.equal(random_state(), state)
+
+
+def test_threads_may_attack_in_the_mode_that_each_has_set_around_its_attacks(model: Net, x: Tensor, y: Tensor) -> None:
+    """As drop-ins for torchattacks do, and evaluation."""
+    together, before = threading.Barrier(2), Snapshot(model)
+    model.register_forward_pre_hook(lambda *_: None if together.wait(5) >= 0 else None)
+
+    def attack() -> None:
+        with held.put_back(model, False, alone=False):
+            PGD(EPS, steps=3, attack_mode="keep")(model, x, y)
+
+    assert not run_in_threads(attack, attack)
+    before.check()
+
+
+@contextlib.contextmanager
+def attack_of_another_thread(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[RemovableHandle]:
+    """Inside, it is in its forward."""
+    inside, done = threading.Event(), threading.Event()
+
+    def stay(*_: object) -> None:
+        inside.set()
+        done.wait(5)
+
+    hook = model.register_forward_pre_hook(stay)
+    thread = threading.Thread(target=lambda: PGD(EPS, steps=1)(model, x, y))
+    thread.start()
+    assert inside.wait(5)
+    try:
+        yield hook
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("clash", [{"attack_mode": "train"}, {"attack_mode": "keep"}, "fold_batchnorm"])
+def test_threads_that_want_one_model_in_different_modes_are_told(model: Net, x: Tensor, y: Tensor, clash: Any) -> None:
+    before, folds = Snapshot(model), clash == "fold_batchnorm"
+    with attack_of_another_thread(model, x, y):
+        told = pytest.raises(RuntimeError, match="another thread attacks this Net just now.*take turns")
+        with told, Execution(fold_batchnorm=folds):
+            PGD(EPS, **({} if folds else clash))(model, x, y)
+    before.check()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_during_an_attack_finds_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, x, y = Net(), torch.rand(6, 3, 4, 4), torch.arange(6) % 5
+    before = Snapshot(model)
+    with attack_of_another_thread(model, x, y) as hook:
+        child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                before.check()
+                hook.remove()
+                PGD(EPS, steps=1, attack_mode="train")(model, x, y)
+                before.check()
+                status = 0
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    before.check()
+
+
+def test_distributed_data_parallel_is_left_as_it_was(tmp_path: Path, y: Tensor, x: Tensor) -> None:
+    """Its reducer must not wait for a backward that gives weights no gradient."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net())
+        model(x.cpu()).sum().backward()
+        model.zero_grad()
+        before = Snapshot(model)
+        for mode in ("eval", "train", "keep"):
+            PGD(EPS, steps=2, attack_mode=mode)(model, x.cpu(), y.cpu())
+            before.check()
+        assert model.require_backward_grad_sync and model.require_forward_param_sync
+        for _ in range(2):
+            model(x.cpu()).sum().backward()
+        assert model.module.conv.weight.grad is not None
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_inside_functional_call(model: Net, x: Tensor, y: Tensor) -> None:
+    """There the weights are no leaves, so that they cannot be frozen."""
+
+    def attack_once(m: nn.Module, *_: object) -> None:
+        hook.remove()
+        check_result(PGD(EPS, steps=1)(m, x, y), x)
+
+    hook = model.register_forward_hook(attack_once)
+    weights = {name: 2 * weight for name, weight in model.named_parameters()}
+    torch.func.functional_call(model, weights, (x,)).sum().backward()
+    assert model.conv.weight.grad is not None and model.training

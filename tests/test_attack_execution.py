@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import PGD, Execution
+from atlas_kernels import PGD, Execution, noise_key
+from atlas_kernels.attacks.execution import current_execution
 from atlas_kernels.compat.trades import trades_loss
 from atlas_train.models import build
 
@@ -84,3 +89,65 @@ def test_one_execution_serves_again_and_within_itself(case) -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision.*bf16.*int8|precision.*int8.*bf16"):
         Execution("int8")
+
+
+def test_threads_and_tasks_enter_one_execution_in_any_order() -> None:
+    execution, default, seen = Execution("bf16"), current_execution(), []
+
+    async def task(first: float, second: float) -> None:
+        await asyncio.sleep(first)
+        with execution:
+            await asyncio.sleep(second)
+            seen.append(current_execution() is execution)
+        seen.append(current_execution() is default)
+
+    async def tasks() -> None:
+        await asyncio.gather(task(0, 0.02), task(0.01, 0.02))  # in first, out first
+
+    threads = [threading.Thread(target=lambda: asyncio.run(tasks())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True] * 8 and current_execution() is default
+
+    def entering() -> Iterator[None]:
+        with Execution() as inner:
+            yield
+            assert current_execution() is inner or current_execution() is execution
+
+    generator = entering()
+    next(generator)
+    with execution:
+        assert list(generator) == [], "it ends although another has been entered since"
+        assert current_execution() is execution
+    assert current_execution() is default
+
+
+def test_an_execution_left_where_it_was_not_entered_is_refused() -> None:
+    execution = Execution("bf16")
+    thread = threading.Thread(target=execution.__enter__)
+    thread.start()
+    thread.join()
+    with pytest.raises(RuntimeError, match="left in another thread or task than it was entered in"):
+        execution.__exit__(None, None, None)
+
+
+def test_threads_with_executions_of_their_own_on_one_model(case) -> None:
+    model, x, y = case
+    model.eval()
+    attack, key, found = PGD(EPS, steps=2), noise_key(x.device), {}
+
+    def run(precision: str) -> None:
+        with Execution(precision):
+            found[precision] = [attack(model, x, y, key=key) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(precision,)) for precision in ("fp32", "bf16")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for precision, advs in found.items():
+        with Execution(precision):
+            assert all(torch.equal(adv, attack(model, x, y, key=key)) for adv in advs)
+    assert len(found) == 2 and not any("forward" in vars(module) for module in model.modules())

@@ -535,7 +535,7 @@ def test_the_forward_that_looks_leaves_no_trace(folding: Execution, x: Tensor, y
             adv = PGD(EPS, steps=2)(model, x, y)
         found.append((adv, random_state(), int(model.noise.seen)))
     assert (found[0][0] - found[1][0]).abs().max() <= 1e-12 and torch.equal(found[0][1], found[1][1])
-    assert [count for *_, count in found] == [2, 4]
+    assert [count for *_, count in found] == [0, 0]
 
 
 def test_one_forward_more_and_only_once(folding: Execution, x: Tensor, y: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import warnings
 import weakref
 from dataclasses import replace
@@ -367,3 +369,28 @@ def test_graphs_go_with_the_model_and_with_the_execution(device, execution) -> N
     del graph, net
     gc.collect()
     assert model() is None and held() is None and not execution.graphs._models
+
+
+def test_threads_take_turns_with_a_graph(net, device, execution) -> None:
+    """It has its inputs and outputs once."""
+    cases = [(*case(device), noise_key(device)) for _ in range(4)]
+    attack, found = PGD(EPS, steps=2), {}
+    with execution:
+        wanted = [attack(net, x, y, key=key) for x, y, key in cases]
+
+    def run(number: int) -> None:
+        x, y, key = cases[number]
+        with execution:
+            found[number] = [attack(net, x, y, key=key) for _ in range(5)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(adv, wanted[number]) for number in range(4) for adv in found[number])

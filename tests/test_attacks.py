@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -541,7 +542,7 @@ def test_bad_models(model: Rowwise) -> None:
     x = images()
     y = labels(model, x)
     for bad, error, message in (
-        (lambda v: (model(v),), TypeError, "tuple"),
+        (lambda v: {"out": model(v)}, TypeError, r"\['out'\]"),
         (lambda v: model(v)[0], TypeError, r"\[4\]"),
         (lambda v: model(v.detach()).detach(), RuntimeError, "no gradient"),
     ):
@@ -549,7 +550,7 @@ def test_bad_models(model: Rowwise) -> None:
             PGD(EPS, attack_mode="keep")(bad, x, y)
     with pytest.raises(ValueError, match="reference_logits"):
         PGD(EPS, objective="kl")(model, x, reference_logits=torch.zeros(8, CLASSES + 1))
-    with pytest.raises(TypeError, match='attack_mode="keep"'):
+    with pytest.raises(TypeError, match=r"put what the function does into the forward of a torch\.nn\.Module"):
         PGD(EPS)(lambda v: model(v), x, y)
 
 
@@ -584,3 +585,21 @@ def test_kappa_counts_the_iterates_before_a_step_that_are_right(model: Rowwise, 
         PGD(EPS, restarts=2, count_correct=True)
     with pytest.raises(ValueError, match="y is missing.*count_correct=False"):
         PGD(EPS, objective="kl", count_correct=True)(model, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "best"}, {"restarts": 3, "random_start": True}])
+def test_compact_in_train_mode_down_to_one_sample(options: dict[str, Any]) -> None:
+    """BatchNorm has no statistics of one, so it is run beside two of those that are done, which stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+    x, sizes = torch.rand(6, 1, 8, 8), []
+    y = (model(x).argmax(1) + 1) % CLASSES
+    y[2] = (y[2] - 1) % CLASSES  # the only one that is right
+    attack = PGD(1e-3, steps=4, compact=True, attack_mode="train", **{"random_start": False, **options})
+    model[1].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    moved = (attack(model, x, y) - x).abs().flatten(1).amax(1)
+    assert sizes[:2] == [6, 3] and min(sizes) == 3
+    assert 5e-4 < moved[2] <= 1e-3 + 1e-7
+    assert attack.random_start or moved[[0, 1, 3, 4, 5]].max() == 0
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        attack(model, x[2:3], y[2:3])

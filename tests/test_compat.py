@@ -583,6 +583,19 @@ def test_jacobian_of_all_projections_is_the_frobenius_norm() -> None:
     close(jacobian.JacobianReg(n=-1)(x, model(x)).detach(), 0.5 * J.square().sum() / len(x), "R")
 
 
+def test_jacobian_of_fused_attention_is_refused_with_what_to_do() -> None:
+    x, weight = torch.rand(2, 1, 4, 8, requires_grad=True), torch.rand(8, 8, requires_grad=True)
+
+    def y() -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x @ weight, x, x).flatten(1)[:, :3]
+
+    with pytest.raises(RuntimeError, match="fused attention kernel, which has no second derivative: compute it inside"):
+        jacobian.JacobianReg()(x, y())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jacobian.JacobianReg()(x, y()).backward()
+    assert weight.grad is not None
+
+
 def test_attack_without_a_key_draws_from_the_global_state() -> None:
     model, x, _ = setting(net=Dropping)
 

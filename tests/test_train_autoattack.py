@@ -15,6 +15,7 @@ from atlas_train import cli, engine
 from atlas_train.autoattack import AutoAttacked, InRows, autoattack
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
+from atlas_train.data import Images
 from atlas_train.evaluate import Evaluation, evaluate
 from atlas_train.results import Result, table
 from atlas_train.run import Run
@@ -66,6 +67,48 @@ def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any
     assert "20 images at eps 25.5/255" in lines[0]
     autoattack(run.model, splits().test, EPS, 20, version="apgd")
     assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
+
+
+@pytest.mark.parametrize(
+    "classes, version, attacks, instead",
+    [
+        (2, "apgd", ["apgd-ce"], "without apgd-t"),
+        (2, "standard", ["apgd-ce", "fab-t", "square"], "without apgd-t"),
+        (3, "apgd", ["apgd-ce", "apgd-dlr"], "apgd-dlr for apgd-t"),
+        (3, "standard", ["apgd-ce", "apgd-dlr", "fab-t", "square"], "apgd-dlr for apgd-t"),
+    ],
+)
+def test_few_classes(fake: dict[str, Any], classes: int, version: Any, attacks: list[str], instead: str) -> None:
+    """The DLR loss takes three classes, targeted four."""
+    model, test = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)), splits().test
+    with pytest.warns(UserWarning, match=f"on {classes} classes runs {instead}: the DLR loss takes three"):
+        found = autoattack(model, test, EPS, 12, version=version)
+    assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", attacks)
+    assert found.instead == instead and Fake.seen["attack"].fab.n_target_classes == classes - 1
+    attacked = Result(Evaluation(0.5, 0.25, 0.125, 100, EPS, 20, EPS, 1, 1.0, "cpu"), autoattack=found)
+    assert f"{'AA' if version == 'standard' else 'APGD'}, {instead} (12 images)" in table({"adv": attacked})
+    with pytest.raises(ValueError, match="has 1 class, so there is no other to reach"):
+        autoattack(torch.nn.Sequential(model, torch.nn.Linear(classes, 1)), test, EPS, 4)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.filterwarnings("ignore:AutoAttack on")
+def test_the_package_itself_attacks_few_classes(classes: int) -> None:
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
+    test = splits().test
+    few = Images(test.images, test.labels % classes)
+    assert autoattack(model, few, 0.9, 8).accuracy == 0
+
+
+def test_the_package_does_not_call_the_models_own_train(fake: dict[str, Any]) -> None:
+    class Merging(torch.nn.Linear):
+        def train(self, mode: bool = True) -> Any:
+            pytest.fail("train() was called")
+
+    inner = InRows(torch.nn.Sequential(Merging(4, 2)))
+    assert not inner.eval().training and inner.model.training
 
 
 def test_the_package_gets_contiguous_gradients_of_a_channels_last_network() -> None:

@@ -1,15 +1,20 @@
-"""What the methods that differentiate a gradient share: bfloat16, compiled networks, replays, channels_last."""
+"""What the methods that differentiate a gradient share: bfloat16, compiled networks, replays, channels_last,
+attention."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from atlas_train import methods
 from atlas_train.methods import Batch, State
+from atlas_train.recompute import Recomputed
 from fidelity import CLASSES, EPS, Net
 
 NAMES = ("llr", "cure", "jacobian", "grad_align")
@@ -86,3 +91,52 @@ def test_channels_last(name: str) -> None:
     found, grads = trained(name, model.to(memory_format=torch.channels_last), batch)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     assert all(g.isfinite().all() for g in grads) and len(grads) == len(expected_grads)
+
+
+class Attends(nn.Module):
+    """A block of attention, as torch fuses it or in plain operations."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.blocks = nn.Sequential(Attention(self), nn.Linear(18, 18))
+        self.head = nn.Linear(18, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(x.flatten(2).unflatten(2, (2, 18))).mean((1, 2)))
+        return logits
+
+
+class Attention(nn.Module):
+    def __init__(self, whole: Attends) -> None:
+        super().__init__()
+        self.mix, self.whole = nn.Linear(18, 54), [whole]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).chunk(3, -1)
+        if self.whole[0].fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        return (q @ k.mT / 18**0.5).softmax(-1) @ v
+
+
+LOCAL = [{"local": form, "bn": bn} for form, bn in (("jacobian", "joint"), ("margin", "split"), ("radius", "joint"))]
+
+
+@pytest.mark.parametrize("name, hyper", [*((name, {}) for name in NAMES), *(("atlas", hyper) for hyper in LOCAL)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fused_attention_has_no_second_derivative_so_the_plain_one_runs(
+    name: str, hyper: dict[str, Any], recompute: bool
+) -> None:
+    _, batch = make()
+    batch = Batch(batch.x.double(), batch.y, batch.ids)
+    method, found = methods.build(name, EPS, hyper), []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = Attends(fused).double()
+        with Recomputed(model) if recompute and method.recomputable else nullcontext():
+            loss, _ = method.loss(model, batch, KEY, STATE)
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12)
+    x = batch.x.clone().requires_grad_()
+    assert "FlashAttention" in Attention(Attends(True)).double()(x.flatten(2).unflatten(2, (2, 18))).grad_fn.name()

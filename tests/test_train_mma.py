@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_train import noise
@@ -120,6 +120,20 @@ def test_passes_per_step_where_all_samples_are_sure(bn_compat: bool, expected: i
     method, state = MMA(EPS, bn_compat=bn_compat), State(size=4)
     passes = count_passes(model, x, lambda: method.train_step(model, batch, noise_key(), state, Steps(model)))
     assert passes == pytest.approx(expected, abs=0.1)
+
+
+def test_a_single_sure_sample_is_not_alone_in_batchnorm() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.rand(6, 1, 8, 8)
+    with torch.no_grad():
+        model[-1].weight.mul_(9)
+        y = model(x).argmin(1)
+        y[2] = 1 - y[2]
+    batch, state = Batch(x, y, torch.arange(6)), State()
+    MMA(EPS, **HYPER).loss(model, batch, noise_key(), state)
+    margins = state.memory["eps"]
+    assert margins[2] > 0 and margins[[0, 1, 3, 4, 5]].max() == 0
 
 
 def test_prepare_and_objective_make_the_same_loss() -> None:

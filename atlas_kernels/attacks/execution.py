@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar, Token
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .arguments import require_choice
 from .graphs import Graphs
+from .held import at_the_end
 from .prepared import Preparations
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Execution:
     """Settings for every attack inside ``with Execution(...):``, those of drop-ins and training methods too.
 
     Make one and enter it around each step; it may own what it has prepared, which goes when it goes. Nested contexts:
-    the inner one counts alone.
+    the inner one counts alone. It is in force in the thread or asyncio task that enters it; others may enter it too.
 
     Args:
         precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
@@ -53,18 +55,36 @@ class Execution:
     cuda_graphs: bool = False
     graphs: Graphs | None = field(default=None, init=False, repr=False)
     _preparations: Preparations = field(default_factory=Preparations, init=False, repr=False)
-    _tokens: list[Token[Execution]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, tuple(PRECISIONS))
         self.graphs = Graphs() if self.cuda_graphs else None
 
     def __enter__(self) -> Execution:
-        self._tokens.append(_CURRENT.set(self))
-        return self
+        entered = _ENTERED.get()
+        try:
+            _ENTERED.set((*entered, self))
+            return self
+        except KeyboardInterrupt:
+            _ENTERED.set(entered)
+            raise
 
     def __exit__(self, *_: object) -> None:
-        _CURRENT.reset(self._tokens.pop())
+        entered = _ENTERED.get()
+        try:
+            self._leave(entered)
+        except KeyboardInterrupt:
+            self._leave(entered)
+            raise
+
+    def _leave(self, entered: tuple[Execution, ...]) -> None:
+        if self not in entered:
+            raise RuntimeError(
+                "this Execution is left in another thread or task than it was entered in, where it stays in force: "
+                "write `with execution:` around the attacks themselves"
+            )
+        last = len(entered) - 1 - entered[::-1].index(self)  # not always the innermost: generators end in any order
+        _ENTERED.set(entered[:last] + entered[last + 1 :])
 
     def run(self, attack: PGD, loop: Callable[[PGD, Model, Batch], Result], model: Model, batch: Batch) -> Result:
         """``loop(attack, model, batch)``: the one door to the loops of ``PGD``."""
@@ -76,22 +96,31 @@ class Execution:
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:
         """What an attack on ``model``, its weights frozen and its modes set, runs in."""
+        with self._autocast(device.type), self._preparations.around(model, device, self.fold_batchnorm):
+            yield
+
+    @contextmanager
+    def _autocast(self, device: str) -> Iterator[None]:
         dtype = PRECISIONS[self.precision]
-        with ExitStack() as stack:
-            if dtype is not None:
-                low = dtype != torch.float32
-                stack.enter_context(torch.autocast(device.type, dtype if low else None, enabled=low))
-            stack.enter_context(self._preparations.around(model, device, self.fold_batchnorm))
+        if dtype is None:
+            yield
+            return
+        enabled, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        steps = partial(torch.set_autocast_enabled, device, enabled), partial(torch.set_autocast_dtype, device, before)
+        low = dtype != torch.float32
+        with at_the_end(*steps), torch.autocast(device, dtype if low else None, enabled=low):
             yield
 
 
-_CURRENT: ContextVar[Execution] = ContextVar("execution")
+#: In this thread or task, the outermost first.
+_ENTERED: ContextVar[tuple[Execution, ...]] = ContextVar("atlas_executions", default=())
 _DEFAULT = Execution()
 
 
 def current_execution() -> Execution:
     """The innermost ``Execution`` entered, or the default one."""
-    return _CURRENT.get(_DEFAULT)
+    entered = _ENTERED.get()
+    return entered[-1] if entered else _DEFAULT
 
 
 def device_of(model: Callable[[Tensor], Tensor], key: Tensor | None) -> torch.device:

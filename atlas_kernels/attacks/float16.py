@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..capture import capturing
 from ..layout import compute_dtype
-from .buffers import copied_buffers
+from .held import generators, modes_of, put_back
 
 if TYPE_CHECKING:
     from .objective import Model, Objective
@@ -58,7 +58,8 @@ def are_coupled(model: Model) -> bool:
     """Whether a row of the logits may depend on other rows of the batch; of a bare function nobody knows."""
     if not isinstance(model, nn.Module):
         return True
-    return any(m.training or (isinstance(m, _BatchNorm) and m.running_mean is None) for m in model.modules())
+    training = any(modes_of(model.modules()).values())
+    return training or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
 def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
@@ -162,10 +163,8 @@ def _mended(
 @contextmanager
 def _leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
     """What a second forward would move, it leaves: the random state and the buffers of modules in train mode."""
-    with ExitStack() as stack:
-        if coupled:
-            stack.enter_context(torch.random.fork_rng([x.device.index] if x.is_cuda else []))
-            stack.enter_context(copied_buffers(model.modules() if isinstance(model, nn.Module) else ()))
+    seeds = dict.fromkeys(generators([x.device.index] if x.is_cuda else []))
+    with put_back(model, copy_buffers=True, seeds=seeds) if coupled else nullcontext():
         yield
 
 

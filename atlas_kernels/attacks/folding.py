@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .buffers import copied_buffers
+from .held import at_the_end, generators, put_back
 
 #: Whose plain forward is known: exact types, since a subclass may do more.
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -23,6 +22,17 @@ def hooks(module: nn.Module) -> int:
     """How many hooks a module has that run in a pass."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return sum(map(len, kinds))
+
+
+def unhook(module: nn.Module, *ours: Callable[..., Any]) -> None:
+    """Removes these forward hooks if they are there, which after a Ctrl-C nobody's handle may know."""
+    for kept, extra in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for number in [number for number, hook in kept.items() if hook in ours]:
+            del kept[number]
+            extra.pop(number, None)
 
 
 def is_plain_layer(module: nn.Module) -> bool:
@@ -60,16 +70,17 @@ def foldable(
     """
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     observer = _Observer()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(copied_buffers(list(model.modules())))
+    unhooked = (
+        partial(unhook, m, observer.after_layer, observer.before_norm, observer.after_norm) for m in model.modules()
+    )
+    with put_back(model, copy_buffers=True, seeds=dict.fromkeys(generators(devices))), at_the_end(*unhooked):
         for layer in layers:
-            stack.callback(layer.register_forward_hook(observer.after_layer).remove)
+            layer.register_forward_hook(observer.after_layer)
         for norm in norms:
-            stack.callback(norm.register_forward_pre_hook(observer.before_norm, with_kwargs=True).remove)
-            stack.callback(norm.register_forward_hook(observer.after_norm).remove)
-        stack.enter_context(observer)
-        model(*args, **kwargs)
+            norm.register_forward_pre_hook(observer.before_norm, with_kwargs=True)
+            norm.register_forward_hook(observer.after_norm)
+        with observer:
+            model(*args, **kwargs)
     return observer.pairs()
 
 

@@ -15,7 +15,7 @@ attack runs as ever.
 
 An ``Execution`` keeps ``LIMIT`` graphs per model, the last used ones, and they share one pool of memory: in the end the
 largest attack's activations, held for as long as the graphs are. Graphs go with the model or the ``Execution``. All
-attacks of one ``Execution`` belong on one stream.
+attacks of one ``Execution`` belong on one stream; those of several threads take turns.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -72,6 +73,7 @@ class Graphs:
     def __init__(self, recorder: Recorder = cuda_graph, device_type: str = "cuda") -> None:
         self.recordings = self.calls = 0
         self._recorder, self._device_type = recorder, device_type
+        self._lock = RLock()  # the inputs and outputs of a graph are there once
         self._models: WeakKeyDictionary[nn.Module, _OfModel] = WeakKeyDictionary()
         self._functions = _OfModel()
 
@@ -86,18 +88,20 @@ class Graphs:
         """``loop(attack, model, batch)``, by a graph where one can be had."""
         if not len(batch.x) or capturing(batch.x.is_cuda):
             return loop(attack, model, batch)
-        self.calls += 1
-        found = self._find(attack, loop, model, batch, settings)
-        if isinstance(found, str):
-            self._say_once(model, found)
-            return loop(attack, model, batch)
-        if batch.goal.labels is not None and found.classes is not None:
-            require_labels(batch.goal.labels, found.classes)
-        made: Result
-        made, lost = found.capture(*_tensors(batch))
-        if lost is not None and bool(lost):  # in the replay running statistics have moved already
-            return loop(replace(attack, update_buffers=False), model, batch)
-        return made
+        with self._lock:
+            self.calls += 1
+            found = self._find(attack, loop, model, batch, settings)
+            if isinstance(found, _Graph):
+                if batch.goal.labels is not None and found.classes is not None:
+                    require_labels(batch.goal.labels, found.classes)
+                made: Result
+                made, lost = found.capture(*_tensors(batch))
+                if lost is None or not bool(lost):
+                    return made
+                attack = replace(attack, update_buffers=False)  # in the replay running statistics have moved already
+            else:
+                self._say_once(model, found)
+        return loop(attack, model, batch)
 
     def _find(
         self, attack: PGD, loop: Callable[..., Any], model: Model, batch: Batch, settings: Hashable

@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import require_labels
 from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
+from ..outputs import logits_of
 from . import float16
+from .held import modules_of
 
-Model = Callable[[Tensor], Tensor]
+#: Images to logits, or to what ``logits_of`` finds them in.
+Model = Callable[[Tensor], Any]
 
 
 @dataclass
@@ -84,13 +88,15 @@ class Objective:
         )
 
     def logits(self, model: Model, x: Tensor) -> Tensor:
-        """model(x), checked to be [B, C]; the first time also the labels' values. An empty batch skips the model."""
+        """Those of model(x), checked to be [B, C]; the first time also the labels' values. An empty batch skips it."""
         if not len(x):
             return x.new_zeros(0, 4 if self.reference is None else self.reference.shape[1])
-        z = model(x)
-        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(x):
-            got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-            raise TypeError(f"model must return logits [{len(x)}, classes], got {got}: wrap it in a function that does")
+        z = logits_of(model(x))
+        if z.ndim != 2 or len(z) != len(x):
+            raise TypeError(
+                f"model must return logits [{len(x)}, classes], got shape {list(z.shape)}: put the network into a "
+                "torch.nn.Module whose forward returns them"
+            )
         if self.reference is not None and self.reference.shape != z.shape:
             raise ValueError(
                 f"reference_logits has shape {list(self.reference.shape)}, but the model's logits {list(z.shape)}"
@@ -148,3 +154,21 @@ class Objective:
                 return self.logits(network, x)
         z = self.logits(model, x)
         return float16.logits(self, model, x, z) if float16.is_used(x, z) else z
+
+
+def never_alone(model: Model, x: Tensor) -> Model:
+    """``model`` for samples of the batch x, of which a single one is run beside two others if BatchNorm takes its
+    statistics from the batch: of one sample it may have none."""
+    norms = [m for m in modules_of(model) if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)]
+    return _Beside(model, x[:2]) if norms and len(x) > 1 else model
+
+
+class _Beside(nn.Module):
+    def __init__(self, model: Model, others: Tensor) -> None:
+        super().__init__()
+        self.model, self.others = model, others
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return logits_of(self.model(x))
+        return logits_of(self.model(torch.cat([x, self.others.to(x.dtype)])))[:1]

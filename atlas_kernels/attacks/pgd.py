@@ -18,7 +18,7 @@ from ..schema import LINF, NORMS
 from .arguments import class_indices, require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
 from .execution import current_execution
-from .objective import Model, Objective
+from .objective import Model, Objective, never_alone
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,9 +64,10 @@ class PGD:
     onto the ball and clipped to the image range.
 
     ``attack(model, x, y)`` gives the adversaries, detached, in x's dtype and layout; ``attack.run`` gives them with
-    their noise key. The model maps images [B, ...] to logits [B, C] and is left as it was found (see ``contract.py``);
-    under DistributedDataParallel pass the inner module. An attack costs ``steps`` forwards and as many backwards to the
-    input alone; whatever costs more says so below.
+    their noise key. The model maps images [B, ...] to logits [B, C], alone or in an object, a dict or a tuple (see
+    ``outputs.py``), and is left as it was found (see ``contract.py``); under DistributedDataParallel pass the inner
+    module. An attack costs ``steps`` forwards and as many backwards to the input alone; whatever costs more says so
+    below.
 
     Args:
         eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]; on CIFAR-10 the
@@ -86,7 +87,8 @@ class PGD:
         keep: "last", the final iterate; or "best", per sample the iterate of the largest objective from the start to
             the final one, which costs one more forward per restart.
         compact: a sample stays at its first iterate that is misclassified (or reaches its target) and is left out of
-            all further forwards; in eval mode the other samples go on as without it. With ``keep="best"`` too, that
+            all further forwards; in eval mode the other samples go on as without it (a last one that BatchNorm in train
+            mode would see alone is run beside two that are done). With ``keep="best"`` too, that
             iterate wins. Costs a device synchronisation per step.
         count_correct: also count, per sample, the iterates before a step at which the prediction is right: GAIRAT's
             kappa (Zhang et al. 2021, arXiv 2010.01736, algorithm 1); for objective "kl" too it needs y. Not with
@@ -262,6 +264,7 @@ class PGD:
 
     def _search(self, model: Model, batch: Batch) -> AttackResult:
         """All restarts, each for the samples that still need it; the strongest iterate per sample."""
+        model = never_alone(model, batch.x) if self.compact else model
         best = self._climb(model, batch, 0)
         for draw in range(1, self.restarts):
             rows = (~best.fooled).nonzero()[:, 0] if self.compact else batch.every_row()

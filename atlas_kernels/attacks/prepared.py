@@ -11,7 +11,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
-from .folding import foldable, hooks, is_plain_layer, is_plain_norm
+from .folding import foldable, hooks, is_plain_layer, is_plain_norm, unhook
+from .held import at_the_end
 
 
 class Prepared:
@@ -136,16 +138,18 @@ class Preparations:
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device, fold: bool) -> Iterator[None]:
         """An attack on ``model``, its weights frozen, its modes and autocast set."""
-        with ExitStack() as stack:
-            if not isinstance(model, nn.Module):
-                if fold:
-                    _warn_nothing_folds(model, "its modules cannot be found")
-            elif fold or _autocast_dtype(device.type) is not None:
-                network = self._networks.get(model)
-                if network is None or not (network.busy or network.state == _state(model)):
-                    network = self._networks[model] = _Network(model)
-                if not network.busy:  # else this is an attack within an attack
-                    stack.enter_context(network.prepared(model, fold))
+        network = None
+        if not isinstance(model, nn.Module):
+            if fold:
+                _warn_nothing_folds(model, "its modules cannot be found")
+        elif fold or _autocast_dtype(device.type) is not None:
+            network = self._networks.get(model)
+            if network is None or not (network.busy or network.state == _state(model)):
+                network = self._networks[model] = _Network(model)
+        if isinstance(model, nn.Module) and network is not None and not network.busy:
+            with network.prepared(model, fold):
+                yield
+        else:  # nothing to prepare, or an attack within an attack
             yield
 
 
@@ -166,20 +170,19 @@ class _Network:
         """Inside, its layers run with prepared weights; if what folds is not known yet, from the first forward on."""
         if fold and not self._seen and not (self._foldable and self._norms):
             self._learn(model, {})
-        self.busy = True
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "busy", False)
+        ready: list[Prepared] = []
+
+        def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            unhook(model, before_first)
+            self._learn(model, foldable(model, self._foldable, self._norms, args, kwargs))
+            self._install(ready, fold)
+
+        with at_the_end(partial(unhook, model, before_first), partial(self._remove, ready)):
+            self.busy = True
             if fold and not self._seen and not all(norm.training for norm in self._norms):
-
-                def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                    first.remove()
-                    self._learn(model, foldable(model, self._foldable, self._norms, args, kwargs))
-                    stack.enter_context(self._in_place(fold))
-
-                first = model.register_forward_pre_hook(before_first, prepend=True, with_kwargs=True)
-                stack.callback(first.remove)
+                model.register_forward_pre_hook(before_first, prepend=True, with_kwargs=True)
             else:
-                stack.enter_context(self._in_place(fold))
+                self._install(ready, fold)
             yield
 
     def _learn(self, model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> None:
@@ -195,16 +198,15 @@ class _Network:
                 "Conv1d/2d/3d or Linear, each run once and without hooks",
             )
 
-    @contextmanager
-    def _in_place(self, fold: bool) -> Iterator[None]:
-        ready = [layer for layer in self._layers.values() if layer.prepare(fold)]
-        try:
-            for layer in ready:
-                layer.install()
-            yield
-        finally:
-            for layer in ready:
-                layer.remove()
+    def _install(self, ready: list[Prepared], fold: bool) -> None:
+        ready += [layer for layer in self._layers.values() if layer.prepare(fold)]
+        for layer in ready:
+            layer.install()
+
+    def _remove(self, ready: list[Prepared]) -> None:
+        for layer in ready:
+            layer.remove()
+        self.busy = False
 
 
 def _state(model: nn.Module) -> list[tuple[Any, ...]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..outputs import logits_of
 
 
 def evaluate(
@@ -21,7 +22,7 @@ def evaluate(
         X, y = X.to(device), y.to(device)
         X = adversaries(X, y)
         with torch.no_grad():
-            output = model(X)
+            output = logits_of(model(X))
             sums[0] += losses.cross_entropy(output, y, reduction="sum")
             sums[1] += (output.argmax(1) == y).sum()
         n += len(y)

@@ -13,6 +13,7 @@ from .. import losses
 from ..attacks import float16, leave_no_trace
 from ..attacks.weights import weight_directions
 from ..checks import require_choice
+from ..outputs import logits_of
 from .trades import DISTANCES, kl_adversary, noise_near
 
 EPS = 1e-20
@@ -76,7 +77,7 @@ class AdvWeightPerturb(_WeightPerturbation):
     """
 
     def calc_awp(self, inputs_adv: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        return self._directions(lambda: losses.cross_entropy(self.model(inputs_adv), targets))
+        return self._directions(lambda: losses.cross_entropy(logits_of(self.model(inputs_adv)), targets))
 
 
 class TradesAWP(_WeightPerturbation):
@@ -87,7 +88,9 @@ class TradesAWP(_WeightPerturbation):
 
     def calc_awp(self, inputs_adv: Tensor, inputs_clean: Tensor, targets: Tensor, beta: float) -> dict[str, Tensor]:
         return self._directions(
-            lambda: losses.trades_loss(self.model(inputs_clean), self.model(inputs_adv), targets, beta=beta)
+            lambda: losses.trades_loss(
+                logits_of(self.model(inputs_clean)), logits_of(self.model(inputs_adv)), targets, beta=beta
+            )
         )
 
 

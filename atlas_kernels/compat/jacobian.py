@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..layout import compute_dtype
+from ..outputs import logits_of
 
 
 class JacobianReg(nn.Module):
     """Half the squared Frobenius norm of dy/dx, averaged over the batch: ``C / (2 n B) sum ||d(v . y)/dx||^2``.
 
     n: random unit vectors v per sample; -1 takes the C basis vectors, which is exact. ``forward(x, y)``: x requires
-    grad and y [B, C] was computed from it by eager modules (compiled ones have no double backward); the result can be
-    differentiated.
+    grad and y [B, C] was computed from it by eager modules (compiled ones have no double backward; fused attention has
+    none either, and raises RuntimeError); the result can be differentiated.
 
     Kept: v is drawn by ``torch.randn`` on the CPU, a vector of all samples at a time; no draw for one output. Differs:
     the sum of squares is taken at once, without the norm's square root, and in float32 at least.
@@ -26,9 +29,11 @@ class JacobianReg(nn.Module):
             raise ValueError(f"n must be the number of projections, or -1 for all of them, got {n}")
         self.n = n
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Any) -> Tensor:
         if not x.requires_grad:
             raise ValueError("x does not require grad: call x.requires_grad_() before the model computes y from it")
+        y = logits_of(y)
+        _require_second_derivative(y)
         B, C = y.shape
         count = C if self.n == -1 else self.n
         total = torch.zeros((), device=y.device)
@@ -50,3 +55,19 @@ class JacobianReg(nn.Module):
             return torch.ones_like(y)
         v = torch.randn(B, C)
         return (v / v.norm(dim=1, keepdim=True)).to(y)
+
+
+def _require_second_derivative(y: Tensor) -> None:
+    """Raises RuntimeError where y hangs on an attention kernel that cannot be differentiated twice."""
+    left, seen = [y.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("ScaledDotProduct"):
+            raise RuntimeError(
+                "y was computed by a fused attention kernel, which has no second derivative: compute it inside "
+                "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`"
+            )
+        left += [before for before, _ in node.next_functions]

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from .. import losses
 from ..attacks import PGD
 from ..checks import require_choice
+from ..outputs import logits_of
 from .trades import linf_adversary, noise_near
 
 
@@ -37,6 +38,6 @@ def mart_loss(
     model.train()
     x_adv = x_adv.clamp_(0.0, 1.0)  # the start, if there are no steps
     optimizer.zero_grad()
-    logits = model(x_natural)
-    adv_logits = model(x_adv)
+    logits = logits_of(model(x_natural))
+    adv_logits = logits_of(model(x_adv))
     return losses.mart_loss(logits, adv_logits, y, beta=float(beta))

@@ -10,6 +10,7 @@ from .. import losses
 from ..attacks import PGD, leave_no_trace
 from ..attacks.objective import Objective
 from ..checks import require_choice, require_images
+from ..outputs import logits_of
 
 DISTANCES = ("l_inf", "l_2")
 
@@ -58,11 +59,11 @@ def trades_loss(
     x_adv = kl_adversary(model, x_natural, noise, step_size, epsilon, perturb_steps, distance)
     model.train()
     optimizer.zero_grad()
-    logits = model(x_natural)
-    adv_logits = model(x_adv)
+    logits = logits_of(model(x_natural))
+    adv_logits = logits_of(model(x_adv))
     if lean:
         return losses.trades_loss(logits, adv_logits, y, beta=beta)
-    return losses.cross_entropy(logits, y) + beta * losses.kl_div(model(x_natural), adv_logits)
+    return losses.cross_entropy(logits, y) + beta * losses.kl_div(logits_of(model(x_natural)), adv_logits)
 
 
 def noise_near(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.outputs import logits_of
 
 from .data import Batches, Images
 from .evaluate import SUBSET_SEED, Say
@@ -22,13 +24,17 @@ TARGETS = 9  # classes that APGD-T and FAB-T aim at, in the standard version
 
 @dataclass(frozen=True)
 class AutoAttacked:
-    """Accuracy in [0, 1] over ``images`` test images under AutoAttack: each counts only if every attack fails."""
+    """Accuracy in [0, 1] over ``images`` test images under AutoAttack: each counts only if every attack fails.
+
+    instead: what differs from ``version`` where there are too few classes for it.
+    """
 
     accuracy: float
     images: int
     version: str
     seconds: float
     seed: int = 0
+    instead: str | None = None
 
 
 def autoattack(
@@ -48,7 +54,8 @@ def autoattack(
     stratified draw of so many images, the one that ``evaluate`` makes of that size.
     The package seeds torch's global generators; their states, and all else of the model, are as before afterwards.
 
-    Raises ImportError without the package.
+    The targeted DLR loss of APGD-T takes four classes: for three the untargeted one is run instead, for two neither;
+    a warning says so. Raises ImportError without the package, and ValueError for a model of one class.
     """
     package = require_autoattack()
     device = next(model.parameters()).device
@@ -60,28 +67,35 @@ def autoattack(
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), leave_no_trace(model, "eval", key):
-        attack = package.AutoAttack(
-            InRows(model).eval(), device=device, eps=eps, norm="Linf", seed=seed, **_attacks(version)
-        )
-        classes = model(x[:1]).shape[1]
+        classes = logits_of(model(x[:1])).shape[1]
+        attacks, instead = _attacks(version, classes)
+        if instead:
+            warnings.warn(
+                f"AutoAttack on {classes} classes runs {instead}: the DLR loss takes three classes, targeted four",
+                stacklevel=2,
+            )
+        attack = package.AutoAttack(InRows(model), device=device, eps=eps, norm="Linf", seed=seed, **attacks)
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
         _, found = attack.run_standard_evaluation(x, y, batch_size=batch_size)
-    return AutoAttacked((found == y).double().mean().item(), len(y), version, time.perf_counter() - started, seed)
+    seconds = time.perf_counter() - started
+    return AutoAttacked((found == y).double().mean().item(), len(y), version, seconds, seed, instead)
 
 
 class InRows(nn.Module):
-    """A model whose gradient at the input is contiguous: the package takes views of it."""
+    """A model whose gradient at the input is contiguous, as the package takes views of it, and whose mode stays."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, False
 
+    def train(self, mode: bool = True) -> InRows:
+        return self  # an override of the model's own must not be called
+
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(Tensor.contiguous)
-        logits: Tensor = self.model(x)
-        return logits
+        return logits_of(self.model(x))
 
 
 def require_autoattack() -> Any:
@@ -93,5 +107,17 @@ def require_autoattack() -> Any:
     return pyautoattack
 
 
-def _attacks(version: Version) -> dict[str, Any]:
-    return {"version": "custom", "attacks": ["apgd-ce", "apgd-t"]} if version == "apgd" else {"version": version}
+def _attacks(version: Version, classes: int) -> tuple[dict[str, Any], str | None]:
+    """What the package is told, and what stands in for what it cannot do with so few classes."""
+    if classes < 2:
+        raise ValueError(f"autoattack: the model has {classes} class, so there is no other to reach: use two or more")
+    if classes >= 4:
+        return ({"version": version} if version == "standard" else _custom(["apgd-ce", "apgd-t"])), None
+    others = ["fab-t", "square"] if version == "standard" else []
+    if classes == 3:
+        return _custom(["apgd-ce", "apgd-dlr", *others]), "apgd-dlr for apgd-t"
+    return _custom(["apgd-ce", *others]), "without apgd-t"
+
+
+def _custom(attacks: list[str]) -> dict[str, Any]:
+    return {"version": "custom", "attacks": attacks}

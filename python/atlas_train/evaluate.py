@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD
+from atlas_kernels.attacks.held import generators, put_back
+from atlas_kernels.outputs import logits_of
 
 from .data import Batches, Images
 from .options import fraction
@@ -64,7 +66,7 @@ def evaluate(
     channels_last: bool = False,
     say: Say | None = None,
 ) -> Evaluation:
-    """Clean, FGSM and PGD accuracy of ``model`` in eval mode; its modes are put back afterwards.
+    """Clean, FGSM and PGD accuracy of ``model`` in eval mode; it, and the random state, are as before afterwards.
 
     An image counts under an attack if it is classified correctly both clean and attacked (an image lies in its own
     ball), so attacks run only on images that are right clean. Noise goes by the image's number in the set, so the
@@ -92,7 +94,7 @@ def evaluate(
 
     started = time.perf_counter()
     correct = torch.zeros(3, dtype=torch.int64, device=where)
-    with eval_mode(model):
+    with evaluating(model):
         for number, (x, y, ids) in enumerate(batches):
             correct += torch.stack([right.sum() for right in _survivors(model, attacks, x, y, ids, key)])
             if number == 0 and len(batches) > 1 and say:
@@ -124,18 +126,21 @@ def _survivors(
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The classes with the largest logits, int64 [B]."""
-    return model(x).argmax(1)
+    return logits_of(model(x)).argmax(1)
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and at the end all is as before: buffers that move in eval mode too (scales of quantisation, say) and
+    the random state."""
+    indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with put_back(model, False, copy_buffers=True, seeds=dict.fromkeys(generators(indices)), alone=False):
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """The modules' flags alone; ``train()`` and ``eval()``, which a network may override, are not called."""
+    return put_back(model, False)
 
 
 def _synchronize(device: torch.device) -> None:

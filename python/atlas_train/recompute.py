@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from atlas_kernels.attacks.buffers import copied_buffers
+from atlas_kernels.attacks.held import put_back
 
 #: What is computed again as one: a module, and the name of its method.
 Block = tuple[nn.Module, str]
@@ -71,19 +72,26 @@ class Recomputed:
         )
 
 
+_ATTENTION = {
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
+
+
 class _AsBefore:
-    """For a block's second run: the modes of its first one, and copies of its buffers. Entered once per backward."""
+    """For a block's second run: modes and attention kernels of its first one, and copies of its buffers. Entered once
+    per backward."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._modules = list(block.modules())
-        self._flags = [module.training for module in self._modules]
+        self._kernels = [kernel for kernel, enabled in _ATTENTION.items() if enabled()]
+        self._block, self._modes = block, {module: module.training for module in block.modules()}
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
-        self._stack.enter_context(copied_buffers(self._modules))
-        for module, flag in zip(self._modules, self._flags, strict=True):
-            self._stack.callback(setattr, module, "training", module.training)
-            module.training = flag
+        self._stack.enter_context(sdpa_kernel(self._kernels))
+        self._stack.enter_context(put_back(self._block, self._modes, copy_buffers=True))
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)

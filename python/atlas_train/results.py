@@ -126,7 +126,10 @@ def _rows(columns: list[tuple[str, list[str]]]) -> list[list[str]]:
 
 def _autoattack_header(rows: list[Result]) -> str:
     made = next((row.autoattack for row in rows if row.autoattack), None)
-    return f"{'AA' if made.version == 'standard' else 'APGD'} ({made.images:,} images)" if made else ""
+    if made is None:
+        return ""
+    name = "AA" if made.version == "standard" else "APGD"
+    return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
 
 
 def _percent(share: float | None) -> str:

@@ -9,7 +9,7 @@ from atlas_kernels.attacks import PGD
 
 from . import progress
 from .data import Batches
-from .evaluate import eval_mode, evaluate, predict
+from .evaluate import evaluate, evaluating, predict
 from .noise import noise_keys
 from .run import Run, autocast
 
@@ -71,7 +71,7 @@ def probe(run: Run) -> float:
     x, y, ids = next(iter(few))
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
     attack = PGD(run.config.eps, steps=PROBE_STEPS)
-    with eval_mode(run.model), run.execution:
+    with evaluating(run.model), run.execution:
         adv = attack(run.model, x, y, key=key, ids=ids)
         with autocast(run.execution.precision, run.device):
             return (predict(run.model, adv) == y).float().mean().item()

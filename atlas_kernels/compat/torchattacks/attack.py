@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ...attacks.arguments import class_indices
 from ...attacks.contract import leave_no_trace
+from ...attacks.held import modes_of, put_back
 from ...attacks.objective import Objective
 from ...checks import require_float_images, require_labels
 from ...noise import noise_key
+from ...outputs import logits_of
 from . import _saving
 from ._holding import Kin
 from ._holding import wrapper_method as wrapper_method
@@ -76,8 +78,7 @@ class Attack(Kin):
 
     def get_logits(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """What is attacked: ``model(inputs)``, of normalised inputs after ``set_normalization_used``."""
-        logits: Tensor = self.model(self.normalize(inputs) if self._normalization_applied is False else inputs)
-        return logits
+        return logits_of(self.model(self.normalize(inputs) if self._normalization_applied is False else inputs))
 
     @property
     def device(self) -> torch.device | str | None:
@@ -105,19 +106,14 @@ class Attack(Kin):
 
     @contextmanager
     def _asked_mode(self) -> Iterator[None]:
-        modules = list(self.model.modules())
-        flags = [module.training for module in modules]
-        try:
-            for module in modules:
-                name = type(module).__name__  # by name, as torchattacks goes, so that layers of one's own count too
-                frozen = ("BatchNorm" in name and not self._batchnorm_training) or (
-                    "Dropout" in name and not self._dropout_training
-                )
-                module.training = self._model_training and not frozen
+        frozen = [] if self._batchnorm_training else ["BatchNorm"]
+        frozen += [] if self._dropout_training else ["Dropout"]
+        modes = {}
+        for module in modes_of(self.model.modules()):
+            name = type(module).__name__  # by name, as torchattacks goes, so that layers of one's own count too
+            modes[module] = self._model_training and not any(part in name for part in frozen)
+        with put_back(self.model, modes, alone=False):
             yield
-        finally:
-            for module, flag in zip(modules, flags, strict=True):
-                module.training = flag
 
     def _change_model_mode(self, given_training: bool) -> None:
         """For torchattacks' wrappers, which ask before they call; a call itself sets the mode and puts it back."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import compactness, cross_entropy, entropy, kl_div, trades_loss
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -119,7 +120,7 @@ class ADR(Method):
 
     def _parts(self, model: nn.Module) -> Parts:
         """Features and head apart, if a term looks at features."""
-        return split(model) if self.lc or self.gc else (model, lambda logits: logits)
+        return split(model) if self.lc or self.gc else (lambda x: logits_of(model(x)), lambda logits: logits)
 
     def _base(self, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
         """The terms that train the network on both images, each with its weight."""

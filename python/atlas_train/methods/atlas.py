@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from atlas_kernels import atlas_loss, pgd_step, pgd_step_neighbours
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
 from . import atlas_local
 from .base import AttackMode, Method, Metrics, OfEps, State
-from .double_backward import jacobian_penalty, unit_vectors
+from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .terms import accuracy, uncompiled
 
 #: Ours, from a few runs, most of one seed, on 300 held-out training images of digits: not a search. There jacobian
@@ -178,17 +179,16 @@ class ATLAS(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
-        joint = self.bn == "joint"
-        images = given.images
-        logits = model(images) if joint else torch.cat([model(part) for part in images.chunk(self._parts)])
-        return self._combine(logits, batch.y)
+        parts = [given.images] if self.bn == "joint" else given.images.chunk(self._parts)
+        return self._combine(_logits(model, parts), batch.y)
 
     def _second_order(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         """One forward for the loss and for the gradients at the adversaries, which LOCAL is made of."""
         *clean, adv = given.images.chunk(self._parts)
         adv = adv.detach().requires_grad_()
         parts = [*clean, adv]
-        logits = model(torch.cat(parts)) if self.bn == "joint" else torch.cat([model(part) for part in parts])
+        with twice_differentiable():
+            logits = _logits(model, [torch.cat(parts)] if self.bn == "joint" else parts)
         loss, metrics = self._combine(logits, batch.y)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
         return loss + self._local_weight * local, metrics | {"local": local.detach()}
@@ -233,3 +233,9 @@ class ATLAS(Method):
         if first:
             metrics |= {"clean": accuracy(logits[:first], y), "global": terms[2].mean()}
         return loss, metrics
+
+
+def _logits(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """A forward for each of the parts; the logits of all."""
+    logits = [logits_of(model(part)) for part in parts]
+    return logits[0] if len(logits) == 1 else torch.cat(logits)

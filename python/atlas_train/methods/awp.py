@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels.attacks.buffers import copied_buffers
+from atlas_kernels.attacks.held import put_back
 from atlas_kernels.attacks.weights import weight_directions
 
 from ..data import Batch
@@ -83,7 +83,7 @@ class AWP(Method):
 
     def _directions(self, model: nn.Module, batch: Batch, given: Any) -> dict[str, Tensor]:
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        with copied_buffers(model.modules()):
+        with put_back(model, copy_buffers=True):
             loss, _ = self.objective(model, batch, given)
             with torch.autocast(loss.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss, [weight for _, weight in named], allow_unused=True)

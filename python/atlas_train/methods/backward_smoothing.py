@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from atlas_kernels import attack_cotangent, pgd_step, trades_loss
 from atlas_kernels.attacks import PGD, leave_no_trace
 from atlas_kernels.attacks.float16 import pull_back
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..noise import uniform
@@ -48,7 +49,7 @@ class BackwardSmoothing(Method):
         step_size = self._step_size
         with leave_no_trace(model, "eval", key):
             leaf = x.detach().requires_grad_()
-            logits = model(leaf)
+            logits = logits_of(model(leaf))
             clean = wide(logits.detach())
             target = clean + self.gamma * uniform(clean, key, ids, 1)
             cotangent = attack_cotangent(clean, objective="kl", reference=target, descend=True).cotangent
@@ -59,7 +60,7 @@ class BackwardSmoothing(Method):
         return attack(model, x, reference_logits=clean, start=start, key=key, ids=ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)
-        adv_logits = model(given)
+        logits = logits_of(model(batch.x))
+        adv_logits = logits_of(model(given))
         loss = trades_loss(logits, adv_logits, batch.y, beta=self.beta)
         return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}

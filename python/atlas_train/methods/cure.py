@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..evaluate import eval_mode
@@ -57,7 +58,8 @@ class CURE(Method):
         return self.h * (GROWTH[state.epoch] if self.grow and state.epoch < len(GROWTH) else 1.0)
 
     def objective(self, model: nn.Module, batch: Batch, given: float) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)  # first, as it moves the running statistics that the rest keeps for its backward
+        # First, as it moves the running statistics that the rest keeps for its backward.
+        logits = logits_of(model(batch.x))
         with eval_mode(uncompiled(model)):
             _, _, grad = loss_gradient(model, batch.x, batch.y)
             _, _, moved = loss_gradient(model, batch.x + direction(grad.detach(), given), batch.y)

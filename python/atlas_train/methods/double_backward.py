@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import float16
+from atlas_kernels.outputs import logits_of
 
 from ..noise import normal
 from .terms import uncompiled, wide
+
+
+def twice_differentiable() -> AbstractContextManager[object]:
+    """For forwards whose gradient is differentiated again: attention by its plain kernel, as the fused ones cannot."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +32,8 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     couples.
     """
     leaf = x.detach().requires_grad_()
-    logits = uncompiled(model)(leaf)
+    with twice_differentiable():
+        logits = logits_of(uncompiled(model)(leaf))
     losses = cross_entropy(logits, y, reduction="none")
     if not float16.is_used(leaf, logits):
         return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]

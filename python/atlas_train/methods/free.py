@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy, pgd_step
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -51,7 +52,7 @@ class Free(Method):
         return self._centre(batch) + self._delta(batch, state)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(given if self.clip == "delta" else (batch.x + given).clamp(0, 1))
+        logits = logits_of(model(given if self.clip == "delta" else (batch.x + given).clamp(0, 1)))
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def train_step(

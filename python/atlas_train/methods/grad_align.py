@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy, pgd_step
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..noise import uniform
@@ -77,7 +78,7 @@ class GradAlign(Method):
         return Given(adv, grad, x + self.eps * uniform(x, key, ids, 1))
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        logits = model(given.adv)
+        logits = logits_of(model(given.adv))
         _, _, grad = loss_gradient(model, given.point, batch.y)
         penalty = misalignment(given.grad, grad)
         loss = cross_entropy(logits, batch.y) + self.effective_weight * penalty

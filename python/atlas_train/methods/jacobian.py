@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
 from .base import Method, Metrics, State
-from .double_backward import jacobian_penalty, unit_vectors
+from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .terms import accuracy, uncompiled
 
 
@@ -48,7 +49,8 @@ class Jacobian(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         leaf = batch.x.detach().requires_grad_()
-        logits = uncompiled(model)(leaf)
+        with twice_differentiable():
+            logits = logits_of(uncompiled(model)(leaf))
         penalty = jacobian_penalty(logits, leaf, self._directions(logits, given, batch.ids)).mean()
         loss = cross_entropy(logits, batch.y) + self.weight * penalty
         return loss, {"clean": accuracy(logits, batch.y), "jacobian": penalty.detach()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import leave_no_trace
 from atlas_kernels.attacks.float16 import pull_back
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..evaluate import eval_mode
@@ -96,7 +97,8 @@ class LLR(Method):
     def _clean(self, model: nn.Module, batch: Batch) -> Clean:
         network = uncompiled(model)
         if self.bn == "eval":
-            logits = model(batch.x)  # first, as it moves the running statistics that the rest keeps for its backward
+            # First, as it moves the running statistics that the rest keeps for its backward.
+            logits = logits_of(model(batch.x))
             with eval_mode(network):
                 return Clean(logits, *loss_gradient(network, batch.x, batch.y)[1:], {})
         with recorded(network) as statistics:
@@ -114,7 +116,7 @@ class LLR(Method):
         with self._normalised(network, constant(clean.statistics)), leave_no_trace(network, "keep", key):
             for step in range(1, self.steps + 1):
                 leaf = (x + d).requires_grad_()
-                logits = network(leaf)
+                logits = logits_of(network(leaf))
                 rise, _, value = attack_cotangent(wide(logits.detach()), batch.y, return_value=True)
                 assert rise is not None and value is not None
                 sign = (value - losses - _dot(d, grad)).sign()
@@ -136,7 +138,7 @@ class LLR(Method):
     def _combine(self, model: nn.Module, batch: Batch, clean: Clean, d: Tensor) -> tuple[Tensor, Metrics]:
         network = uncompiled(model)
         with self._normalised(network, clean.statistics):
-            logits = network(batch.x + d)
+            logits = logits_of(network(batch.x + d))
         linear = _dot(d, clean.grad)
         gap = (cross_entropy(logits, batch.y, reduction="none") - clean.losses - linear).abs()
         penalty = (gap + self.mu_ratio * linear.abs()).mean()

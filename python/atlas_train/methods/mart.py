@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import mart_loss
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -42,7 +43,7 @@ class MART(Method):
         return attack(model, batch.x, batch.y, start=near_start(batch, key), key=key, ids=batch.ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)
-        adv_logits = model(given)
+        logits = logits_of(model(batch.x))
+        adv_logits = logits_of(model(given))
         loss = mart_loss(logits, adv_logits, batch.y, beta=self.beta)
         return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}

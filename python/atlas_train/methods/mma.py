@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.attacks.objective import Model, never_alone
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -44,7 +46,8 @@ class MMA(Method):
     PGD climbs cross-entropy, whose image gradient is that of SLM times 1 - p_y: the steps are the same. Its radius is
     max(min_eps, the sample's last eps*), kept by ``ids`` in ``state.memory["eps"]``; what was unsure last time starts
     at min_eps again. The search runs in train mode on the sure samples alone, as published: with BatchNorm they judge
-    each other, so they are taken out of the batch, and a GPU is waited for (the seed of its dropout, too, is read).
+    each other, so they are taken out of the batch, and a GPU is waited for (the seed of its dropout, too, is read). A
+    single sure sample is run beside two others, as BatchNorm may have no statistics of one.
 
     The published code also makes an eleventh forward whose outcome nobody reads, keeps graphs in the search, and copies
     gradients and radii one by one. At most 2K + search_steps + 6 passes, fewer where samples are unsure. ``prepare``
@@ -94,19 +97,19 @@ class MMA(Method):
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Boundary:
         with torch.no_grad():
-            logits = model(batch.x)
+            logits = logits_of(model(batch.x))
         return self._boundary(model, batch, key, state, logits)
 
     def objective(self, model: nn.Module, batch: Batch, given: Boundary) -> tuple[Tensor, Metrics]:
-        return self._combine(model, batch, given, model(batch.x))
+        return self._combine(model, batch, given, logits_of(model(batch.x)))
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)
+        logits = logits_of(model(batch.x))
         given = self._boundary(model, batch, key, state or State(), logits.detach())
         return self._combine(model, batch, given, logits)
 
     def _combine(self, model: nn.Module, batch: Batch, given: Boundary, logits: Tensor) -> tuple[Tensor, Metrics]:
-        loss = cross_entropy(model(given.images), batch.y, weights=given.weights)
+        loss = cross_entropy(logits_of(model(given.images)), batch.y, weights=given.weights)
         if self.clean_weight:
             loss = self.clean_weight * cross_entropy(logits, batch.y) + (1 - self.clean_weight) * loss
         return loss, {"clean": accuracy(logits, batch.y), "margin": given.margins.mean()}
@@ -118,12 +121,13 @@ class MMA(Method):
         images, margins = batch.x, torch.zeros_like(table[batch.ids])
         if len(rows):
             sure = Batch(*(part[rows] for part in batch))
-            adv, found = self._attack(model, sure, table[sure.ids].clamp(min=self._min_eps), key)
+            network = never_alone(model, batch.x) if len(rows) == 1 else model
+            adv, found = self._attack(network, sure, table[sure.ids].clamp(min=self._min_eps), key)
             images, margins = images.index_copy(0, rows, adv), margins.index_copy(0, rows, found)
         table[batch.ids] = margins
         return Boundary(images, (margins < self._d_max).to(margins.dtype), margins)
 
-    def _attack(self, model: nn.Module, batch: Batch, eps: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _attack(self, model: Model, batch: Batch, eps: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         attack = PGD(eps, 2.5 * eps / self.steps, self.steps)
         adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
         way = (adv - batch.x) / _column(eps + 1e-12, adv)
@@ -131,15 +135,15 @@ class MMA(Method):
             margins = self._search(model, batch, adv, way, eps)
         return batch.x + _column(margins, way) * way, margins
 
-    def _search(self, model: nn.Module, batch: Batch, adv: Tensor, way: Tensor, eps: Tensor) -> Tensor:
+    def _search(self, model: Model, batch: Batch, adv: Tensor, way: Tensor, eps: Tensor) -> Tensor:
         """Bisects for the radius at which the model stops being sure, from that of the attack."""
         low, high = torch.zeros_like(eps), torch.full_like(eps, _REACH * self._d_max)
-        sure = _sure(model(adv), batch.y)
+        sure = _sure(logits_of(model(adv)), batch.y)
         for step in range(self.search_steps):
             low, high = torch.where(sure, eps, low), torch.where(sure, high, eps)
             eps = (low + high) / 2
             if step + 1 < self.search_steps or self.bn_compat:
-                sure = _sure(model((batch.x + _column(eps, way) * way).clamp(0, 1)), batch.y)
+                sure = _sure(logits_of(model((batch.x + _column(eps, way) * way).clamp(0, 1))), batch.y)
         return eps
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy, pgd_step, random_start
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -54,5 +55,5 @@ class NFGSM(Method):
         return pgd_step(last.adv, last.grad, x, radius, step_size)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(given)
+        logits = logits_of(model(given))
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}

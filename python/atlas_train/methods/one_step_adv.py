@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -41,5 +42,5 @@ class OneStepADV(Method):
         return attack(model, batch.x, batch.y, key=key, ids=batch.ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(given)
+        logits = logits_of(model(given))
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}

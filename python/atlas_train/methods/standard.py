@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from .base import Method, Metrics
@@ -22,5 +23,5 @@ class Standard(Method):
     adversarial: ClassVar[bool] = False
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)
+        logits = logits_of(model(batch.x))
         return cross_entropy(logits, batch.y), {"clean": accuracy(logits, batch.y)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import trades_loss
 from atlas_kernels.attacks import PGD
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
@@ -47,8 +48,8 @@ class TRADES(Method):
         return attack(model, batch.x, start=start, key=key, ids=batch.ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(batch.x)
-        adv_logits = model(given)
+        logits = logits_of(model(batch.x))
+        adv_logits = logits_of(model(given))
         if self.bn_compat:
             update_statistics(model, batch.x)
         loss = trades_loss(logits, adv_logits, batch.y, beta=self.beta)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atlas_kernels import cross_entropy, pgd_step, random_start
 from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import nearest, option
@@ -66,7 +67,7 @@ class YOPO(Method):
         return random_start(batch.x, self.eps, key=key, ids=batch.ids, clip_min=-torch.inf, clip_max=torch.inf)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
-        logits = model(given)
+        logits = logits_of(model(given))
         return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def train_step(

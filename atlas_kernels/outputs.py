@@ -1,0 +1,37 @@
+"""The logits in what a network returns: alone, or with more in an object, a dict or a tuple."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_told: set[tuple[type, int]] = set()
+
+
+def logits_of(output: Any) -> Tensor:
+    """``output`` itself if it is a tensor; else its ``.logits``, its item "logits" or, with a warning, the first of a
+    tuple or list. Raises TypeError for anything else."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+        kind = type(output), len(output)
+        if isinstance(logits, Tensor) and kind not in _told:
+            _told.add(kind)
+            warnings.warn(
+                f"the model returns a {kind[0].__name__} of {kind[1]}: its first is taken as the logits", stacklevel=3
+            )
+    if isinstance(logits, Tensor):
+        return logits
+    keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise TypeError(
+        "model must return logits [B, classes], an object with .logits, a dict with 'logits', or a tuple in which they "
+        f"are first, got a {type(output).__name__}{keys}: put the network into a torch.nn.Module whose forward returns "
+        "its logits"
+    )
