@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels import noise_key
 from atlas_train import methods
@@ -78,6 +81,100 @@ def test_passes_per_step(row: str) -> None:
     torch.manual_seed(0)
     model = Wide()
     batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(CLASSES, (4,)), torch.arange(4))
+    assert counted(model, batch, name, hyper) == pytest.approx(expected, abs=0.1)
+
+
+def counted(model: nn.Module, batch: Batch, name: str, hyper: dict[str, Any]) -> float:
     method, key = methods.build(name, 0.1, hyper), noise_key()
-    passes = count_passes(model, batch.x, lambda: method.train_step(model, batch, key, State(size=4), Steps(model)))
-    assert passes == pytest.approx(expected, abs=0.1)
+    return count_passes(model, batch.x, lambda: method.train_step(model, batch, key, State(size=4), Steps(model)))
+
+
+class Mean(nn.Module):
+    """The mean over all places, of samples [B, C, H, W] or [B, places, C]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
+
+
+class Tokens(nn.Module):
+    """[B, C, H, W] as [B, H W, C], not contiguous."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class ConvNeXtBlock(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        super().__init__(depthwise, nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU())
+        self.last = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self[0](x).permute(0, 2, 3, 1)
+        for module in list(self)[1:]:
+            y = module(y)
+        return x + y.permute(0, 3, 1, 2)
+
+
+def separable(width: int, wider: int) -> list[nn.Module]:
+    """A depthwise convolution, then a pointwise one, as in MobileNet."""
+    depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+    return [depthwise, nn.BatchNorm2d(width), nn.ReLU6(), nn.Conv2d(width, wider, 1), nn.BatchNorm2d(wider), nn.ReLU6()]
+
+
+#: Networks with other layers than plain convolutions; their first layer, too, costs next to nothing.
+BODIES: dict[str, Callable[[], list[nn.Module]]] = {
+    "vit": lambda: [
+        nn.Conv2d(3, 32, 2, stride=2),
+        Tokens(),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, batch_first=True), 4),
+    ],
+    "mobilenet": lambda: [
+        nn.Conv2d(3, 32, 2, stride=2), *separable(32, 64), *separable(64, 128), *separable(128, 128)
+    ],
+    "convnext": lambda: [nn.Conv2d(3, 32, 2, stride=2), ConvNeXtBlock(32), ConvNeXtBlock(32)],
+}  # fmt: skip
+
+
+class Other(nn.Module):
+    def __init__(self, body: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*body, Mean())
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+@pytest.mark.parametrize("network", BODIES)
+def test_passes_are_those_of_modules_whatever_they_compute(network: str) -> None:
+    torch.manual_seed(0)
+    model = Other(BODIES[network](), 128 if network == "mobilenet" else 32)
+    batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(CLASSES, (4,)), torch.arange(4))
+    for row in ("standard", "adv", "atlas", "trades", "mart", "free", "llr", "cure", "jacobian"):
+        hyper, expected = PASSES[row]
+        with sdpa_kernel(SDPBackend.MATH):  # llr, cure and jacobian differentiate twice
+            assert counted(model, batch, row, hyper) == pytest.approx(expected, abs=0.01 * expected), row
+    assert torch.backends.mha.get_fastpath_enabled()
+    fused = counted(model, batch, "adv", {"steps": 10})  # attention as one operator, where there is any
+    assert fused == pytest.approx(23, abs=0.1)
+
+
+def test_inference_mode_and_part_of_a_batch_are_counted() -> None:
+    model, x = Wide(), torch.rand(8, 3, 8, 8)
+
+    def call() -> None:
+        with torch.inference_mode():
+            model(x)
+        model(x[:4]).sum().backward()
+
+    assert count_passes(model, x, call) == pytest.approx(1 + 0.5 * 3, abs=0.1)
+
+
+def test_a_network_without_layers_that_can_be_counted_has_no_number() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :CLASSES]
+
+    x = torch.rand(2, 3, 4, 4)
+    assert math.isnan(count_passes(Scaled(), x, lambda: None))
