@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from atlas_train import data
+from atlas_train.config import TrainConfig
 from atlas_train.data import Batches, Images, cifar10, files, mnist, safe_pickle
 
 
@@ -49,6 +50,15 @@ def test_unknown_data_set_offers_the_nearest():
         data.load("minst")
 
 
+@pytest.mark.parametrize("name", ["Digits", "DIGITS"])
+def test_a_data_set_is_known_in_capitals(name: str):
+    pytest.importorskip("sklearn")
+    assert data.load(name).name == "digits"
+    assert TrainConfig(dataset=name, method="TRADES", beside=("Adv",), model="Small_CNN") == TrainConfig(
+        dataset="digits", method="trades", beside=("adv",), model="small_cnn"
+    )
+
+
 def test_importing_needs_torch_and_numpy_only():
     code = (
         "import sys\n"
@@ -68,6 +78,36 @@ def test_images_refuse_other_types():
         Images(good.images, good.labels[:3])
     with pytest.raises(ValueError, match="labels of the test split must be in 0..1"):
         data.DataSplits("toy", Images(good.images, good.labels * 0), Images(good.images, good.labels * 0 + 2), 2, 0.1)
+
+
+def test_images_are_taken_from_numpy():
+    good = images(4, channels=3)
+    for labels in (good.labels.numpy(), good.labels.numpy().astype(np.uint8), good.labels.numpy().astype(">i4")):
+        made = Images(good.images.numpy(), labels)
+        assert torch.equal(made.images, good.images) and torch.equal(made.labels, good.labels)
+        assert made.labels.dtype == torch.int64
+    flipped = Images(good.images.numpy()[:, :, ::-1], good.labels)  # a negative stride, which torch does not have
+    assert torch.equal(flipped.images, good.images.flip(2))
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N, C, H, W\], got torch.float64 \[4, 3, 6, 6\]"):
+        Images(good.images.numpy() / 255, labels)
+    with pytest.raises(ValueError, match="labels must be int64"):
+        Images(good.images, good.labels.numpy() / 2)
+    with pytest.raises(ValueError, match="labels must hold numbers, got an array of object"):
+        Images(good.images, np.array(["a", None, 1, 2], dtype=object))
+    with pytest.raises(ValueError, match="images must be a tensor or an array of NumPy, got list"):
+        Images(good.images.tolist(), good.labels)
+
+
+def test_images_with_the_channels_last_in_the_shape_are_refused_with_the_remedy():
+    labels = torch.zeros(2, dtype=torch.int64)
+    for shape in ((2, 32, 32, 3), (2, 28, 28, 1), (2, 32, 48, 4)):
+        made = torch.zeros(shape, dtype=torch.uint8)
+        for given in (made, made.numpy()):
+            with pytest.raises(ValueError, match=r"which is \[N, H, W, C\]; give images.permute\(0, 3, 1, 2\)"):
+                Images(given, labels)
+        assert Images(made.permute(0, 3, 1, 2), labels).shape == (shape[3], *shape[1:3])
+    for shape in ((2, 3, 4, 4), (2, 1, 3, 3), (2, 64, 3, 3), (2, 3, 32, 32), (2, 1, 28, 1)):  # small images
+        Images(torch.zeros(shape, dtype=torch.uint8), labels)
 
 
 def test_subset_takes_the_first_or_a_stratified_draw():
@@ -210,7 +250,7 @@ def test_batches_of_both_pythons_are_read(tmp_path: Path):
     assert torch.equal(read.images, made.images) and torch.equal(read.labels, made.labels)
 
     (tmp_path / "a").write_bytes(half[:-1])
-    with pytest.raises(ValueError, match="/a .*damaged: md5 found .*, expected .*--download"):
+    with pytest.raises(ValueError, match="/a .*damaged.*: md5 found .*, expected .*--download"):
         cifar10.read_batches(tmp_path, ("a",), sums)
     with pytest.raises(ValueError, match="/a was refused"):
         cifar10.read_batches(tmp_path, ("a",), None)
@@ -269,8 +309,36 @@ def test_malicious_pickles_are_refused_and_not_run(tmp_path: Path):
 @pytest.mark.parametrize("layout", ["mnist", "MNIST/raw", "."])
 def test_mnist_layouts(tmp_path: Path, nowhere: Path, layout: str):
     write_mnist(tmp_path / layout, "")
-    with pytest.raises(ValueError, match="is damaged: md5"):  # found, and then its checksum is wrong
+    with pytest.raises(
+        ValueError, match="is damaged, or .*another data set.s: md5"
+    ):  # found, and then its checksum is wrong
         data.load("mnist", tmp_path)
+
+
+def test_the_files_of_another_data_set_are_named(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    write_mnist(tmp_path / "mnist")
+    with pytest.raises(ValueError, match="another data set's, point --data-dir") as error:
+        data.load("mnist", tmp_path)
+    assert "delete" not in str(error.value)
+    found = md5((tmp_path / "mnist" / "train-images-idx3-ubyte.gz").read_bytes())
+    monkeypatch.setitem(files.OTHERS, "Fashion-MNIST", {found})
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz \(\d+ bytes\) belongs to Fashion-MNIST") as error:
+        data.load("mnist", tmp_path)
+    assert "damaged" not in str(error.value) and "--data-dir" in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-that-name/x", "x" * 5000, "a\nb\x1b[31m", "\udcff"])
+def test_folders_that_can_be_none_are_said_in_plain_characters(
+    folder: str, tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for given in ("ATLAS_DATA", "XDG_CACHE_HOME", None):
+        with monkeypatch.context() as patch:
+            if given:
+                patch.setenv(given, folder)
+            with pytest.raises((ValueError, FileNotFoundError)) as error:
+                data.load("mnist", None if given else folder)
+        for line in str(error.value).split("\n"):
+            assert line.isprintable()
 
 
 def test_search_order(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):

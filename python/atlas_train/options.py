@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -33,18 +33,33 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "hint": hint, **limits})
 
 
+_LARGEST = 3.4e38  # of float32, in which networks and optimisers compute
+
+
 def number(value: Any) -> float:
-    """A float from a number or from "8/255". Raises ValueError for anything else, infinities and NaN included."""
+    """A float from a number or from "8/255". Raises ValueError for all else, NaN and what float32 does not hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {value!r}")
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {shown(value)}")
     try:
         numerator, _, denominator = str(value).partition("/")
         result = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {value!r}") from error
-    if not math.isfinite(result):
-        raise ValueError(f"expected a finite number, got {value!r}")
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {shown(value)}") from error
+    if not abs(result) < _LARGEST:
+        raise ValueError(f"expected a finite number, got {shown(value)}")
     return result
+
+
+def integer(value: Any) -> int:
+    """An integer from a number or its text. Raises ValueError for anything else, OverflowError beyond 64 bits."""
+    close = number(value)
+    if close != int(close):
+        raise ValueError(value)
+    digits = isinstance(value, str) and value.strip(" +-").isdigit()  # all of them, of which a float keeps 15
+    whole = int(value) if digits or isinstance(value, int) else int(close)
+    if abs(whole) >= 2**63:
+        raise OverflowError(value)
+    return whole
 
 
 def fraction(eps: float) -> str:
@@ -55,7 +70,38 @@ def fraction(eps: float) -> str:
 def nearest(name: object, known: Iterable[str]) -> str:
     """The known name closest to ``name``, for error messages."""
     known = list(known)
-    return (difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0) or known)[0]
+    return (difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.0) or known)[0]
+
+
+def canonical(name: Any, known: Iterable[str]) -> Any:
+    """The known name that ``name`` is but for capitals ("CIFAR10" is "cifar10"), or ``name``."""
+    return next((own for own in known if isinstance(name, str) and own == name.lower()), name)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """``value`` in a message: quoted, on one line, and shortened where it is long."""
+    try:
+        text = " ".join(_SHORT.repr(value).split())
+        return text if len(text) <= 200 else text[:200] + "..."
+    except ValueError:  # an integer of thousands of digits has no text
+        return f"an {type(value).__name__} too large to show"
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """An error of code that is not ours: its type, and its text on one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def plain(name: object) -> str:
+    """A name (of a file, a data set, a method) in a message: as it is, or quoted if it holds escapes or newlines."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 500 else shown(text)
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -91,8 +137,9 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any, owner: str) ->
         converted = _convert(members, value)
         if isinstance(converted, (int, float)) and not _inside(field, converted):
             raise ValueError(value)
-    except ValueError as error:
-        raise ValueError(f"{owner}: {field.name} must be {allowed(field, hint)}, got {value!r}{remedy}") from error
+    except (ValueError, OverflowError) as error:
+        got = shown(value) + (", of more than 64 bits" if isinstance(error, OverflowError) else "")
+        raise ValueError(f"{owner}: {field.name} must be {allowed(field, hint)}, got {got}{remedy}") from error
     return converted
 
 
@@ -130,11 +177,9 @@ def _convert(members: tuple[Any, ...], value: Any) -> Any:
     if kind is float:
         return number(value)
     if kind is int:
-        if isinstance(value, bool) or number(value) != int(number(value)):
-            raise ValueError(value)
-        return int(number(value))
+        return integer(value)
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise ValueError(value)
         return tuple(value)
     if not isinstance(value, kind):

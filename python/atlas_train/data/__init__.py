@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 
+from ..options import canonical, nearest, shown
 from . import cifar10, digits, mnist
 from .images import DataSplits, Images
 from .loader import Batch, Batches
@@ -31,7 +31,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bo
     Raises ValueError for an unknown name or a damaged file, FileNotFoundError for missing files, ImportError when
     scikit-learn (digits) or pooch (download) is missing, OSError when a download fails.
     """
+    name = canonical(name, _LOADERS)
     if name not in _LOADERS:
-        near = difflib.get_close_matches(str(name).lower().replace("-", ""), _LOADERS, n=1, cutoff=0)[0]
-        raise ValueError(f"name: no data set {name!r}; the nearest is {near!r} (known: {', '.join(_LOADERS)})")
+        near = nearest(str(name).replace("-", ""), _LOADERS)
+        raise ValueError(f"name: no data set {shown(name)}; the nearest is {near!r} (known: {', '.join(_LOADERS)})")
     return dataclasses.replace(_LOADERS[name](data_dir, download), loader=name)

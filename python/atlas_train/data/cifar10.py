@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..options import plain
 from . import files, safe_pickle
 from .images import DataSplits, Images
 
@@ -65,11 +66,13 @@ def read_batch(path: Path, md5: str | None) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = safe_pickle.as_uint8(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} is no CIFAR-10 batch, a dictionary with 'data' (uint8) and 'labels' ({error!r}); {files.REMEDY}"
+            f"{plain(path)} is no CIFAR-10 batch, a dictionary with 'data' (uint8) and 'labels' ({error!r}); "
+            f"{files.REMEDY}"
         ) from error
     if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1]:
         raise ValueError(
-            f"{path}: found data {pixels.shape} and labels {labels.shape}, expected (n, 3072) and (n,); {files.REMEDY}"
+            f"{plain(path)}: found data {pixels.shape} and labels {labels.shape}, expected (n, 3072) and (n,); "
+            f"{files.REMEDY}"
         )
     return pixels.reshape(-1, 3, 32, 32), labels
 
@@ -93,10 +96,10 @@ def unpack(archive: Path, folder: Path, md5: Mapping[str, str] = MD5) -> None:
             try:
                 member = tar.getmember(f"cifar-10-batches-py/{name}")
             except KeyError:
-                raise ValueError(f"{archive} holds no cifar-10-batches-py/{name}; {files.REMEDY}") from None
+                raise ValueError(f"{plain(archive)} holds no cifar-10-batches-py/{name}; {files.REMEDY}") from None
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
-                raise ValueError(f"{archive}: {member.name} is no regular file; {files.REMEDY}")
+                raise ValueError(f"{plain(archive)}: {plain(member.name)} is no regular file; {files.REMEDY}")
             data = content.read()
             files.check_md5(data, md5[name], folder / name)
             files.write_atomically(folder / name, data)

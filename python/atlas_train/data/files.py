@@ -7,7 +7,27 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-REMEDY = "delete it and load again with --download (download=True), or copy it anew from where you got it"
+from ..options import plain, shown
+
+REMEDY = (
+    "get it anew, with --download (download=True) and a folder without it, or, if it is another data set's, point "
+    "--data-dir (data_dir) elsewhere"
+)
+#: The md5 of files of other data sets that bear the names of ours.
+OTHERS = {
+    "Fashion-MNIST": {
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    "KMNIST": {
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    },
+}
 
 
 def default_dir() -> Path:
@@ -21,8 +41,14 @@ def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
 
     Falling through to the next is safe, since a set counts only when its checksums are right.
     """
-    given = [data_dir, os.environ.get("ATLAS_DATA") or None]
-    return [Path(p).expanduser() for p in given if p is not None] + [default_dir()]
+    given = {"data_dir": data_dir, "ATLAS_DATA": os.environ.get("ATLAS_DATA") or None}
+    found = []
+    for name, path in given.items():
+        try:
+            found += [] if path is None else [Path(path).expanduser()]
+        except (RuntimeError, TypeError) as error:  # ~somebody
+            raise ValueError(f"{name} must name a folder, got {shown(path)} ({error})") from error
+    return [*found, default_dir()]
 
 
 def find(
@@ -42,8 +68,8 @@ def find(
         missing = missing_in(folder)
         if not missing:
             return folder
-        what = "not there" if not folder.is_dir() else f"lacks {', '.join(missing)}"
-        looked.append(f"  {folder}: {what}")
+        what = f"lacks {', '.join(missing)}" if os.path.isdir(folder) else "not there"
+        looked.append(f"  {plain(folder)}: {what}")
     if download is None:
         raise FileNotFoundError(
             f"no {name} files; looked in\n" + "\n".join(looked) + "\nGet them with --download (download=True), or "
@@ -66,7 +92,15 @@ def check_md5(data: bytes, md5: str, path: Path) -> None:
     """Raises ValueError, naming `path`, when the md5 of `data` is not `md5`."""
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:
-        raise ValueError(f"{path} ({len(data)} bytes) is damaged: md5 found {found}, expected {md5}; {REMEDY}")
+        name = f"{plain(path)} ({len(data)} bytes)"
+        if other := next((other for other, sums in OTHERS.items() if found in sums), None):
+            raise ValueError(
+                f"{name} belongs to {other}, whose files have the same names: point --data-dir (data_dir) at a folder "
+                "of the data set that you asked for"
+            )
+        raise ValueError(
+            f"{name} is damaged, or is no such file but another data set's: md5 found {found}, expected {md5}; {REMEDY}"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -89,7 +123,9 @@ def fetch(urls: Sequence[str], md5: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot download into {path.parent} ({error}); give a writable --data-dir (data_dir)") from error
+        raise OSError(
+            f"cannot download into {plain(path.parent)} ({error}); give a writable --data-dir (data_dir)"
+        ) from error
     failures = []
     for url in urls:
         try:
@@ -99,9 +135,11 @@ def fetch(urls: Sequence[str], md5: str, path: Path) -> None:
         except (OSError, ValueError) as error:  # no connection; wrong bytes
             failures.append(f"  {url}: {error}")
     tried = "\n".join(failures)
-    raise OSError(f"could not download {path.name}:\n{tried}\nTry again later, or put the files in {path.parent}.")
+    raise OSError(
+        f"could not download {path.name}:\n{tried}\nTry again later, or put the files in {plain(path.parent)}."
+    )
 
 
 def absent(folder: Path, alternatives: Mapping[str, Sequence[str]]) -> list[str]:
     """The keys for which `folder` holds none of the alternative file names."""
-    return [name for name, names in alternatives.items() if not any((folder / n).is_file() for n in names)]
+    return [name for name, names in alternatives.items() if not any(os.path.isfile(folder / n) for n in names)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,16 +11,27 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images: `images` uint8 [N, C, H, W], `labels` int64 [N]. Raises ValueError for anything else."""
+    """Labelled images: `images` uint8 [N, C, H, W], `labels` int64 [N], tensors or arrays of NumPy, which become such.
+
+    Raises ValueError for anything else, images [N, H, W, C] included.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):
+            object.__setattr__(self, name, _tensor(name, getattr(self, name)))
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ValueError(
                 f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; "
                 "images in [0, 1] become uint8 by (255 * images).round().to(torch.uint8)"
+            )
+        _, first, second, last = self.images.shape
+        if last in (1, 3, 4) and first > 4 and second != last:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], got {list(self.images.shape)}, which is [N, H, W, C]; give "
+                "images.permute(0, 3, 1, 2), or images.transpose(0, 3, 1, 2) of an array of NumPy"
             )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
@@ -75,6 +87,20 @@ class DataSplits:
                     f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
                     f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
                 )
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    """A tensor, or an array of NumPy as one: labels of any integer type as int64. Raises ValueError."""
+    if isinstance(value, np.ndarray):
+        if name == "labels" and value.dtype.kind in "iu":
+            value = value.astype(np.int64)
+        try:
+            return torch.from_numpy(np.ascontiguousarray(value))
+        except TypeError as error:  # objects, texts
+            raise ValueError(f"{name} must hold numbers, got an array of {value.dtype}") from error
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor or an array of NumPy, got {type(value).__name__}")
+    return value
 
 
 def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:

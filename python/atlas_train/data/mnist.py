@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..options import plain
 from . import files
 from .images import DataSplits, Images
 
@@ -48,7 +49,9 @@ def read_split(folder: Path, split: str, md5: Mapping[str, str] | None = MD5) ->
     pixels = read_idx(folder, f"{split}-images-idx3-ubyte", 3, md5)
     labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1, md5)
     if len(pixels) != len(labels):
-        raise ValueError(f"{folder}: {len(pixels)} {split} images but {len(labels)} labels; the files are no pair")
+        raise ValueError(
+            f"{plain(folder)}: {len(pixels)} {split} images but {len(labels)} labels; the files are no pair"
+        )
     return Images(torch.from_numpy(pixels[:, None]), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -60,15 +63,19 @@ def read_idx(folder: Path, name: str, ndim: int, md5: Mapping[str, str] | None) 
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file ({error}); {files.REMEDY}") from error
+            raise ValueError(f"{plain(path)} is no whole gzip file ({error}); {files.REMEDY}") from error
     magic = bytes((0, 0, 8, ndim))
     if data[:4] != magic:
-        raise ValueError(f"{path}: idx magic number found {data[:4].hex()!r}, expected {magic.hex()!r}; {files.REMEDY}")
+        raise ValueError(
+            f"{plain(path)}: idx magic number found {data[:4].hex()!r}, expected {magic.hex()!r}; {files.REMEDY}"
+        )
     start = 4 + 4 * ndim
     shape = tuple(np.frombuffer(data[4:start].ljust(4 * ndim, b"\0"), dtype=">u4").tolist())
     expected = start + math.prod(shape)
     if len(data) != expected:
-        raise ValueError(f"{path}: {len(data)} bytes found, {expected} expected for shape {shape}; {files.REMEDY}")
+        raise ValueError(
+            f"{plain(path)}: {len(data)} bytes found, {expected} expected for shape {shape}; {files.REMEDY}"
+        )
     array: np.ndarray = np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy()  # writable, for torch
     return array
 

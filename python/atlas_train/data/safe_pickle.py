@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..options import plain
+
 
 class _DType:
     """Stands for numpy.dtype: keeps the arguments."""
@@ -62,8 +64,8 @@ def loads(data: bytes, path: str | os.PathLike[str]) -> Any:
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(
-            f"{path} was refused: {error!r}. Only uint8 arrays and plain containers are read from a pickle, since "
-            "other content could run code; get the file from its original source"
+            f"{plain(path)} was refused: {error!r}. Only uint8 arrays and plain containers are read from a pickle, "
+            "since other content could run code; get the file from its original source"
         ) from error
 
 

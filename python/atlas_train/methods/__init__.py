@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data import Batch
-from ..options import nearest
+from ..options import canonical, nearest, shown
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
@@ -72,10 +72,12 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> type[Method]:
-    """The method of that name. Raises ValueError that names the nearest one."""
+    """The method of that name, in capitals or not. Raises ValueError that names the nearest one."""
+    name = canonical(name, _METHODS)
     if name not in _METHODS:
         raise ValueError(
-            f"method: no method {name!r}; the nearest is {nearest(name, _METHODS)!r} (known: {', '.join(_METHODS)})"
+            f"method: no method {shown(name)}; the nearest is {nearest(name, _METHODS)!r} "
+            f"(known: {', '.join(_METHODS)})"
         )
     return _METHODS[name]
 
@@ -92,9 +94,9 @@ def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Meth
     for key in hyper or {}:
         if key not in known:
             if not known:
-                raise ValueError(f"{name} has no hyper-parameter {key!r}: it has none at all")
+                raise ValueError(f"{method.name} has no hyper-parameter {shown(key)}: it has none at all")
             raise ValueError(
-                f"{name} has no hyper-parameter {key!r}; the nearest is {nearest(key, known)!r} "
+                f"{method.name} has no hyper-parameter {shown(key)}; the nearest is {nearest(key, known)!r} "
                 f"(known: {', '.join(known)})"
             )
     return method(eps=eps, **(hyper or {}))
