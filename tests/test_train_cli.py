@@ -109,6 +109,8 @@ def test_no_hyper_parameter_hides_a_setting() -> None:
     [
         (["train", "--eps", "8"], "eps must be a number > 0 and < 1, got '8'; images are in [0, 1], so write 8/255"),
         (["train", "--epochs", "1.5"], "epochs must be an integer >= 1, got '1.5'"),
+        (["train", "--width", "1e30"], "width must be an integer >= 1, got '1e30', of more than 64 bits"),
+        (["train", "--threads", "100000"], "threads must be an integer >= 1 and <= 1024, got '100000'"),
         (["train", "--radius", "0"], "radius must be a number > 0 and <= 1, got '0'"),
         (["train", "--local", "ball"], "local must be one of 'neighbours', 'worst', 'jacobian'"),
         (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
@@ -138,6 +140,17 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["train", "--config", "a", "--resume", "b"], "give --config or --resume, not both"),
         (["evaluate", "nowhere"], "no checkpoint nowhere"),
         (["methods", "atlas"], "takes no arguments"),
+        (["a\x1b[31m\nb"], "no command 'a\\x1b[31m\\nb'"),
+        (["train", "--dataset", "a\x1b[31m\nb"], "no data set 'a\\x1b[31m\\nb'"),
+        (["train", "--method", "a\x1b[31m\nb"], "no method 'a\\x1b[31m\\nb'"),
+        (["train", "--config", "a\x1b[31m\nb"], "config file 'a\\x1b[31m\\nb' does not exist"),
+        (["train", "--resume", "a\x1b[31m\nb"], "no checkpoint 'a\\x1b[31m\\nb'"),
+        (["train", "--model", "a\x1b[31m\nb"], "nothing known as 'a\\x1b[31m\\nb'"),
+        (["train", "--model", "a\x1b[31m\nb:c"], "model 'a\\x1b[31m\\nb:c'"),
+        (["train", "--device", "a\x1b[31m\nb"], "device 'a\\x1b[31m\\nb' cannot be used"),
+        (["evaluate", "a\x1b[31m\nb"], "no checkpoint 'a\\x1b[31m\\nb'"),
+        (["train", "--device", "meta"], "device 'meta' cannot be used"),
+        (["train", "--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(
@@ -147,7 +160,7 @@ def test_what_a_user_can_put_right_is_one_line(
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and "\x1b" not in error
 
 
 def test_a_missing_tyro_is_named_with_the_remedy(

@@ -112,6 +112,8 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
     engine.train(dataclasses.replace(config, epochs=2), splits=splits(), folder=tmp_path / "a")
     more = engine.train(dataclasses.replace(config, resume=str(tmp_path / "a")), splits=splits())
     assert_same(state(more), state(engine.train(config, splits=splits())))  # a constant lr does not know the end
+    changed = dataclasses.replace(config, resume=str(tmp_path / "a"), weight_decay=0.5)
+    assert engine.train(changed, splits=splits()).optimizer.param_groups[0]["weight_decay"] == 0.5
     with pytest.raises(ValueError, match="has done 4 epochs already"):
         engine.train(dataclasses.replace(config, epochs=3, resume=str(tmp_path / "a")), splits=splits())
 
@@ -487,6 +489,15 @@ def test_numbers_as_people_write_them() -> None:
             TrainConfig(eps=eps)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="eps must be a number .* got 'eight'"):
         TrainConfig(eps="eight")  # type: ignore[arg-type]
+
+
+def test_integers_keep_all_their_digits() -> None:
+    for seed in (2**53 + 1, 2**63 - 1):
+        assert TrainConfig(seed=seed).seed == TrainConfig(seed=str(seed)).seed == seed
+    assert TrainConfig(seed="1e3").seed == TrainConfig(seed=1e3).seed == 1000
+    for seed in (2**63, 1e300, 10**400, 0.5, "0.5", "1" * 5000, True, float("nan")):
+        with pytest.raises(ValueError, match="seed must be an integer >= 0, got "):
+            TrainConfig(seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,16 @@ def test_bad_sizes_are_refused():
             make(name)(x)
 
 
+@pytest.mark.parametrize("width", [10**6, 2**62])
+def test_a_width_beyond_memory_is_refused_before_anything_is_allocated(width: int):
+    for name in SIZES:
+        with pytest.raises(ValueError, match=f"{name} of width {width} take .* GiB, and this machine has"):
+            make(name, width=width)
+
+
 def test_seed_rules_the_initialisation():
+    default, same = make("digits_net", width=None).state_dict(), make("digits_net", width=32).state_dict()
+    assert all(torch.equal(default[key], same[key]) for key in same)  # how much memory it takes is known without a draw
     for name in SIZES:
         first, again = make(name).state_dict(), make(name).state_dict()
         assert all(torch.equal(first[key], again[key]) for key in first)

@@ -31,6 +31,31 @@ def nothing(num_classes, in_channels):
 
 def greedy(num_classes, in_channels, depth):
     return Net(num_classes, in_channels)
+
+def grey(num_classes):
+    return Net(num_classes, 1)
+
+def like_torchvision(*, weights=None, progress=True, **kwargs):
+    return grey(**kwargs)
+
+def failing(num_classes, in_channels):
+    raise KeyError("a\\nb")
+
+class Fails(Net):
+    def forward(self, x):
+        return super().forward(x, 1)
+
+class FailsInTraining(Net):
+    def forward(self, x):
+        return super().forward(x) + (None if self.training else 0)
+
+class Few(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :4]
+
+class Spatial(Net):
+    def forward(self, x):
+        return super().forward(x)[..., None]
 """
 SIZES = {"num_classes": 3, "in_channels": 2}
 
@@ -80,6 +105,7 @@ def test_width_goes_to_the_factory_only_if_it_is_given() -> None:
         ("nets/my_net.py:VALUE", "must be a class or a function, got int"),
         ("nets/my_net.py:nothing", "must give a torch.nn.Module, got NoneType"),
         ("nets/my_net.py:greedy", "missing a required argument: 'depth'"),
+        ("nets/my_net.py:failing", r"in_channels=2, and it fails: KeyError: 'a\\nb'"),
         ("nets/my_net.py:", "must be package.module:factory"),
         (":Net", "must be package.module:factory"),
         ("digits-net", "nothing known as 'digits-net'"),
@@ -88,6 +114,45 @@ def test_width_goes_to_the_factory_only_if_it_is_given() -> None:
 def test_what_is_wrong_with_a_path_is_said(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.network(path, **SIZES)
+
+
+@pytest.mark.parametrize("factory", ["grey", "like_torchvision"])
+def test_a_factory_that_takes_no_in_channels_is_called_without(factory: str) -> None:
+    assert models.network(f"nets/my_net.py:{factory}", num_classes=3, in_channels=1)[1].in_features == 64
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (
+            "grey3",
+            "given images [2, 1, 8, 8] in [0, 1], fails: RuntimeError: mat1 and mat2 shapes cannot",
+        ),
+        ("Fails", "given images [2, 1, 8, 8] in [0, 1], fails: TypeError: Sequential.forward() takes 2 positional"),
+        ("Few", "given images [2, 1, 8, 8] in [0, 1], gives 4 logits, fewer than the data set's 10 classes"),
+        ("Spatial", "given images [2, 1, 8, 8] in [0, 1], must give logits [2, 10], got [2, 10, 1]"),
+        ("FailsInTraining", "atlas: TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType' (/"),
+    ],
+)
+def test_what_a_network_cannot_do_is_one_line(
+    factory: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    pytest.importorskip("sklearn")
+    with open("nets/my_net.py", "a") as file:
+        file.write("\ndef grey3(num_classes):\n    return Net(num_classes, 3)\n")
+    train = ["train", "--method", "standard", "--beside", "none", "--epochs", "1", "--train-size", "64"]
+    train += ["--model", f"nets/my_net.py:{factory}", "--out-dir", "run"]
+    assert cli.main(train) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    if factory == "FailsInTraining":
+        assert "nets/my_net.py:" in error and "in forward)" in error and "ATLAS_DEBUG=1" in error
+    else:
+        assert f"model nets/my_net.py:{factory}, " in error and not Path("run").exists()
+    monkeypatch.setenv("ATLAS_DEBUG", "1")
+    assert cli.main([*train[:-1], "again"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_an_error_in_the_code_is_its_own() -> None:

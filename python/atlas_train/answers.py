@@ -10,6 +10,7 @@ from torch import nn
 from atlas_kernels.outputs import logits_of
 
 from .evaluate import evaluating
+from .options import plain
 
 #: Rounding on another device is far below this share of the largest logit, and another normalisation far above.
 _TOLERANCE = 0.02
@@ -41,6 +42,6 @@ def require_same(model: nn.Module, recorded: list[list[float]] | None, shape: Se
     then, found = torch.tensor(recorded), torch.tensor(now)
     if then.shape != found.shape or (then - found).abs().max() > _TOLERANCE * then.abs().max():
         raise ValueError(
-            f"{source} was made with another {type(model).__name__}: its weights fit this one, and the same images get "
-            "other logits. Build it as it was for the run: normalisation, activations and the like"
+            f"{plain(source)} was made with another {type(model).__name__}: its weights fit this one, and the same "
+            "images get other logits. Build it as it was for the run: normalisation, activations and the like"
         )

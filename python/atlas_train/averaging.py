@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .checkpoint import load_weights
 from .config import TrainConfig
+from .options import plain
 
 
 class Averaging:
@@ -46,8 +48,11 @@ class Averaging:
     def state_dict(self) -> dict[str, Any]:
         return {"count": int(self._average.n_averaged), "model": self._average.module.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._average.module.load_state_dict(state["model"])
+    def load_state_dict(self, state: Mapping[str, Any] | None, source: object) -> None:
+        """Raises ValueError, naming ``source``, for another network's average or none."""
+        if state is None:
+            raise ValueError(f"{plain(source)} holds no average of the weights")
+        load_weights(self._average.module, state["model"], source)
         self._average.n_averaged.fill_(state["count"])
 
     @torch.no_grad()

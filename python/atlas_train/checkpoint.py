@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import stat
+import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ from torch import Tensor, nn
 
 import atlas_kernels
 
-from . import answers, models
+from . import answers, models, schema
+from .config import from_dict, to_dict
+from .options import one_line, plain, shown
 
 FORMAT = 1
 LAST = "last.pt"
+#: What an optimiser keeps of each parameter.
+_KEPT = {"SGD": {"momentum_buffer"}, "Adam": {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -46,8 +52,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         free = shutil.disk_usage(path.parent).free + 512 * temporary.stat().st_blocks  # the half of it will go
         raise OSError(
-            f"{path} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there before "
-            "is as it was. Make room and try again; a run goes on with --resume"
+            f"{plain(path)} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there "
+            "before is as it was. Make room and try again; a run goes on with --resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -102,25 +108,40 @@ def locate(path: str | os.PathLike[str]) -> Path:
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
         if len(runs) == 1:
             return Path(runs[0], LAST)
-        hint = f"; it holds the runs {', '.join(runs)}: name one of them" if runs else ""
-        raise FileNotFoundError(f"no checkpoint {found}{hint}")
+        hint = f"; it holds the runs {', '.join(map(plain, runs))}: name one of them" if runs else ""
+        raise FileNotFoundError(f"no checkpoint {plain(found)}{hint}")
     return found
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU. Raises FileNotFoundError, or ValueError for a damaged or foreign file."""
+def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU: what it holds is of the kind that a run writes, and ``needed`` is there.
+
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
     found = locate(path)
     try:
+        _require_stored(found)
         state = torch.load(found, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
-            f"{found} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
+            f"{plain(found)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
         ) from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise ValueError(f"{found} is no checkpoint of atlas: a bare state_dict is loaded with model.load_state_dict")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{found} has checkpoint format {state['format']}, this version reads {FORMAT}")
+        raise ValueError(
+            f"{plain(found)} is no checkpoint of atlas: a bare state_dict is loaded with model.load_state_dict"
+        )
+    if type(state["format"]) is not int or state["format"] != FORMAT:
+        written = schema.described(state["format"])
+        raise ValueError(f"{plain(found)} has checkpoint format {written}, this version reads {FORMAT}")
+    schema.require_checkpoint(state, plain(found), needed)
     return state
+
+
+def _require_stored(path: Path) -> None:
+    """Raises ValueError for a file that would take more memory than it has bytes: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
 
 
 def rng_state() -> dict[str, Any]:
@@ -128,19 +149,50 @@ def rng_state() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
+def restore_rng(state: Mapping[str, Any], source: object = "the checkpoint") -> None:
     """Sets torch's generators; those of CUDA only when the number of devices is the same."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    try:
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{plain(source)}: rng is no state of torch's generators ({error})") from error
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
     """``model.load_state_dict``, with an error that says which file does not fit which model."""
+    own = model.state_dict()
     try:
+        for name in own.keys() & weights.keys():
+            if isinstance(own[name], Tensor) and not torch.can_cast(weights[name].dtype, own[name].dtype):
+                raise TypeError(f"{name} is of {weights[name].dtype} there, {own[name].dtype} here")
         model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {source} do not fit a {type(model).__name__}: {error}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:
+        name = type(model).__name__
+        raise ValueError(f"the weights in {plain(source)} do not fit a {name}: {one_line(error)}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:
+    """The optimiser's memory (momentum and the like); its settings stay those that it was made with.
+
+    Raises ValueError, naming ``source``, where it is not that of these parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = _KEPT[type(optimizer).__name__]
+    for number, state in saved["state"].items():
+        fits = (
+            number < len(parameters)
+            and (not state or state.keys() == kept)
+            and all(
+                value.shape == (() if name == "step" else parameters[number].shape) and value.is_floating_point()
+                if value is not None
+                else name == "momentum_buffer"  # before the first step
+                for name, value in state.items()
+            )
+        )
+        if not fits:
+            raise ValueError(f"{plain(source)}: the optimiser's state of parameter {number} does not fit the network")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def versions() -> dict[str, str]:
@@ -194,29 +246,57 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data."""
     found = locate(path)
-    if found.suffix == ".safetensors":
-        weights, description = _read_safetensors(found)
-    else:
-        state = load(found)
-        kept = ("arch", "config", "data", "answers")
-        weights, description = final_weights(state), {key: state[key] for key in kept if key in state}
-    arch = description["arch"]
+    state = _read_safetensors(found) if found.suffix == ".safetensors" else load(found, ("arch", "config"))
+    kept = ("arch", "config", "data", "answers")
+    description: dict[str, Any] = {key: state[key] for key in kept if key in state}
+    description["config"] = to_dict(from_dict(state["config"], plain(found)))
+    arch, weights = state["arch"], final_weights(state)
     if model is None:
         require_trusted(arch["name"], found)
         if not arch["by_name"]:
             raise ValueError(
-                f"{found} holds a {arch['name']} of your own: build it yourself and load its weights into it, or say "
-                "how it is built, --model package.module:factory"
+                f"{plain(found)} holds a {plain(arch['name'])} of your own: build it yourself and load its weights "
+                "into it, or say how it is built, --model package.module:factory"
             )
-    if isinstance(model, nn.Module):
-        built = model
-    else:
-        sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
-        built = models.network(model or arch["name"], **sizes)
+    built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, found)
     load_weights(built, weights, found)
     if description.get("answers"):
+        schema.require_keys(description, ("data",), plain(found))
         answers.require_same(built, description["answers"], description["data"]["test"]["shape"], found)
     return built.eval(), description
+
+
+def _built(name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path) -> nn.Module:
+    """The network of that name with those sizes; one of ours only if the weights are known to fit."""
+    schema.require_sizes(arch, weights, plain(source))
+    if not models.is_import_path(name):
+        require_fitting(name, arch, weights, source)
+    return models.network(name, **_sizes(arch))
+
+
+def _sizes(arch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arch[name] for name in ("num_classes", "in_channels", "width")}
+
+
+def require_fitting(name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
+    """Raises ValueError unless the weights are those of one of our networks with those sizes; allocates nothing."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # that nothing is copied
+        load_weights(models.network(name, **_sizes(arch)), weights, source)
+
+
+def require_resumable(state: Mapping[str, Any], source: object) -> None:
+    """Raises ValueError unless all is there that a run needs to go on, and of one network; builds nothing."""
+    schema.require_keys(state, schema.NEEDED, plain(source))
+    config, arch = from_dict(state["config"], plain(source)), state["arch"]
+    if arch["by_name"] and (config.model, config.width) != (arch["name"], arch["width"]):
+        raise ValueError(
+            f"{plain(source)}: config says {shown(config.model)} of width {config.width}, and arch says "
+            f"{shown(arch['name'])} of width {arch['width']}: edited or damaged"
+        )
+    schema.require_sizes(arch, state["model"], plain(source))
+    if arch["by_name"] and not models.is_import_path(arch["name"]):
+        require_fitting(arch["name"], arch, state["model"], source)
 
 
 def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -230,20 +310,23 @@ def require_trusted(name: str, source: object) -> None:
     """Raises ValueError if a checkpoint's network is an import path."""
     if models.is_import_path(name):
         raise ValueError(
-            f"{source} names code of your own, {name}, and code that a file names is not run unasked: if you trust it, "
-            f"say so with --model {name}"
+            f"{plain(source)} names code of your own, {plain(name)}, and code that a file names is not run unasked: if "
+            f"you trust it, say so with --model {plain(name)}"
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found,unused-ignore]
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """An exported network as a checkpoint: its weights, and what its metadata say of it."""
+    from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
 
     try:
         with safe_open(str(path), framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("atlas", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-    if description is None:
-        raise ValueError(f"{path} does not say which network it holds; it was not written by atlas")
-    return weights, description
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{plain(path)} cannot be read as safetensors: {one_line(error)}") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{plain(path)} does not say which network it holds; it was not written by atlas")
+    state = {**description, "model": weights}
+    schema.require_checkpoint(state, plain(path), ("arch", "config"))
+    return state

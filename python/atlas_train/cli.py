@@ -12,14 +12,19 @@ import inspect
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+import atlas_kernels
+
 from . import checkpoint, flags, methods
 from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file, without_place
 from .interrupts import Terminated, terminable
-from .options import allowed, hints, nearest, option
+from .options import allowed, hints, nearest, one_line, option, plain, shown
 
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
@@ -28,6 +33,7 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
 `atlas COMMAND --help` lists the flags; `atlas train --method NAME --help` also those of the method.
+An error is one line; with ATLAS_DEBUG=1 in the environment its traceback comes before it.
 """
 
 
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in commands:
-        return _complain(f"atlas: no command {name!r}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
+        return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
     try:
         with terminable():
             return commands[name](rest)
@@ -75,13 +81,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("\natlas: stopped", 130)
     except Terminated as stop:
         return _complain("\natlas: told to end", int(str(stop.code)))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return _complain(f"atlas: {error}")
+    except Exception as error:
+        if os.environ.get("ATLAS_DEBUG"):
+            traceback.print_exception(error)
+        return _complain(f"atlas: {_explained(error)}")
 
 
 def _complain(text: str, status: int = 2) -> int:
-    print(text, file=sys.stderr)
+    """``text`` on stderr, where a name with escapes in it cannot move the cursor."""
+    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr)
     return status
+
+
+def _explained(error: Exception) -> str:
+    """What went wrong, in one line; only our lists of places that were looked at take more.
+
+    Our own errors say it all. Others say of what type they are and, where it was not our code, which line raised them.
+    """
+    where = _foreign_line(error)
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and not where and str(error):
+        return str(error) if isinstance(error, OSError) else " ".join(str(error).split())
+    return f"{one_line(error)}{where and f' ({where})'}; ATLAS_DEBUG=1 shows the traceback"
+
+
+def _foreign_line(error: Exception) -> str:
+    """The file and line of a network's own code that raised the error, or nothing: torch's count as their caller's."""
+    installed = str(Path(torch.__file__).parent)
+    own = tuple(str(Path(module.__file__ or "").parent) for module in (atlas_kernels, sys.modules[__package__]))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((installed, "<")):
+            return "" if frame.filename.startswith(own) else f"{plain(frame.filename)}:{frame.lineno} in {frame.name}"
+    return ""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -102,7 +132,7 @@ def train(argv: Sequence[str]) -> int:
         if is_comparison(resumed):
             base = from_file(resumed / CONFIG)
         else:
-            base = from_dict(checkpoint.load(resumed)["config"], first.resume)
+            base = from_dict(checkpoint.load(resumed, ("arch", "config"))["config"], plain(first.resume))
         if not first.model:
             checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, progress
+from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
 from .config import TrainConfig, from_file, methods_of, recorded, resolved, without_place
 from .data import DataSplits
@@ -20,6 +20,7 @@ from .engine import load_splits, train
 from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
 from .interrupts import Terminated, terminable
+from .options import plain
 from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, commit, environment, markdown, table
@@ -80,7 +81,7 @@ def compare(
             title = _write(folder, config, runs, results, command)
     say(f"\n{title}\n")
     say(table(results))
-    say(f"files: {folder}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
+    say(f"files: {plain(folder)}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return results
 
 
@@ -97,8 +98,8 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
         old = from_file(root / CONFIG)
         if config.method != old.method:
             raise ValueError(
-                f"{root} compares {old.method} with others, you gave method {config.method}: leave the method out, or "
-                "add others with beside"
+                f"{plain(root)} compares {old.method} with others, you gave method {config.method}: leave the method "
+                "out, or add others with beside"
             )
         config = replace(config, beside=old.beside if config.beside is None else config.beside)
     else:
@@ -108,8 +109,8 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
             return config, {config.method: folder}
         if folder.name != config.method:
             raise ValueError(
-                f"beside: {folder} lies alone, for the folder of a run that others go beside is called by its method, "
-                f"{config.method}: leave beside out"
+                f"beside: {plain(folder)} lies alone, for the folder of a run that others go beside is called by its "
+                f"method, {config.method}: leave beside out"
             )
     return config, {name: root / name for name in methods_of(config)}
 
@@ -138,13 +139,13 @@ def _require_free(config: TrainConfig, folders: Mapping[str, Path]) -> None:
     for name, folder in folders.items():
         if (folder / checkpoint.LAST).exists():
             raise FileExistsError(
-                f"out_dir {config.out_dir} already holds a run of {name}: go on with it (resume {folder}) or choose "
-                "another"
+                f"out_dir {config.out_dir} already holds a run of {name}: go on with it (resume {plain(folder)}) or "
+                "choose another"
             )
     root = folders[config.method].parent
     if config.beside and is_comparison(root):
         raise FileExistsError(
-            f"out_dir {root} already holds a comparison: go on with it (resume {root}) or choose another"
+            f"out_dir {plain(root)} already holds a comparison: go on with it (resume {plain(root)}) or choose another"
         )
 
 
@@ -183,7 +184,11 @@ def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, sa
             checkpoint.write_text(path, before)
         stopped = isinstance(error, (KeyboardInterrupt, Terminated, OSError, RuntimeError))
         if there and stopped and not isinstance(error, FileExistsError):
-            how = f"atlas train --resume {folder}" if splits.loader else f"resume={str(folder)!r} and the same splits"
+            how = (
+                f"atlas train --resume {plain(folder)}"
+                if splits.loader
+                else f"resume={str(folder)!r} and the same splits"
+            )
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise
 
@@ -211,8 +216,9 @@ def _kept(path: Path, of: Mapping[str, Any]) -> Result | None:
     """An evaluation that was written before, if it is one of ``of``."""
     try:
         values = json.loads(path.read_text())
+        schema.require_evaluation(values, str(path))
         return Result.from_dict(values) if values["of"] == of else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, RecursionError, KeyError):
         return None
 
 
@@ -221,7 +227,8 @@ def _write(
 ) -> str:
     """results.json and results.md, each of which explains itself; returns the title."""
     run = runs[config.label]
-    title = f"{run.splits.name}, {len(run.splits.train):,} training images, epochs {config.epochs}, seed {config.seed}"
+    what = f"{plain(run.splits.name)}, {len(run.splits.train):,} training images"
+    title = f"{what}, epochs {config.epochs}, seed {config.seed}"
     machine = environment(run.device, config.threads or torch.get_num_threads())
     own = {name: {"hyper": runs[name].hyper, "changes": runs[name].changes} for name in results}
     used = {f"{each.config.method}.{key}": value for each in runs.values() for key, value in each.hyper.items()}

@@ -332,7 +332,7 @@ def without_place(path: str) -> str:
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """The inverse of ``to_dict``. Raises ValueError for an unknown key, naming the nearest."""
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    source, known = plain(source), [f.name for f in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
             raise ValueError(f"{source}: no setting {shown(key)}; the nearest is {nearest(key, known)!r}")

@@ -126,8 +126,9 @@ def start(
         run.data = identity.record(splits) if folder else {}
         return run, []
     source = checkpoint.locate(config.resume)
-    state = checkpoint.load(source)
+    state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
+    checkpoint.require_resumable(state, source)
     splits = splits or load_splits(config, state, source)
     images = identity.record(splits)
     notes = identity.require_same(state, images, source, "resume")

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from .options import plain
+
 LOCK = ".lock"
 _held = threading.local()
 
@@ -81,11 +83,12 @@ def _lock(folder: Path) -> int:
             who = _owner(descriptor)
             os.close(descriptor)
             raise FileExistsError(
-                f"another run is writing to {folder}: {who}. Wait until it ends, or end it, or choose another folder"
+                f"another run is writing to {plain(folder)}: {who}. Wait until it ends, or end it, or choose another "
+                "folder"
             ) from None
         except OSError as error:
             warnings.warn(
-                f"{folder} lies where files cannot be locked ({error}): see to it that no two runs write there",
+                f"{plain(folder)} lies where files cannot be locked ({error}): see to it that no two runs write there",
                 stacklevel=2,
             )
         if os.fstat(descriptor).st_nlink:  # else its owner has just removed it: take the next

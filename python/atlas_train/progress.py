@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .options import fraction
+from .options import fraction, plain
 
 
 class Display(Protocol):
@@ -132,4 +132,5 @@ def clock(seconds: float) -> str:
 
 def headline(name: str, dataset: str, images: int, model: str, parameters: int, eps: float, device: str) -> str:
     """The line above a run's progress."""
-    return f"{name}: {dataset}, {images:,} images, {model} ({parameters:,} parameters), eps {fraction(eps)}, {device}"
+    what, network = f"{plain(dataset)}, {images:,} images", f"{plain(model)} ({parameters:,} parameters)"
+    return f"{name}: {what}, {network}, eps {fraction(eps)}, {device}"

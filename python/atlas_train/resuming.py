@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import answers, checkpoint, models
 from .config import PLACES, TrainConfig, from_dict, without_place
+from .options import plain, shown
 from .run import Run
 from .schedules import learning_rate
 
@@ -25,8 +26,8 @@ def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str
     arch = state["arch"]
     if model is None and not arch["by_name"] and not models.is_import_path(name):
         raise ValueError(
-            f"{source} holds a {arch['name']} of your own: give it from Python (model=...), or say how it is built, "
-            "--model package.module:factory"
+            f"{plain(source)} holds a {plain(arch['name'])} of your own: give it from Python (model=...), or say how "
+            "it is built, --model package.module:factory"
         )
 
 
@@ -35,21 +36,18 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
 
     Raises ValueError if it belongs to another run.
     """
-    old = from_dict(state["config"], str(source))
+    old = from_dict(state["config"], plain(source))
     require_same(run, old, state, source)
     checkpoint.load_weights(run.model, state["model"], source)
-    wanted = {"momentum": run.config.momentum, "weight_decay": run.config.weight_decay}
-    run.optimizer.load_state_dict(state["optimizer"])
-    for group in run.optimizer.param_groups:  # the checkpoint's are those of then
-        group.update({name: value for name, value in wanted.items() if name in group})
+    checkpoint.load_optimizer(run.optimizer, state["optimizer"], source)
     if run.average:
-        run.average.load_state_dict(state["average"])
+        run.average.load_state_dict(state.get("average"), source)
     answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
-    checkpoint.restore_rng(state["rng"])
+    checkpoint.restore_rng(state["rng"], source)
     run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
     run.history = state["history"]
     run.changes = list(state.get("changes", []))
-    run.memory.update({name: value.to(run.device) for name, value in state.get("memory", {}).items()})
+    run.memory.update(_memory(run, state, source))
     changed = differences(old, run.config)
     changed |= {
         name: [then, now]
@@ -62,6 +60,18 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     return []
 
 
+def _memory(run: Run, state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """What the method remembers. Raises ValueError for what it cannot have left after so many steps."""
+    if run.step != run.epoch * len(run.batches):
+        raise ValueError(f"{plain(source)}: step {run.step} is not the end of epoch {run.epoch}: edited or damaged")
+    memory = state.get("memory", {})
+    try:
+        run.method.require_memory(memory, run.splits.train.images.shape)
+    except ValueError as error:
+        raise ValueError(f"{plain(source)}: {error}: edited or damaged") from error
+    return {name: value.to(run.device) for name, value in memory.items()}
+
+
 def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: Path) -> None:
     """Method, network and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
     new = run.config
@@ -71,9 +81,13 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
         changed["hyper-parameters"] = _used(old, state, run)
     for name, (then, now) in changed.items():
         if then != now:
-            raise ValueError(f"{source} cannot be resumed with another {name}: it has {then!r}, you gave {now!r}")
+            raise ValueError(
+                f"{plain(source)} cannot be resumed with another {name}: it has {shown(then)}, you gave {shown(now)}"
+            )
     if state["epoch"] > new.epochs:
-        raise ValueError(f"{source} has done {state['epoch']} epochs already; give epochs more than {new.epochs}")
+        raise ValueError(
+            f"{plain(source)} has done {state['epoch']} epochs already; give epochs more than {new.epochs}"
+        )
 
 
 def _networks(run: Run, arch: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -101,7 +115,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
 
 
 def _told(run: Run, changed: Mapping[str, list[Any]]) -> str:
-    words = ", ".join(f"{name} {now} (before: {then})" for name, (then, now) in changed.items())
+    words = ", ".join(f"{plain(name)} {plain(now)} (before: {plain(then)})" for name, (then, now) in changed.items())
     return f"resumed after epoch {run.epoch} with {words}"
 
 

@@ -18,6 +18,7 @@ from . import answers, averaging, checkpoint, data, models
 from .config import TrainConfig, recorded, resolved, without_place
 from .data import Batches, DataSplits
 from .methods import Method, State
+from .options import one_line, shown
 from .recompute import Recomputed, blocks
 from .report import write_csv
 from .step_graph import require_recordable
@@ -129,6 +130,9 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
         channels_last=config.channels_last,
         drop_last=len(splits.train) >= config.batch_size,
     )
+    if arch["by_name"]:
+        few = splits.train.images[:2].to(device).float() / 255
+        models.require_usable(model, arch["name"], few, splits.num_classes)
     method = config.build_method()
     method.require(model)
     if config.checkpoint_activations:
@@ -144,9 +148,17 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
 
 def usable_device(name: str | None) -> torch.device:
     """The device of that name; None: cuda where there is one. Raises ValueError for a CUDA device that is not there."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    known = "write cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type != "cuda":
+            torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {shown(name)} cannot be used ({one_line(error)}): {known}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise ValueError(
+            f"device {shown(name)} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return device
 
 

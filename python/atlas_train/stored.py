@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, data, progress
+from . import checkpoint, data, models, progress
 from .autoattack import Version, require_autoattack
 from .autoattack import autoattack as run_autoattack
 from .config import from_dict, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
+from .options import plain
 from .results import Result
 from .run import Run, on_host, usable_device
 
@@ -43,8 +44,8 @@ def resume(
         display, on_epoch: as for ``train``.
         changes: settings of ``TrainConfig`` that are to be others from now on, e.g. epochs.
     """
-    state = checkpoint.load(path)
-    config = from_dict(state["config"], str(path))
+    state = checkpoint.load(path, ("arch", "config"))
+    config = from_dict(state["config"], plain(path))
     if model is None:
         checkpoint.require_trusted(config.model, path)
     elif isinstance(model, str):
@@ -100,11 +101,17 @@ def evaluate_checkpoint(
         other_data=other_data,
         say=say,
     )
-    network = network.to(usable_device(device))
+    where = usable_device(device)
+    network = network.to(where)
+    if not isinstance(model, nn.Module):
+        few = splits.test.images[:2].to(where).float() / 255
+        models.require_usable(network, model or type(network).__name__, few, splits.num_classes)
     channels_last = bool(run.get("channels_last"))
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     eps, size = eps or run["eps"], size or run.get("eval_size")
+    if eps is None:
+        raise ValueError(f"{plain(path)} does not say what eps is: give it (--eps), for example 8/255")
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "say": say}
     with on_host(threads or run.get("threads")):
         found = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
@@ -144,10 +151,12 @@ def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path
     """What is to be said of the data. Raises ValueError where they are not the run's, and nobody asked for others."""
     classes = description["arch"]["num_classes"]
     if images["num_classes"] > classes:
-        raise ValueError(f"{path} knows {classes} classes, and the data have {images['num_classes']}: give others")
+        raise ValueError(
+            f"{plain(path)} knows {classes} classes, and the data have {images['num_classes']}: give others"
+        )
     try:
         return identity.require_same(description, images, path, "evaluate_checkpoint")
     except ValueError as error:
         if not other:
             raise ValueError(f"{error}; or, if you mean to evaluate on others, say other_data=True") from error
-        return [f"note: not the data that {path} was made on"]
+        return [f"note: not the data that {plain(path)} was made on"]

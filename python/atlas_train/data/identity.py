@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..options import plain
 from .images import DataSplits, Images
 
 SPLITS = ("train", "test")
@@ -39,16 +40,16 @@ def describe(recorded: Mapping[str, Any]) -> str:
         for name in SPLITS
         if (part := recorded.get(name))
     ]
-    return f"{recorded['name']}: {recorded['num_classes']} classes, " + ", ".join(parts)
+    return f"{plain(recorded['name'])}: {recorded['num_classes']} classes, " + ", ".join(parts)
 
 
 def loader(state: Mapping[str, Any], source: object, function: str) -> str:
     """The name by which `data.load` makes the data of a checkpoint. Raises ValueError for data of the user's own."""
-    recorded = state.get("data") or {"loader": state["config"]["dataset"]}
+    recorded = state.get("data") or {"loader": state["config"].get("dataset", "digits")}
     if recorded["loader"] is None:
         raise ValueError(
-            f"{source} was made on data of your own, {describe(recorded)}, which no --dataset stands for; give them "
-            f"from Python: {_from_python(function, source)}"
+            f"{plain(source)} was made on data of your own, {describe(recorded)}, which no --dataset stands for; "
+            f"give them from Python: {_from_python(function, source)}"
         )
     return str(recorded["loader"])
 
@@ -59,22 +60,24 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
     Returns what is to be said: a checkpoint of a version that recorded no data has their name alone.
     """
     if not (recorded := state.get("data")):
-        name, arch = state["config"]["dataset"], state["arch"]
+        name, arch = state["config"].get("dataset", "digits"), state["arch"]
         sizes = given["num_classes"], given["test"]["shape"][0]
         if given["loader"] not in (None, name) or sizes != (arch["num_classes"], arch["in_channels"]):
-            known = f"{name}: {arch['num_classes']} classes, {arch['in_channels']} channels"
-            raise ValueError(f"{source} was made on {known}; you gave {describe(given)}: leave out the data set")
+            known = f"{plain(name)}: {arch['num_classes']} classes, {arch['in_channels']} channels"
+            raise ValueError(f"{plain(source)} was made on {known}; you gave {describe(given)}: leave out the data set")
         return [
-            f"note: {source} is of a version that kept no record of its images: it says {name}, and nothing tells "
-            f"whether they are those of {describe(given)}"
+            f"note: {plain(source)} is of a version that kept no record of its images: it says {plain(name)}, and "
+            f"nothing tells whether they are those of {describe(given)}"
         ]
     differ = [name for name in SPLITS if name in given and given[name]["sha256"] != recorded[name]["sha256"]]
     if differ or recorded["num_classes"] != given["num_classes"]:
         known = recorded["loader"] and recorded["loader"] != given["loader"]
-        remedy = f"leave out the data set, or say {recorded['loader']}" if known else _from_python(function, source)
+        remedy = (
+            f"leave out the data set, or say {plain(recorded['loader'])}" if known else _from_python(function, source)
+        )
         raise ValueError(
-            f"{source} was made on other data. It has {describe(recorded)}; you gave {describe(given)}. Give those it "
-            f"was made on: {remedy}"
+            f"{plain(source)} was made on other data. It has {describe(recorded)}; you gave {describe(given)}. Give "
+            f"those it was made on: {remedy}"
         )
     return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,9 @@ class AWP(Method):
 
     def require(self, model: nn.Module) -> None:
         self.method.require(model)
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        self.method.require_memory(memory, shape)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         return self.method.prepare(model, batch, key, state)

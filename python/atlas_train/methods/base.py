@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -105,6 +105,12 @@ class Method(ABC):
 
     def require(self, model: nn.Module) -> None:  # noqa: B027 (most methods train any network)
         """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:  # noqa: B027 (most keep none)
+        """Raises ValueError for a checkpoint's memory that this method cannot have left.
+
+        shape: of the training images, [N, C, H, W].
+        """
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         """What the loss takes as given: adversaries, weights of samples, directions. No gradient flows through it.

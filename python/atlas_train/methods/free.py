@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,6 +47,16 @@ class Free(Method):
     @property
     def _step_size(self) -> float:
         return self.eps if self.step_size is None else self.step_size
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        delta = memory.get("delta")
+        if delta is not None and not (
+            delta.dim() == 4
+            and list(delta.shape[1:]) == list(shape[1:])
+            and delta.is_floating_point()
+            and bool((delta.abs() <= self.eps * (1 + 1e-3)).all())  # 16 bits round
+        ):
+            raise ValueError(f"memory delta must be perturbations [B, {', '.join(map(str, shape[1:]))}] within eps")
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         """What moves: x + delta or, clipped as a sum, delta."""

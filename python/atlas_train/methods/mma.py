@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -94,6 +94,16 @@ class MMA(Method):
     @property
     def _min_eps(self) -> float:
         return self._d_max / 10 if self.min_eps is None else self.min_eps
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        eps, most = memory.get("eps"), _REACH * self._d_max
+        if eps is not None and not (
+            eps.dim() == 1
+            and len(eps) <= shape[0]
+            and eps.is_floating_point()
+            and bool(((eps >= 0) & (eps <= most * (1 + 1e-6))).all())
+        ):
+            raise ValueError(f"memory eps must be margins of at most {shape[0]} images, from 0 to {most:.4g}")
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Boundary:
         with torch.no_grad():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import nn
 
+from ..options import canonical, nearest, shown
 from .classifier import Classifier, Normalize
 from .digits_net import DigitsNet
-from .imported import build_imported, is_import_path
+from .imported import build_imported, is_import_path, require_usable
 from .preact_resnet import PreActResNet18
 from .small_cnn import SmallCNN
 from .wide_resnet import WideResNet28, WideResNet34
 
-__all__ = ["Classifier", "Normalize", "build", "default_for", "is_import_path", "names", "network"]
+__all__ = ["Classifier", "Normalize", "build", "default_for", "is_import_path", "names", "network", "require_usable"]
 
 # Over the training images, in [0, 1], per channel.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -59,6 +61,7 @@ def build(
     `model.features(x)` gives the penultimate vectors [B, model.num_features], `model.head(features)` the logits.
     Raises ValueError for an unknown name and for sizes that are no positive integers.
     """
+    name = canonical(name, _MODELS)
     _check_name("name", name, _MODELS)
     mean_std = (CIFAR10_MEAN, CIFAR10_STD) if normalize is True and in_channels == 3 else normalize
     norm = None if isinstance(mean_std, bool) else Normalize(*mean_std)
@@ -71,7 +74,24 @@ def build(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             default = "; None takes the published width" if size == "width" else ""
             raise ValueError(f"{size} must be a positive integer, got {value!r}{default}")
+    if width is not None:
+        _require_memory(name, width, lambda: _MODELS[name](normalize=norm, **sizes))
     return _MODELS[name](normalize=norm, **sizes)
+
+
+def _require_memory(name: str, width: int, make: Callable[[], nn.Module]) -> None:
+    """Raises ValueError for a width whose weights are more than this machine's memory; allocates nothing."""
+    try:
+        with torch.device("meta"):
+            needed = sum(p.nbytes for p in make().parameters())
+    except RuntimeError:  # more than 64 bits count
+        needed = 2**63
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    if needed >= memory:
+        raise ValueError(
+            f"width: the weights of {name} of width {width} take {needed / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}: choose a smaller width"
+        )
 
 
 def network(name: str, *, num_classes: int, in_channels: int, width: int | None = None) -> nn.Module:
@@ -89,5 +109,7 @@ def network(name: str, *, num_classes: int, in_channels: int, width: int | None 
 def _check_name(argument: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0)[0]
-        raise ValueError(f"{argument}: nothing known as {name!r}; the nearest is {near!r} (known: {', '.join(known)})")
+        raise ValueError(
+            f"{argument}: nothing known as {shown(name)}; the nearest is {nearest(name, known)!r} "
+            f"(known: {', '.join(known)})"
+        )

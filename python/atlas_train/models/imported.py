@@ -12,9 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..options import nearest
+from atlas_kernels import noise_key
+from atlas_kernels.attacks.contract import leave_no_trace
+
+from ..options import nearest, one_line, plain
 
 
 def is_import_path(name: str | None) -> bool:
@@ -23,17 +27,65 @@ def is_import_path(name: str | None) -> bool:
 
 
 def build_imported(path: str, **sizes: int) -> nn.Module:
-    """``factory(**sizes)``: the code at ``path`` is run. Raises ValueError that says what is wrong with it."""
+    """``factory(**sizes)``: the code at ``path`` is run. Raises ValueError that says what is wrong with it.
+
+    A factory that does not take ``in_channels``, as those of torchvision, is called without.
+    """
     factory = _factory(path)
     called = f"model {path!r} is called with " + ", ".join(f"{name}={value}" for name, value in sizes.items())
+    fewer = {name: size for name, size in sizes.items() if name != "in_channels"}
     try:
-        inspect.signature(factory).bind(**sizes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{called}, and it does not take that: {error}") from error
-    model = factory(**sizes)
+        model = factory(**(fewer if _takes(factory, fewer) and not _takes(factory, sizes) else sizes))
+    except TypeError as error:
+        if "in_channels" not in str(error) or not _takes(factory, fewer):
+            raise _refused(called, factory, sizes, error) from error
+        try:  # it took **kwargs, and handed them on to what does not know the word
+            model = factory(**fewer)
+        except Exception as other:
+            raise _refused(called, factory, fewer, other) from other
+    except Exception as error:
+        raise _refused(called, factory, sizes, error) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{called}, and must give a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _takes(factory: Any, sizes: dict[str, int]) -> bool:
+    return _mismatch(factory, sizes) is None
+
+
+def _mismatch(factory: Any, sizes: dict[str, int]) -> Exception | None:
+    """Why the signature does not take the sizes."""
+    try:
+        inspect.signature(factory).bind(**sizes)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def _refused(called: str, factory: Any, sizes: dict[str, int], error: Exception) -> ValueError:
+    mismatch = _mismatch(factory, sizes)
+    why = f"it does not take that: {mismatch}" if mismatch else f"it fails: {one_line(error)}"
+    return ValueError(f"{called}, and {why}")
+
+
+def require_usable(model: nn.Module, name: str, images: Tensor, num_classes: int) -> None:
+    """Runs the network once, in eval mode and without a trace. Raises ValueError, naming it, where it cannot be used.
+
+    images: some of the data set, [B, C, H, W] in [0, 1], on the network's device.
+    """
+    given = f"model {plain(name)}, given images {list(images.shape)} in [0, 1],"
+    key = noise_key(images.device, generator=torch.Generator(images.device).manual_seed(0))
+    try:
+        with leave_no_trace(model, "eval", key), torch.no_grad():
+            logits = model(images)
+    except Exception as error:
+        remedy = "; a factory that takes in_channels is told how many the images have" if is_import_path(name) else ""
+        raise ValueError(f"{given} fails: {one_line(error)}{remedy}") from error
+    if isinstance(logits, Tensor) and (logits.dim() != 2 or len(logits) != len(images)):
+        raise ValueError(f"{given} must give logits [{len(images)}, {num_classes}], got {list(logits.shape)}")
+    if isinstance(logits, Tensor) and logits.shape[1] < num_classes:
+        raise ValueError(f"{given} gives {logits.shape[1]} logits, fewer than the data set's {num_classes} classes")
 
 
 def _factory(path: str) -> Any:
