@@ -36,10 +36,11 @@ class Execution:
 
     Args:
         precision: of the network in the attack: "bf16" or "fp16" by autocast, "fp32" with autocast off, "keep" as
-            found. Iterates, steps and projections stay in the dtype of the images whatever it is, so every adversary
-            is in its ball exactly. In 16 bits weights are cast once per attack. "fp16" also runs in float32, a second
-            time, those samples whose gradient it loses; on CUDA the host waits in every step to know (see
-            ``float16.py``, also for CUDA graphs). "bf16" has the range of float32 and loses none.
+            found. Iterates, steps and projections stay in the dtype of the images whatever it is, so that an adversary
+            keeps to its ball as well as that dtype can: to rounding in float32 and float64, while 16-bit images miss
+            it by up to 6 % of eps (see ``perturb``). In 16 bits weights are cast once per attack. "fp16" also runs in
+            float32, a second time, those samples whose gradient it loses; on CUDA the host waits in every step to know
+            (see ``float16.py``, also for CUDA graphs). "bf16" has the range of float32 and loses none.
         fold_batchnorm: in eval mode, run a convolution or linear layer and the BatchNorm that alone reads its output as
             one layer; equal to rounding. What folds is seen in one forward, made before the first attack on a network;
             where nothing does, or the network is compiled, a warning says so. A network that later runs another way
