@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.outputs import logits_of
 
 from ..options import nearest, one_line, plain
 
@@ -78,13 +79,13 @@ def require_usable(model: nn.Module, name: str, images: Tensor, num_classes: int
     key = noise_key(images.device, generator=torch.Generator(images.device).manual_seed(0))
     try:
         with leave_no_trace(model, "eval", key), torch.no_grad():
-            logits = model(images)
+            logits = logits_of(model(images))
     except Exception as error:
         remedy = "; a factory that takes in_channels is told how many the images have" if is_import_path(name) else ""
         raise ValueError(f"{given} fails: {one_line(error)}{remedy}") from error
-    if isinstance(logits, Tensor) and (logits.dim() != 2 or len(logits) != len(images)):
+    if logits.dim() != 2 or len(logits) != len(images):
         raise ValueError(f"{given} must give logits [{len(images)}, {num_classes}], got {list(logits.shape)}")
-    if isinstance(logits, Tensor) and logits.shape[1] < num_classes:
+    if logits.shape[1] < num_classes:
         raise ValueError(f"{given} gives {logits.shape[1]} logits, fewer than the data set's {num_classes} classes")
 
 
