@@ -248,6 +248,43 @@ def test_edges(name):
 
 @runs
 @pytest.mark.parametrize("name", OPERATORS)
+def test_large_logits_keep_their_digits(name):
+    for big in (20.0, 100.0, 65504.0, 1e6, 3e38):
+        sure = [[big, 0.25, -1.25, 0.75, -2], [0.5, big, -2, 1, 0], [-big, 0.25, -1, 0.5, 2], [1, 0.25, 0.125, -0.5, 0]]
+        pairs = [(a, b) for a in sure for b in sure]
+        z, adv = (torch.tensor([pair[i] for pair in pairs], device=DEVICE) for i in (0, 1))
+        labels = torch.arange(len(pairs), device=DEVICE) % 5
+        tensors = z, adv, labels, (labels + 2) % 5, None
+        value, total, *grads = call("reference", name, double(tensors))
+        found = call("triton", name, tensors)
+        close(found[0], value.to(SINGLE).to(DOUBLE), 1e-5, atol=1e-6)
+        close(found[1], total.to(SINGLE).to(DOUBLE), atol=1e-6 * float(value.abs().sum()))
+        size = value.abs().clamp(1, 1e38)[:, None]  # p (log ratio - KL) is what is left of two numbers of this size
+        for t, e in zip(found[2:], grads, strict=True):
+            close(t, e.to(SINGLE).to(DOUBLE), 1e-5, atol=1e-6 * size)
+
+
+@runs
+def test_what_has_weight_zero_adds_nothing_though_it_is_infinite():
+    inf, nan = float("inf"), float("nan")
+    z = torch.tensor([[1, 2, 0.0], [1, 2, 0], [1, nan, 0], [1, 2, -inf]], device=DEVICE)
+    q = torch.tensor([[0, -inf, 1.0], [0, -inf, 1], [0, 1, 0], [0, 0, 1]], device=DEVICE)
+    labels, weights = torch.tensor([1, 1, 0, 2], device=DEVICE), torch.tensor([0, 1.0, 0, 0], device=DEVICE)
+    tensors = z, q, labels, labels, weights
+    for name in (n for n in OPERATORS if not n.startswith("dlr")):
+        for t, e in zip(*(call(b, name, tensors, weights=weights) for b in ("triton", "reference")), strict=True):
+            torch.testing.assert_close(t, e, rtol=1e-5, atol=1e-6, equal_nan=True)
+    value, _, to_z, to_q = call("triton", "kl_div", tensors, weights=weights)
+    assert value[[0, 3]].tolist() == [0, 0] and value[1] == inf and value[2].isnan()
+    assert not to_z[[0, 3]].any() and not to_q[[0, 3]].any() and to_z[1].tolist() == [-inf, inf, -inf]
+    got, want = (call_atlas(b, torch.cat([z, q, z]), labels, KL, KL, weights) for b in ("triton", "reference"))
+    for t, e in zip(got, want, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert not got[3].view(3, 4, 3)[:, [0, 3]].any()
+
+
+@runs
+@pytest.mark.parametrize("name", OPERATORS)
 def test_nan_stays_in_its_row(name):
     tensors = problem(40, 10)  # more rows than one program has
     clean = call("triton", name, tensors)

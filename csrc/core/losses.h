@@ -6,11 +6,20 @@
 
 namespace atlas {
 
-// 1 where the classes are `label`.
-template <class Row> ATLAS_HD typename Row::V one_hot(typename Row::I classes, typename Row::I label) {
-  using V = typename Row::V;
-  return classes == label ? all<V>(1) : V{};
+// `value`, or 1, where the classes are `label`; else 0.
+template <class Row>
+ATLAS_HD typename Row::V one_hot(typename Row::I classes, typename Row::I label, typename Row::V value) {
+  return classes == label ? value : typename Row::V{};
 }
+template <class Row> ATLAS_HD typename Row::V one_hot(typename Row::I classes, typename Row::I label) {
+  return one_hot<Row>(classes, label, all<typename Row::V>(1));
+}
+
+// p v, and 0 where p is 0: v may be infinite there.
+template <class V> ATLAS_HD V weighted(V p, V v) { return p == V{} ? p : p * v; }
+
+// The same for a weight that does not come from v: a NaN stays.
+template <class V> ATLAS_HD V times(V weight, V v) { return (weight == V{}) & (v == v) ? V{} : weight * v; }
 
 // A prediction and the class that it should have been.
 template <class Row> struct Target {
@@ -39,10 +48,10 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   V value = target.ce;
   const T share = T(smoothing / double(row.count()));
   if (smoothing != 0) {
-    Total<V> below;
+    Total<V> below;  // of the halves and shares, which stay finite
     for (int64_t j = 0; j < row.vectors(); ++j)
-      below.add(row.classes(j) < row.count() ? s.max - row.logit(0, j) : V{});
-    value = value * T(1 - smoothing) + (below.over(row) * share + s.log_sum * T(smoothing));
+      below.add(row.classes(j) < row.count() ? (s.max * T(0.5) - row.logit(0, j) * T(0.5)) * (share * 2) : V{});
+    value = times(all<V>(T(1 - smoothing)), value) + (below.over(row) + s.log_sum * T(smoothing));
   }
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {
@@ -52,22 +61,25 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   return value;
 }
 
-// p times something that may be infinite where p is 0.
-template <class V> ATLAS_HD V weighted(V p, V v) { return p == V{} ? p : p * v; }
-
-// Two predictions beside each other; what is alike in them cancels before anything is rounded.
+// Two predictions beside each other; what is alike in them cancels before anything is rounded: logits of both where
+// their largest are close, else each logit and the largest of its row.
 template <class Row> struct Pair {
   using V = typename Row::V;
   const Softmax<Row>&p, &q;
   int p_slot, q_slot;
-  V shift;
+  V p_from, q_from, max_shift, log_shift;
 
   ATLAS_HD Pair(const Softmax<Row>& p, int p_slot, const Softmax<Row>& q, int q_slot)
-      : p(p), q(q), p_slot(p_slot), q_slot(q_slot), shift((p.max - q.max) + (p.log_sum - q.log_sum)) {}
+      : p(p), q(q), p_slot(p_slot), q_slot(q_slot), max_shift(p.max - q.max), log_shift(p.log_sum - q.log_sum) {
+    const auto close = (max_shift >= all<V>(-1)) & (max_shift <= all<V>(1));
+    p_from = close ? V{} : p.max;
+    q_from = close ? V{} : q.max;
+    max_shift = close ? max_shift : V{};
+  }
 
   // log p - log q.
   ATLAS_HD V log_ratio(const Row& row, int64_t j) const {
-    return (row.logit(p_slot, j) - row.logit(q_slot, j)) - shift;
+    return (((row.logit(p_slot, j) - p_from) - (row.logit(q_slot, j) - q_from)) - max_shift) - log_shift;
   }
 
   // q - p.
@@ -76,14 +88,15 @@ template <class Row> struct Pair {
     return (row.logit(p_slot, j) == p.max) & (row.logit(q_slot, j) == q.max) ? others : plain;
   }
 
-  // KL(p||q), and its derivative with respect to the logits of p.
+  // KL(p||q), and its derivative with respect to the logits of p; where KL is infinite, the limit as q goes to 0.
   ATLAS_HD V kl(Row& row) const {
     Total<V> sum;
     for (int64_t j = 0; j < row.vectors(); ++j) sum.add(weighted(p.p(row, p_slot, j), log_ratio(row, j)));
     return sum.over(row);
   }
   ATLAS_HD V kl_to_p(const Row& row, int64_t j, V kl) const {
-    return weighted(p.p(row, p_slot, j), log_ratio(row, j) - kl);
+    const V ratio = log_ratio(row, j);
+    return weighted(p.p(row, p_slot, j), ratio == all<V>(HUGE_VALF) ? ratio : ratio - kl);
   }
 };
 
@@ -95,7 +108,7 @@ template <class Row> ATLAS_HD typename Row::V kl_div(Row& row, int p_slot, int q
   if (row.wants(p_slot) || row.wants(q_slot))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const V to_q = pair.difference(row, j);
-      if (row.wants(p_slot)) row.gradient(p_slot, j, pair.kl_to_p(row, j, kl) * scale);
+      if (row.wants(p_slot)) row.gradient(p_slot, j, times(scale, pair.kl_to_p(row, j, kl)));
       row.gradient(q_slot, j, to_q * scale);
     }
   return kl;
@@ -104,17 +117,16 @@ template <class Row> ATLAS_HD typename Row::V kl_div(Row& row, int p_slot, int q
 template <class Row>
 ATLAS_HD typename Row::V trades(Row& row, typename Row::I label, double beta, typename Row::V scale) {
   using V = typename Row::V;
-  const scalar_of<V> b = scalar_of<V>(beta);
+  const V b = all<V>(scalar_of<V>(beta)), kl_scale = scale * b;
   const Softmax<Row> p = softmax(row, 0), q = softmax(row, 1);
   const Target<Row> target(p, row, 0, label);
   const Pair<Row> pair(p, 0, q, 1);
-  const V kl = pair.kl(row), value = target.ce + b * kl;
+  const V kl = pair.kl(row), value = target.ce + times(b, kl);
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V to_p = target.to_ce(row, j) + b * pair.kl_to_p(row, j, kl);
-      const V to_q = b * pair.difference(row, j);
-      row.gradient(0, j, to_p * scale);
-      row.gradient(1, j, to_q * scale);
+      const V to_p = pair.kl_to_p(row, j, kl), to_q = pair.difference(row, j);
+      row.gradient(0, j, target.to_ce(row, j) * scale + times(kl_scale, to_p));
+      row.gradient(1, j, to_q * kl_scale);
     }
   return value;
 }
@@ -134,18 +146,17 @@ ATLAS_HD typename Row::V mart(Row& row, typename Row::I label, double beta, type
     pulls.add(p_j * (q_j / (q_j + tiny)));
   }
   const V kl = kls.over(row), pull = pulls.over(row);
-  const Target<Row> clean(p, row, 0, label), target(q, row, 1, label);
+  const Target<Row> clean(p, row, 0, label), target(q, row, 1, label), second(q, row, 1, other.index[0]);
   const V p_y = exp_of_negative(clean.logit - p.max) * p.inverse, weight = (T(1.0000001) - T(1)) + clean.missing;
   const V q_m = exp_of_negative(other.logit[0] - q.max) * q.inverse;
-  const V room = T(1.0001 + 1e-12 - 1) + q.one_minus_p(other.logit[0]);
+  const V room = T(1.0001 + 1e-12 - 1) + second.missing;
   const V value = target.ce - log(room) + b * kl * weight;
   const V push = q_m / room;
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const typename Row::I c = row.classes(j);
       const V p_j = p.p(row, 0, j), q_j = q.p(row, 1, j), ratio = p_j * (q_j / (q_j + tiny));
       const V to_p = weighted(p_j, p.log_p(row, 0, j) - log(q_j + tiny) - kl);
-      const V bce = target.to_ce(row, j) + push * (one_hot<Row>(c, other.index[0]) - q_j);
+      const V bce = target.to_ce(row, j) - push * second.to_ce(row, j);
       row.gradient(0, j, b * (weight * to_p + kl * p_y * clean.to_ce(row, j)) * scale);
       row.gradient(1, j, (bce + b * weight * (q_j * pull - ratio)) * scale);
     }
@@ -178,25 +189,27 @@ template <class Row> ATLAS_HD typename Row::V margin(Row& row, typename Row::I l
 }
 
 // -(z_y - z_other) / (z_(1) - z_(3) + 1e-12); with targets, z_other is the target's and the divisor
-// z_(1) - (z_(3) + z_(4)) / 2 + 1e-12.
+// z_(1) - (z_(3) + z_(4)) / 2 + 1e-12. Both in halves, which stay finite.
 template <bool Targeted, class Row>
 ATLAS_HD typename Row::V dlr(Row& row, typename Row::I label, typename Row::I target, typename Row::V scale) {
   using V = typename Row::V;
   using I = typename Row::I;
   using T = scalar_of<V>;
+  const T half = T(0.5), quarter = T(0.25);
   const Top<Targeted ? 4 : 3, Row> order = top<Targeted ? 4 : 3>(row, 0, all<I>(-1));
   const Top<1, Row> other = top<1>(row, 0, label);
   const I towards = Targeted ? target : other.index[0];
-  const V nan = nan_of(row, 0), gap = row.at(0, label) - (Targeted ? row.at(0, target) : other.logit[0]) + nan;
-  const V low = Targeted ? (order.logit[2] + order.logit[Targeted ? 3 : 2]) * T(0.5) : order.logit[2];
-  const V range = order.logit[0] - low + T(1e-12), ratio = gap / range;
+  const V z_other = Targeted ? row.at(0, target) : other.logit[0], nan = nan_of(row, 0);
+  const V gap = row.at(0, label) * half - z_other * half + nan;
+  const V low = order.logit[2] * quarter + order.logit[Targeted ? 3 : 2] * quarter;
+  const V range = order.logit[0] * half - low + T(0.5e-12), ratio = gap / range, scale_2 = scale * half;
+  const V third = Targeted ? ratio * half : ratio;
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const I c = row.classes(j);
-      const V third = one_hot<Row>(c, order.index[2]);
-      const V bottom = Targeted ? (third + one_hot<Row>(c, order.index[Targeted ? 3 : 2])) * T(0.5) : third;
-      const V to_gap = one_hot<Row>(c, towards) - one_hot<Row>(c, label);
-      row.gradient(0, j, (to_gap + ratio * (one_hot<Row>(c, order.index[0]) - bottom)) / range * scale);
+      V g = one_hot<Row>(c, order.index[0], ratio) - one_hot<Row>(c, order.index[2], third) + nan;
+      if constexpr (Targeted) g = g - one_hot<Row>(c, order.index[3], third);
+      row.gradient(0, j, times(scale_2, (one_hot<Row>(c, towards) - one_hot<Row>(c, label) + g) / range));
     }
   return -ratio;
 }
@@ -211,12 +224,19 @@ template <class Row> ATLAS_HD typename Row::V squared_distance(Row& row, int a, 
   return sum.over(row);
 }
 
+// d squared_distance / d(logits of a) times a scale. In halves, which stay finite.
+template <class Row>
+ATLAS_HD typename Row::V pairing_gradient(const Row& row, int a, int b, int64_t j, typename Row::V scale) {
+  using T = scalar_of<typename Row::V>;
+  return times(scale * T(4), row.logit(a, j) * T(0.5) - row.logit(b, j) * T(0.5));
+}
+
 template <class Row> ATLAS_HD typename Row::V logit_pairing(Row& row, typename Row::V scale) {
   using V = typename Row::V;
   const V value = squared_distance(row, 0, 1);
   if (row.wants(0) || row.wants(1))
     for (int64_t j = 0; j < row.vectors(); ++j) {
-      const V d = (row.logit(0, j) - row.logit(1, j)) * scalar_of<V>(2) * scale;
+      const V d = pairing_gradient(row, 0, 1, j, scale);
       row.gradient(0, j, d);
       row.gradient(1, j, -d);
     }
@@ -237,6 +257,7 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
   using V = typename Row::V;
   using T = scalar_of<V>;
   const int adv = terms.global == ATLAS_TERM_NONE ? 0 : 1, first = adv + 1, end = first + int(terms.neighbours);
+  const T count = T(terms.neighbours);
   const V local_scale = scale * T(terms.local_weight / double(terms.neighbours ? terms.neighbours : 1));
   const V global_scale = scale * T(terms.global_weight);
   const Softmax<Row> q = softmax(row, adv);
@@ -253,38 +274,37 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
 
   for (int k = first; k < end; ++k) {
     if (terms.local == ATLAS_TERM_LOGIT) {
-      parts.local = parts.local + squared_distance(row, adv, k);
+      parts.local = parts.local + squared_distance(row, adv, k) / count;
       continue;
     }
     const Softmax<Row> r = softmax(row, k);
     const Pair<Row> ball(q, adv, r, k);
     const Target<Row> near(r, row, k, label);
-    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? ball.kl(row) : near.ce);
+    parts.local = parts.local + (terms.local == ATLAS_TERM_KL ? ball.kl(row) : near.ce) / count;
     if (row.wants(k))
       for (int64_t j = 0; j < row.vectors(); ++j) {
         const V pull = terms.local == ATLAS_TERM_KL ? ball.difference(row, j) : near.to_ce(row, j);
         row.gradient(k, j, pull * local_scale);
       }
   }
-  if (terms.neighbours) parts.local = parts.local / T(terms.neighbours);
 
   if (row.wants(adv))
     for (int64_t j = 0; j < row.vectors(); ++j) {
       V to_adv = target.to_ce(row, j) * scale;
       if (terms.local == ATLAS_TERM_LOGIT)
         for (int k = first; k < end; ++k) {
-          const V d = (row.logit(k, j) - row.logit(adv, j)) * T(2) * local_scale;
+          const V d = pairing_gradient(row, k, adv, j, local_scale);
           row.gradient(k, j, d);
           to_adv = to_adv - d;
         }
       if (terms.global == ATLAS_TERM_KL) {
         const V to_p = pair.kl_to_p(row, j, parts.global);
         to_adv = to_adv + pair.difference(row, j) * global_scale;
-        row.gradient(0, j, to_p * global_scale);
+        row.gradient(0, j, times(global_scale, to_p));
       } else if (terms.global == ATLAS_TERM_CE) {
         row.gradient(0, j, clean.to_ce(row, j) * global_scale);
       } else if (terms.global == ATLAS_TERM_LOGIT) {
-        const V d = (row.logit(0, j) - row.logit(adv, j)) * T(2) * global_scale;
+        const V d = pairing_gradient(row, 0, adv, j, global_scale);
         row.gradient(0, j, d);
         to_adv = to_adv - d;
       }
@@ -316,6 +336,16 @@ template <class Row> ATLAS_HD AtlasParts<Row> loss_of(Row& row, const AtlasLosse
     default:
       return atlas_loss(row, row.label(), {p.local, p.global, p.neighbours, p.local_weight, p.global_weight}, scale);
   }
+}
+
+// What that row weighs in the sum, of what `loss_of` gave.
+template <class Row>
+ATLAS_HD typename Row::V value_of(const Row& row, const AtlasLosses& p, const AtlasParts<Row>& parts) {
+  using V = typename Row::V;
+  using T = scalar_of<V>;
+  if (p.loss != ATLAS_LOSS_ATLAS) return times(row.weight(), parts.adv);
+  const V local = times(all<V>(T(p.local_weight)), parts.local);
+  return times(row.weight(), parts.adv + local + times(all<V>(T(p.global_weight)), parts.global));
 }
 
 }  // namespace atlas

@@ -15,8 +15,7 @@ template <class T, Isa isa, bool LanesAreRows> struct LossBody {
     for (int64_t first = begin; first < end; first += R::kRows) {
       LossRow<R> row(job.slots, memory, first, end, p);
       const AtlasParts<LossRow<R>> parts = loss_of(row, p);
-      const auto total = parts.adv + parts.local * T(p.local_weight) + parts.global * T(p.global_weight);
-      row.write(static_cast<T*>(p.value), (p.loss == ATLAS_LOSS_ATLAS ? total : parts.adv) * row.weight());
+      row.write(static_cast<T*>(p.value), value_of(row, p, parts));
       if (T* terms = static_cast<T*>(p.terms)) {
         row.write(terms, parts.adv);
         row.write(terms + p.batch, parts.local);

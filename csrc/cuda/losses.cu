@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) losses_kernel(const __grid_con
   LossRow<R> row(job);
   const AtlasParts<LossRow<R>> parts = loss_of(row, p);
   if (!row.writes()) return;
-  const T atlas = parts.adv + parts.local * T(p.local_weight) + parts.global * T(p.global_weight);
-  static_cast<T*>(p.value)[row.row()] = (p.loss == ATLAS_LOSS_ATLAS ? atlas : parts.adv) * row.weight();
+  static_cast<T*>(p.value)[row.row()] = value_of(row, p, parts);
   if (T* terms = static_cast<T*>(p.terms)) {
     terms[row.row()] = parts.adv;
     terms[p.batch + row.row()] = parts.local;

@@ -136,6 +136,17 @@ def test_objectives(objective, dtype):
         assert torch.equal(kappa, torch.arange(batch) + expected.correct)
 
 
+def test_large_logits_and_infinite_losses_of_weight_zero():
+    for big in (20.0, 65504.0, 1e37):
+        z = torch.tensor([[big, 0.25, -1.25, 0.75], [1.0, 0.25, 0.125, -0.5], [0.5, big, -2.0, 1.0]])
+        y, t = torch.tensor([0, 1, 3]), torch.tensor([1, 2, 0])
+        for name in ("cross_entropy", "smoothed", "kl_div", "trades", "entropy", "dlr", "dlr_targeted"):
+            check(LOSSES[name], z, z.roll(1, 0), y, t)
+    q = torch.tensor([[0.0, -torch.inf, 1.0, 0.0]]).expand(3, 4).clone()
+    for name in ("kl_div", "trades"):
+        check(LOSSES[name], torch.zeros(3, 4), q, y, t, torch.tensor([0.0, 1.0, 0.0]), reduction="none")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("classes", [10, 100, 600])
 def test_nan_stays_in_its_row(classes, bad):

@@ -21,10 +21,12 @@ class Softmax:
     def __init__(self, logits: Tensor) -> None:
         z = logits.to(compute_dtype(logits.dtype))
         top = z.argmax(1, keepdim=True)  # NaN counts as the largest
+        self.half_below = z.gather(1, top) / 2 - z / 2  # which stays finite
         z = z - z.gather(1, top)
         zero = z.gather(1, top)  # or NaN
         others = z.exp().scatter(1, top, zero).sum(1, keepdim=True)
-        self.log_p = z - torch.log1p(others)
+        self.log_sum = torch.log1p(others)
+        self.log_p = z - self.log_sum
         self.p = z.exp() / (1 + others)
         self.rest = (1 - self.p).scatter(1, top, others / (1 + others))
 
@@ -48,7 +50,8 @@ def ce_rows(s: Softmax, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor,
     hot = one_hot(labels, s.p)
     loss, grad = -take(s.log_p, labels), s.minus(hot)
     if smoothing:
-        loss = (1 - smoothing) * loss - smoothing * s.log_p.mean(1)
+        below = (2 * smoothing / s.p.shape[1] * s.half_below).sum(1)
+        loss = times(1 - smoothing, loss) + below + smoothing * s.log_sum[:, 0]
         grad = grad + smoothing * (hot.to(grad.dtype) - 1 / s.p.shape[1])
     return loss, grad
 
@@ -57,12 +60,21 @@ def kl_rows(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
     """KL(p || q) and its gradients to the logits of p and of q."""
     ratio = torch.where(p.p == 0, 0.0, p.log_p - q.log_p)
     loss = (p.p * ratio).sum(1)
-    return loss, p.p * (ratio - loss[:, None]), q.p - p.p
+    # Where the loss is infinite, the limit as q goes to 0.
+    slope = torch.where(ratio == torch.inf, ratio, ratio - loss[:, None])
+    return loss, torch.where(p.p == 0, 0.0, p.p * slope), q.p - p.p
 
 
 def best_other(z: Tensor, labels: Tensor) -> Tensor:
     """The largest logit's class but the label's, the first of equal ones."""
     return z.clamp(min=torch.finfo(z.dtype).min).masked_fill(one_hot(labels, z), -torch.inf).argmax(1)
+
+
+def times(weight: Tensor | float, value: Tensor) -> Tensor:
+    """``weight * value``, and 0 where the weight is 0, though the value may be infinite; a NaN stays."""
+    if isinstance(weight, float):
+        return weight * value if weight else value.masked_fill(~value.isnan(), 0.0)
+    return torch.where((weight == 0) & ~value.isnan(), 0.0, weight * value)
 
 
 def margin_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,10 +89,13 @@ def dlr_rows(logits: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Te
     order = z.argsort(dim=1, descending=True, stable=True)
     first, low = order[:, 0], order[:, 2:3] if targets is None else order[:, 2:4]
     other = best_other(z, labels) if targets is None else targets
-    n, d = take(z, labels) - take(z, other), take(z, first) - z.gather(1, low).mean(1) + 1e-12
+    # In halves, which stay finite.
+    n = take(z, labels) / 2 - take(z, other) / 2
+    d = take(z, first) / 2 - (z.gather(1, low) / (2 * low.shape[1])).sum(1) + 0.5e-12
+    ratio = (n / d)[:, None]
     up = one_hot(labels, z).to(z.dtype) - one_hot(other, z).to(z.dtype)
-    down = one_hot(first, z).to(z.dtype).scatter_add(1, low, torch.full_like(z.gather(1, low), -1 / low.shape[1]))
-    return _spread_nan(z, -n / d, (n / d**2)[:, None] * down - up / d[:, None])
+    down = torch.where(one_hot(first, z), ratio, 0.0).scatter_add(1, low, (-ratio / low.shape[1]).expand_as(low))
+    return _spread_nan(z, -ratio[:, 0], (down - up) / d[:, None] / 2)
 
 
 def _spread_nan(z: Tensor, loss: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,28 +104,29 @@ def _spread_nan(z: Tensor, loss: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write(loss, weights, scale, value, total, *grads):
-    """The weighted losses, their scaled sum, and the scaled gradients that somebody wants."""
+    """The weighted losses, their scaled sum, and the scaled gradients: where each goes (None: nowhere), and its parts,
+    each a weight and what it weighs."""
     factor = torch.full_like(loss, scale)
     if weights is not None:
-        loss, factor = loss * weights, factor * weights
+        loss, factor = times(weights, loss), factor * weights
     value.copy_(loss)
     if total is not None:
-        total.copy_(loss.sum() * scale)
-    for out, grad in grads:
+        total.copy_((loss * scale).sum() if len(loss) else loss.sum() * scale)
+    for out, *parts in grads:
         if out is not None:
-            out.copy_(grad * factor[:, None])
+            out.copy_(sum(times((factor * weight)[:, None], slope) for weight, slope in parts))
 
 
 @torch.no_grad()
 def cross_entropy(logits, labels, label_smoothing, weights, scale, value, total, grad):
     loss, d = ce_rows(Softmax(logits), labels, label_smoothing)
-    _write(loss, weights, scale, value, total, (grad, d))
+    _write(loss, weights, scale, value, total, (grad, (1.0, d)))
 
 
 @torch.no_grad()
 def kl_div(p_logits, q_logits, weights, scale, value, total, p_grad, q_grad):
     loss, dp, dq = kl_rows(Softmax(p_logits), Softmax(q_logits))
-    _write(loss, weights, scale, value, total, (p_grad, dp), (q_grad, dq))
+    _write(loss, weights, scale, value, total, (p_grad, (1.0, dp)), (q_grad, (1.0, dq)))
 
 
 @torch.no_grad()
@@ -118,7 +134,8 @@ def trades_loss(logits, adv_logits, labels, beta, weights, scale, value, total, 
     p, q = Softmax(logits), Softmax(adv_logits)
     ce, d = ce_rows(p, labels)
     kl, dp, dq = kl_rows(p, q)
-    _write(ce + beta * kl, weights, scale, value, total, (grad, d + beta * dp), (adv_grad, beta * dq))
+    grads = (grad, (1.0, d), (beta, dp)), (adv_grad, (beta, dq))
+    _write(ce + times(beta, kl), weights, scale, value, total, *grads)
 
 
 @torch.no_grad()
@@ -134,7 +151,8 @@ def mart_loss(logits, adv_logits, labels, beta, weights, scale, value, total, gr
     r = p.p * q.p / (q.p + 1e-12)
     dq = dq + beta * wrong * (q.p * r.sum(1, keepdim=True) - r)
     dp = beta * (wrong * p.p * (ratio - kl) + kl * take(p.p, labels)[:, None] * p.minus(one_hot(labels, p.p)))
-    _write(ce - room.log() + beta * (kl * wrong)[:, 0], weights, scale, value, total, (grad, dp), (adv_grad, dq))
+    loss = ce - room.log() + beta * (kl * wrong)[:, 0]
+    _write(loss, weights, scale, value, total, (grad, (1.0, dp)), (adv_grad, (1.0, dq)))
 
 
 @torch.no_grad()
@@ -142,30 +160,31 @@ def entropy(logits, weights, scale, value, total, grad):
     s = Softmax(logits)
     log_p = torch.where(s.p == 0, 0.0, s.log_p)
     loss = -(s.p * log_p).sum(1)
-    _write(loss, weights, scale, value, total, (grad, -s.p * (log_p + loss[:, None])))
+    _write(loss, weights, scale, value, total, (grad, (-1.0, s.p * (log_p + loss[:, None]))))
 
 
 @torch.no_grad()
 def margin_loss(logits, labels, weights, scale, value, total, grad):
     loss, d = margin_rows(logits, labels)
-    _write(loss, weights, scale, value, total, (grad, d))
+    _write(loss, weights, scale, value, total, (grad, (1.0, d)))
 
 
 @torch.no_grad()
 def dlr_loss(logits, labels, targets, weights, scale, value, total, grad):
     loss, d = dlr_rows(logits, labels, targets)
-    _write(loss, weights, scale, value, total, (grad, d))
+    _write(loss, weights, scale, value, total, (grad, (1.0, d)))
 
 
 @torch.no_grad()
 def logit_pairing(logits, adv_logits, weights, scale, value, total, grad, adv_grad):
     loss, d = _pairing(logits, adv_logits)
-    _write(loss, weights, scale, value, total, (grad, d), (adv_grad, -d))
+    _write(loss, weights, scale, value, total, (grad, (4.0, d)), (adv_grad, (-4.0, d)))
 
 
 def _pairing(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    difference = a.to(compute_dtype(a.dtype)) - b.to(compute_dtype(b.dtype))
-    return difference.square().sum(1), 2 * difference
+    """The squared distance, and a quarter of its gradient to ``a``: half of the difference, which stays finite."""
+    a, b = a.to(compute_dtype(a.dtype)), b.to(compute_dtype(b.dtype))
+    return (a - b).square().sum(1), a / 2 - b / 2
 
 
 @torch.no_grad()
@@ -175,44 +194,46 @@ def atlas_loss(
     batch, first = len(labels), int(global_term != NONE)
     z = logits.view(logits.shape[0] // batch if batch else first + 1, batch, -1 if batch else logits.shape[1])
     x, adv, neighbours = z[0], z[first], z[first + 1 :]
-    d = torch.zeros(z.shape, dtype=value.dtype, device=z.device)
-    ce, d[first] = ce_rows(Softmax(adv), labels)
+    ce, slope = ce_rows(Softmax(adv), labels)
     local_loss, global_loss = torch.zeros_like(ce), torch.zeros_like(ce)
+    parts: list[list[tuple[float, Tensor]]] = [[] for _ in z]  # of the gradient of each batch
+    parts[first].append((1.0, slope))
 
     for k, near in enumerate(neighbours, first + 1):
+        weight = local_weight / len(neighbours)
         if local == KL:
-            loss, _, to_near = kl_rows(Softmax(adv), Softmax(near))
+            loss, _, slope = kl_rows(Softmax(adv), Softmax(near))
+            parts[k].append((weight, slope))
         elif local == CE:
-            loss, to_near = ce_rows(Softmax(near), labels)
+            loss, slope = ce_rows(Softmax(near), labels)
+            parts[k].append((weight, slope))
         else:
-            loss, to_near = _pairing(near, adv)
-            d[first] -= local_weight / len(neighbours) * to_near
+            loss, quarter = _pairing(near, adv)
+            parts[k].append((4 * weight, quarter))
+            parts[first].append((-4 * weight, quarter))
         local_loss += loss / len(neighbours)
-        d[k] = local_weight / len(neighbours) * to_near
 
     if global_term == KL:
         global_loss, to_x, to_adv = kl_rows(Softmax(x), Softmax(adv))
+        parts[0].append((global_weight, to_x))
+        parts[1].append((global_weight, to_adv))
     elif global_term == CE:
         global_loss, to_x = ce_rows(Softmax(x), labels)
-        to_adv = torch.zeros_like(to_x)
+        parts[0].append((global_weight, to_x))
     elif first:
-        global_loss, to_x = _pairing(x, adv)
-        to_adv = -to_x
-    if first:
-        d[0] = global_weight * to_x
-        d[1] += global_weight * to_adv
+        global_loss, quarter = _pairing(x, adv)
+        parts[0].append((4 * global_weight, quarter))
+        parts[1].append((-4 * global_weight, quarter))
 
     if terms is not None:
         terms.copy_(torch.stack([ce, local_loss, global_loss]))
     loss = ce
     if len(neighbours):
-        loss = loss + local_weight * local_loss
+        loss = loss + times(local_weight, local_loss)
     if first:
-        loss = loss + global_weight * global_loss
-    _write(loss, weights, scale, value, total)
-    if grad is not None:
-        factor = torch.full_like(ce, scale) if weights is None else weights * scale
-        grad.copy_((d * factor[:, None]).view_as(grad))
+        loss = loss + times(global_weight, global_loss)
+    batches = [None] * len(z) if grad is None else grad.view_as(z)
+    _write(loss, weights, scale, value, total, *((out, *slopes) for out, slopes in zip(batches, parts, strict=True)))
 
 
 @torch.no_grad()

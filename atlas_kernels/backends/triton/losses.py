@@ -56,14 +56,31 @@ def _cross_entropy(top, log_sum, z_y):
 
 @triton.jit
 def _log_ratio(zp, p_top, p_log, zq, q_top, q_log):
-    """log p - log q, from differences of like things, so that it is as small as p is close to q."""
-    return (zp - zq) - ((p_top - q_top) + (p_log - q_log))
+    """log p - log q, from differences of like things, so that it is as small as p is close to q: of the logits of both
+    where their largest are close, else of each logit and the largest of its row."""
+    shift = p_top - q_top
+    close = (shift >= -1.0) & (shift <= 1.0)
+    p_from, q_from, shift = tl.where(close, 0.0, p_top), tl.where(close, 0.0, q_top), tl.where(close, shift, 0.0)
+    return (((zp - p_from) - (zq - q_from)) - shift) - (p_log - q_log)
 
 
 @triton.jit
 def _times(p, x):
     """p x, and 0 where p is: there x may be infinite."""
     return tl.where(p == 0.0, 0.0, p * x)
+
+
+@triton.jit
+def _scaled(weight, x):
+    """The same for a weight that does not come from x: a NaN stays."""
+    most = tl.where(weight == 0.0, 0.0, float("inf"))
+    return weight * tl.clamp(x, -most, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _to_p(p, ratio, kl):
+    """d KL / d(logits of p); where KL is infinite, the limit as q goes to 0."""
+    return _times(p, tl.where(ratio == float("inf"), ratio, ratio - kl))
 
 
 @triton.jit
@@ -85,11 +102,11 @@ def _smoothed_cross_entropy(at, to, inside, y, scale, smoothing, classes, BLOCK:
     if smoothing is not None:
         kept = tl.cast(smoothing, tl.float32)
         share = tl.div_rn(kept, tl.cast(classes, tl.float32))
-        below = tl.zeros((at.shape[0], BLOCK), tl.float32)
+        below = tl.zeros((at.shape[0], BLOCK), tl.float32)  # of the halves and shares, which stay finite
         for tile in range(TILES):
-            z = load(at, inside, tile, classes, BLOCK)
-            below += tl.where(columns(tile, BLOCK) < classes, top - z, 0.0)
-        loss = (1.0 - kept) * loss + (share * tl.sum(below, 1, keep_dims=True) + kept * log_sum)
+            half = 0.5 * top - 0.5 * load(at, inside, tile, classes, BLOCK)
+            below += tl.where(columns(tile, BLOCK) < classes, (2.0 * share) * half, 0.0)
+        loss = _scaled(1.0 - kept, loss) + (tl.sum(below, 1, keep_dims=True) + kept * log_sum)
     if to is not None:
         for tile in range(TILES):
             p = probability(load(at, inside, tile, classes, BLOCK), top, others)
@@ -126,23 +143,23 @@ def _trades(
     p_top, p_others, p_log = softmax(p_at, inside, classes, BLOCK, TILES)
     q_top, q_others, q_log = softmax(q_at, inside, classes, BLOCK, TILES)
     kl = _kl(p_at, p_top, p_others, p_log, q_at, q_top, q_log, inside, classes, BLOCK, TILES)
-    weight = scale
+    kl_scale = scale
     loss = kl
     if LOSS == TRADES:
         beta = tl.cast(beta, tl.float32)
-        weight = scale * beta
-        loss = _cross_entropy(p_top, p_log, pick(p_at, inside, y, classes, BLOCK, TILES)) + beta * kl
+        kl_scale = scale * beta
+        loss = _cross_entropy(p_top, p_log, pick(p_at, inside, y, classes, BLOCK, TILES)) + _scaled(beta, kl)
     if p_to is not None or q_to is not None:
         for tile in range(TILES):
             zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
             p, q = probability(zp, p_top, p_others), probability(zq, q_top, q_others)
             if p_to is not None:
-                g = weight * _times(p, _log_ratio(zp, p_top, p_log, zq, q_top, q_log) - kl)
+                g = _scaled(kl_scale, _to_p(p, _log_ratio(zp, p_top, p_log, zq, q_top, q_log), kl))
                 if LOSS == TRADES:
                     g += scale * less_one_hot(p, p_others, columns(tile, BLOCK) == y)
                 store(p_to, g, inside, tile, classes, BLOCK)
             if q_to is not None:
-                store(q_to, weight * difference(q, q_others, p, p_others), inside, tile, classes, BLOCK)
+                store(q_to, kl_scale * difference(q, q_others, p, p_others), inside, tile, classes, BLOCK)
     return loss
 
 
@@ -208,32 +225,38 @@ def _margin(
     at, to, inside, y, t, scale, classes,
     LOSS: tl.constexpr, TARGETED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """z_other - z_y; for DLR divided by the distance of the largest logit from the third (and the fourth)."""
+    """z_other - z_y; for DLR divided by the distance of the largest logit from the third (and the fourth), both in
+    halves, which stay finite."""
     if TARGETED:
         other = t
         z_other = pick(at, inside, t, classes, BLOCK, TILES)
     else:
         z_other, other = largest(at, inside, classes, y, -1, -1, BLOCK, TILES)
-    loss = z_other - pick(at, inside, y, classes, BLOCK, TILES)
+    z_y = pick(at, inside, y, classes, BLOCK, TILES)
+    loss = z_other - z_y
+    nan = tl.where((z_other == z_other) & (z_y == z_y), 0.0, float("nan"))  # of a row with a NaN
     if LOSS == DLR:
         z1, first = largest(at, inside, classes, -1, -1, -1, BLOCK, TILES)
         _, second = largest(at, inside, classes, first, -1, -1, BLOCK, TILES)
         low, third = largest(at, inside, classes, first, second, -1, BLOCK, TILES)
+        low = 0.5 * low
         fourth = third
         if TARGETED:
             z4, fourth = largest(at, inside, classes, first, second, third, BLOCK, TILES)
-            low = 0.5 * (low + z4)
-        divisor = z1 - low + 1e-12
-        loss = tl.div_rn(loss, divisor)
-    nan = tl.where(loss == loss, 0.0, loss)  # of a row with a NaN
+            low = 0.5 * low + 0.25 * z4
+        divisor = 0.5 * z1 - low + 0.5e-12
+        loss = tl.div_rn(0.5 * z_other - 0.5 * z_y, divisor)
+        nan = tl.where(z1 == z1, 0.0, float("nan"))
+        loss += nan
     if to is not None:
         for tile in range(TILES):
             column = columns(tile, BLOCK)
-            g = (column == other).to(tl.float32) - (column == y).to(tl.float32)
+            g = (column == other).to(tl.float32) - (column == y).to(tl.float32) + nan
             if LOSS == DLR:
-                down = 0.5 * ((column == third).to(tl.float32) + (column == fourth).to(tl.float32))
-                g = tl.div_rn(g - loss * ((column == first).to(tl.float32) - down), divisor)
-            store(to, scale * (g + nan), inside, tile, classes, BLOCK)
+                half = 0.5 * loss
+                down = tl.where(column == third, half, 0.0) + tl.where(column == fourth, half, 0.0)
+                g = 0.5 * tl.div_rn(g - (tl.where(column == first, loss, 0.0) - down), divisor)
+            store(to, _scaled(scale, g), inside, tile, classes, BLOCK)
     return loss
 
 
@@ -248,15 +271,22 @@ def _squared_distance(a_at, b_at, inside, classes, BLOCK: tl.constexpr, TILES: t
 
 
 @triton.jit
+def _pairing_gradient(a_at, b_at, inside, scale, tile, classes, BLOCK: tl.constexpr):
+    """scale d||a - b||^2 / da. In halves, which stay finite."""
+    half = 0.5 * load(a_at, inside, tile, classes, BLOCK) - 0.5 * load(b_at, inside, tile, classes, BLOCK)
+    return _scaled(4.0 * scale, half)
+
+
+@triton.jit
 def _logit_pairing(a_at, b_at, a_to, b_to, inside, scale, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
     loss = _squared_distance(a_at, b_at, inside, classes, BLOCK, TILES)
     if a_to is not None or b_to is not None:
         for tile in range(TILES):
-            d = load(a_at, inside, tile, classes, BLOCK) - load(b_at, inside, tile, classes, BLOCK)
+            d = _pairing_gradient(a_at, b_at, inside, scale, tile, classes, BLOCK)
             if a_to is not None:
-                store(a_to, 2.0 * scale * d, inside, tile, classes, BLOCK)
+                store(a_to, d, inside, tile, classes, BLOCK)
             if b_to is not None:
-                store(b_to, -2.0 * scale * d, inside, tile, classes, BLOCK)
+                store(b_to, -d, inside, tile, classes, BLOCK)
     return loss
 
 
@@ -296,7 +326,7 @@ def loss_kernel(
     else:
         loss = _margin(at, to, inside, y, t, s, classes, LOSS, targets is not None, BLOCK, TILES)
     if value is not None:
-        tl.store(value + row, w * loss, mask=inside)
+        tl.store(value + row, _scaled(w, loss), mask=inside)
     if correct is not None:
         tl.store(correct + row, right, mask=inside)
     if kappa is not None:
@@ -319,17 +349,16 @@ def _neighbour(
             loss = _cross_entropy(z_top, z_log, pick(z_at, inside, y, classes, BLOCK, TILES))
     if z_to is not None:
         for tile in range(TILES):
-            z = load(z_at, inside, tile, classes, BLOCK)
             if LOCAL == LOGIT:
-                g = 2.0 * (z - load(adv_at, inside, tile, classes, BLOCK))
+                g = _pairing_gradient(z_at, adv_at, inside, scale, tile, classes, BLOCK)
             else:
-                p = probability(z, z_top, z_others)
+                p = probability(load(z_at, inside, tile, classes, BLOCK), z_top, z_others)
                 if LOCAL == KL:
                     adv = load(adv_at, inside, tile, classes, BLOCK)
-                    g = difference(p, z_others, probability(adv, top, others), others)
+                    g = scale * difference(p, z_others, probability(adv, top, others), others)
                 else:
-                    g = less_one_hot(p, z_others, columns(tile, BLOCK) == y)
-            store(z_to, scale * g, inside, tile, classes, BLOCK)
+                    g = scale * less_one_hot(p, z_others, columns(tile, BLOCK) == y)
+            store(z_to, g, inside, tile, classes, BLOCK)
     return loss
 
 
@@ -379,31 +408,34 @@ def atlas_kernel(
             q = probability(adv, top, others)
             g = s * less_one_hot(q, others, hit)
             if GLOBAL != NONE:
-                x = load(x_at, inside, tile, classes, BLOCK)
-                if GLOBAL == KL:
-                    p = probability(x, x_top, x_others)
-                    x_g = _times(p, _log_ratio(x, x_top, x_log, adv, top, log_sum) - tie)
-                    g += s_global * difference(q, others, p, x_others)
-                elif GLOBAL == CE:
-                    x_g = less_one_hot(probability(x, x_top, x_others), x_others, hit)
+                if GLOBAL == LOGIT:
+                    x_g = _pairing_gradient(x_at, adv_at, inside, s_global, tile, classes, BLOCK)
+                    g -= x_g
                 else:
-                    x_g = 2.0 * (x - adv)
-                    g -= s_global * x_g
-                store(x_to, s_global * x_g, inside, tile, classes, BLOCK)
+                    x = load(x_at, inside, tile, classes, BLOCK)
+                    p = probability(x, x_top, x_others)
+                    if GLOBAL == KL:
+                        x_g = _scaled(s_global, _to_p(p, _log_ratio(x, x_top, x_log, adv, top, log_sum), tie))
+                        g += s_global * difference(q, others, p, x_others)
+                    else:
+                        x_g = s_global * less_one_hot(p, x_others, hit)
+                store(x_to, x_g, inside, tile, classes, BLOCK)
             if LOCAL == LOGIT:
                 for k in range(count):
-                    g -= s_local * (2.0 * (load(adv_at + (k + 1) * stride, inside, tile, classes, BLOCK) - adv))
+                    near_at = adv_at + (k + 1) * stride
+                    g -= _pairing_gradient(near_at, adv_at, inside, s_local, tile, classes, BLOCK)
             store(grad + offset, g, inside, tile, classes, BLOCK)
 
     local = tl.zeros((ROWS, 1), tl.float32)
     for k in range(count):
         near = offset + (k + 1) * stride
         z_to = None if grad is None else grad + near
-        local += _neighbour(
+        loss = _neighbour(
             adv_at, logits + near, z_to, inside, y, top, others, log_sum, s_local, classes, LOCAL, BLOCK, TILES
         )
-    local = tl.div_rn(local, neighbours)
-    tl.store(value + row, w * (ce + local_weight * local + global_weight * tie), mask=inside)
+        local += tl.div_rn(loss, neighbours)
+    loss = ce + _scaled(local_weight, local) + _scaled(global_weight, tie)
+    tl.store(value + row, _scaled(w, loss), mask=inside)
     if terms is not None:
         tl.store(terms + row, ce, mask=inside)
         tl.store(terms + (row + batch), local, mask=inside)
@@ -414,11 +446,12 @@ def atlas_kernel(
 def total_kernel(value, total, scale, batch, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """scale * sum(value) by one program, in an order that depends on nothing else."""
     lane = tl.arange(0, BLOCK)
+    scale = tl.cast(scale, tl.float32)
     found = tl.zeros((BLOCK,), tl.float32)
     for block in range(BLOCKS):
         i = block * BLOCK + lane
-        found += tl.load(value + i, mask=i < batch, other=0.0)
-    tl.store(total, tl.cast(scale, tl.float32) * tl.sum(found, 0))
+        found += scale * tl.load(value + i, mask=i < batch, other=0.0)
+    tl.store(total, tl.sum(found, 0))
 
 
 @triton.jit
