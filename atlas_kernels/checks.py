@@ -17,13 +17,15 @@ from torch import Tensor
 from .backends.native import first_outside
 from .capture import capturing
 from .layout import compute_dtype, is_supported, plane_shape
+from .transforms import followed, is_wrapped
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def value_checks_enabled(t: Tensor, *, attack: bool = False) -> bool:
-    """Whether to look at the values of ``t``: on CUDA only once per ``attack``, since looking waits for the device."""
-    if torch.compiler.is_compiling() or capturing(t.is_cuda):
+    """Whether to look at the values of ``t``: on CUDA only once per ``attack``, since looking waits for the device; not
+    at what a transform of torch.func has."""
+    if torch.compiler.is_compiling() or capturing(t.is_cuda) or is_wrapped(t):
         return False
     override = os.environ.get("ATLAS_CHECKS")
     if override:
@@ -103,8 +105,9 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
     """A non-negative number, or one per sample, as (number, None) or (0.0, float[B])."""
     if type(value) is float and value >= 0.0:
         return value, None
-    if isinstance(value, Tensor) and value.ndim:
+    if isinstance(value, Tensor) and (value.ndim or _differentiated(value)):
         batch = like.shape[0]
+        value = value if value.ndim else value.expand(batch)
         if value.numel() != batch or value.shape[0] != batch:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected one number or [{batch}], one per sample")
         return 0.0, _vector(name, value, like, non_negative=True)
@@ -131,6 +134,10 @@ def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor
     if math.isnan(number):
         raise ValueError(f"{name} must not be NaN")
     return number, None
+
+
+def _differentiated(t: Tensor) -> bool:
+    return (t.requires_grad and torch.is_grad_enabled()) or followed(t)
 
 
 def _number(name: str, value: object) -> float:
@@ -253,6 +260,8 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def number_in(name: str, value: float, low: float, high: float = math.inf) -> float:
     """A number in [low, high]."""
+    if isinstance(value, Tensor) and _differentiated(value):
+        raise ValueError(f"{name} has no gradient: it is a constant of the loss, so pass float({name}.detach())")
     number = value if type(value) is float else _number(name, value)
     if not low <= number <= high:
         allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
@@ -303,4 +312,13 @@ def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:
         raise ValueError(
             f"weights is {list(weights.shape)} on {weights.device}, expected [{batch}] on {like.device}, one per sample"
         )
-    return weights.to(compute_dtype(like.dtype)).contiguous()
+    made = weights.to(compute_dtype(like.dtype)).contiguous()
+    if made.dtype != weights.dtype == torch.float64 and value_checks_enabled(weights):
+        lost = made.isinf() & weights.isfinite()
+        if lost.any():
+            row = int(lost.nonzero()[0])
+            raise ValueError(
+                f"weights[{row}] = {float(weights[row])} does not fit {made.dtype}, which the logits are computed in: "
+                "give smaller ones, or float64 logits"
+            )
+    return made

@@ -1,6 +1,7 @@
-"""The losses per sample as plain PyTorch, differentiable any number of times: what a second derivative is taken of.
+"""The losses per sample as plain PyTorch, differentiable any number of times and in any way: what second derivatives,
+forward mode and the transforms of torch.func are taken of.
 
-Arguments as the operators of the stem ``losses`` have them; sources in ``losses.py``.
+Arguments as the operators of the stems ``losses`` and ``pairwise`` have them; sources in ``losses.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(_wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
+    z = _wide(logits)
+    loss = F.cross_entropy(z, labels, reduction="none")
+    if not label_smoothing:
+        return loss
+    return _times(1 - label_smoothing, loss) - (label_smoothing / z.shape[1] * z.log_softmax(1)).sum(1)
 
 
 def kl_div(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -29,7 +34,7 @@ def kl_div(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def trades_loss(logits: Tensor, adv_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    return cross_entropy(logits, labels) + beta * kl_div(logits, adv_logits)
+    return cross_entropy(logits, labels) + _times(beta, kl_div(logits, adv_logits))
 
 
 def mart_loss(logits: Tensor, adv_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -52,34 +57,60 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    z = _wide(logits)
+    z = _wide(logits) / 2  # halves stay finite
     top = z.sort(dim=1, descending=True, stable=True).values
     if targets is None:
-        return margin_loss(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
-    return (_of(z, targets) - _of(z, labels)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+        return margin_loss(z, labels) / (top[:, 0] - top[:, 2] + 0.5e-12)
+    return (_of(z, targets) - _of(z, labels)) / (top[:, 0] - (top[:, 2] / 2 + top[:, 3] / 2) + 0.5e-12)
 
 
 def logit_pairing(logits: Tensor, adv_logits: Tensor) -> Tensor:
-    return (_wide(logits) - _wide(adv_logits)).square().sum(1)
+    half = _wide(logits) / 2 - _wide(adv_logits) / 2  # whose gradient stays finite
+    return 4 * (half * half).sum(1)
 
 
 def atlas_loss(
     logits: Tensor, labels: Tensor, local: int, local_weight: float, global_term: int, global_weight: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """(loss, [CE, LOCAL, GLOBAL] without gradient)."""
     first = int(global_term != NONE)
     parts = logits.split(len(labels)) if len(labels) else [logits] * (first + 1)
     adv, neighbours = parts[first], parts[first + 1 :]
-    loss = cross_entropy(adv, labels)
+    ce = loss = cross_entropy(adv, labels)
+    near = far = torch.zeros_like(ce)
     centre = adv.detach() if local == KL else adv
-    for z in neighbours:
-        loss = loss + local_weight / len(neighbours) * _term(local, centre, z, z, labels)
-    return loss + global_weight * _term(global_term, parts[0], adv, parts[0], labels) if first else loss
+    if neighbours:
+        near = torch.stack([_term(local, centre, z, z, labels) / len(neighbours) for z in neighbours]).sum(0)
+        loss = loss + _times(local_weight, near)
+    if first:
+        far = _term(global_term, parts[0], adv, parts[0], labels)
+        loss = loss + _times(global_weight, far)
+    return loss, torch.stack([ce, near, far]).detach()
+
+
+def loss_and_terms(made: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a formula of this file made, with the terms that only ATLAS has."""
+    return made if isinstance(made, tuple) else (made, None)
+
+
+def compactness(h: Tensor, h_adv: Tensor, labels: Tensor, scale: float, squared: bool, factor: float) -> Tensor:
+    clean, rows = _wide(h), []
+    for adversary, label in zip(_wide(h_adv), labels, strict=True):
+        difference = adversary - clean
+        distance = (difference * difference if squared else difference.abs()).sum(1)
+        rows.append(torch.where(labels == label, distance, (1.0 - 1.0 / scale) * distance).sum())
+    return factor * (torch.stack(rows) if rows else clean.sum(1))
 
 
 def gairat_weights(kappa: Tensor, steps: int, lam: float) -> Tensor:
     half = steps // 2
     log_weights = F.logsigmoid(2 * lam + 10 / half * (half - kappa.double()))
     return len(kappa) * log_weights.softmax(0)  # relative to the largest, so that not all can underflow
+
+
+def _times(weight: float, term: Tensor) -> Tensor:
+    """``weight * term``; of weight 0 it is left out, though it may be infinite, but for a NaN."""
+    return weight * term if weight else torch.where(term.isnan(), term, 0.0).detach()
 
 
 def _term(kind: int, a: Tensor, b: Tensor, judged: Tensor, labels: Tensor) -> Tensor:

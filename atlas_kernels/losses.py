@@ -3,16 +3,22 @@
 Logits are float [B, C], C at least 2; strides other than contiguous are copied first. 16-bit logits are computed with
 in float32 and the loss is float32 (float64 for float64), so no cast is needed under autocast; gradients come in the
 dtype of the logits. A gradient in float16 is rounded after the scale of a ``GradScaler`` has multiplied it; without
-one, a small one underflows, as in PyTorch. Labels are integers [B] of any width. A class of probability 0 contributes
-0, also at a logit of -inf; a NaN among the logits makes its sample's loss NaN and no other's (the gradient too, but for
-``logit_pairing``, where only that class's is).
+one, a small one underflows, as in PyTorch. Labels are integers [B] of any width.
 
-Common arguments: ``weights``, a number per sample, float [B], that multiplies its loss; ``reduction``, "mean" (the sum
-over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for float [B].
+Finite logits of any size keep their digits: each is compared with the largest of its row. A class of probability 0
+contributes 0, also at a logit of -inf. A NaN among the logits makes its sample's loss NaN and no other's (the gradient
+too, but for ``logit_pairing``, where only that class's is). So does a logit of +inf, or a row of nothing but -inf,
+where there is a softmax; the margin, DLR and pairing subtract infinite logits as they are, and inf - inf is NaN.
+
+Common arguments: ``weights``, a finite number per sample, float [B], that multiplies its loss; ``reduction``, "mean"
+(the sum over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for
+float [B]. What has weight 0 (a sample by ``weights``, a term by ``beta``, ``local_weight`` or ``global_weight``) adds 0
+to the loss and to every gradient, also where it is infinite (PyTorch's 0 * inf is NaN); if it is NaN, it stays NaN.
 Every loss raises ``TypeError`` and ``ValueError`` that name the argument.
 
 Every loss is differentiable in its logits and weights any number of times. The gradient is made in the forward pass and
-``backward`` only scales it; ``create_graph=True`` takes the derivatives of the plain formula instead (``formulas.py``).
+``backward`` only scales it. ``create_graph=True``, forward mode (``torch.autograd.forward_ad``) and the transforms of
+torch.func (``grad``, ``vmap``, ``jvp``, ``hessian``, ..) take the plain formula instead (``formulas.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from . import backends, formulas
 from .capture import capturing
 from .checks import class_indices, dense_logits, number_in, require_choice, sample_weights, value_checks_enabled
 from .layout import compute_dtype
+from .transforms import followed, is_wrapped
 
 backends.register()
 _NAMES = (
@@ -36,6 +43,7 @@ _KERNELS = {name: backends.caller(name) for name in _NAMES}
 _gairat_weights = backends.caller("gairat_weights")
 _REDUCTIONS = ("mean", "sum", "none")
 _TERMS = ("kl", "ce", "logit", "none")
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 def cross_entropy(
@@ -63,7 +71,7 @@ def kl_div(p_logits: Tensor, q_logits: Tensor, *, weights: Tensor | None = None,
 
     TRADES' second term (Zhang et al. 2019, arXiv 1901.08573) with p of the clean and q of the adversarial
     image, that is ``F.kl_div(q_logits.log_softmax(1), p_logits.softmax(1))``. Gradients go to both; detach one to hold
-    it. p > 0 where q = 0 makes it inf.
+    it. p > 0 where q = 0 makes it inf, and the gradient to ``p_logits`` its limit: inf there, -inf in other classes.
     """
     p = dense_logits("p_logits", p_logits)
     q = dense_logits("q_logits", q_logits, "p_logits", p)
@@ -83,7 +91,7 @@ def trades_loss(
     arXiv 1901.08573, with gradients to both sides, as in the published code, whose beta is 6 on CIFAR-10).
     """
     logits, adv_logits, labels = _pair(logits, adv_logits, labels)
-    beta = number_in("beta", beta, 0.0)
+    beta = _factor("beta", beta, logits)
     return _loss("trades_loss", logits, adv_logits, (labels,), (beta,), weights, reduction)
 
 
@@ -103,7 +111,7 @@ def mart_loss(
     As there, the gradient flows through the factor 1 - p_y too.
     """
     logits, adv_logits, labels = _pair(logits, adv_logits, labels)
-    beta = number_in("beta", beta, 0.0)
+    beta = _factor("beta", beta, logits)
     return _loss("mart_loss", logits, adv_logits, (labels,), (beta,), weights, reduction)
 
 
@@ -190,8 +198,8 @@ def atlas_loss(
     labels = class_indices("labels", labels, logits, batch)
     _require_whole_batches(logits, batch, local, global_term)
     numbers = (
-        _TERMS.index(local) if local != "none" else 0, number_in("local_weight", local_weight, 0.0),
-        _TERMS.index(global_term), number_in("global_weight", global_weight, 0.0),
+        _TERMS.index(local) if local != "none" else 0, _factor("local_weight", local_weight, logits),
+        _TERMS.index(global_term), _factor("global_weight", global_weight, logits),
     )  # fmt: skip
     loss, terms = _loss("atlas_loss", logits, None, (labels,), numbers, weights, reduction)
     return (loss, terms) if return_terms else loss
@@ -224,8 +232,8 @@ def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0, *, dtype: torch
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"kappa[{row}] = {int(kappa[row])} is not in [0, steps] = [0, {steps}]")
-    if dtype == torch.float64:
-        return formulas.gairat_weights(kappa, steps, lam)
+    if dtype == torch.float64 or (dtype == torch.float32 and followed()):
+        return formulas.gairat_weights(kappa, steps, lam).to(dtype)
     if dtype != torch.float32:
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     out = torch.empty(kappa.shape, dtype=dtype, device=kappa.device)
@@ -248,6 +256,14 @@ def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tenso
         row = int((targets == labels).nonzero()[0])
         raise ValueError(f"targets[{row}] = {int(targets[row])} is the label itself: choose another class to reach")
     return targets
+
+
+def _factor(name: str, value: float, logits: Tensor) -> float:
+    """A number >= 0 that is finite in the type that the logits are computed in."""
+    number, dtype = number_in(name, value, 0.0), compute_dtype(logits.dtype)
+    if number > _LARGEST[dtype]:
+        raise ValueError(f"{name} = {number} does not fit {dtype}, which the logits are computed in: give less")
+    return number
 
 
 def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,39 +303,38 @@ def _loss(
     reduced = reduction != "none"
     if weights is not None:
         weights = sample_weights(weights, batch, logits)
-    call = _Call(name, indices, numbers, weights, batch, scale, reduced)
-    if torch.is_grad_enabled():
-        if weights is not None and weights.requires_grad:
-            plain = _loss(name, logits, other, indices, numbers, None, "none")
-            value = (plain[0] if name == "atlas_loss" else plain) * weights
-            value = value.sum() * scale if reduced else value
-            return (value, plain[1]) if name == "atlas_loss" else value
-        if logits.requires_grad or (other is not None and other.requires_grad):
-            return _Loss.apply(call, logits, other)
-    result, terms = _run(call, scale, logits, other, None, None)
+    call = _Call(name, indices, numbers, batch, scale, reduced)
+    if followed(logits, other, weights):
+        rows, terms = _formula(call, logits, other, weights)
+        rows = rows if weights is None else rows * weights
+        result = rows.sum() * scale if reduced else rows
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (logits, other, weights)):
+        return _Loss.apply(call, logits, other, weights)
+    else:
+        result, terms = _run(call, scale, logits, other, weights, None, None)
     return result if terms is None else (result, terms)
 
 
 class _Call(NamedTuple):
-    """What a loss is asked for, beside its logits."""
+    """What a loss is asked for, beside its logits and weights."""
 
     name: str
     indices: tuple[Tensor | None, ...]
     numbers: tuple[float, ...]
-    weights: Tensor | None
     batch: int
     scale: float
     reduced: bool
 
 
 def _run(
-    call: _Call, scale: float, logits: Tensor, other: Tensor | None, grad: Tensor | None, other_grad: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    call: _Call, scale: float, logits: Tensor, other: Tensor | None, weights: Tensor | None, grad: Tensor | None,
+    other_grad: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The operator itself: (total or value, terms), and the gradients, where there is a tensor for them."""
     dtype, device = compute_dtype(logits.dtype), logits.device
     value = torch.empty(call.batch, dtype=dtype, device=device)
     total = torch.empty((), dtype=dtype, device=device) if call.reduced else None
-    kernel, shared = _KERNELS[call.name], (*call.indices, *call.numbers, call.weights, scale, value, total)
+    kernel, shared = _KERNELS[call.name], (*call.indices, *call.numbers, weights, scale, value, total)
     terms = None
     if other is not None:
         kernel(logits, other, *shared, grad, other_grad)
@@ -335,15 +350,19 @@ class _Loss(torch.autograd.Function):
     """Any of the losses: ``forward`` makes value and gradients at once, ``backward`` scales them."""
 
     @staticmethod
-    def forward(ctx, call, logits, other):  # type: ignore[no-untyped-def]
-        _, wanted, other_wanted = ctx.needs_input_grad
+    def forward(ctx, call, logits, other, weights):  # type: ignore[no-untyped-def]
+        _, wanted, other_wanted, weights_wanted = ctx.needs_input_grad
         # A gradient that underflows in float16 may not do so times a loss scale: it is kept in float32 until then.
         half = logits.dtype == torch.float16
         read, other_read = (t.float() if half and t is not None else t for t in (logits, other))
         grad = torch.empty_like(read) if wanted else None
         other_grad = torch.empty_like(other_read) if other_wanted else None
-        result, terms = _run(call, call.scale, read, other_read, grad, other_grad)
-        ctx.save_for_backward(grad, other_grad, logits, other)
+        result, terms = _run(call, call.scale, read, other_read, weights, grad, other_grad)
+        rows = None
+        if weights_wanted:
+            rows, _ = _run(call._replace(reduced=False), 1.0, read, other_read, None, None, None)
+            rows = rows.masked_fill_((weights == 0) & rows.isinf(), 0.0)
+        ctx.save_for_backward(grad, other_grad, rows, logits, other, weights)
         ctx.call = call
         if terms is None:
             return result
@@ -352,15 +371,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, *_):  # type: ignore[no-untyped-def]
-        grad, other_grad, logits, other = ctx.saved_tensors
+        grad, other_grad, rows, logits, other, weights = ctx.saved_tensors
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled():
-            needed = grad is not None, other_grad is not None
-            return None, *_differentiable(ctx.call, logits, other, needed, g * ctx.call.scale)
+            needed = grad is not None, other_grad is not None, rows is not None
+            return None, *_differentiable(ctx.call, logits, other, weights, needed, g * ctx.call.scale)
+        to_weights = None if rows is None else rows * (g * ctx.call.scale)
         known = eager and g.ndim == 0 and type(g) is Tensor and g.is_cpu and not capturing(cuda=False)
-        if known and g.item() == 1.0:
-            return None, *(None if t is None else t.to(logits.dtype) for t in (grad, other_grad))
-        return None, *(None if t is None else _scaled(t, g, logits.dtype) for t in (grad, other_grad))
+        if known and not is_wrapped(g) and g.item() == 1.0:
+            return None, *(None if t is None else t.to(logits.dtype) for t in (grad, other_grad)), to_weights
+        return None, *(None if t is None else _scaled(t, g, logits.dtype) for t in (grad, other_grad)), to_weights
 
 
 def _scaled(t: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -370,11 +390,25 @@ def _scaled(t: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return (t.to(g.dtype) * g).to(dtype)
 
 
-def _differentiable(call, logits, other, needed, g):  # type: ignore[no-untyped-def]
-    """The gradients as functions of the logits and of ``g``, for a derivative of the next order."""
-    both = (logits,) if other is None else (logits, other)
-    loss = getattr(formulas, call.name)(*both, *call.indices, *call.numbers)
-    loss = loss if call.weights is None else loss * call.weights
-    wanted = [t for t, need in zip((logits, other), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(loss, wanted, g.expand_as(loss), create_graph=True))
+def _formula(
+    call: _Call, logits: Tensor, other: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(loss of each sample, terms) by the plain formula; what has weight 0 and is infinite counts as the constant 0."""
+    formula, more = getattr(formulas, call.name), (*call.indices, *call.numbers)
+    inputs = (logits,) if other is None else (logits, other)
+    rows, terms = formulas.loss_and_terms(formula(*inputs, *more))
+    if weights is None:
+        return rows, terms
+    out = (weights == 0) & rows.isinf()
+    blank = [torch.where(out.repeat(t.shape[0] // max(call.batch, 1))[:, None], 0.0, t) for t in inputs]
+    return torch.where(out, 0.0, formulas.loss_and_terms(formula(*blank, *more))[0]), terms
+
+
+def _differentiable(call, logits, other, weights, needed, g):  # type: ignore[no-untyped-def]
+    """The gradients as functions of the inputs and of ``g``, for a derivative of the next order."""
+    loss, _ = _formula(call, logits, other, weights)
+    loss = loss if weights is None else loss * weights
+    wanted = [t for t, need in zip((logits, other, weights), needed, strict=True) if need]
+    cotangent = g.expand_as(loss)
+    found = iter(torch.autograd.grad(loss, wanted, cotangent, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needed]

@@ -15,6 +15,7 @@ from . import backends
 from .checks import class_indices, dense_logits, require_choice
 from .layout import compute_dtype
 from .losses import dlr_targets
+from .transforms import followed, refuse_derivatives
 
 backends.register()
 _attack_cotangent = backends.caller("attack_cotangent")
@@ -63,9 +64,14 @@ def attack_cotangent(
             2021, arXiv 2010.01736, algorithm 1).
         return_cotangent, return_correct, return_value: what to make.
 
-    Nothing has a gradient. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    Nothing has a gradient; logits or a reference that forward mode or a transform of torch.func differentiates are
+    refused, since the derivative would be 0 there. Raises ``TypeError``, ``ValueError`` and ``NotImplementedError``
+    that name the argument.
     """
-    logits = dense_logits("logits", logits).detach()
+    logits = dense_logits("logits", logits)
+    if followed(logits, reference):
+        refuse_derivatives("attack_cotangent", {"logits": logits, "reference": reference})
+    logits = logits.detach()
     require_choice("objective", objective, OBJECTIVES)
     batch = logits.shape[0]
     if labels is not None:

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, formulas
 from .checks import FLOATS, require_choice, require_like
 from .layout import compute_dtype
+from .transforms import followed
 
 _compactness = backends.caller("compactness")
 
@@ -46,18 +47,29 @@ def compactness(
         reduction: "mean" is the formula; "sum" is B times that, the sum over adversaries; "none" is float [B], one for
             each adversary (its gradient goes to ``h_adv`` only).
 
-    Returns a float32 (float64) tensor, differentiable any number of times. Raises ``TypeError`` and ``ValueError`` that
-    name the argument.
+    Returns a float32 (float64) tensor, differentiable any number of times. In forward mode and under the transforms of
+    torch.func the plain formula runs, one adversary after another, which may keep all pairs for its derivative. Raises
+    ``TypeError`` and ``ValueError`` that name the argument.
     """
     _require_features(h, h_adv, labels)
     scale = _scale(scale)
     require_choice("distance", distance, _DISTANCES)
     require_choice("reduction", reduction, _REDUCTIONS)
     clean = h.detach() if detach else h
-    if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad:
+    if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad and not followed():
         raise ValueError("reduction='none' has no gradient for h: use detach=True, or reduction='mean' or 'sum'")
     inputs = clean.contiguous(), h_adv.contiguous(), labels.contiguous()
-    return _Compactness.apply(*inputs, scale, distance == "squared", reduction)
+    squared, factor = distance == "squared", _factor(h, reduction)
+    if followed(clean, h_adv):
+        rows = formulas.compactness(*inputs, scale, squared, factor)
+        return rows if reduction == "none" else rows.sum()
+    return _Compactness.apply(*inputs, scale, squared, factor, reduction == "none")
+
+
+def _factor(h: Tensor, reduction: str) -> float:
+    """What the sum over all features of all pairs is multiplied by."""
+    batch = max(h.shape[0], 1)
+    return 1.0 / (batch * h.shape[1]) / (batch if reduction == "mean" else 1)
 
 
 def _require_features(h: Tensor, h_adv: Tensor, labels: Tensor) -> None:
@@ -89,12 +101,11 @@ class _Compactness(torch.autograd.Function):
     """The kernel makes value and gradients at once; ``backward`` only scales."""
 
     @staticmethod
-    def forward(ctx, h, h_adv, labels, scale, squared, reduction):  # type: ignore[no-untyped-def]
-        (batch, features), dtype = h.shape, compute_dtype(h.dtype)
-        factor = 1.0 / (max(batch, 1) * features) / (max(batch, 1) if reduction == "mean" else 1)
-        loss = torch.empty((batch,) if reduction == "none" else (), dtype=dtype, device=h.device)
+    def forward(ctx, h, h_adv, labels, scale, squared, factor, rows):  # type: ignore[no-untyped-def]
+        dtype = compute_dtype(h.dtype)
+        loss = torch.empty(h.shape[:1] if rows else (), dtype=dtype, device=h.device)
         grads = [torch.empty_like(h, dtype=dtype) if needed else None for needed in ctx.needs_input_grad[:2]]
-        value, total = (loss, None) if reduction == "none" else (None, loss)
+        value, total = (loss, None) if rows else (None, loss)
         _compactness(h, h_adv, labels, scale, squared, factor, value, total, *grads)
         ctx.save_for_backward(h, h_adv, labels, *grads)
         ctx.rest = scale, squared, factor
@@ -106,7 +117,7 @@ class _Compactness(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _slopes(h, h_adv, labels, grads, *ctx.rest)
         over = cotangent.unsqueeze(1) if cotangent.ndim else cotangent
-        return *(None if g is None else (over * g).to(h.dtype) for g in grads), *[None] * 4
+        return *(None if g is None else (over * g).to(h.dtype) for g in grads), *[None] * 5
 
 
 def _slopes(h, h_adv, labels, grads, scale, squared, factor):  # type: ignore[no-untyped-def]

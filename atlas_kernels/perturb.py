@@ -14,7 +14,8 @@ image (a pixel is NaN or infinite) is clipped to the range but not projected.
 Every operator is differentiable in its images and radii (not in the gradient, the clip bounds or the noise), with the
 exact masks of the clips, any number of times. Where noise is drawn, ``key`` is a ``noise_key`` (default: a fresh one),
 ``ids`` the samples' numbers (default: base + row) and ``draw`` the number of the step or restart. In l2 and l1 the
-gradients are those of the plain PyTorch definition, which also makes the result wherever one is asked for.
+gradients are those of the plain PyTorch definition, which also makes the result wherever one is asked for; in forward
+mode and under the transforms of torch.func it does so in every norm.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.native import advise_huge_pages
+from .backends.reference import perturb as plain_linf
 from .backends.reference import perturb_norms as plain
 from .checks import (
     per_channel,
@@ -40,8 +42,9 @@ from .checks import (
     require_out,
 )
 from .layout import compute_dtype, dense, is_channels_last
-from .noise import noise_key
+from .noise import STREAM_START, noise_key
 from .schema import LINF, NORMS
+from .transforms import followed
 
 backends.register()
 _random_start = backends.caller("random_start")
@@ -92,10 +95,14 @@ def random_start(
     bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
     noise = _noise(x, key, ids, draw)
     number = _number_of(norm)
-    if _needs_grad(x, radius[1]):
+    seen = followed(x, radius[1])
+    if seen or _needs_grad(x, radius[1]):
         _refuse_out(out)
         if number:
             return plain.start(x, norm, radius, bounds, *noise).to(x.dtype)
+        if seen:
+            (start,) = plain_linf.neighbours(x, *radius, 1, None, 0.0, None, bounds, *noise, STREAM_START)
+            return start.to(x.dtype)
         return _Neighbours.apply(x, None, radius[1], None, radius[0], 0.0, 1, bounds, noise, True)
     out = _like(x) if out is None else _checked(out, x.shape, x, x.dtype)
     if number:
@@ -153,10 +160,13 @@ def pgd_step(
     number = _number_of(norm)
     if number:
         grad = _in_fp32_range(grad.detach(), adv)
-    if _needs_grad(adv, x, ball[1], step[1]):
+    seen = followed(adv, x, ball[1], step[1])
+    if seen or _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
         if number:
             return plain.step(adv, grad, x, norm, ball, step, bounds, descend, active).to(adv.dtype)
+        if seen:
+            return plain_linf.step(adv, grad.detach(), x, *ball, *step, bounds, descend, active).to(adv.dtype)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
     out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     if number:
@@ -198,7 +208,7 @@ def project(
     ball = per_sample("eps", eps, v)
     bounds = (*per_channel("clip_min", clip_min, v), *per_channel("clip_max", clip_max, v))
     number = _number_of(norm)
-    if _needs_grad(v, x, ball[1]):
+    if followed(v, x, ball[1]) or _needs_grad(v, x, ball[1]):
         _refuse_out(out)
         return plain.inside(v, x, norm, ball, bounds).to(v.dtype)
     out = _like(v) if out is None else _checked(out, v.shape, v, v.dtype)
@@ -248,8 +258,12 @@ def sample_neighbours(
         x = dense(x)
     bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
     noise = _noise(adv, key, ids, draw)
-    if _needs_grad(adv, x, local[1], ball[1]):
+    seen = followed(adv, x, local[1], ball[1])
+    if seen or _needs_grad(adv, x, local[1], ball[1]):
         _refuse_out(out)
+        if seen:
+            found = plain_linf.neighbours(adv, *local, count, x, *ball, bounds, *noise)
+            return torch.cat([adv[:0], *found]).to(adv.dtype)
         return _Neighbours.apply(adv, x, local[1], ball[1], local[0], ball[0], count, bounds, noise, False)
     shape = (count * adv.shape[0], *adv.shape[1:])
     out = _stacked(shape, adv) if out is None else _checked(out, shape, adv, adv.dtype)
@@ -300,7 +314,8 @@ def pgd_step_neighbours(
     adv, grad, x = dense(adv), dense(grad), dense(x)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     local = per_sample("radius", radius, adv)
-    if _needs_grad(adv, x, ball[1], step[1], local[1]):
+    inputs = adv, x, ball[1], step[1], local[1]
+    if followed(*inputs) or _needs_grad(*inputs):
         _refuse_out(out)
         wide, dtype = compute_dtype(adv.dtype), adv.dtype
         bounds: dict[str, Any] = {"clip_min": clip_min, "clip_max": clip_max}
@@ -360,7 +375,10 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _refuse_out(*outs: Tensor | None) -> None:
     if any(out is not None for out in outs):
-        raise ValueError("out= and cast= do not work with arguments that require grad: leave them out, or detach first")
+        raise ValueError(
+            "out= and cast= do not work with arguments that require grad or have a tangent, nor in torch.func: leave "
+            "them out, or detach first"
+        )
 
 
 def _checked(out: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -12,6 +12,7 @@ from cases import problem
 ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")
 Z, Y, T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4])
+HUGE = torch.full((4,), 1e300, dtype=torch.float64)
 
 
 def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
@@ -132,6 +133,10 @@ def test_message_of_compactness(error, message, call):
         (ValueError, r"weights is \[3\] on cpu, expected \[4\]", lambda: ak.cross_entropy(Z, Y, weights=torch.ones(3))),
         (ValueError, r"weights is \[5\] on cpu, expected \[4\].*one per sample", lambda: ak.kl_div(Z, Z, weights=torch.ones(5))),
         (TypeError, "weights must be a real tensor", lambda: ak.entropy(Z, weights=2.0)),
+        (ValueError, r"weights\[0\] = 1e\+300 does not fit torch.float32.*float64 logits", lambda: ak.entropy(Z, weights=HUGE)),
+        (ValueError, r"beta = 1e\+300 does not fit torch.float32", lambda: ak.trades_loss(Z, Z, Y, beta=1e300)),
+        (ValueError, r"global_weight = 1e\+39 does not fit torch.float32", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, global_weight=1e39)),
+        (ValueError, r"beta has no gradient.*pass float\(beta.detach\(\)\)", lambda: ak.mart_loss(Z, Z, Y, beta=torch.tensor(2.0, requires_grad=True))),
         (ValueError, "reduction must be one of .*'means'; did you mean 'mean'", lambda: ak.entropy(Z, reduction="means")),
         (ValueError, r"label_smoothing must be a number in \[0, 1\], got 1.5", lambda: ak.cross_entropy(Z, Y, label_smoothing=1.5)),
         (ValueError, "beta must be a number >= 0, got -1.0", lambda: ak.trades_loss(Z, Z, Y, beta=-1)),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import atlas_kernels as ak
+from atlas_kernels import formulas
 from cases import same_bits
 from published import losses as published
 
@@ -275,6 +276,125 @@ def test_classes_without_probability_contribute_nothing(engine):
     lone = by_rows([[4.0, -INF, -INF]], engine)
     assert ak.margin_loss(lone, torch.tensor([0], device=engine)) == -INF
     assert gradients(ak.margin_loss(lone, torch.tensor([0], device=engine)), lone)[0].tolist() == [[-1, 1, 0]]
+
+
+def exactly(name: str, z: list[Tensor], y: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The loss of each sample and its gradients in fp64, by the plain formula (whose gradients are finite at p = 0)."""
+    z = [v.detach().double().requires_grad_() for v in z]
+    operator, more = FORMULAS[name]
+    value = getattr(formulas, operator)(*z, *more(y, t))
+    value = value[0] if name == "atlas" else value
+    return value.detach(), list(torch.autograd.grad(value.sum(), z))
+
+
+FORMULAS = {
+    "cross_entropy": ("cross_entropy", lambda y, t: (y,)),
+    "smoothed": ("cross_entropy", lambda y, t: (y, 0.1)),
+    "kl_div": ("kl_div", lambda y, t: ()),
+    "trades": ("trades_loss", lambda y, t: (y, 5.0)),
+    "mart": ("mart_loss", lambda y, t: (y, 5.0)),
+    "entropy": ("entropy", lambda y, t: ()),
+    "margin": ("margin_loss", lambda y, t: (y,)),
+    "dlr": ("dlr_loss", lambda y, t: (y,)),
+    "dlr_targeted": ("dlr_loss", lambda y, t: (y, t)),
+    "logit_pairing": ("logit_pairing", lambda y, t: ()),
+    "atlas": ("atlas_loss", lambda y, t: (y, 0, 0.7, 0, 1.3)),
+}
+
+
+def with_large(big: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Predictions that are sure by ``big`` of one class, of another, that one is wrong, of two, and of none."""
+    rows = [[big, 0.25, -1.25, 0.75], [0.5, big, -2.0, 1.0], [-big, 0.25, -1.0, 0.5], [big, big, 0.5, -0.5],
+            [big, -big / 8, 0.25, 1.0], [1.0, 0.25, 0.125, -0.5]]  # fmt: skip
+    pairs = list(itertools.product(rows, rows))
+    return [torch.tensor([pair[i] for pair in pairs], dtype=dtype, device=device) for i in (0, 1)]
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_large_logits_keep_their_digits(name, dtype, engine):
+    loss, eps = LOSSES[name], torch.finfo(dtype).eps
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for big in (20.0, 100.0, 1e3, 65504.0, 1e6, 3e38):
+        if big > torch.finfo(dtype).max:
+            continue
+        pair = with_large(big, dtype, engine)
+        z = [torch.cat([*pair, pair[0].roll(1, 1), pair[1].roll(2, 1)])] if name == "atlas" else pair[: loss.inputs]
+        z = [v.requires_grad_() for v in z]
+        y = torch.arange(len(pair[0]), device=engine) % 4
+        t = (y + 2) % 4
+        truth, slopes = exactly(name, z, y, t)
+        value = loss.ours(z, y, t, reduction="none")
+        grads = gradients(value, *z)
+        rounded = truth.to(wide).double()  # beyond the largest number there is only inf
+        fine = rounded.isfinite()
+        assert torch.equal(value.double()[~fine], rounded[~fine])
+        error = (value.double() - rounded)[fine].abs()
+        unit = 64 * torch.finfo(wide).eps
+        if name == "mart" and dtype == torch.float64:
+            unit = 1e-7  # 1.0000001 - p_y, of which the plain formula has no more digits
+        bound = unit * rounded[fine].abs().clamp(min=0.125)
+        assert (error <= bound).all(), f"value at {big:g}: {value[fine]} for {truth[fine]}"
+        for place, (got, slope) in enumerate(zip(grads, slopes, strict=True)):
+            size = torch.ones(len(got), 1, dtype=torch.float64, device=engine)
+            if place == 0 and name in ("kl_div", "trades", "mart", "atlas"):
+                # p (log ratio - KL) is what is left of two numbers of the size of KL.
+                size[: len(truth)] = truth.abs().clamp(1, 1e38)[:, None]
+            wanted = slope.to(dtype).double()
+            fine = wanted.isfinite()
+            assert torch.equal(got.double()[~fine], wanted[~fine])
+            error = (got.double() - wanted).abs().where(fine, 0.0)
+            bound = unit * size + 2 * eps * wanted.abs()
+            assert (error <= bound).all(), f"gradient at {big:g}: off by {error.max()}"
+
+
+def test_differences_beyond_the_largest_number(engine):
+    """Where the result is not, though the difference of two logits is."""
+    z = by_rows([[3e38, -3e38, 1e38, 0.0, 2e38]] * 8, engine)
+    y = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], device=engine)
+    t = (y + 1) % 5
+    for ours, (operator, *more), values in [
+        (lambda r: ak.dlr_loss(z, y, reduction=r), ("dlr_loss", y), True),
+        (lambda r: ak.dlr_loss(z, y, targets=t, reduction=r), ("dlr_loss", y, t), True),
+        (lambda r: ak.cross_entropy(z, y * 0, label_smoothing=0.1, reduction=r), ("cross_entropy", y * 0, 0.1), True),
+        (lambda r: ak.logit_pairing(z, -z.detach(), reduction=r), ("logit_pairing",), False),
+    ]:
+        wide = z.detach().double().requires_grad_()
+        truth = getattr(formulas, operator)(wide, *([-wide.detach()] if operator == "logit_pairing" else []), *more)
+        if values:
+            torch.testing.assert_close(ours("none").double(), truth, rtol=1e-6, atol=1e-6)
+        (got,), (wanted,) = gradients(ours("mean"), z), gradients(truth.mean(), wide)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-45)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_has_weight_zero_adds_nothing_though_it_is_infinite(dtype, engine):
+    """0 * inf is 0, also in every gradient and derivative of it; NaN stays NaN."""
+    z = by_rows([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [1.0, NAN, 0.0], [1.0, 2.0, -INF]], engine, dtype)
+    q = by_rows([[0.0, -INF, 1.0], [0.0, -INF, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], engine, dtype)
+    y = torch.tensor([0, 1, 0, 2], device=engine)
+    w = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=dtype, device=engine)
+    value = ak.kl_div(z, q, weights=w, reduction="none")
+    assert value[[0, 3]].tolist() == [0, 0] and value[1] == INF and value[2].isnan()
+    to_z, to_q = gradients(value, z, q)
+    assert not to_z[[0, 3]].any() and not to_q[[0, 3]].any()
+    assert to_z[1].tolist() == [-INF, INF, -INF]  # the limit as q goes to 0
+    assert to_q[1].isfinite().all() and to_z[2].isnan().all()
+    kept = [0, 3]
+    for make in (
+        lambda z, q, w: ak.kl_div(z, q, weights=w),
+        lambda z, q, w: ak.cross_entropy(q, y[kept] * 0 + 1, weights=w),
+        lambda z, q, w: ak.mart_loss(z, q, y[kept] * 0 + 1, weights=w),
+        lambda z, q, w: ak.atlas_loss(torch.cat([z, q, z]), y[kept], weights=w),
+        lambda z, q, w: ak.trades_loss(z, q, y[kept] * 0, beta=0.0),
+        lambda z, q, w: ak.atlas_loss(torch.cat([z, q, q]), y[kept] * 0, local_weight=0.0, global_weight=0.0),
+    ):
+        inputs = [v.detach()[kept].requires_grad_() for v in (z, q, w)]
+        loss = make(*inputs)
+        assert loss.isfinite(), loss
+        for graph in (False, True):
+            found = torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=graph, allow_unused=True)
+            assert all(g is None or g.isfinite().all() for g in found)
 
 
 @each_loss

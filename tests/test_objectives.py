@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import atlas_kernels as ak
+from atlas_kernels import formulas
 from atlas_kernels.attacks import PGD
 from cases import same_bits
 from published import losses as published
@@ -172,6 +173,27 @@ def test_a_sure_prediction_still_has_a_direction(engine):
     p = torch.exp(torch.tensor(-40.0, device=engine))
     torch.testing.assert_close(made.cotangent[1], torch.stack([-2 * p, p, p]), rtol=1e-6, atol=0)
     torch.testing.assert_close(made.value[1], 2 * p, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("big", [20.0, 1e3, 65504.0, 1e6, 3e38])
+def test_large_logits_keep_their_digits(big, engine):
+    sure = torch.tensor([[big, 0.25, -1.25, 0.75], [0.5, -1.0, big, 1.0]], device=engine)
+    unsure = torch.tensor([[1.0, 0.25, 0.125, -0.5], [-1.0, 0.5, 0.25, 0.0]], device=engine)
+    y, t = torch.tensor([1, 2], device=engine), torch.tensor([2, 0], device=engine)
+    for objective in NEEDED:
+        for z, reference in ((sure, unsure), (unsure, sure), (sure, sure.flip(0))):
+            made = ask(objective, z, reference, y, t, return_value=True)
+            wide = z.double().requires_grad_()
+            value = {
+                "ce": formulas.cross_entropy(wide, y),
+                "kl": formulas.kl_div(reference.double(), wide),
+                "margin": formulas.margin_loss(wide, y),
+                "dlr": formulas.dlr_loss(wide, y),
+                "dlr_targeted": formulas.dlr_loss(wide, y, t),
+            }[objective]
+            (cotangent,) = torch.autograd.grad(value.sum(), wide)
+            torch.testing.assert_close(made.value.double(), value.detach(), rtol=2e-6, atol=2e-7)
+            torch.testing.assert_close(made.cotangent.double(), cotangent, rtol=2e-6, atol=2e-7)
 
 
 def test_an_empty_batch(engine):

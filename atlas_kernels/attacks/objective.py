@@ -77,7 +77,7 @@ class Objective:
         if reference is not None and reference.dtype != logits.dtype:
             dtype = torch.promote_types(reference.dtype, logits.dtype)
             logits, reference = logits.to(dtype), reference.to(dtype)
-        return attack_cotangent(logits, self.labels, objective=self.kind, reference=reference, **options)
+        return attack_cotangent(logits.detach(), self.labels, objective=self.kind, reference=reference, **options)
 
     def rows(self, index: Tensor) -> Objective:
         """The same objective for some of the samples."""

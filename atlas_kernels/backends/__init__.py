@@ -20,8 +20,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..schema import NAMESPACE, OPERATORS, define
+from ..transforms import kernel_under_transforms, refuse_derivatives
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -99,11 +101,27 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 
+def _arguments(stem: str, name: str) -> tuple[list[int], dict[int, str]]:
+    """The numbers of the arguments that the operator writes, and those that its result may have a derivative by: not by
+    the gradient that a step goes along, which is a constant."""
+    written, differentiable = [], {}
+    for i, argument in enumerate(OPERATORS[stem][name].split(",")):
+        kind, called = argument.split()
+        if "!" in kind:
+            written.append(i)
+        elif kind.startswith("Tensor") and called != "grad":
+            differentiable[i] = called
+    return written, differentiable
+
+
 def _implementation(stem: str, name: str) -> Callable[..., None]:
-    written = [i for i, argument in enumerate(OPERATORS[stem][name].split(",")) if "!" in argument]
+    written, differentiable = _arguments(stem, name)
     chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
 
     def run(*args: Any) -> None:
+        if forward_ad._current_level >= 0:
+            arguments = {argument: args[i] for i, argument in differentiable.items()}
+            refuse_derivatives(f"{NAMESPACE}::{name}", arguments, tangents_only=True)
         here = forced_backend(), args[0].device
         function = chosen.get(here)
         if function is None:
@@ -130,12 +148,20 @@ def register() -> None:
             _implementations[name] = _implementation(stem, name)
             for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
                 _library.impl(name, _implementations[name], key)
+            operator, (_, differentiable) = _operator(name), _arguments(stem, name)
+            transformed = kernel_under_transforms(f"{NAMESPACE}::{name}", operator, differentiable)
+            _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+
+
+def _operator(name: str) -> Callable[..., None]:
+    operator: Callable[..., None] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operator
 
 
 def caller(name: str) -> Callable[..., None]:
     """The operator ``name`` for a public function: through PyTorch's dispatcher where somebody listens there (tracing,
     dispatch modes, tensor subclasses), else straight to the implementation, which saves 3 us a call."""
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = _operator(name)
     implementation = _implementations[name]
     compiling, modes, level = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, _functorch_level
     plain = {torch.Tensor, float, int, bool, type(None)}.issuperset

@@ -30,7 +30,7 @@ def to_range(v: Tensor, clip_min: float, min_rows: Tensor | None, clip_max: floa
     return clip(v, rows(clip_min, min_rows, v, dim=1), rows(clip_max, max_rows, v, dim=1))
 
 
-def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active):
+def step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active):
     dtype = compute_dtype(adv.dtype)
     radius, step = rows(eps, eps_rows, adv), rows(step_size, step_rows, adv)
     start, centre, direction = adv.to(dtype), x.to(dtype), torch.sign(grad).to(dtype)
@@ -39,7 +39,7 @@ def _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, ac
     return moved if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), moved, start)
 
 
-def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):
+def neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):
     dtype = compute_dtype(adv.dtype)
     found = []
     for k in range(count):
@@ -55,7 +55,7 @@ def _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, 
 @torch.no_grad()
 def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
     bounds = clip_min, min_rows, clip_max, max_rows
-    (start,) = _neighbours(x, eps, eps_rows, 1, None, 0.0, None, bounds, key, ids, draw, STREAM_START)
+    (start,) = neighbours(x, eps, eps_rows, 1, None, 0.0, None, bounds, key, ids, draw, STREAM_START)
     out.copy_(start)
 
 
@@ -65,7 +65,7 @@ def pgd_step(
     out, cast,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
-    moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
+    moved = step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
     out.copy_(moved)
     if cast is not None:
         cast.copy_(moved)
@@ -76,7 +76,7 @@ def sample_neighbours(
     adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
 ):
     bounds = clip_min, min_rows, clip_max, max_rows
-    found = _neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw)
+    found = neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw)
     if found:
         out.copy_(torch.cat(found))
 
@@ -87,7 +87,7 @@ def pgd_step_neighbours(
     min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
-    moved = _step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
+    moved = step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
     ball = x if project else None
-    found = _neighbours(moved, radius, radius_rows, count, ball, eps, eps_rows, bounds, key, ids, draw)
+    found = neighbours(moved, radius, radius_rows, count, ball, eps, eps_rows, bounds, key, ids, draw)
     out.copy_(torch.cat([*([x.to(moved.dtype)] if include_x else []), moved, *found]))
