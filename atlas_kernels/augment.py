@@ -9,7 +9,18 @@ from torch import Tensor
 
 from . import backends
 from .backends.native import advise_huge_pages
-from .checks import FLOATS, per_channel, require_bytes, require_noise, require_out, require_rows, value_checks_enabled
+from .checks import (
+    FLOATS,
+    draw_number,
+    flag,
+    per_channel,
+    require_bytes,
+    require_noise,
+    require_out,
+    require_rows,
+    value_checks_enabled,
+    whole,
+)
 from .layout import compute_dtype
 from .noise import noise_key
 
@@ -64,12 +75,14 @@ def augment(
     require_bytes("images", images)
     images = images.unsqueeze(1) if images.ndim == 3 else images
     require_rows("index", index, images)
+    padding = whole("padding", padding, 0)
     height, width = _crop_size(crop, padding, images)
+    flip, draw = flag("flip", flip), draw_number(draw)
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     shape = (index.shape[0], images.shape[1], height, width)
     if out is None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        layout = torch.channels_last if flag("channels_last", channels_last) else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
         advise_huge_pages(out)
     else:
@@ -77,7 +90,7 @@ def augment(
     scale = (*per_channel("mean", 0.0 if mean is None else mean, out), *_divisor(std, out))
     if flip or (height, width) != tuple(side + 2 * padding for side in images.shape[2:]):
         key = noise_key(images.device) if key is None else key
-        require_noise(key, ids, draw, index)
+        require_noise(key, ids, index)
         key, ids = key.contiguous(), None if ids is None else ids.contiguous()
     else:
         key = ids = None
@@ -86,14 +99,13 @@ def augment(
 
 
 def _crop_size(crop: int | tuple[int, int] | None, padding: int, images: Tensor) -> tuple[int, int]:
-    if not isinstance(padding, int) or not 0 <= padding < 2**31:
-        raise ValueError(f"padding must be an integer in [0, 2**31), got {padding!r}")
     height, width = images.shape[2:]
     if crop is None:
         return height, width
-    size = (crop, crop) if isinstance(crop, int) else tuple(crop)
-    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+    sides = tuple(crop) if isinstance(crop, (tuple, list)) else (crop, crop)
+    if len(sides) != 2:
         raise ValueError(f"crop must be one or two integers >= 1, got {crop!r}")
+    size = whole("crop", sides[0], 1), whole("crop", sides[1], 1)
     padded = height + 2 * padding, width + 2 * padding
     if size[0] > padded[0] or size[1] > padded[1]:
         raise ValueError(f"crop {list(size)} is larger than the padded image {list(padded)}: choose more padding")

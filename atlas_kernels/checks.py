@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import os
 from collections.abc import Sequence
 
@@ -16,34 +17,96 @@ from torch import Tensor
 
 from .backends.native import first_outside
 from .capture import capturing
-from .layout import compute_dtype, is_supported, plane_shape
+from .layout import compute_dtype, has_memory, is_supported, plane_shape
 from .transforms import followed, is_wrapped
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def value_checks_enabled(t: Tensor, *, attack: bool = False) -> bool:
+def value_checks_enabled(t: Tensor, *, attack: bool = False, name: str = "") -> bool:
     """Whether to look at the values of ``t``: on CUDA only once per ``attack``, since looking waits for the device; not
-    at what a transform of torch.func has."""
+    at what a transform of torch.func has.
+
+    ``name``: what to call it where its memory was freed, so that looking would end the process.
+    """
     if torch.compiler.is_compiling() or capturing(t.is_cuda) or is_wrapped(t):
         return False
     override = os.environ.get("ATLAS_CHECKS")
     if override:
         if override not in ("0", "1"):
             raise ValueError(f"ATLAS_CHECKS={override!r}: expected 0 or 1")
-        return override == "1"
-    return t.device.type == "cpu" or (attack and t.is_cuda)
+        wanted = override == "1"
+    else:
+        wanted = t.device.type == "cpu" or (attack and t.is_cuda)
+    if wanted and name:
+        has_memory(name, t)
+    return wanted
+
+
+def kind_of(value: object) -> str:
+    """What stands in the place of a tensor, and how to make one of it."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if type(value).__module__ == "numpy" and hasattr(value, "__array_interface__"):
+        return "a NumPy array; torch.from_numpy makes a tensor of it"
+    return type(value).__name__
+
+
+def require_strided(name: str, t: Tensor) -> None:
+    """A tensor of plain numbers, neither sparse nor nested nor quantized."""
+    if t.is_nested:
+        raise TypeError(f"{name} must be a strided tensor, got nested; call torch.nested.to_padded_tensor")
+    if t.is_quantized:
+        raise TypeError(f"{name} must be a strided tensor, got quantized; call .dequantize()")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}; call .to_dense()")
+
+
+def require_integers(name: str, t: Tensor) -> None:
+    """A tensor of class indices, integers of any width."""
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex():
+        raise TypeError(f"{name} must be an integer tensor of class indices, got {kind_of(t)}")
+    require_strided(name, t)
+
+
+def whole(name: str, value: int, least: int, largest: int = 2**31 - 1) -> int:
+    """An integer, Python's or NumPy's, in [least, largest]. A tensor is none: reading it would wait for the device."""
+    if type(value) is not int:
+        try:
+            number = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None:
+            raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+        value = number
+    if not least <= value <= largest:
+        bound = f"least {least}" if value < least else f"most {largest}"
+        raise ValueError(f"{name} must be an integer of at {bound}, got {value}")
+    return value
+
+
+def flag(name: str, value: bool) -> bool:
+    """True or False, Python's or NumPy's."""
+    if value is True or value is False:
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    shown = f"a tensor {list(value.shape)}; call .item()" if isinstance(value, Tensor) else repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def require_float_images(name: str, t: Tensor) -> None:
     """A dense-layout float tensor with a batch dimension."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {kind_of(t)}")
     if t.dtype not in FLOATS:
         hint = "; divide images in 0..255 by 255 first" if not t.is_floating_point() and not t.is_complex() else ""
         raise TypeError(f"{name} must be a float tensor, got {t.dtype}{hint}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}; call .to_dense()")
+    require_strided(name, t)
     if t.ndim == 0:
         raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
 
@@ -52,6 +115,7 @@ def require_like(name: str, t: Tensor, other: str, like: Tensor, *, dtype: bool)
     """Images of the same shape and device as ``like`` (and, if ``dtype``, of its dtype)."""
     if (  # the common case, quickly
         isinstance(t, Tensor)
+        and not t.is_nested
         and (t.dtype == like.dtype or (not dtype and t.dtype in FLOATS))
         and t.shape == like.shape
         and t.device == like.device
@@ -83,29 +147,12 @@ def require_out(name: str, t: Tensor, shape: Sequence[int], like: Tensor, dtype:
         )
 
 
-def require_apart(name: str, out: Tensor, *inputs: tuple[str, Tensor | None, int]) -> None:
-    """``out`` shares no memory with an (already dense) input, unless that lies exactly where its own result goes.
-
-    Each input is its name, itself, and the row of ``out`` at which the result that may replace it starts; -1: none may.
-    """
-    start = out.data_ptr()
-    end = start + out.nbytes
-    for other, t, row in inputs:
-        if t is None:
-            continue
-        low = t.data_ptr()
-        if low >= end or low + t.nbytes <= start:
-            continue
-        in_place = row >= 0 and low == start + row * out.stride(0) * out.element_size()
-        if not (in_place and t.dtype == out.dtype and t.stride() == out.stride()):
-            raise ValueError(f"{name} shares memory with {other}: pass {name}={other} itself, or a tensor of its own")
-
-
 def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A non-negative number, or one per sample, as (number, None) or (0.0, float[B])."""
     if type(value) is float and value >= 0.0:
         return value, None
-    if isinstance(value, Tensor) and (value.ndim or _differentiated(value)):
+    if isinstance(value, Tensor) and (value.is_nested or value.ndim or _differentiated(value)):
+        require_strided(name, value)
         batch = like.shape[0]
         value = value if value.ndim else value.expand(batch)
         if value.numel() != batch or value.shape[0] != batch:
@@ -121,13 +168,17 @@ def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor
     """A number, or one per channel, as (number, None) or (0.0, float[C])."""
     if type(value) is float and value == value:
         return value, None
-    if isinstance(value, (Tensor, Sequence)) and not (isinstance(value, Tensor) and value.ndim == 0):
+    several = not isinstance(value, (str, bytes)) if isinstance(value, Sequence) else isinstance(value, Tensor)
+    if several and not (isinstance(value, Tensor) and not value.is_nested and value.ndim == 0):
         channels = plane_shape(like.shape)[1]
-        vector = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=like.device)
+        vector = value if isinstance(value, Tensor) else _tensor_of(name, value, like)
+        require_strided(name, vector)
         if like.ndim < 3 or vector.numel() != channels:
+            last = like.ndim == 4 and like.shape[3] == vector.numel()
+            hint = "; make images with the channels last [B, C, H, W] by .permute(0, 3, 1, 2)" if last else ""
             raise ValueError(
                 f"{name} has {vector.numel()} values, expected one number, or one per channel of images [B, C, ...] "
-                f"(here {list(like.shape)})"
+                f"(here {list(like.shape)}){hint}"
             )
         return 0.0, _vector(name, vector, like, non_negative=False)
     number = _number(name, value)
@@ -143,10 +194,19 @@ def _differentiated(t: Tensor) -> bool:
 def _number(name: str, value: object) -> float:
     if isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be a number or a tensor, got the string {value!r}")
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a tensor, got {value}")
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be a number or a tensor, got {kind_of(value)}") from error
+
+
+def _tensor_of(name: str, values: object, like: Tensor) -> Tensor:
+    try:
+        return torch.tensor(values, dtype=torch.float64, device=like.device)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold numbers, got {_shown(values)}") from error
 
 
 def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Tensor:
@@ -154,7 +214,7 @@ def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Te
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the images on {like.device}: move them to one device")
-    if non_negative and value.numel() and value_checks_enabled(value):
+    if value.numel() and value_checks_enabled(value, name=name) and non_negative:
         bad = ~(value.detach() >= 0).reshape(-1)
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -165,22 +225,30 @@ def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Te
 def require_bytes(name: str, t: Tensor) -> None:
     """A uint8 set of images [N, C, H, W] or [N, H, W] that the kernels can address as it lies."""
     if not isinstance(t, Tensor) or t.dtype != torch.uint8:
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a uint8 tensor, got {got}; (255 * x).round().to(torch.uint8) makes one of x")
-    if t.layout != torch.strided or t.ndim not in (3, 4):
+        hint = "; (255 * x).round().to(torch.uint8) makes one of x" if isinstance(t, Tensor) else ""
+        raise TypeError(f"{name} must be a uint8 tensor, got {kind_of(t)}{hint}")
+    require_strided(name, t)
+    if t.ndim not in (3, 4):
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [N, C, H, W] or [N, H, W]")
+    if t.ndim == 4 and t.shape[3] in (1, 3) and min(t.shape[1:3]) >= 8:
+        raise ValueError(
+            f"{name} has shape {list(t.shape)}, which looks like [N, H, W, C], expected [N, C, H, W]: call "
+            ".permute(0, 3, 1, 2), which copies nothing"
+        )
     if not is_supported(t):
         raise ValueError(f"{name} has strides {t.stride()}: call .contiguous() once, before training")
 
 
 def require_rows(name: str, index: Tensor, of: Tensor) -> None:
     """Rows of a resident set: int64 [B] on its device, all of which it has."""
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-        got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+    if not isinstance(index, Tensor) or index.is_nested or index.dtype != torch.int64 or index.ndim != 1:
+        plain = isinstance(index, Tensor) and not index.is_nested
+        got = f"{index.dtype} {list(index.shape)}" if plain else kind_of(index)
         raise TypeError(f"{name} must be an int64 tensor [B] of rows, got {got}; convert it with .long()")
+    require_strided(name, index)
     if index.device != of.device:
         raise ValueError(f"{name} is on {index.device}, the images on {of.device}: move them to one device")
-    if not index.numel() or not value_checks_enabled(index):
+    if not index.numel() or not value_checks_enabled(index, name=name):
         return
     first = first_outside(index.contiguous(), of.shape[0])
     if first < index.shape[0]:
@@ -190,31 +258,42 @@ def require_rows(name: str, index: Tensor, of: Tensor) -> None:
 def require_active(active: Tensor, like: Tensor) -> None:
     """A bool tensor, one value per sample."""
     if not isinstance(active, Tensor) or active.dtype != torch.bool:
-        got = active.dtype if isinstance(active, Tensor) else type(active).__name__
-        raise TypeError(f"active must be a bool tensor, got {got}")
+        raise TypeError(f"active must be a bool tensor, got {kind_of(active)}")
+    require_strided("active", active)
     if active.shape != like.shape[:1] or active.device != like.device:
         raise ValueError(
             f"active is {list(active.shape)} on {active.device}, expected [{like.shape[0]}] on {like.device}"
         )
 
 
-def require_noise(key: Tensor, ids: Tensor | None, draw: int, like: Tensor) -> None:
-    """A noise key, optional sample numbers and a draw number that fits the counter."""
-    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,) or key.device != like.device:
-        got = f"{key.dtype} {list(key.shape)} on {key.device}" if isinstance(key, Tensor) else type(key).__name__
+def require_noise(key: Tensor, ids: Tensor | None, like: Tensor) -> None:
+    """A noise key, and optional sample numbers."""
+    if not isinstance(key, Tensor):
+        raise TypeError(f"key must be the tensor of noise_key({str(like.device)!r}), got {kind_of(key)}")
+    require_strided("key", key)
+    if key.dtype != torch.int64 or key.shape != (2,) or key.device != like.device:
+        got = f"{key.dtype} {list(key.shape)} on {key.device}"
         raise ValueError(f"key must be the int64 [2] tensor of noise_key({str(like.device)!r}), got {got}")
-    if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1] or ids.device != like.device):
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be an int64 tensor [{like.shape[0]}], got {kind_of(ids)}")
+    require_strided("ids", ids)
+    if ids.dtype != torch.int64 or ids.shape != like.shape[:1] or ids.device != like.device:
         raise ValueError(
             f"ids is {ids.dtype} {list(ids.shape)} on {ids.device}, expected int64 [{like.shape[0]}] on {like.device}"
         )
-    if not 0 <= draw < 2**32:
-        raise ValueError(f"draw must be in [0, 2**32), got {draw}")
+
+
+def draw_number(draw: int) -> int:
+    """The number of a draw, which is one 32-bit word of the noise's counter."""
+    return whole("draw", draw, 0, 2**32 - 1)
 
 
 def require_images(x: Tensor, clip_min: float | Tensor = 0.0, clip_max: float | Tensor = 1.0) -> None:
     """Float images whose values lie in [clip_min, clip_max] (values as ``value_checks_enabled`` says, per attack)."""
     require_float_images("x", x)
-    if not x.numel() or not value_checks_enabled(x, attack=True):
+    if not x.numel() or not value_checks_enabled(x, attack=True, name="x"):
         return
     x = x.detach()
     low, high = (_bound(b, x) for b in (clip_min, clip_max))
@@ -238,12 +317,10 @@ def _bound(value: float | Tensor | Sequence[float], x: Tensor) -> Tensor:
 
 def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -> None:
     """Integral class indices [B] in [0, num_classes)."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"y must be an integer tensor of class indices, got {got}")
+    require_integers("y", labels)
     if labels.ndim != 1 or (batch is not None and labels.shape[0] != batch):
         raise ValueError(f"y has shape {list(labels.shape)}, expected [{'B' if batch is None else batch}]")
-    if not labels.numel() or not value_checks_enabled(labels, attack=True):
+    if not labels.numel() or not value_checks_enabled(labels, attack=True, name="y"):
         return
     row = first_outside(labels.to(torch.int64).contiguous(), num_classes)
     if row < labels.shape[0]:
@@ -272,9 +349,8 @@ def number_in(name: str, value: float, low: float, high: float = math.inf) -> fl
 def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = None) -> Tensor:
     """Float logits [B, C] of at least two classes, contiguous; of the shape, dtype and device of ``like``."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
-        raise TypeError(f"{name} must be a float tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}; call .to_dense()")
+        raise TypeError(f"{name} must be a float tensor, got {kind_of(t)}")
+    require_strided(name, t)
     if t.ndim != 2 or t.shape[1] < 2:
         hint = "; stack a single logit z of two classes as [-z/2, z/2]" if t.ndim == 2 and t.shape[1] == 1 else ""
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [batch, classes], two classes or more{hint}")
@@ -285,17 +361,16 @@ def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = No
 
 def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
     """int64 [batch] class indices of ``logits``, contiguous; integers of any width are welcome."""
-    if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex():
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be an integer tensor of class indices, got {got}")
+    require_integers(name, t)
     if t.ndim != 1 or t.shape[0] != batch or t.device != logits.device:
         raise ValueError(
             f"{name} is {list(t.shape)} on {t.device}, expected [{batch}] on {logits.device}, as the logits"
         )
+    looked_at = batch and value_checks_enabled(t, name=name)
     if t.dtype != torch.int64:
         t = t.to(torch.int64)
     t = t.contiguous()
-    if batch and value_checks_enabled(t):
+    if looked_at:
         classes = logits.shape[1]
         row = first_outside(t, classes)
         if row < batch:
@@ -306,8 +381,8 @@ def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
 def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:
     """A weight per sample, [batch], in the dtype that ``like`` is computed in."""
     if not isinstance(weights, Tensor) or weights.is_complex():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"weights must be a real tensor [{batch}], got {got}")
+        raise TypeError(f"weights must be a real tensor [{batch}], got {kind_of(weights)}")
+    require_strided("weights", weights)
     if weights.ndim != 1 or weights.shape[0] != batch or weights.device != like.device:
         raise ValueError(
             f"weights is {list(weights.shape)} on {weights.device}, expected [{batch}] on {like.device}, one per sample"

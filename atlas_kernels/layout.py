@@ -40,3 +40,20 @@ def is_supported(t: Tensor) -> bool:
 def dense(t: Tensor) -> Tensor:
     """``t`` itself if the kernels can address it, else a contiguous copy."""
     return t if t.is_contiguous() or is_channels_last(t) else t.contiguous()
+
+
+def has_memory(name: str, t: Tensor) -> bool:
+    """Whether ``t`` lies in memory: False for PyTorch's lazy zeros; freed memory raises ValueError."""
+    if t._is_zerotensor():
+        return False
+    if not t.numel():
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    try:
+        there = t.untyped_storage().nbytes()
+    except NotImplementedError:  # a wrapper of torch.func's
+        return True
+    needed = (t.storage_offset() + last + 1) * t.element_size()
+    if needed > there:
+        raise ValueError(f"{name} needs {needed} bytes, but its storage has {there}: its memory was freed")
+    return True

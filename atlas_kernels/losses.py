@@ -30,7 +30,17 @@ from torch import Tensor
 
 from . import backends, formulas
 from .capture import capturing
-from .checks import class_indices, dense_logits, number_in, require_choice, sample_weights, value_checks_enabled
+from .checks import (
+    class_indices,
+    dense_logits,
+    flag,
+    number_in,
+    require_choice,
+    require_strided,
+    sample_weights,
+    value_checks_enabled,
+    whole,
+)
 from .layout import compute_dtype
 from .transforms import followed, is_wrapped
 
@@ -201,6 +211,7 @@ def atlas_loss(
         _TERMS.index(local) if local != "none" else 0, _factor("local_weight", local_weight, logits),
         _TERMS.index(global_term), _factor("global_weight", global_weight, logits),
     )  # fmt: skip
+    flag("return_terms", return_terms)
     loss, terms = _loss("atlas_loss", logits, None, (labels,), numbers, weights, reduction)
     return (loss, terms) if return_terms else loss
 
@@ -220,14 +231,15 @@ def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0, *, dtype: torch
 
     Returns ``dtype`` [B] of mean 1, without gradient.
     """
-    if not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps must be an integer of at least 2 (the formula divides by steps // 2), got {steps!r}")
+    steps = whole("steps", steps, 2, 2**31 - 1)  # the formula divides by steps // 2
     lam = number_in("lam", lam, -torch.finfo(torch.float32).max)
+    if isinstance(kappa, Tensor):
+        require_strided("kappa", kappa)
     if not isinstance(kappa, Tensor) or kappa.is_floating_point() or kappa.is_complex() or kappa.ndim != 1:
         got = f"{kappa.dtype} {list(kappa.shape)}" if isinstance(kappa, Tensor) else type(kappa).__name__
         raise TypeError(f"kappa must be an integer tensor [B], got {got}")
     kappa = kappa.to(torch.int64).contiguous()
-    if kappa.numel() and value_checks_enabled(kappa):
+    if kappa.numel() and value_checks_enabled(kappa, name="kappa"):
         bad = (kappa < 0) | (kappa > steps)
         if bad.any():
             row = int(bad.nonzero()[0])

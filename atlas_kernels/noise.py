@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import whole
+
 # Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
 STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
 
@@ -19,7 +21,9 @@ def noise_key(device: torch.device | str = "cpu", *, generator: torch.Generator 
 
     The seed is one ``torch.randint`` draw from ``generator`` (default: the device's global generator), so
     ``torch.manual_seed`` rules it, CUDA graphs capture it and ``torch.compile`` sees through it. ``base`` is the number
-    of the first sample: row ``i`` of a batch draws as sample ``base + i``. Pass the same key to draw the same noise.
+    of the first sample, a 64-bit integer: row ``i`` of a batch draws as sample ``base + i``, of which the low 32 bits
+    count. Pass the same key to draw the same noise.
     """
+    base = whole("base", base, -(2**63), 2**63 - 1)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     return torch.cat((seed, torch.full_like(seed, base)))

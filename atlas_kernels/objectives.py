@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import class_indices, dense_logits, require_choice
+from .checks import class_indices, dense_logits, flag, kind_of, require_choice, require_strided
 from .layout import compute_dtype
 from .losses import dlr_targets
 from .transforms import followed, refuse_derivatives
@@ -73,6 +73,8 @@ def attack_cotangent(
         refuse_derivatives("attack_cotangent", {"logits": logits, "reference": reference})
     logits = logits.detach()
     require_choice("objective", objective, OBJECTIVES)
+    descend, return_cotangent = flag("descend", descend), flag("return_cotangent", return_cotangent)
+    return_correct, return_value = flag("return_correct", return_correct), flag("return_value", return_value)
     batch = logits.shape[0]
     if labels is not None:
         labels = class_indices("labels", labels, logits, batch)
@@ -101,7 +103,8 @@ def attack_cotangent(
 
 def _require_kappa(kappa: Tensor, logits: Tensor) -> None:
     if not isinstance(kappa, Tensor) or kappa.dtype != torch.int64:
-        raise TypeError(f"kappa must be an int64 tensor, got {getattr(kappa, 'dtype', type(kappa).__name__)}")
+        raise TypeError(f"kappa must be an int64 tensor, got {kind_of(kappa)}")
+    require_strided("kappa", kappa)
     if kappa.shape != logits.shape[:1] or kappa.device != logits.device or not kappa.is_contiguous():
         raise ValueError(
             f"kappa is {list(kappa.shape)} with strides {kappa.stride()} on {kappa.device}, expected contiguous "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, formulas
-from .checks import FLOATS, require_choice, require_like
+from .checks import FLOATS, flag, kind_of, require_choice, require_like, require_strided
 from .layout import compute_dtype
 from .transforms import followed
 
@@ -55,7 +55,7 @@ def compactness(
     scale = _scale(scale)
     require_choice("distance", distance, _DISTANCES)
     require_choice("reduction", reduction, _REDUCTIONS)
-    clean = h.detach() if detach else h
+    clean = h.detach() if flag("detach", detach) else h
     if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad and not followed():
         raise ValueError("reduction='none' has no gradient for h: use detach=True, or reduction='mean' or 'sum'")
     inputs = clean.contiguous(), h_adv.contiguous(), labels.contiguous()
@@ -74,15 +74,16 @@ def _factor(h: Tensor, reduction: str) -> float:
 
 def _require_features(h: Tensor, h_adv: Tensor, labels: Tensor) -> None:
     for name, t in (("h", h), ("h_adv", h_adv)):
-        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.layout != torch.strided:
-            got = f"{t.dtype} ({t.layout})" if isinstance(t, Tensor) else type(t).__name__
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.layout != torch.strided or t.is_nested:
+            got = f"{t.dtype} ({'nested' if t.is_nested else t.layout})" if isinstance(t, Tensor) else kind_of(t)
             raise TypeError(f"{name} must be a dense float tensor, got {got}")
     if h.ndim != 2 or h.shape[1] == 0:
         raise ValueError(f"h has shape {list(h.shape)}, expected features [B, k] with k >= 1: call .flatten(1) on maps")
     require_like("h_adv", h_adv, "h", h, dtype=True)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor of class indices, got {got}: call .long()")
+        hint = ": call .long()" if isinstance(labels, Tensor) else ""
+        raise TypeError(f"labels must be an int64 tensor of class indices, got {kind_of(labels)}{hint}")
+    require_strided("labels", labels)
     if labels.shape != h.shape[:1] or labels.device != h.device:
         raise ValueError(
             f"labels is {list(labels.shape)} on {labels.device}, expected [{h.shape[0]}] on {h.device}, one per sample"
@@ -90,7 +91,7 @@ def _require_features(h: Tensor, h_adv: Tensor, labels: Tensor) -> None:
 
 
 def _scale(scale: float) -> float:
-    if not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not (scale and math.isfinite(scale) and math.isfinite(1.0 / scale)):
         raise ValueError(f"scale must be finite and not 0 (other classes weigh 1 - 1/scale), got {scale}")

@@ -32,6 +32,8 @@ from .backends.native import advise_huge_pages
 from .backends.reference import perturb as plain_linf
 from .backends.reference import perturb_norms as plain
 from .checks import (
+    draw_number,
+    flag,
     per_channel,
     per_sample,
     require_active,
@@ -40,6 +42,7 @@ from .checks import (
     require_like,
     require_noise,
     require_out,
+    whole,
 )
 from .layout import compute_dtype, dense, is_channels_last
 from .noise import STREAM_START, noise_key
@@ -56,6 +59,7 @@ _pgd_step_norm = backends.caller("pgd_step_norm")
 _project = backends.caller("project")
 
 _Bound = float | Tensor | Sequence[float]
+_MOST_NEIGHBOURS = 2**24 - 1  # that three bytes of the noise's counter can number
 _INFINITE = (float("-inf"), None, float("inf"), None)
 
 
@@ -152,6 +156,7 @@ def pgd_step(
     adv, grad, x = dense(adv), dense(grad), dense(x)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    descend = flag("descend", descend)
     if active is not None:
         require_active(active, adv)
         active = active.contiguous()
@@ -247,7 +252,7 @@ def sample_neighbours(
     name the argument.
     """
     require_float_images("adv", adv)
-    _require_count(count)
+    count = whole("count", count, 0, _MOST_NEIGHBOURS)
     if (x is None) != (eps is None):
         raise ValueError("x and eps go together: give both to project the neighbours onto x's eps-ball, or neither")
     adv = dense(adv)
@@ -310,7 +315,9 @@ def pgd_step_neighbours(
     require_float_images("adv", adv)
     require_like("x", x, "adv", adv, dtype=True)
     require_like("grad", grad, "adv", adv, dtype=False)
-    _require_count(count)
+    count = whole("count", count, 0, _MOST_NEIGHBOURS)
+    project, include_x = flag("project", project), flag("include_x", include_x)
+    descend = flag("descend", descend)
     adv, grad, x = dense(adv), dense(grad), dense(x)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     local = per_sample("radius", radius, adv)
@@ -340,8 +347,8 @@ def pgd_step_neighbours(
 
 def _noise(like: Tensor, key: Tensor | None, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor | None, int]:
     key = noise_key(like.device) if key is None else key
-    require_noise(key, ids, draw, like)
-    return key.contiguous(), None if ids is None else ids.contiguous(), draw
+    require_noise(key, ids, like)
+    return key.contiguous(), None if ids is None else ids.contiguous(), draw_number(draw)
 
 
 def _number_of(norm: str) -> int:
@@ -358,11 +365,6 @@ def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
     largest = plain.flat(grad).abs().amax(1).view(-1, *[1] * (grad.ndim - 1))
     scaled = grad / torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
     return scaled.to(compute_dtype(like.dtype))
-
-
-def _require_count(count: int) -> None:
-    if not isinstance(count, int) or not 0 <= count < 2**24:
-        raise ValueError(f"count must be an integer in [0, 2**24), got {count!r}")
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -6,6 +6,9 @@ that may be one number or one number per row travels as a pair, ``float eps, Ten
 
 from __future__ import annotations
 
+from functools import cache, partial
+from typing import Any, NamedTuple
+
 import torch
 
 NAMESPACE = "atlas_kernels"
@@ -68,8 +71,37 @@ OPERATORS: dict[str, dict[str, str]] = {
 }
 
 
-def _fake(*args: object) -> None:
-    """Nothing is returned, so there is no shape to infer; a mix of devices would otherwise pass here in silence."""
+class Argument(NamedTuple):
+    """Of an operator: its name in the schema, what users call it, and what it may be."""
+
+    name: str
+    told: str
+    is_tensor: bool
+    optional: bool
+    written: bool
+
+
+@cache
+def arguments_of(operator: str) -> list[Argument]:
+    """What the operator takes, in order."""
+    found: list[Argument] = []
+    (declared,) = (operators[operator] for operators in OPERATORS.values() if operator in operators)
+    for kind, name in (argument.split() for argument in declared.split(",")):
+        told = found[-1].name if name.endswith("_rows") else name  # the pair of a number
+        found.append(Argument(name, told, kind.startswith("Tensor"), kind.endswith("?"), "!" in kind))
+    return found
+
+
+def require_given(operator: str, args: tuple[Any, ...]) -> None:
+    """PyTorch lets None through where a schema says Tensor."""
+    for argument, value in zip(arguments_of(operator), args, strict=True):
+        if value is None and not argument.optional:
+            raise TypeError(f"{argument.told} must be given to {operator}, got None")
+
+
+def _fake(operator: str, *args: object) -> None:
+    """Nothing is returned, so there is no shape to infer; None and a mix of devices would pass here in silence."""
+    require_given(operator, args)
     devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
@@ -80,4 +112,4 @@ def define(library: torch.library.Library) -> None:
     for operators in OPERATORS.values():
         for name, arguments in operators.items():
             library.define(f"{name}({arguments}) -> ()")
-            torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)
+            torch.library.register_fake(f"{NAMESPACE}::{name}", partial(_fake, name), lib=library)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,14 @@ ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")
 Z, Y, T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4])
 HUGE = torch.full((4,), 1e300, dtype=torch.float64)
+
+
+def nested(t):
+    return torch.nested.nested_tensor(list(t))
+
+
+def both(count=1, **rest):
+    return ak.pgd_step_neighbours(ADV, GRAD, X, 0.1, 0.1, 0.1, count, **rest)
 
 
 def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
@@ -51,7 +62,33 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
         (ValueError, "out= and cast= do not work", lambda: step(adv=ADV.clone().requires_grad_(), out=torch.empty_like(ADV))),
         (ValueError, "key must be the int64", lambda: ak.random_start(X, 0.1, key=torch.zeros(2))),
         (ValueError, r"ids is torch.int32 \[4\]", lambda: ak.random_start(X, 0.1, ids=torch.zeros(4, dtype=torch.int32))),
-        (ValueError, "draw must be in", lambda: ak.random_start(X, 0.1, draw=-1)),
+        (TypeError, "ids must be an int64 tensor .4., got int", lambda: ak.random_start(X, 0.1, ids=3)),
+        (TypeError, "ids must be an int64 tensor .4., got list", lambda: ak.sample_neighbours(X, 0.1, 1, ids=[0, 1, 2, 3])),
+        (TypeError, "ids must be a strided tensor, got nested", lambda: ak.random_start(X, 0.1, ids=nested(Y))),
+        (TypeError, "key must be the tensor of noise_key.'cpu'., got int", lambda: ak.random_start(X, 0.1, key=7)),
+        (ValueError, "draw must be an integer of at least 0, got -1", lambda: ak.random_start(X, 0.1, draw=-1)),
+        (ValueError, "draw must be an integer of at most 4294967295", lambda: ak.random_start(X, 0.1, draw=2**32)),
+        *((TypeError, f"draw must be an integer, got {re.escape(repr(bad))}", lambda bad=bad: ak.random_start(X, 0.1, draw=bad)) for bad in (1.5, "1", None, True)),
+        (TypeError, r"draw must be an integer, got a tensor \[\]; call .item", lambda: ak.random_start(X, 0.1, draw=torch.tensor(1))),
+        *((TypeError, f"include_x must be True or False, got {re.escape(repr(bad))}", lambda bad=bad: both(include_x=bad)) for bad in (2, 1, "x", None, [])),
+        (TypeError, "project must be True or False, got 'yes'", lambda: both(project="yes")),
+        (TypeError, "descend must be True or False, got 'yes'", lambda: both(descend="yes")),
+        (TypeError, "descend must be True or False, got 'yes'", lambda: step(descend="yes")),
+        (TypeError, "descend must be True or False, got 1.0", lambda: step(descend=1.0, norm="l2")),
+        (TypeError, "clip_min must be a number or a tensor, got the string '0'", lambda: ak.random_start(X, 0.1, clip_min="0")),
+        (TypeError, "clip_max must hold numbers, got .'a', 1, 2.", lambda: step(clip_max=["a", 1, 2])),
+        (TypeError, "eps must be a number or a tensor, got True", lambda: step(eps=True)),
+        (TypeError, "eps must be a number or a tensor, got int", lambda: step(eps=10**400)),
+        (TypeError, "eps must be a strided tensor, got layout torch.sparse_coo", lambda: step(eps=torch.ones(4).to_sparse())),
+        (TypeError, "eps must be a strided tensor, got nested", lambda: step(eps=nested(torch.ones(4)))),
+        (TypeError, "eps must be a number or a tensor, got a NumPy array; torch.from_numpy", lambda: step(eps=np.ones(4))),
+        (TypeError, "adv must be a tensor, got a NumPy array; torch.from_numpy", lambda: step(adv=ADV.numpy())),
+        (TypeError, "adv must be a strided tensor, got nested", lambda: step(adv=nested(ADV))),
+        (TypeError, "x must be a strided tensor, got nested", lambda: step(x=nested(X))),
+        (TypeError, "active must be a strided tensor, got nested", lambda: step(active=nested(Y > 1))),
+        (ValueError, r"clip_max has 3 values.*\[4, 8, 8, 3\]\); make images with the channels last", lambda: ak.random_start(X.permute(0, 2, 3, 1), 0.1, clip_max=[1.0, 1.0, 1.0])),
+        (TypeError, "base must be an integer, got 0.5", lambda: ak.noise_key(base=0.5)),
+        (ValueError, "base must be an integer of at most 9223372036854775807", lambda: ak.noise_key(base=2**63)),
         (ValueError, "norm must be one of 'linf', 'l2', 'l1', got 'inf'; did you mean 'linf'", lambda: step(norm="inf")),
         (ValueError, "norm must be one of 'linf', 'l2', 'l1', got 2", lambda: ak.random_start(X, 0.1, norm=2)),
         (ValueError, "norm must be one of .* did you mean 'l1'", lambda: ak.project(ADV, X, 0.1, norm="L1")),
@@ -59,8 +96,10 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
         (ValueError, r"x has shape \[4, 3, 8, 7\], v has", lambda: ak.project(ADV, X[..., :7], 0.1, norm="l2")),
         (ValueError, "eps must be a number >= 0, got -1.0", lambda: ak.project(ADV, X, -1.0, norm="l1")),
         (ValueError, "out has shape", lambda: ak.project(ADV, X, 0.1, norm="l1", out=torch.empty(4, 3))),
-        (ValueError, "count must be an integer", lambda: ak.sample_neighbours(X, 0.1, -1)),
-        (ValueError, "count must be an integer", lambda: ak.sample_neighbours(X, 0.1, 1.5)),
+        (ValueError, "count must be an integer of at least 0, got -1", lambda: ak.sample_neighbours(X, 0.1, -1)),
+        (ValueError, "count must be an integer of at most 16777215", lambda: both(count=2**24)),
+        (TypeError, "count must be an integer, got 1.5", lambda: ak.sample_neighbours(X, 0.1, 1.5)),
+        (TypeError, "count must be an integer, got True", lambda: both(count=True)),
         (ValueError, "radius must be a number >= 0", lambda: ak.sample_neighbours(X, -0.1, 1)),
         (ValueError, "x and eps go together", lambda: ak.sample_neighbours(X, 0.1, 1, x=X)),
         (ValueError, "out has shape", lambda: ak.sample_neighbours(X, 0.1, 2, out=torch.empty_like(X))),
@@ -70,6 +109,10 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
 def test_message(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def quantized(t):
+    return torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8)
 
 
 H, LABELS = torch.rand(4, 6), torch.arange(4)
@@ -98,6 +141,10 @@ def compact(h=H, h_adv=H, labels=LABELS, **rest):
         (ValueError, "scale must be finite and not 0 .*, got 0.0", lambda: compact(scale=0.0)),
         (ValueError, "scale must be finite and not 0 .*, got nan", lambda: compact(scale=NAN)),
         (TypeError, "scale must be a number, got str", lambda: compact(scale="0.99")),
+        (TypeError, "detach must be True or False, got 'no'", lambda: compact(detach="no")),
+        (TypeError, "h must be a dense float tensor, got torch.float32 .nested", lambda: compact(h=nested(H))),
+        (TypeError, "labels must be a strided tensor, got nested", lambda: compact(labels=nested(LABELS))),
+        (TypeError, "labels must be an int64 tensor .*, got a NumPy array; torch.from_numpy", lambda: compact(labels=LABELS.numpy())),
         (TypeError, "scale must be a number, got NoneType", lambda: compact(scale=None)),
         (ValueError, "distance must be one of 'l1', 'squared', got 'l11'; did you mean 'l1'", lambda: compact(distance="l11")),
         (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'average'", lambda: compact(reduction="average")),
@@ -156,7 +203,22 @@ def test_message_of_compactness(error, message, call):
         (ValueError, "local must be one of .*did you mean 'kl'", lambda: ak.atlas_loss(Z, Y, local="kld")),
         (ValueError, "global_term must be one of .*got 'mse'", lambda: ak.atlas_loss(Z, Y, global_term="mse")),
         (ValueError, "global_weight must be a number >= 0", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, global_weight=-1)),
+        (TypeError, "labels must be an integer tensor of class indices, got a NumPy array; torch.from_numpy", lambda: ak.cross_entropy(Z, Y.numpy())),
+        (TypeError, "labels must be a strided tensor, got nested; call torch.nested.to_padded", lambda: ak.cross_entropy(Z, nested(Y))),
+        (TypeError, "labels must be a strided tensor, got quantized; call .dequantize", lambda: ak.cross_entropy(Z, quantized(Y))),
+        (TypeError, "labels must be a strided tensor, got layout torch.sparse_coo", lambda: ak.margin_loss(Z, Y.to_sparse())),
+        (TypeError, "targets must be a strided tensor, got nested", lambda: ak.dlr_loss(Z, Y, targets=nested(T))),
+        (TypeError, "weights must be a strided tensor, got nested", lambda: ak.cross_entropy(Z, Y, weights=nested(Z[:, 0]))),
+        (TypeError, "logits must be a strided tensor, got nested", lambda: ak.cross_entropy(nested(Z), Y)),
+        (TypeError, "adv_logits must be a strided tensor, got nested", lambda: ak.trades_loss(Z, nested(Z), Y)),
+        (TypeError, "return_terms must be True or False, got 1", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, return_terms=1)),
+        (TypeError, "beta must be a number or a tensor, got True", lambda: ak.trades_loss(Z, Z, Y, beta=True)),
         (ValueError, "steps must be an integer of at least 2", lambda: ak.gairat_weights(Y, 1)),
+        *((ValueError, "steps must be an integer of at most 2147483647", lambda steps=steps: ak.gairat_weights(Y, steps)) for steps in (2**31, 2**63, 2**70)),
+        (TypeError, "steps must be an integer, got 10.0", lambda: ak.gairat_weights(Y, 10.0)),
+        (TypeError, "kappa must be a strided tensor, got nested", lambda: ak.gairat_weights(nested(Y), 10)),
+        (TypeError, "kappa must be a strided tensor, got nested", lambda: ak.attack_cotangent(Z, Y, kappa=nested(Y))),
+        *((TypeError, f"{name} must be True or False, got 'no'", lambda name=name: ak.attack_cotangent(Z, Y, **{name: "no"})) for name in ("descend", "return_cotangent", "return_correct", "return_value")),
         (ValueError, "lam must be a number", lambda: ak.gairat_weights(Y, 10, float("-inf"))),
         (TypeError, "dtype must be torch.float32 or", lambda: ak.gairat_weights(Y, 10, dtype=torch.float16)),
         (TypeError, "kappa must be an integer tensor", lambda: ak.gairat_weights(Y.float(), 10)),
@@ -205,6 +267,14 @@ def test_result_does_not_share_memory_with_a_copied_input():
     """An expanded x is copied before the kernel sees it."""
     x = X[:, :1].expand_as(X)
     assert torch.equal(ak.pgd_step(ADV, GRAD, x, 0.1, 0.1), ak.pgd_step(ADV, GRAD, x.contiguous(), 0.1, 0.1))
+
+
+def test_numpys_numbers_and_switches_are_taken():
+    key, yes, one = torch.tensor([3, 4]), np.bool_(True), np.int64(1)
+    assert torch.equal(both(one, include_x=yes, key=key, draw=np.uint8(2)), both(1, include_x=True, key=key, draw=2))
+    assert torch.equal(step(eps=np.float32(0.1), descend=np.bool_(False)), step(eps=float(np.float32(0.1))))
+    assert torch.equal(ak.gairat_weights(Y, np.int32(10)), ak.gairat_weights(Y, 10))
+    assert ak.noise_key(base=np.int64(7))[1] == 7
 
 
 def test_value_checks_can_be_switched_off(monkeypatch):

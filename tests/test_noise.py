@@ -104,9 +104,15 @@ def test_step_neighbours_draws_what_sample_neighbours_draws(device):
     assert same_bits(batch, torch.cat([x, adv, ak.sample_neighbours(adv, 0.02, 3, key=key, draw=4)]))
 
 
-def test_sample_numbers_and_groups_wrap_at_32_bits(device):
+@pytest.mark.parametrize("base", [2**32 - 1, 2**63 - 1, -1])
+def test_sample_numbers_wrap_at_32_bits(device, base):
     shape = (2, 1, 3, 3)
-    far = torch.tensor([1, 2**32 - 1], device=device)
+    far = torch.tensor([1, base], device=device)
     expected = noise((2, 1, 9), far, None, 0, 0, 0, torch.float32).view(shape)
     assert torch.equal(kernel_noise(shape, far), expected)
     assert torch.equal(expected[1], kernel_noise(shape, torch.tensor([1, 0], device=device))[0])
+    last = ak.random_start(torch.zeros(shape, device=device), 1.0, norm="l2", key=far, clip_min=-2.0)[1]
+    first = ak.random_start(
+        torch.zeros(shape, device=device), 1.0, norm="l2", key=torch.tensor([1, 0], device=device), clip_min=-2.0
+    )[0]
+    assert torch.equal(last, first)

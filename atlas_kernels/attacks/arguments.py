@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from ..checks import require_choice as require_choice
-from ..checks import value_checks_enabled
+from ..checks import require_integers, require_strided, value_checks_enabled, whole
 
 
 def require_count(name: str, value: int, least: int) -> None:
     """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    whole(name, value, least)
 
 
 def require_radius(
@@ -32,7 +29,8 @@ def require_radius(
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor [B], got {value!r}")
     if isinstance(value, Tensor):
-        if not value.numel() or not value_checks_enabled(value):
+        require_strided(name, value)
+        if not value.numel() or not value_checks_enabled(value, name=name):
             return
         low, high = float(value.min()), float(value.max())
     else:
@@ -49,9 +47,7 @@ def require_radius(
 
 def class_indices(y: Tensor, x: Tensor) -> Tensor:
     """The labels as int64[B]; integers of any width are welcome."""
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex():
-        got = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y must be an integer tensor of class indices, got {got}")
+    require_integers("y", y)
     if y.shape != x.shape[:1] or y.device != x.device:
         raise ValueError(f"y is {list(y.shape)} on {y.device}, expected [{len(x)}] on {x.device}, as the images")
     return y.to(torch.int64)

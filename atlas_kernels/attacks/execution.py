@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .arguments import require_choice
+from ..checks import flag, require_choice
 from .graphs import Graphs
 from .held import at_the_end
 from .prepared import Preparations
@@ -48,7 +48,7 @@ class Execution:
         cuda_graphs: record each kind of attack on CUDA tensors as one CUDA graph and replay that (see ``graphs.py``:
             what it remembers, what it costs in memory, and which attacks run as ever, with a warning that says why).
 
-    Raises ValueError for an unknown choice.
+    Raises ValueError for an unknown choice, TypeError for a switch that is neither True nor False.
     """
 
     precision: str = "keep"
@@ -59,6 +59,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, tuple(PRECISIONS))
+        flag("fold_batchnorm", self.fold_batchnorm)
+        flag("cuda_graphs", self.cuda_graphs)
         self.graphs = Graphs() if self.cuda_graphs else None
 
     def __enter__(self) -> Execution:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import per_channel, per_sample, require_float_images, require_images, require_like, require_noise
+from ..checks import flag, per_channel, per_sample, require_float_images, require_images, require_like, require_noise
 from ..layout import compute_dtype
 from ..noise import noise_key
 from ..perturb import pgd_step, random_start
@@ -126,6 +126,8 @@ class PGD:
         require_choice("keep", self.keep, ("last", "best"))
         require_choice("attack_mode", self.attack_mode, ATTACK_MODES)
         require_choice("norm", self.norm, NORMS)
+        for name in ("random_start", "targeted", "compact", "count_correct", "update_buffers"):
+            flag(name, getattr(self, name))
         # In l2 and l1 a radius adds up over the pixels.
         box = {"clip_min": self.clip_min, "clip_max": self.clip_max} if self.norm == LINF else {}
         require_radius("eps", self.eps, **box)
@@ -226,7 +228,7 @@ class PGD:
         labels = None if y is None else class_indices(y, x)
         with torch.inference_mode(False):
             key = noise_key(x.device, generator=generator) if key is None else key
-        require_noise(key, ids, self.restarts - 1, x)
+        require_noise(key, ids, x)
         goal = Objective(labels, reference, targeted=self.targeted, kind=self.objective)
         return Batch(x.detach(), start, goal, key, ids, self.norm, self.random_start, *radii, *clips)
 
@@ -356,7 +358,8 @@ class Batch:
         return torch.arange(len(self.x), device=self.x.device)
 
     def rows(self, index: Tensor) -> Batch:
-        ids = self.key[1] + self.every_row() if self.ids is None else self.ids
+        # Of the numbers the low 32 bits count; the base's alone, so that the sum fits 64.
+        ids = (self.key[1] & 0xFFFFFFFF) + self.every_row() if self.ids is None else self.ids
         eps, step = (v[index] if isinstance(v, Tensor) else v for v in (self.eps, self.step_size))
         start = None if self.given_start is None else self.given_start[index]
         return replace(

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..schema import NAMESPACE, OPERATORS, define
+from ..schema import NAMESPACE, OPERATORS, arguments_of, define
 from ..transforms import kernel_under_transforms, refuse_derivatives
+from .guard import guard, materialised
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -101,27 +102,21 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 
-def _arguments(stem: str, name: str) -> tuple[list[int], dict[int, str]]:
-    """The numbers of the arguments that the operator writes, and those that its result may have a derivative by: not by
-    the gradient that a step goes along, which is a constant."""
-    written, differentiable = [], {}
-    for i, argument in enumerate(OPERATORS[stem][name].split(",")):
-        kind, called = argument.split()
-        if "!" in kind:
-            written.append(i)
-        elif kind.startswith("Tensor") and called != "grad":
-            differentiable[i] = called
-    return written, differentiable
-
-
 def _implementation(stem: str, name: str) -> Callable[..., None]:
-    written, differentiable = _arguments(stem, name)
+    arguments = arguments_of(name)
+    written = [i for i, a in enumerate(arguments) if a.written]
+    # What the result may have a derivative by: not the gradient that a step goes along, which is a constant.
+    differentiable = {i: a.name for i, a in enumerate(arguments) if a.is_tensor and not a.written and a.name != "grad"}
     chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
+    check = guard(name)
 
     def run(*args: Any) -> None:
         if forward_ad._current_level >= 0:
-            arguments = {argument: args[i] for i, argument in differentiable.items()}
-            refuse_derivatives(f"{NAMESPACE}::{name}", arguments, tangents_only=True)
+            by = {argument: args[i] for i, argument in differentiable.items()}
+            refuse_derivatives(f"{NAMESPACE}::{name}", by, tangents_only=True)
+        if not check(args):
+            args = materialised(name, args)
+            check(args)
         here = forced_backend(), args[0].device
         function = chosen.get(here)
         if function is None:

@@ -49,11 +49,11 @@ ATLAS_HD Window draw_window(const AtlasAugment& p, int64_t seed, int64_t sample)
 
 // Sizes that fit each other and the counter's words.
 inline bool is_valid(const AtlasAugment& p) {
+  for (int64_t size : {p.count, p.channels, p.height, p.width, p.batch, p.crop_height, p.crop_width, p.padding})
+    if (size < 0) return false;
   if (p.padding > INT32_MAX) return false;
   const int64_t rows = positions(p.height, p.padding, p.crop_height);
   const int64_t columns = positions(p.width, p.padding, p.crop_width);
-  for (int64_t size : {p.count, p.channels, p.height, p.width, p.batch, p.crop_height, p.crop_width, p.padding})
-    if (size < 0) return false;
   return rows >= 1 && columns >= 1 && rows <= UINT32_MAX && columns <= UINT32_MAX;
 }
 

@@ -100,6 +100,9 @@ template <class From> struct convert_to<bfloat16_t, From> {
 
 template <class To, class From> ATLAS_HD To convert(From v) { return convert_to<To, From>::from(v); }
 
+// Two's complement: a sample's number is an offset from any base, and only its low bits count.
+ATLAS_HD int64_t wrapping_sum(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
+
 // Two selects on every backend: a NaN value passes, and a NaN bound does not clip.
 template <class T> ATLAS_HD T clip(T v, T lo, T hi) {
   v = v < lo ? lo : v;

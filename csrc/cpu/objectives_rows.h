@@ -26,7 +26,7 @@ template <class T, Isa isa, bool LanesAreRows> struct ObjectiveBody {
     for (int64_t r = 0; r < rows; ++r) {
       const bool correct = label[r] == found.prediction[r] && found.nan[r] == found.nan[r];
       if (p.correct) p.correct[first + r] = correct;
-      if (p.kappa) p.kappa[first + r] += correct;
+      if (p.kappa) p.kappa[first + r] = wrapping_sum(p.kappa[first + r], correct);
     }
   }
 

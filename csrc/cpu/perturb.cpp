@@ -100,7 +100,7 @@ template <class T> struct Body {
   static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
                                       const T* adv, const T* x) {
     const AtlasPerturb& p = job.p;
-    const int64_t sample = p.ids ? p.ids[at.sample] : job.base + at.sample;
+    const int64_t sample = p.ids ? p.ids[at.sample] : wrapping_sum(job.base, at.sample);
     const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];

@@ -99,7 +99,8 @@ template <class T> struct Body {
   }
 
   static ATLAS_HD NoiseCounter counter(const Job& job, int64_t sample, uint32_t number) {
-    return {job.seed, job.p.ids ? job.p.ids[sample] : job.base + sample, job.p.draw, job.p.stream, number};
+    const int64_t own = job.p.ids ? job.p.ids[sample] : wrapping_sum(job.base, sample);
+    return {job.seed, own, job.p.draw, job.p.stream, number};
   }
 
   static ATLAS_HD NormStep<T> first_sweep(const Job& job, int64_t sample) {

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) objectives_kernel(const __grid
   if (p.value) static_cast<typename R::V*>(p.value)[row.row()] = found.value;
   const bool correct = row.label() == found.prediction && found.nan == found.nan;
   if (p.correct) p.correct[row.row()] = correct;
-  if (p.kappa) p.kappa[row.row()] += correct;
+  if (p.kappa) p.kappa[row.row()] = wrapping_sum(p.kappa[row.row()], correct);
 }
 
 }  // namespace

@@ -72,7 +72,8 @@ template <class Access> struct Tile {
     if constexpr (Noise) {
       const uint32_t count = uint32_t(p.count);
       for (uint32_t k = 0; k < count; ++k) {
-        neighbours(out, NoiseCounter(seed, p.ids ? id : base + at.sample, p.draw, p.stream, k), v, centre, job);
+        const int64_t own = p.ids ? id : wrapping_sum(base, at.sample);
+        neighbours(out, NoiseCounter(seed, own, p.draw, p.stream, k), v, centre, job);
         Access::store(p.out_z, k * job.numel, out, job.walk, at);
       }
     }

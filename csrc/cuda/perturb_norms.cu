@@ -28,7 +28,7 @@ template <class Access> struct Sample {
 
   __device__ __forceinline__ NoiseCounter counter(uint32_t number) const {
     const AtlasPerturbNorm& p = job.p;
-    return {p.key[0], p.ids ? p.ids[sample] : p.key[1] + sample, p.draw, p.stream, number};
+    return {p.key[0], p.ids ? p.ids[sample] : wrapping_sum(p.key[1], sample), p.draw, p.stream, number};
   }
 
   __device__ __forceinline__ Sample(const Job<T>& job, int64_t sample) : job(job), sample(sample) {

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from ...layout import has_memory
+
 CUDA_LIBRARY = Path(__file__).resolve().parents[2] / "libatlas_cuda.so"
 _HUGE = 4 << 20  # two huge pages, of which one at least is aligned
 ISAS = ("baseline", "v3", "v4")
@@ -55,7 +57,8 @@ def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
 
 def first_outside(indices: torch.Tensor, classes: int) -> int:
     """Row of the first index that is not in [0, classes), or their number; contiguous int64 indices."""
-    if indices.is_cpu and type(indices) is torch.Tensor and unavailable_reason("cpu") is None:
+    plain = indices.is_cpu and type(indices) is torch.Tensor and not indices.is_neg() and has_memory("indices", indices)
+    if plain and unavailable_reason("cpu") is None:
         row: int = core().first_outside(indices.data_ptr(), indices.shape[0], classes)
         return row
     outside = ((indices < 0) | (indices >= classes)).nonzero()

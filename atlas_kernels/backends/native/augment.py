@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import require_apart
 from ...layout import compute_dtype
 from ...noise import STREAM_AUGMENT
 from . import core
@@ -23,8 +22,6 @@ def augment(
     if key is None and (flip or crop != [height + 2 * padding, width + 2 * padding]):
         raise DoorError("noise needs a key")
     device, dtype = data.device, compute_dtype(out.dtype)
-    for name, t in (("images", data), ("index", index), ("mean", mean_rows), ("std", std_rows)):
-        require_apart("out", out, (name, t, -1))
     core().augment(
         address, channels_last, count, channels, height, width,
         *images("out", out, (batch, channels, *crop), device), batch, *crop, padding, flip,

@@ -1,8 +1,8 @@
 """The one checked door to the native core, which takes raw pointers and trusts them.
 
 Whoever calls an operator, by whatever way, passes here: dtype, device, density, shape and size of every tensor
-are checked before its address is taken (overlap: ``checks.require_apart``). The messages are for developers; users meet
-the checks of the public functions.
+are checked before its address is taken (that it is there and overlaps no other: ``backends/guard.py``). The messages
+are for developers; users meet the checks of the public functions.
 """
 
 from __future__ import annotations

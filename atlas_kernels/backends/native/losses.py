@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import require_apart
 from ...layout import compute_dtype
 from . import core
 from .door import DoorError, float_code, rows, where
@@ -21,9 +20,6 @@ def _run(
         raise DoorError(f"logits are {list(logits.shape)}, expected [batch, classes]")
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     wide, size = compute_dtype(dtype), (batch,)
-    for name, out, own in (("grad", grad, logits), ("adv_grad", adv_grad, adv_logits)):
-        if out is not None:
-            require_apart(name, out, ("logits", logits, -1), ("adv_logits", own, -1))
     core().losses(
         loss, batch, shape[1], float_code("logits", logits),
         rows("logits", logits, shape, dtype, device),
@@ -84,7 +80,7 @@ def atlas_loss(
 ):
     batch, first = labels.shape[0], 1 if global_term == _NONE else 2
     parts = logits.shape[0] // batch if batch else first
-    if parts < first or parts * batch != logits.shape[0] or not 0 <= local < _NONE or not 0 <= global_term <= _NONE:
+    if parts < first or parts * batch != logits.shape[0]:
         raise DoorError(f"logits have {logits.shape[0]} rows for {batch} labels, local {local}, global {global_term}")
     atlas = (parts - first, local, local_weight, global_term, global_weight)
     _run(_ATLAS, batch, logits, None, labels, None, weights, 0.0, scale, value, total, grad, None, atlas, terms)
@@ -92,7 +88,5 @@ def atlas_loss(
 
 def gairat_weights(kappa, steps, lam, out):
     size, device = kappa.shape[:1], kappa.device
-    if steps < 2:
-        raise DoorError(f"steps is {steps}, expected at least 2")
     addresses = rows("kappa", kappa, size, torch.int64, device), lam, rows("out", out, size, torch.float32, device)
     core().gairat_weights(kappa.shape[0], steps, *addresses, *where(device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import require_apart
 from ...layout import compute_dtype
 from . import core
 from .door import DoorError, float_code, rows, where
@@ -13,12 +12,8 @@ from .door import DoorError, float_code, rows, where
 def attack_cotangent(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):
     if logits.ndim != 2 or not logits.shape[1]:
         raise DoorError(f"logits are {list(logits.shape)}, expected [batch, classes]")
-    if (reference if objective == 1 else labels) is None or (objective == 4 and targets is None):
-        raise DoorError(f"objective {objective} lacks its labels, targets or reference")
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     size = shape[:1]
-    if cotangent is not None:
-        require_apart("cotangent", cotangent, ("logits", logits, -1), ("reference", reference, -1))
     core().objectives(
         shape[0], shape[1], float_code("logits", logits),
         rows("logits", logits, shape, dtype, device),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import require_apart
 from ...layout import compute_dtype
 from . import core
 from .door import DoorError, images, vector, where
@@ -13,17 +12,15 @@ _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
 
 
 def compactness(h, h_adv, labels, scale, squared, factor, value, total, grad, adv_grad):
+    if h.ndim != 2:
+        raise DoorError(f"h is {list(h.shape)}, expected [batch, features]")
     batch, features = h.shape
     device, dtype = h.device, compute_dtype(h.dtype)
     if h_adv.shape != h.shape or not scale:
         raise DoorError(f"h_adv is {list(h_adv.shape)}, h {list(h.shape)}; scale is {scale}")
     outputs = (("value", value, batch), ("total", total, 1), ("grad", grad, batch * features),
                ("adv_grad", adv_grad, batch * features))  # fmt: skip
-    addresses = []
-    for name, out, size in outputs:
-        addresses.append(0 if out is None else vector(name, out, size, dtype, device))
-        if out is not None:
-            require_apart(name, out, ("h", h, -1), ("h_adv", h_adv, -1))
+    addresses = [0 if out is None else vector(name, out, size, dtype, device) for name, out, size in outputs]
     partial = torch.empty((-(-features // _COLUMNS), batch), dtype=torch.float64, device=device)
     core().pairwise(
         *images("h", h, h.shape, device), vector("h_adv", h_adv, h.numel(), h.dtype, device),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import require_apart
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
 from . import core
@@ -40,7 +39,6 @@ def _pass(
 
 
 def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    require_apart("out", out, ("x", x, 0))
     _pass(
         x, None, None, None, None, None, out, 0.0, None, 0.0, None, eps, eps_rows,
         clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, 1, False, False, STREAM_START,
@@ -51,9 +49,6 @@ def pgd_step(
     adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
     out, cast,
 ):  # fmt: skip
-    require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
-    if cast is not None:
-        require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
     _pass(
         adv, grad, x, None, out, cast, None, eps, eps_rows, step_size, step_rows, 0.0, None,
         clip_min, min_rows, clip_max, max_rows, active, None, None, 0, 0, descend, False, STREAM_NEIGHBOUR,
@@ -63,7 +58,6 @@ def pgd_step(
 def sample_neighbours(
     adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
 ):
-    require_apart("out", out, ("adv", adv, 0 if count == 1 else -1), ("x", x, -1))
     _pass(
         adv, None, x, None, None, None, out if count else None, eps, eps_rows, 0.0, None, radius, radius_rows,
         clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, count, False, x is not None, STREAM_NEIGHBOUR,
@@ -77,7 +71,6 @@ def pgd_step_neighbours(
     batch, first = adv.shape[0], int(include_x)
     if out.shape[0] != (first + 1 + count) * batch:
         raise DoorError(f"out has {out.shape[0]} rows, expected {(first + 1 + count) * batch}")
-    require_apart("out", out, ("adv", adv, first * batch), ("x", x, 0 if include_x else -1), ("grad", grad, -1))
     _pass(
         adv, grad, x, out[:batch] if include_x else None, out[first * batch : (first + 1) * batch], None,
         out[(first + 1) * batch :] if count else None, eps, eps_rows, step_size, step_rows, radius, radius_rows,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import require_apart
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_START
 from ...schema import NORMS
@@ -40,7 +39,6 @@ def _pass(
 
 
 def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    require_apart("out", out, ("x", x, 0))
     bounds = clip_min, min_rows, clip_max, max_rows
     _pass(x, None, x, out, None, norm, eps, eps_rows, 0.0, None, *bounds, key=key, ids=ids, draw=draw)
 
@@ -49,13 +47,9 @@ def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
     out, cast,
 ):  # fmt: skip
-    require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
-    if cast is not None:
-        require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
     bounds = clip_min, min_rows, clip_max, max_rows
     _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active)
 
 
 def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):
-    require_apart("out", out, ("v", v, 0), ("x", x, 0))
     _pass(v, None, x, out, None, norm, eps, eps_rows, 0.0, None, clip_min, min_rows, clip_max, max_rows)

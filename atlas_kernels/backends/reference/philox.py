@@ -38,7 +38,7 @@ def words(
     batch, channels, pixels = shape
     groups = -(-pixels // 4)
     place = torch.arange(channels * groups, device=key.device).view(1, channels, groups)
-    sample = key[1] + torch.arange(batch, device=key.device) if ids is None else ids
+    sample = (key[1] & _MASK) + torch.arange(batch, device=key.device) if ids is None else ids
     four = philox4x32_10(
         (
             place & _MASK,

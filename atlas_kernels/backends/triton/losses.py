@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...checks import require_apart
 from ..native.door import DoorError, vector
 from . import Launch, launch
 from .rows import (
@@ -487,15 +486,6 @@ def gairat_kernel(kappa, out, lam, half, batch, BLOCKS: tl.constexpr, BLOCK: tl.
         tl.store(out + i, tl.div_rn(_geometry_weight(k, least, lam, half), mean), mask=i < batch)
 
 
-def require_outputs(outputs: dict[str, Tensor | None], **inputs: Tensor | None) -> None:
-    """No output shares memory with another, nor with an input."""
-    seen = dict(inputs)
-    for name, out in outputs.items():
-        if out is not None:
-            require_apart(name, out, *((other, t, -1) for other, t in seen.items()))
-            seen[name] = out
-
-
 def loss_plan(
     logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa, weight, scale, parameter, loss
 ) -> Launch:  # fmt: skip
@@ -542,10 +532,6 @@ def _run(plan: Launch, value: Tensor, total: Tensor | None, scale: float) -> Non
 def _loss(
     loss, logits, adv_logits, labels, targets, parameter, weights, scale, value, total, grad, adv_grad=None
 ) -> None:  # fmt: skip
-    require_outputs(
-        {"value": value, "total": total, "grad": grad, "adv_grad": adv_grad}, logits=logits, adv_logits=adv_logits,
-        labels=labels, targets=targets, weights=weights,
-    )  # fmt: skip
     plan = loss_plan(
         logits, adv_logits, labels, targets, weights, value, grad, adv_grad, None, None, 1.0, scale, parameter, loss
     )  # fmt: skip
@@ -610,9 +596,6 @@ def _atlas_plan(
 def atlas_loss(
     logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, total, grad, terms
 ):  # fmt: skip
-    require_outputs(
-        {"value": value, "total": total, "grad": grad, "terms": terms}, logits=logits, labels=labels, weights=weights
-    )
     plan = _atlas_plan(
         logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
     )
@@ -627,7 +610,6 @@ def _gairat_plan(kappa, steps, lam, out) -> Launch:
 
 
 def gairat_weights(kappa, steps, lam, out):
-    require_apart("out", out, ("kappa", kappa, -1))
     plan = _gairat_plan(kappa, steps, lam, out)
     if len(kappa):
         launch(plan, kappa.device)

@@ -9,7 +9,7 @@ import torch
 
 from ..native.door import DoorError
 from . import Launch, launch
-from .losses import CROSS_ENTROPY, DLR, KL_DIV, MARGIN, loss_plan, require_outputs
+from .losses import CROSS_ENTROPY, DLR, KL_DIV, MARGIN, loss_plan
 from .rows import meta
 
 # Numbers as in csrc/api.h.
@@ -32,10 +32,6 @@ def _plan(logits, labels, targets, reference, objective, descend, cotangent, cor
 
 
 def attack_cotangent(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):
-    require_outputs(
-        {"cotangent": cotangent, "correct": correct, "kappa": kappa, "value": value},
-        logits=logits, labels=labels, targets=targets, reference=reference,
-    )  # fmt: skip
     plan = _plan(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value)
     if len(logits):
         launch(plan, logits.device)

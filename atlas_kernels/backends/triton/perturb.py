@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...checks import require_apart
 from ...layout import is_channels_last, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
 from .. import BackendUnavailable
@@ -58,6 +57,15 @@ def _load(images, sample, channel, pixel, channels, pixels, LAST: tl.constexpr, 
 def _store(images, v, sample, channel, pixel, channels, pixels, LAST: tl.constexpr, mask):
     to = images + _offset(sample, channel, pixel, channels, pixels, LAST)
     tl.store(to, v.to(images.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _number(key, ids, sample):
+    # The low 32 bits alone count: base + row wraps.
+    if ids is None:
+        return tl.load(key + 1).to(tl.uint32) + sample.to(tl.uint32)
+    else:
+        return tl.load(ids + sample).to(tl.uint32)
 
 
 @triton.jit
@@ -119,12 +127,12 @@ def perturb_kernel(
 
     if count > 0:
         seed = tl.load(key)
-        number = tl.load(key + 1) + sample if ids is None else tl.load(ids + sample)
+        number = _number(key, ids, sample)
         group = pixel_tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
         c0 = (channel * ((pixels - 1) // 4 + 1) + group).to(tl.uint32)
         local = _row(radius, radius_rows, sample, None)
         for k in range(count):
-            z = point + local * _uniform(seed, c0, number.to(tl.uint32), draw, k << 8 | STREAM)
+            z = point + local * _uniform(seed, c0, number, draw, k << 8 | STREAM)
             if PROJECT:
                 z = _clip(z, clean - ball, clean + ball)
             z = _clip(z, lo, hi)
@@ -205,7 +213,6 @@ def _pass(*arguments: Any) -> None:
 
 
 def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    require_apart("out", out, ("x", x, 0))
     _pass(
         x, None, None, out, None, 0.0, None, 0.0, None, eps, eps_rows,
         clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, 1, False, False, False, STREAM_START,
@@ -216,9 +223,6 @@ def pgd_step(
     adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out,
     cast,
 ):  # fmt: skip
-    require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
-    if cast is not None:
-        require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
     _pass(
         adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, 0.0, None,
         clip_min, min_rows, clip_max, max_rows, active, None, None, 0, 0, False, descend, False, STREAM_NEIGHBOUR,
@@ -228,7 +232,6 @@ def pgd_step(
 def sample_neighbours(
     adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
 ):
-    require_apart("out", out, ("adv", adv, 0 if count == 1 else -1), ("x", x, -1))
     if count:
         _pass(
             adv, None, x, out, None, eps, eps_rows, 0.0, None, radius, radius_rows,
@@ -241,8 +244,6 @@ def pgd_step_neighbours(
     adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
     clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
 ):  # fmt: skip
-    batch, first = adv.shape[0], int(include_x)
-    require_apart("out", out, ("adv", adv, first * batch), ("x", x, 0 if include_x else -1), ("grad", grad, -1))
     _pass(
         adv, grad, x, out, None, eps, eps_rows, step_size, step_rows, radius, radius_rows,
         clip_min, min_rows, clip_max, max_rows, active, key if count else None, ids if count else None, draw, count,

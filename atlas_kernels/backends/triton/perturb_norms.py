@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...checks import require_apart
 from ...layout import is_channels_last, plane_shape
 from ...noise import STREAM_START
 from ...schema import NORMS
 from .. import BackendUnavailable
 from ..native.door import DoorError, images, vector
 from . import Launch, launch
-from .perturb import _clip, _load, _row, _signed, _store
+from .perturb import _clip, _load, _number, _row, _signed, _store
 
 GROUPS = 256  # of four pixels, a tile: never fewer pixels than threads (see TILE in perturb.py)
 NEWTON_SWEEPS, SEARCH_SWEEPS = tl.constexpr(16), tl.constexpr(64)
@@ -116,7 +115,7 @@ def norms_kernel(
     seed, number = sample, sample
     if key is not None:
         seed = tl.load(key)
-        number = tl.load(key + 1) + sample if ids is None else tl.load(ids + sample)
+        number = _number(key, ids, sample)
 
     moves = moving
     scale, factor = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
@@ -288,7 +287,6 @@ def _pass(*arguments: Any, **options: Any) -> None:
 
 
 def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    require_apart("out", out, ("x", x, 0))
     bounds = clip_min, min_rows, clip_max, max_rows
     _pass(x, None, x, out, None, norm, eps, eps_rows, 0.0, None, *bounds, key=key, ids=ids, draw=draw)
 
@@ -297,15 +295,11 @@ def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
     out, cast,
 ):  # fmt: skip
-    require_apart("out", out, ("adv", adv, 0), ("x", x, 0), ("grad", grad, 0))
-    if cast is not None:
-        require_apart("cast", cast, ("adv", adv, -1), ("x", x, -1), ("grad", grad, -1), ("out", out, -1))
     bounds = clip_min, min_rows, clip_max, max_rows
     _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active)
 
 
 def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):
-    require_apart("out", out, ("v", v, 0), ("x", x, 0))
     _pass(v, None, x, out, None, norm, eps, eps_rows, 0.0, None, clip_min, min_rows, clip_max, max_rows)
 
 
