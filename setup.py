@@ -7,6 +7,7 @@ present, else 80 and 90); CUDA_HOME. Everything else about the project is in pyp
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,7 +44,7 @@ def openmp_flag(cxx: str) -> str:
 
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, of the PATH, or of the usual folder; None if it is not wanted or not there."""
-    wanted = os.environ.get("ATLAS_CUDA", "auto")
+    wanted = os.environ.get("ATLAS_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"atlas-kernels: ATLAS_CUDA={wanted!r} is unknown: use auto, 0 or 1.")
     if wanted == "0":
@@ -59,7 +60,10 @@ def cuda_archs() -> list[str]:
     """Compute capabilities to compile for, such as ["80", "90"]."""
     named = os.environ.get("ATLAS_CUDA_ARCHS")
     if named:
-        return [a.strip().removeprefix("sm_").replace(".", "") for a in named.replace(";", ",").split(",") if a.strip()]
+        archs = [a.strip().removeprefix("sm_").replace(".", "") for a in re.split("[,;]", named) if a.strip()]
+        if not archs or not all(re.fullmatch(r"[0-9]{2,3}[af]?", arch) for arch in archs):
+            sys.exit(f"atlas-kernels: ATLAS_CUDA_ARCHS={named!r} is unknown: list compute capabilities, such as 80,90.")
+        return archs
     if smi := shutil.which("nvidia-smi"):
         query = subprocess.run(
             [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-import os
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from .backends.native import first_outside
 from .capture import capturing
-from .layout import compute_dtype, has_memory, is_supported, plane_shape
+from .environment import setting
+from .layout import LOW, compute_dtype, has_memory, is_supported, plane_shape
 from .transforms import followed, is_wrapped
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -31,16 +31,12 @@ def value_checks_enabled(t: Tensor, *, attack: bool = False, name: str = "") -> 
     """
     if torch.compiler.is_compiling() or capturing(t.is_cuda) or is_wrapped(t):
         return False
-    override = os.environ.get("ATLAS_CHECKS")
-    if override:
-        if override not in ("0", "1"):
-            raise ValueError(f"ATLAS_CHECKS={override!r}: expected 0 or 1")
-        wanted = override == "1"
-    else:
-        wanted = t.device.type == "cpu" or (attack and t.is_cuda)
-    if wanted and name:
+    override = setting("ATLAS_CHECKS")
+    if override == "0" or (override is None and t.device.type != "cpu" and not (attack and t.is_cuda)):
+        return False
+    if name and type(t) is Tensor and t.data_ptr() < LOW:
         has_memory(name, t)
-    return wanted
+    return True
 
 
 def kind_of(value: object) -> str:
@@ -66,7 +62,8 @@ def require_integers(name: str, t: Tensor) -> None:
     """A tensor of class indices, integers of any width."""
     if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex():
         raise TypeError(f"{name} must be an integer tensor of class indices, got {kind_of(t)}")
-    require_strided(name, t)
+    if t.dtype != torch.int64 or t.layout != torch.strided or t.is_nested:
+        require_strided(name, t)
 
 
 def whole(name: str, value: int, least: int, largest: int = 2**31 - 1) -> int:
@@ -106,7 +103,8 @@ def require_float_images(name: str, t: Tensor) -> None:
     if t.dtype not in FLOATS:
         hint = "; divide images in 0..255 by 255 first" if not t.is_floating_point() and not t.is_complex() else ""
         raise TypeError(f"{name} must be a float tensor, got {t.dtype}{hint}")
-    require_strided(name, t)
+    if t.layout != torch.strided or t.is_nested:
+        require_strided(name, t)
     if t.ndim == 0:
         raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
 
@@ -350,7 +348,8 @@ def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = No
     """Float logits [B, C] of at least two classes, contiguous; of the shape, dtype and device of ``like``."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
         raise TypeError(f"{name} must be a float tensor, got {kind_of(t)}")
-    require_strided(name, t)
+    if t.layout != torch.strided or t.is_nested:
+        require_strided(name, t)
     if t.ndim != 2 or t.shape[1] < 2:
         hint = "; stack a single logit z of two classes as [-z/2, z/2]" if t.ndim == 2 and t.shape[1] == 1 else ""
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [batch, classes], two classes or more{hint}")

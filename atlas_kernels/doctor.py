@@ -12,6 +12,7 @@ import torch
 from . import __version__
 from .backends import BACKENDS, default_for, unavailable_reason
 from .backends.native import ISAS, core
+from .environment import problems
 
 
 def report() -> list[tuple[str, str]]:
@@ -20,6 +21,7 @@ def report() -> list[tuple[str, str]]:
         ("atlas-kernels", f"{__version__} in {Path(__file__).parent}"),
         ("python, torch", f"{platform.python_version()}, {torch.__version__} on {platform.platform()}"),
     ]
+    lines += [("WARNING", problem) for problem in problems()]
     if shadowed := _shadowed():
         lines.append(("WARNING", shadowed))
     lines += _cpu_lines() + _cuda_lines()
@@ -29,7 +31,7 @@ def report() -> list[tuple[str, str]]:
             mark = " (default)" if reason is None and default_for(device_type) == name else ""
             lines.append((f"{name} on {device_type}", f"yes{mark}" if reason is None else f"no: {reason}"))
     settings = {k: v for k, v in os.environ.items() if k.startswith("ATLAS_")}
-    told = ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))
+    told = ", ".join(f"{k}={v!r}" for k, v in sorted(settings.items()))
     lines.append(("environment", told or "no ATLAS_* variable set"))
     return lines
 

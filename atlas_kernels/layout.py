@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# No memory of a process lies lower, but offsets from an address that is null do.
+LOW = 1 << 40
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a tensor of ``dtype`` is computed in: fp64 stays, everything else is fp32."""
@@ -43,17 +46,13 @@ def dense(t: Tensor) -> Tensor:
 
 
 def has_memory(name: str, t: Tensor) -> bool:
-    """Whether ``t`` lies in memory: False for PyTorch's lazy zeros; freed memory raises ValueError."""
-    if t._is_zerotensor():
-        return False
-    if not t.numel():
-        return True
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    try:
-        there = t.untyped_storage().nbytes()
-    except NotImplementedError:  # a wrapper of torch.func's
-        return True
-    needed = (t.storage_offset() + last + 1) * t.element_size()
-    if needed > there:
-        raise ValueError(f"{name} needs {needed} bytes, but its storage has {there}: its memory was freed")
-    return True
+    """Whether ``t`` lies in memory: False for PyTorch's lazy zeros; freed memory raises ValueError. To be asked where
+    the address is below ``LOW``."""
+    there = t.untyped_storage().nbytes()
+    start = t.storage_offset() * t.itemsize
+    if start + t.nbytes > there and t.numel():
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        needed = start + (last + 1) * t.itemsize
+        if needed > there:
+            raise ValueError(f"{name} needs {needed} bytes, but its storage has {there}: its memory was freed")
+    return not t._is_zerotensor()

@@ -74,6 +74,9 @@ def _without_nvcc() -> list[str]:
 
 def test_unknown_settings_are_refused(tree):
     assert "ATLAS_CUDA='yes' is unknown: use auto, 0 or 1" in build(tree, ATLAS_CUDA="yes").stderr
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        told = build(tree, ATLAS_CUDA="1", ATLAS_CUDA_ARCHS="80,hopper").stderr
+        assert "ATLAS_CUDA_ARCHS='80,hopper' is unknown: list compute capabilities, such as 80,90" in told
 
 
 def test_without_openmp_it_still_builds_and_says_so(tree, tmp_path):

@@ -109,7 +109,7 @@ print(all(torch.equal(a, b) for a, b in zip(loader, here)))
 def test_backend_of_the_environment():
     code = "import torch, atlas_kernels as ak; print(ak.pgd_step(*[torch.rand(2, 2)] * 3, 0.1, 0.1).shape)"
     assert "[2, 2]" in run_python(code, ATLAS_BACKEND="reference")
-    with pytest.raises(AssertionError, match="did you mean 'triton'"):
+    with pytest.raises(AssertionError, match="ATLAS_BACKEND='tritn' is unknown: .*; did you mean 'triton'"):
         run_python(code, ATLAS_BACKEND="tritn")
 
 
@@ -120,3 +120,15 @@ def test_doctor_says_what_runs_here():
     assert "native on cpu        yes (default)" in told.stdout
     if not torch.cuda.is_available():
         assert "native on cuda       no: " in told.stdout
+
+
+def test_doctor_tells_what_is_wrong_with_the_environment():
+    wrong = {"ATLAS_BACKEND": "tritn", "ATLAS_ISA": "avx\n", "ATLAS_CHECKS": "yes", "ATLAS_BACKND": "native"}
+    told = run_python("from atlas_kernels.doctor import main; main()", **wrong)
+    for line in (
+        "ATLAS_BACKEND='tritn' is unknown: choose from reference, native, triton; did you mean 'triton'?",
+        r"ATLAS_ISA='avx\n' is unknown: choose from baseline, v3, v4",
+        "ATLAS_CHECKS='yes' is unknown: choose from 0, 1",
+        "ATLAS_BACKND is no variable of atlas-kernels, which are ATLAS_BACKEND, ATLAS_ISA, ATLAS_CHECKS, ATLAS_CUDA",
+    ):
+        assert f"WARNING              {line}" in told

@@ -11,22 +11,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from ..environment import CHOICES, setting
 from ..schema import NAMESPACE, OPERATORS, arguments_of, define
 from ..transforms import kernel_under_transforms, refuse_derivatives
 from .guard import guard, materialised
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = CHOICES["ATLAS_BACKEND"]
 
 _forced: ContextVar[str | None] = ContextVar("atlas_backend", default=None)
 
@@ -43,9 +44,10 @@ def _known(name: str) -> str:
     return name
 
 
-_from_environment = os.environ.get("ATLAS_BACKEND") or None
-if _from_environment is not None:
-    _known(_from_environment)
+@cache
+def _from_environment() -> str | None:
+    # Not at import, which would end in a traceback of its own, the doctor's too.
+    return setting("ATLAS_BACKEND")
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The backend that is asked for here, or None where each device has its own."""
-    return _forced.get() or _from_environment
+    return _forced.get() or _from_environment()
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import has_memory
+from ..layout import LOW, has_memory
 from ..schema import arguments_of, require_given
 from .native.door import DoorError
 
@@ -29,8 +29,6 @@ _IN_PLACE = {
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
 }
-# Lower addresses are looked at: an offset from no memory at all is one. Elsewhere asking the storage would be dear.
-_LOW = 1 << 40
 
 
 def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
@@ -49,7 +47,7 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
             t = args[i]
             if t is not None:
                 start = t.data_ptr()
-                if t.is_neg() or (start < _LOW and not has_memory(arguments[i].told, t)):
+                if t.is_neg() or (start < LOW and not has_memory(arguments[i].told, t)):
                     return False
                 end = start + t.nbytes
                 for out, low, high in written:
@@ -62,7 +60,7 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
             t = args[i]
             if t is not None:
                 start = t.data_ptr()
-                if t.is_neg() or (start < _LOW and not has_memory(arguments[i].told, t)):
+                if t.is_neg() or (start < LOW and not has_memory(arguments[i].told, t)):
                     return False
                 for out, low, high in written:
                     if start < high and low < start + t.nbytes:
@@ -94,11 +92,15 @@ def materialised(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _require_parts(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):  # type: ignore[no-untyped-def]
     """An objective has what it looks at."""
-    needed = {"labels": labels} if objective != 1 or correct is not None or kappa is not None else {}
-    needed |= {"reference": reference} if objective == 1 else {"targets": targets} if objective == 4 else {}
-    for name, t in needed.items():
-        if t is None:
-            raise DoorError(f"attack_cotangent: objective {objective} needs {name}, got None")
+    lacks = None
+    if labels is None and (objective != 1 or correct is not None or kappa is not None):
+        lacks = "labels"
+    elif reference is None and objective == 1:
+        lacks = "reference"
+    elif targets is None and objective == 4:
+        lacks = "targets"
+    if lacks is not None:
+        raise DoorError(f"attack_cotangent: objective {objective} needs {lacks}, got None")
 
 
 def _require_in_place(operator: str, written: int, other: int, args: tuple[Any, ...]) -> None:

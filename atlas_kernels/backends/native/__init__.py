@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import os
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from ...layout import has_memory
+from ...environment import CHOICES, setting
 
 CUDA_LIBRARY = Path(__file__).resolve().parents[2] / "libatlas_cuda.so"
 _HUGE = 4 << 20  # two huge pages, of which one at least is aligned
-ISAS = ("baseline", "v3", "v4")
+ISAS = CHOICES["ATLAS_ISA"]
 
 
 @lru_cache(maxsize=1)
@@ -28,8 +27,8 @@ def core() -> ModuleType:
             f"the native core is not built for this Python ({error}); run `pip install -e .` in the source tree, and "
             "start Python where no other folder is called atlas_kernels"
         ) from error
-    wanted = os.environ.get("ATLAS_ISA")
-    if wanted:
+    wanted = setting("ATLAS_ISA")
+    if wanted is not None:
         force_isa(wanted, module)
     return module
 
@@ -57,10 +56,11 @@ def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
 
 def first_outside(indices: torch.Tensor, classes: int) -> int:
     """Row of the first index that is not in [0, classes), or their number; contiguous int64 indices."""
-    plain = indices.is_cpu and type(indices) is torch.Tensor and not indices.is_neg() and has_memory("indices", indices)
-    if plain and unavailable_reason("cpu") is None:
-        row: int = core().first_outside(indices.data_ptr(), indices.shape[0], classes)
-        return row
+    if indices.is_cpu and type(indices) is torch.Tensor and not indices.is_neg() and unavailable_reason("cpu") is None:
+        address = indices.data_ptr()
+        if address:  # lazy zeros have none
+            row: int = core().first_outside(address, indices.shape[0], classes)
+            return row
     outside = ((indices < 0) | (indices >= classes)).nonzero()
     return int(outside[0]) if len(outside) else indices.shape[0]
 
@@ -107,5 +107,5 @@ def unavailable_reason(device_type: str) -> str | None:
             return str(error)
         return None
     if device_type == "cuda":
-        return cuda_problem()
+        return unavailable_reason("cpu") or cuda_problem()  # the core loads the CUDA library
     return f"there are native kernels for cpu and cuda, not for {device_type}"
