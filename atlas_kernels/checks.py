@@ -228,13 +228,18 @@ def require_bytes(name: str, t: Tensor) -> None:
     require_strided(name, t)
     if t.ndim not in (3, 4):
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [N, C, H, W] or [N, H, W]")
+    require_channels_first(name, t)
+    if not is_supported(t):
+        raise ValueError(f"{name} has strides {t.stride()}: call .contiguous() once, before training")
+
+
+def require_channels_first(name: str, t: Tensor) -> None:
+    """Of a set of 8-bit images: its last side is no channel. A picture of 1 or 3 pixels by 8 channels or more is none."""
     if t.ndim == 4 and t.shape[3] in (1, 3) and min(t.shape[1:3]) >= 8:
         raise ValueError(
             f"{name} has shape {list(t.shape)}, which looks like [N, H, W, C], expected [N, C, H, W]: call "
             ".permute(0, 3, 1, 2), which copies nothing"
         )
-    if not is_supported(t):
-        raise ValueError(f"{name} has strides {t.stride()}: call .contiguous() once, before training")
 
 
 def require_rows(name: str, index: Tensor, of: Tensor) -> None:
@@ -299,10 +304,17 @@ def require_images(x: Tensor, clip_min: float | Tensor = 0.0, clip_max: float | 
         return
     if bool(x.isnan().any()):
         raise ValueError(f"x contains NaN, first at index {x.isnan().nonzero()[0].tolist()}: clean the images first")
-    hint = "; images in 0..255 must be divided by 255" if float(x.max()) > 1.5 and float(low.min()) == 0.0 else ""
+    least, most = float(low.min()), float(high.max())
+    excess = max(float((low - x).max()), float((x - high).max()))
+    if excess <= 0.1 * (most - least):  # by rounding, or by what bicubic resizing overshoots
+        remedy = f"pass x.clamp({least:g}, {most:g})"
+    elif float(x.max()) > 1.5 and least == 0.0:
+        remedy = "images in 0..255 must be divided by 255; normalisation belongs inside the model"
+    else:
+        remedy = "normalisation belongs inside the model"
     raise ValueError(
-        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], outside [clip_min, clip_max] = "
-        f"[{float(low.min()):.6g}, {float(high.max()):.6g}]{hint}; normalisation belongs inside the model"
+        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], up to {excess:.2g} outside [clip_min, clip_max] "
+        f"= [{least:.6g}, {most:.6g}]; {remedy}"
     )
 
 

@@ -441,6 +441,9 @@ def test_other_ranges(model: Rowwise, key: torch.Tensor) -> None:
     assert (adv >= bounds[0]).all() and (adv <= bounds[1]).all() and (adv == bounds[0]).any()
 
 
+SWITCHES = ("random_start", "targeted", "compact", "count_correct", "update_buffers")
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 @pytest.mark.parametrize("options", [{}, {"restarts": 2, "compact": True, "keep": "best"}])
 def test_any_integer_labels(dtype: torch.dtype, options: dict, model: Rowwise, key: torch.Tensor) -> None:
@@ -486,6 +489,19 @@ def test_bad_images(x, error, model: Rowwise) -> None:  # type: ignore[no-untype
     assert not log.inputs
 
 
+def test_the_error_says_how_far_images_lie_outside(model: Rowwise) -> None:
+    x = images()
+    for worst, message in (
+        (1 + 1.2e-7, r"up to 1.2e-07 outside .*= \[0, 1\]; pass x.clamp\(0, 1\)$"),
+        (-0.05, r"in \[-0.05, .*up to 0.05 outside .*; pass x.clamp\(0, 1\)$"),
+        (-1.0, "up to 1 outside .*; normalisation belongs inside the model$"),
+        (255.0, "up to 2.5e.02 outside .*; images in 0..255 must be divided by 255"),
+    ):
+        x.view(-1)[3] = worst
+        with pytest.raises(ValueError, match=message):
+            PGD(EPS)(model, x, torch.zeros(8, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -508,6 +524,10 @@ def test_bad_images(x, error, model: Rowwise) -> None:  # type: ignore[no-untype
         ({"attack_mode": "evaluate"}, ValueError, "did you mean 'eval'"),
         ({"objective": "kl", "targeted": True}, ValueError, "targeted"),
         ({"norm": "inf"}, ValueError, "did you mean 'linf'"),
+        ({"steps": 2**70}, ValueError, "steps must be an integer of at most"),
+        ({"steps": True}, TypeError, "steps must be an integer, got True"),
+        ({"eps": torch.ones(8).to_sparse()}, TypeError, "eps must be a strided tensor"),
+        *(({name: "no"}, TypeError, f"{name} must be True or False, got 'no'") for name in SWITCHES),
     ],
 )
 def test_bad_attacks(options: dict, error: type[Exception], message: str) -> None:
