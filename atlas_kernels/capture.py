@@ -165,8 +165,8 @@ class Capture(Generic[Outputs]):
         share: Capture[Any] | None = None,
         recorder: Recorder = cuda_graph,
     ) -> None:
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1, the rehearsal, got {warmup}")
+        if not isinstance(warmup, int) or warmup < 1:
+            raise ValueError(f"warmup must be an integer of at least 1, the rehearsal, got {warmup!r}")
         device = inputs[0].device
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = tuple(torch.empty_like(t).copy_(t) for t in inputs)

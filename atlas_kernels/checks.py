@@ -234,7 +234,7 @@ def require_bytes(name: str, t: Tensor) -> None:
 
 
 def require_channels_first(name: str, t: Tensor) -> None:
-    """Of a set of 8-bit images: its last side is no channel. A picture of 1 or 3 pixels by 8 channels or more is none."""
+    """Of a set of 8-bit images: the last side is no channel; 8 channels or more of 1 or 3 columns are no pictures."""
     if t.ndim == 4 and t.shape[3] in (1, 3) and min(t.shape[1:3]) >= 8:
         raise ValueError(
             f"{name} has shape {list(t.shape)}, which looks like [N, H, W, C], expected [N, C, H, W]: call "
@@ -313,8 +313,8 @@ def require_images(x: Tensor, clip_min: float | Tensor = 0.0, clip_max: float | 
     else:
         remedy = "normalisation belongs inside the model"
     raise ValueError(
-        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], up to {excess:.2g} outside [clip_min, clip_max] "
-        f"= [{least:.6g}, {most:.6g}]; {remedy}"
+        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], up to {excess:.2g} outside "
+        f"[clip_min, clip_max] = [{least:.6g}, {most:.6g}]; {remedy}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..attacks.arguments import require_count
 from ..attacks.contract import leave_no_trace
 from ..attacks.float16 import are_coupled
 from ..attacks.objective import Model, Objective
@@ -26,6 +27,8 @@ def strongest_delta(
     draws a first iterate. freeze: a sample stays where it is while it is misclassified, and an attack ends when all
     are; if the samples do not depend on each other either, such ones are left out of all further forwards.
     """
+    require_count("attack_iters", attack_iters, 0)
+    require_count("restarts", restarts, 0)
     coupled = are_coupled(model)
     climb = _climb_until_misclassified if freeze else _climb
     delta, best = torch.zeros_like(x), torch.zeros((), device=x.device)

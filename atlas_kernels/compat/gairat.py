@@ -14,7 +14,7 @@ from .. import losses
 from ..attacks import leave_no_trace
 from ..attacks.arguments import class_indices, require_count, require_radius
 from ..attacks.objective import Objective
-from ..checks import require_choice, require_images
+from ..checks import flag, require_choice, require_images
 from ..perturb import pgd_step
 from ._evaluation import evaluate
 from ._missing import refuse
@@ -51,6 +51,7 @@ def GA_PGD(
     """
     require_choice("loss_fn", loss_fn, tuple(_OBJECTIVES))
     require_choice("category", category, ("trades", "Madry"))
+    flag("rand_init", rand_init)
     if loss_fn == "kl" and (category != "trades" or not rand_init):
         raise ValueError(
             f'loss_fn="kl" needs category="trades" and rand_init=True (it has no gradient at the images), got '
@@ -118,10 +119,10 @@ def GAIR(num_steps: int, Kappa: Tensor, Lambda: float | Tensor, func: str) -> Te
     which all weights underflow gets finite ones; other names of ``func`` raise ValueError.
     """
     require_choice("func", func, ("Tanh", "Sigmoid", "Discrete"))
+    require_count("num_steps", num_steps, 0 if func == "Discrete" else 2)
     if func == "Discrete":
         weights = (num_steps + 1 - Kappa) / (num_steps + 1)
         return weights * len(weights) / weights.sum()
-    require_count("num_steps", num_steps, 2)
     half = num_steps // 2
     score = Lambda + (half - Kappa) * 5 / half
     score = 2 * score if func == "Tanh" else score  # (1 + tanh(s)) / 2 = sigmoid(2 s)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole
 from ..layout import compute_dtype
 from ..outputs import logits_of
 
@@ -25,8 +26,9 @@ class JacobianReg(nn.Module):
 
     def __init__(self, n: int = 1) -> None:
         super().__init__()
-        if n != -1 and not n > 0:
-            raise ValueError(f"n must be the number of projections, or -1 for all of them, got {n}")
+        if n == 0:
+            raise ValueError("n must be the number of projections, or -1 for all of them, got 0")
+        n = whole("n", n, -1)
         self.n = n
 
     def forward(self, x: Tensor, y: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks.arguments import class_indices, require_radius
 from ..attacks.objective import Objective
-from ..checks import require_choice
+from ..checks import flag, require_choice
 from ..perturb import pgd_step
 from ._missing import refuse
 from ._restarts import Rows, Step, strongest_delta
@@ -79,6 +79,8 @@ def attack_pgd(
     misclassified samples out of further forwards; an l_inf radius of 1 or more raises ValueError.
     """
     require_choice("norm", norm, ("l_inf", "l_2"))
+    flag("early_stop", early_stop)
+    flag("mixup", mixup)
     X = X.detach()
     goal = Objective(class_indices(y, X))
     twice = False

@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 
 from .. import losses
 from ..attacks import PGD, leave_no_trace
+from ..attacks.arguments import require_count
 from ..attacks.objective import Objective
-from ..checks import require_choice, require_images
+from ..checks import flag, require_choice, require_images
 from ..outputs import logits_of
 
 DISTANCES = ("l_inf", "l_2")
@@ -53,6 +54,7 @@ def trades_loss(
     the same gradients; only the running statistics differ.
     """
     require_choice("distance", distance, DISTANCES)
+    flag("lean", lean)
     noise = noise_near(x_natural)
     if distance == "l_2":
         noise = noise_near(x_natural)  # the published code draws it a second time
@@ -90,6 +92,7 @@ def linf_adversary(attack: PGD, model: nn.Module, x: Tensor, y: Tensor | None, n
 
 def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, steps: int) -> Tensor:
     require_images(x)
+    require_count("perturb_steps", steps, 0)
     x, goal = x.detach(), Objective(kind="kl")
     with leave_no_trace(model, "eval", None):
         goal.reference = goal.predict(model, x)

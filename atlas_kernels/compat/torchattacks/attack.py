@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ...attacks.arguments import class_indices
 from ...attacks.contract import leave_no_trace
 from ...attacks.held import modes_of, put_back
 from ...attacks.objective import Objective
-from ...checks import require_float_images, require_labels
+from ...checks import flag, require_float_images, require_labels, whole
 from ...noise import noise_key
 from ...outputs import logits_of
 from . import _saving
@@ -100,9 +99,9 @@ class Attack(Kin):
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
         """Mode of the model during attacks: eval, or train with BatchNorm and Dropout as the other two say."""
-        self._model_training = model_training
-        self._batchnorm_training = batchnorm_training
-        self._dropout_training = dropout_training
+        self._model_training = flag("model_training", model_training)
+        self._batchnorm_training = flag("batchnorm_training", batchnorm_training)
+        self._dropout_training = flag("dropout_training", dropout_training)
 
     @contextmanager
     def _asked_mode(self) -> Iterator[None]:
@@ -195,11 +194,10 @@ class Attack(Kin):
     @wrapper_method
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
         """Towards the class with the ``kth_min``-th smallest logit, the label's left out."""
-        if isinstance(kth_min, bool) or not isinstance(kth_min, Integral) or kth_min < 1:
-            raise ValueError(f"kth_min must be an integer of at least 1, got {kth_min!r}")
+        kth_min = whole("kth_min", kth_min, 1)
         self._set_mode_targeted("targeted(least-likely)", quiet)
         self._target_map_function = self.get_least_likely_label
-        self._kth_min = int(kth_min)
+        self._kth_min = kth_min
 
     @wrapper_method
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import attacks
+from ....checks import flag
 from ._gradient import GradientAttack, around, uniform
 
 
@@ -28,6 +29,7 @@ class PGD(GradientAttack):
         self._attack()
 
     def _attack(self) -> attacks.PGD:
+        flag("random_start", self.random_start)
         return self._pgd(self.alpha, self.steps)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ....attacks import PGD
+from ....checks import flag
 from ....layout import compute_dtype
 from ._gradient import DirectedAttack, around, radius, spread
 
@@ -35,6 +36,7 @@ class PGDL2(DirectedAttack):
         self._attack()
 
     def _attack(self) -> PGD:
+        flag("random_start", self.random_start)
         return self._pgd(self.alpha, self.steps, norm="l2")
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
