@@ -384,7 +384,7 @@ def test_the_door():
             kl(z, adv[:, :5].contiguous(), None, 1.0, value, total, grad, None)
         with pytest.raises(ValueError, match="grad shares memory with logits"):
             ce(z, labels, 0.0, None, 1.0, value, total, z)
-        with pytest.raises(ValueError, match="adv_grad shares memory with grad"):
+        with pytest.raises(ValueError, match="q_grad shares memory with p_grad"):
             kl(z, adv, None, 1.0, value, total, grad, grad)
         for wrong in ((torch.cat([z, z, z[:1]]), KL), (z, KL), (torch.cat([z, z, z]), NONE)):
             with pytest.raises(DoorError, match="logits"):

@@ -17,7 +17,7 @@ from ..schema import arguments_of, require_given
 from .native.door import DoorError
 
 # Least and largest value, by name.
-_RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 2), "global_term": (0, 3), "count": (0, 2**24 - 1),
+_RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "count": (0, 2**24 - 1),
            "steps": (2, 2**31 - 1)}  # fmt: skip
 # Inputs that may lie in ``out``, exactly where their own results go.
 _IN_PLACE = {

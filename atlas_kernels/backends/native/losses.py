@@ -80,7 +80,7 @@ def atlas_loss(
 ):
     batch, first = labels.shape[0], 1 if global_term == _NONE else 2
     parts = logits.shape[0] // batch if batch else first
-    if parts < first or parts * batch != logits.shape[0]:
+    if parts < first or parts * batch != logits.shape[0] or local == _NONE:
         raise DoorError(f"logits have {logits.shape[0]} rows for {batch} labels, local {local}, global {global_term}")
     atlas = (parts - first, local, local_weight, global_term, global_weight)
     _run(_ATLAS, batch, logits, None, labels, None, weights, 0.0, scale, value, total, grad, None, atlas, terms)
