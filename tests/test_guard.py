@@ -162,6 +162,12 @@ def test_lazy_tensors_are_what_they_stand_for(backend):
             ak.project(x, x, 0.1, out=torch._neg_view(torch.empty(4, 3)))
 
 
+def test_tensors_without_values_share_nothing():
+    x, rows = torch.empty(4, 3, device="meta"), torch.empty(4, device="meta")
+    with ak.backend("reference"):
+        assert ak.pgd_step(x, x, x, rows, rows, cast=x.half()).shape == (4, 3)
+
+
 def test_an_objective_has_what_it_looks_at():
     z, y = torch.randn(4, 5), torch.arange(4)
     for backend in BACKENDS:

@@ -42,8 +42,8 @@ def test_operators_are_clean(tree):
     imported = "import atlas_kernels._C as c; print(c.__file__)"
     where = subprocess.run([sys.executable, "-c", imported], env=environment, cwd=tree, capture_output=True, text=True)
     assert str(tree) in where.stdout, where.stderr
-    tests = [str(ROOT / "tests" / f"test_{stem}.py") for stem in ("perturb", "noise", "augment", "pairwise")]
-    chosen = "(bits or in_place or cast or buffer or noise or empty or outside or sizes) and not streamed"
+    tests = [str(ROOT / "tests" / f"test_{stem}.py") for stem in ("perturb", "noise", "augment", "pairwise", "guard")]
+    chosen = "(bits or in_place or cast or buffer or noise or empty or outside or sizes or guard) and not streamed"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests]
     done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]

@@ -16,7 +16,7 @@ from ..layout import LOW, has_memory
 from ..schema import arguments_of, require_given
 from .native.door import DoorError
 
-# Least and largest value, by name.
+# Least and largest value, by name: what a kernel would take for another choice, or count beyond its words.
 _RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "count": (0, 2**24 - 1),
            "steps": (2, 2**31 - 1)}  # fmt: skip
 # Inputs that may lie in ``out``, exactly where their own results go.
@@ -53,7 +53,8 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
                 for out, low, high in written:
                     if start < high and low < end:
                         _require_in_place(operator, i, out, args)
-                written.append((i, start, end))
+                if start:  # not of the meta device
+                    written.append((i, start, end))
             elif i in required:
                 require_given(operator, args)
         for i in inputs:
