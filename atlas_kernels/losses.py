@@ -402,9 +402,7 @@ def _scaled(t: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return (t.to(g.dtype) * g).to(dtype)
 
 
-def _formula(
-    call: _Call, logits: Tensor, other: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _formula(call: _Call, logits: Tensor, other: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(loss of each sample, terms) by the plain formula; what has weight 0 and is infinite counts as the constant 0."""
     formula, more = getattr(formulas, call.name), (*call.indices, *call.numbers)
     inputs = (logits,) if other is None else (logits, other)

@@ -104,11 +104,15 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}.{stem}")
 
 
+def _differentiable(name: str) -> dict[int, str]:
+    """The arguments by which the result may have a derivative; the gradient that a step goes along is a constant."""
+    tensors = {i: a for i, a in enumerate(arguments_of(name)) if a.is_tensor and not a.written}
+    return {i: a.name for i, a in tensors.items() if a.name != "grad"}
+
+
 def _implementation(stem: str, name: str) -> Callable[..., None]:
-    arguments = arguments_of(name)
-    written = [i for i, a in enumerate(arguments) if a.written]
-    # What the result may have a derivative by: not the gradient that a step goes along, which is a constant.
-    differentiable = {i: a.name for i, a in enumerate(arguments) if a.is_tensor and not a.written and a.name != "grad"}
+    written = [i for i, argument in enumerate(arguments_of(name)) if argument.written]
+    differentiable = _differentiable(name)
     chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
     check = guard(name)
 
@@ -145,8 +149,7 @@ def register() -> None:
             _implementations[name] = _implementation(stem, name)
             for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
                 _library.impl(name, _implementations[name], key)
-            operator, (_, differentiable) = _operator(name), _arguments(stem, name)
-            transformed = kernel_under_transforms(f"{NAMESPACE}::{name}", operator, differentiable)
+            transformed = kernel_under_transforms(f"{NAMESPACE}::{name}", _operator(name), _differentiable(name))
             _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
 
 
