@@ -46,7 +46,7 @@ from .checks import (
 )
 from .layout import compute_dtype, dense, is_channels_last
 from .noise import STREAM_START, noise_key
-from .schema import LINF, NORMS
+from .schema import L1, LINF, NORMS
 from .transforms import followed
 
 backends.register()
@@ -58,6 +58,7 @@ _random_start_norm = backends.caller("random_start_norm")
 _pgd_step_norm = backends.caller("pgd_step_norm")
 _project = backends.caller("project")
 
+SPARSITY = 0.99  # of an l1 step; cleverhans' grad_sparsity (99 %) and foolbox's quantile
 _Bound = float | Tensor | Sequence[float]
 _MOST_NEIGHBOURS = 2**24 - 1  # that three bytes of the noise's counter can number
 _INFINITE = (float("-inf"), None, float("inf"), None)
@@ -127,6 +128,7 @@ def pgd_step(
     clip_min: _Bound = 0.0,
     clip_max: _Bound = 1.0,
     descend: bool = False,
+    sparsity: float | None = SPARSITY,
     active: Tensor | None = None,
     out: Tensor | None = None,
     cast: Tensor | None = None,
@@ -134,8 +136,11 @@ def pgd_step(
     """One projected-gradient step: ``adv + step_size * sign(grad)``, into the eps-ball of x, into the image range
     (Madry et al. 2018, equation 2). A pixel whose gradient is 0 or NaN does not move.
 
-    In l2 and l1 the step is ``adv + step_size * grad / ||grad||``, and a sample whose gradient is zero or has a NaN or
-    an infinity does not move; the projection is that of ``project``.
+    In l2 the step is ``adv + step_size * grad / ||grad||``. In l1 it is sparse as in SLIDE (Tramer & Boneh 2019, arXiv
+    1904.13000): the entries at or above the ``sparsity`` quantile of ``|grad|`` move by equal shares in the direction
+    of their signs, ``step_size`` in all. An entry goes no further than the image range; what it leaves of its share
+    goes to the next largest entry, and entries that tie for the last place share what is left. In l2 and l1 a sample
+    whose gradient is zero or has a NaN or an infinity does not move; the projection is that of ``project``.
 
     Args:
         adv, x: current iterate and clean images [B, ...], one dtype.
@@ -144,6 +149,8 @@ def pgd_step(
         norm: "linf", "l2" or "l1".
         clip_min, clip_max: image range, one number or one per channel.
         descend: step down the gradient.
+        sparsity: of l1 steps, in [0, 1]; 0.99 is the default of cleverhans and foolbox, AdverTorch has 0.95. None: the
+            dense step along the gradient, ``adv + step_size * grad / ||grad||``. No other norm uses it.
         active: bool [B]; rows that are False keep ``adv`` as it is.
         out: result tensor like ``adv``, or ``adv`` itself (in place).
         cast: a second result of another float dtype or memory format with the same values, for the network to read.
@@ -165,17 +172,18 @@ def pgd_step(
     number = _number_of(norm)
     if number:
         grad = _in_fp32_range(grad.detach(), adv)
+        largest = _largest(sparsity, adv) if norm == L1 else 0
     seen = followed(adv, x, ball[1], step[1])
     if seen or _needs_grad(adv, x, ball[1], step[1]):
         _refuse_out(out, cast)
         if number:
-            return plain.step(adv, grad, x, norm, ball, step, bounds, descend, active).to(adv.dtype)
+            return plain.step(adv, grad, x, norm, ball, step, bounds, descend, active, largest).to(adv.dtype)
         if seen:
             return plain_linf.step(adv, grad.detach(), x, *ball, *step, bounds, descend, active).to(adv.dtype)
         return _PGDStep.apply(adv, x, ball[1], step[1], grad, ball[0], step[0], bounds, descend, active)
     out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
     if number:
-        _pgd_step_norm(adv, grad, x, number, *ball, *step, *bounds, descend, active, out, cast)
+        _pgd_step_norm(adv, grad, x, number, *ball, *step, *bounds, descend, active, out, cast, largest)
     else:
         _pgd_step(adv, grad, x, *ball, *step, *bounds, descend, active, out, cast)
     return out
@@ -356,6 +364,19 @@ def _number_of(norm: str) -> int:
     if norm != LINF:
         require_choice("norm", norm, NORMS)
     return NORMS.index(norm)
+
+
+def require_sparsity(sparsity: float | None) -> None:
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if sparsity is not None and not (number and 0 <= sparsity <= 1):
+        raise ValueError(f"sparsity must be a number in [0, 1], or None for a dense step, got {sparsity!r}")
+
+
+def _largest(sparsity: float | None, like: Tensor) -> int:
+    """How many entries lie at or above the quantile ``sparsity`` of a sample's; 0 for a dense step."""
+    require_sparsity(sparsity)
+    entries = math.prod(like.shape[1:])
+    return 0 if sparsity is None or not entries else entries - math.ceil(sparsity * (entries - 1))
 
 
 def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:

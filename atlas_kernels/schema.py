@@ -40,11 +40,11 @@ OPERATORS: dict[str, dict[str, str]] = {
         "compactness": "Tensor h, Tensor h_adv, Tensor labels, float scale, bool squared, float factor, "
         "Tensor(a!)? value, Tensor(b!)? total, Tensor(c!)? grad, Tensor(d!)? adv_grad",
     },
-    # norm: its index in NORMS.
+    # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
     "perturb_norms": {
         "random_start_norm": f"Tensor x, int norm, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
         "pgd_step_norm": f"Tensor adv, Tensor grad, Tensor x, int norm, {_EPS}, {_STEP}, {_CLIP}, bool descend, "
-        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast",
+        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast, int largest=0",
         "project": f"Tensor v, Tensor x, int norm, {_EPS}, {_CLIP}, Tensor(a!) out",
     },
     "objectives": {

@@ -69,7 +69,7 @@ def test_pgd_step_l2(size, report):
 
 def test_pgd_step_l1(size, report):
     inputs = images(size)
-    ours = lambda: ak.pgd_step(*inputs, EPS_1, STEP_1, norm="l1")  # noqa: E731
+    ours = lambda: ak.pgd_step(*inputs, EPS_1, STEP_1, norm="l1", sparsity=None)  # noqa: E731
     run(report, "pgd_step l1", size, 4, ours, {"sort": l1_sort}, *inputs)
 
 

@@ -80,7 +80,8 @@ struct AtlasPairwise {
 };
 
 // The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
-//   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad
+//   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad; l1 with `largest` > 0: along
+//                                                       the sign of that many of the largest entries instead
 //   adv' = clip(x + eps U^(1/D) z / ||z||)              where key is given; z normal (l2) or Laplace (l1); adv is x
 struct AtlasPerturbNorm {
   int64_t batch, channels, pixels;
@@ -89,6 +90,7 @@ struct AtlasPerturbNorm {
   AtlasScalar clip_min, clip_max;  // per channel
   const uint8_t* active;           // per sample; null: all
   const int64_t *key, *ids;        // as in AtlasPerturb
+  int64_t largest;
   int32_t norm, descend;
   uint32_t stream, draw;
 };

@@ -120,13 +120,13 @@ void perturb_norm(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format
                   uintptr_t out, int out_format, uintptr_t cast, int cast_format, int64_t batch, int64_t channels,
                   int64_t pixels, double eps, uintptr_t eps_rows, double step_size, uintptr_t step_rows,
                   double clip_min, uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active,
-                  uintptr_t key, uintptr_t ids, int norm, bool descend, uint32_t noise, uint32_t draw, int device,
-                  int threads, uintptr_t stream) {
+                  uintptr_t key, uintptr_t ids, int64_t largest, int norm, bool descend, uint32_t noise, uint32_t draw,
+                  int device, int threads, uintptr_t stream) {
   const AtlasPerturbNorm params = {
       batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
       images(out, out_format), images(cast, cast_format), scalar(eps, eps_rows), scalar(step_size, step_rows),
       scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), at<const uint8_t>(active), integers(key),
-      integers(ids), norm, descend, noise, draw};
+      integers(ids), largest, norm, descend, noise, draw};
   require(batch * channels * pixels, {{"adv", adv}, {"x", x}, {"out", out}});
   call("atlas_perturb_norm", atlas_perturb_norm, cuda.perturb_norm, params, device, threads, stream);
 }

@@ -222,6 +222,9 @@ def norms_on(backend, adv, grad, x, norm, eps, step, **options):
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
             "project": ak.project(adv, x, eps, norm=norm, **clip),
             "project linf": ak.project(adv, x, 0.05, **clip),
+        } | {
+            f"step, {sparsity}": ak.pgd_step(adv, grad, x, eps, step, norm=norm, sparsity=sparsity, **options)
+            for sparsity in ((0.5, None) if norm == "l1" else ())
         }
 
 
@@ -258,11 +261,30 @@ def test_norms_per_sample_and_per_channel(layouts, norm):
 
 
 @runs
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("far", [1e6, 3e38])
+def test_l1_projection_of_points_far_away(far):
+    v, _, x = problem((2, 1, 4, 5), device=DEVICE)
+    v.view(2, -1)[0, 4:16] = far * torch.linspace(1 - 1e-6, 1, 12, device=DEVICE)
+    v.view(2, -1)[1, 8:] = -far
+    with ak.backend("triton"):
+        got = ak.project(v, x, 1.0, norm="l1")
+    with ak.backend("reference"):
+        assert same_within_ulps(got, ak.project(v, x, 1.0, norm="l1"), x)
+    assert ((got - x).double().abs().flatten(1).sum(1) <= 1 + 1e-6).all()
+
+
+@runs
 def test_norms_refuse_what_they_do_not_compute():
     adv, grad, x = problem((2, 3, 4, 4), device=DEVICE)
     with ak.backend("triton"):
         with pytest.raises(BackendUnavailable, match="got float64"):
             ak.project(adv.double(), x.double(), 0.1, norm="l2")
+        with pytest.raises(DoorError, match="largest is 49"):
+            bounds, out = (0.0, None, 1.0, None), torch.empty_like(adv)
+            torch.ops.atlas_kernels.pgd_step_norm(
+                adv, grad, x, 2, 0.1, None, 0.1, None, *bounds, False, None, out, None, 49
+            )
         with pytest.raises(DoorError, match="norm is 3"):
             torch.ops.atlas_kernels.project(adv, x, 3, 0.1, None, 0.0, None, 1.0, None, torch.empty_like(adv))
         assert ak.project(adv[:0], x[:0], 0.1, norm="l1").shape == (0, 3, 4, 4)

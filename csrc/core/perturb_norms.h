@@ -9,7 +9,7 @@ namespace atlas {
 
 enum Norm : int32_t { kLinf = 0, kL2 = 1, kL1 = 2 };
 
-enum Sweep : int32_t { kGradient, kDistance, kSearch, kWrite };
+enum Sweep : int32_t { kGradient, kSelect, kDistance, kSearch, kWrite };
 
 // In fp64, where squares of fp32 are exact and neither over- nor underflow, so that no sweep for a maximum is needed and
 // the order of the additions hardly ever shows in a result that is rounded to fp32.
@@ -18,27 +18,60 @@ struct Sums { double a, b; };
 template <class T> struct PixelBounds { T lo, hi; };
 
 constexpr double kInfinite = __builtin_huge_val();
-constexpr int kNewtonSweeps = 16, kSearchSweeps = 64;
+constexpr int kNewtonSweeps = 16, kSearchSweeps = 80;
 
 template <class T> ATLAS_HD T magnitude(T v) { return v < T(0) ? -v : v; }
 
 template <class T> struct NormStep {
+  // Sums of fp64 distances and of their squares may leave the range of fp64: the second sum is scaled by these.
+  static constexpr double kDown = sizeof(T) == 4 ? 1.0 : 0x1p-64, kFarDown = sizeof(T) == 4 ? 1.0 : 0x1p-600;
+
   Norm norm;
   Sweep sweep;
-  int64_t dimensions;
+  int64_t dimensions, largest;  // largest: an l1 step moves this many of the largest entries; 0: all, along the gradient
   T eps, step;  // step < 0 descends
   // Known after the gradient: the pixel moves by (grad scale) factor. The scale is a power of two, exact.
   T scale = T(1), factor = T(0);
   bool moves = false;
-  // Known after the distance: what it is multiplied with (l2), or what each pixel's loses (l1).
-  T shrink = T(1);
+  // A sparse step: entries from `whole` on go as far as they can, at most `share`; those from `from` on (ties) go by
+  // `part` of that. The bits of the threshold lie in [least, most): from it on, entries can go `budget` or more in all.
+  T share = T(0), from = T(0), whole = T(0), part = T(0);
+  uint64_t least = 0, most = 0, first = 0, second = 0;
+  double budget = 0.0, within = kInfinite, above = 0.0;
+  // Known after the distance: what it is multiplied with (l2), or what each pixel's loses (l1), over `base`.
+  T shrink = T(1), base = T(0);
   bool projects = false;
   // The root of the l1 search lies in [low, high].
   T low = T(0), high = T(0);
   int searched = 0;
+  bool fine = false;
 
-  ATLAS_HD T moved(T adv, T grad) const {
-    const T v = adv + grad * scale * factor;
+  static ATLAS_HD T of_bits(uint64_t bits) {
+    if constexpr (sizeof(T) == 4) return bit_cast<T>(uint32_t(bits));
+    else return bit_cast<T>(bits);
+  }
+  static ATLAS_HD uint64_t bits_of(T v) {
+    if constexpr (sizeof(T) == 4) return bit_cast<uint32_t>(v);
+    else return bit_cast<uint64_t>(v);
+  }
+
+  // How far a sparse step may take an entry: its share, or up to the end of the range.
+  ATLAS_HD T reach(T adv, T grad, const PixelBounds<T>& r) const {
+    T c = upwards(grad) ? r.hi - adv : adv - r.lo;
+    c = c < share ? c : share;
+    return c > T(0) ? c : T(0);
+  }
+
+  ATLAS_HD bool upwards(T grad) const { return (grad > T(0)) != (step < T(0)); }
+
+  template <Norm kNorm> ATLAS_HD T moved(T adv, T grad, const PixelBounds<T>& r) const {
+    T v = adv + grad * scale * factor;
+    if (kNorm == kL1) {
+      const T m = magnitude(grad), c = reach(adv, grad, r);
+      const T way = m >= whole ? c : m >= from ? c * part : T(0);
+      const T sparse = upwards(grad) ? adv + way : adv - way;
+      v = largest > 0 ? sparse : v;
+    }
     return moves ? v : adv;
   }
 
@@ -54,23 +87,27 @@ template <class T> struct NormStep {
       const double g = grad;
       return {kNorm == kL2 ? g * g : magnitude(g), 0.0};
     }
-    const T d = moved(adv, grad) - x, m = magnitude(d);
-    if (kNorm == kL2) return {double(d) * double(d), 0.0};
+    if (kSweep == kSelect) {
+      const T m = magnitude(grad), c = reach(adv, grad, r);
+      return {m >= from ? c : T(0), m >= whole ? c : T(0)};
+    }
+    const T d = moved<kNorm>(adv, grad, r) - x, m = magnitude(d);
+    if (kNorm == kL2) return {double(d) * double(d), double(d) * kFarDown * (double(d) * kFarDown)};
     const T c = room(d, x, r);
-    if (kSweep == kDistance) return {m > c ? c : m, m};
+    if (kSweep == kDistance) return {m > c ? c : m, double(m) * kDown};
     // What the pixel keeps of its distance: nothing, all but lambda, or as much as there is room.
-    const T kept = m - shrink;
-    const bool full = kept > c, some = kept > T(0);
-    return {some ? full ? c : m : T(0), some && !full ? 1.0 : 0.0};
+    const double kept = (double(m) - double(base)) - double(shrink);
+    const bool full = kept > double(c), some = kept > 0.0;
+    return {some ? full ? double(c) : kept : 0.0, some && !full ? 1.0 : 0.0};
   }
 
   template <Norm kNorm> ATLAS_HD T written(T adv, T grad, T x, const PixelBounds<T>& r) const {
-    const T v = moved(adv, grad);
+    const T v = moved<kNorm>(adv, grad, r);
     if (kNorm == kLinf) return clip(clip(v, x - eps, x + eps), r.lo, r.hi);
     const T d = v - x;
     T kept = d * shrink;
     if (kNorm == kL1) {
-      const T m = clip(magnitude(d) - shrink, T(0), room(d, x, r));
+      const T m = clip((magnitude(d) - base) - shrink, T(0), room(d, x, r));
       kept = d < T(0) ? -m : m;
     }
     return clip(projects ? x + kept : v, r.lo, r.hi);
@@ -78,29 +115,17 @@ template <class T> struct NormStep {
 
   // After a sweep: what it found out, and what comes next.
   ATLAS_HD void advance(const Sums& sums) {
-    if (sweep == kGradient) {
-      aim(norm == kL2 ? std::sqrt(sums.a) : sums.a);
-      sweep = double(eps) < kInfinite ? kDistance : kWrite;
-      return;
-    }
     if (sweep == kSearch) return search(sums);
-    const double distance = norm == kL2 ? std::sqrt(sums.a) : sums.a, unclipped = norm == kL2 ? distance : sums.b;
-    projects = distance > double(eps) && unclipped < kInfinite;
-    sweep = kWrite;
-    if (norm == kL2) {
-      shrink = T(double(eps) / distance);
-    } else if (projects) {
-      high = T(sums.b);  // all of it, where nothing is left
-      // As if every pixel lost lambda: too little, since some are used up and some have no room.
-      shrink = low = T((distance - double(eps)) / double(dimensions));
-      if (eps > T(0)) sweep = kSearch;
-      else shrink = high;
-    }
+    if (sweep == kDistance) return measure(sums);
+    if (sweep == kGradient) aim(norm == kL2 ? std::sqrt(sums.a) : sums.a);
+    else narrow(sums);
+    if (sweep != kSelect) sweep = double(eps) < kInfinite ? kDistance : kWrite;
   }
 
   // A gradient of zero, or not finite, moves nothing.
   ATLAS_HD void aim(double length) {
     moves = length > 0.0 && length < kInfinite;
+    if (moves && largest > 0) return begin(length);
     const int found = int(bit_cast<uint64_t>(length) >> 52) - 1023;
     const int exponent = found < -126 ? -126 : found > 126 ? 126 : found;
     const double power = bit_cast<double>(uint64_t(1023 - exponent) << 52);
@@ -108,16 +133,74 @@ template <class T> struct NormStep {
     factor = T(double(step) / (length * power));
   }
 
-  // What is kept falls piecewise linearly with lambda. Newton's method inside the bracket, then bisection, until the root
-  // of the piece at lambda is lambda, or nothing is left between the ends.
+  ATLAS_HD void begin(double length) {
+    share = T(double(magnitude(step)) / double(largest));
+    budget = double(share) * double(largest);  // not |step|, so that as many whole shares add up to it exactly
+    moves = budget > 0.0;
+    most = bits_of(T(length)) + 1;  // no entry is larger
+    if (moves) try_thirds();
+  }
+
+  // A search over the bits of the threshold, two candidates a sweep.
+  ATLAS_HD void narrow(const Sums& sums) {
+    if (sums.b >= budget) {
+      least = second, within = sums.b;
+    } else if (sums.a >= budget) {
+      least = first, within = sums.a, most = second, above = sums.b;
+    } else {
+      most = first, above = sums.a;
+    }
+    if (within == budget) most = least;
+    if (most - least > 1) return try_thirds();
+    from = of_bits(least), whole = of_bits(most);
+    part = T(within < kInfinite && most > least ? (budget - above) / (within - above) : 0.0);
+    sweep = kGradient;
+  }
+
+  ATLAS_HD void try_thirds() {
+    const uint64_t width = most - least;
+    first = least + (width + 2) / 3, second = least + (2 * width + 2) / 3;
+    from = of_bits(first), whole = of_bits(second);
+    sweep = kSelect;
+  }
+
+  ATLAS_HD void measure(const Sums& sums) {
+    const bool finite = sums.b < kInfinite;
+    double distance = sums.a;
+    if (norm == kL2) distance = distance < kInfinite ? std::sqrt(distance) : std::sqrt(sums.b) / kFarDown;
+    projects = distance > double(eps) && finite;
+    sweep = kWrite;
+    if (norm == kL2) {
+      shrink = T(double(eps) / distance);
+    } else if (projects) {
+      high = T(sums.b / kDown);  // all of it, where nothing is left
+      // As if every pixel lost lambda: too little, since some are used up and some have no room.
+      shrink = low = distance < kInfinite ? T((distance - double(eps)) / double(dimensions)) : T(0);
+      if (eps > T(0)) sweep = kSearch;
+      else shrink = high;
+    }
+  }
+
+  // What is kept falls piecewise linearly with lambda. Newton's method inside the bracket, then bisection (of the bits),
+  // until the root of the piece at lambda is lambda, or nothing is left between the ends. Where lambda is so large that its rounding
+  // would show in what is kept, the search goes on below the upper end: there the distances over it are exact.
   ATLAS_HD void search(const Sums& sums) {
-    const T root = T((sums.a - double(eps)) / sums.b);
-    (sums.a - sums.b * double(shrink) > double(eps) ? low : high) = shrink;
-    const T middle = low + (high - low) * T(0.5);
+    const double excess = sums.a - double(eps);
+    const T root = T(double(shrink) + excess / sums.b);
+    (excess > 0.0 ? low : high) = shrink;
+    const bool coarse = !fine && double(shrink) * double(dimensions) > 256.0 * double(eps);
+    const T size = of_bits((bits_of(magnitude(low)) + bits_of(magnitude(high))) / 2), middle = fine ? -size : size;
     const bool inside = root > low && root < high;
-    if (root == shrink || middle == low || middle == high || ++searched == kSearchSweeps) {
-      shrink = root >= low && root <= high ? root : high;
-      sweep = kWrite;
+    if ((root == shrink && !coarse) || middle == low || middle == high || ++searched == kSearchSweeps) {
+      if (coarse) {
+        fine = true, base = high, low = low - high, high = T(0), searched = 0;
+        shrink = -of_bits(bits_of(magnitude(low)) / 2);
+      } else {
+        shrink = root >= low && root <= high ? root : high;
+        sweep = kWrite;
+      }
+    } else if (root == shrink) {
+      shrink = of_bits(bits_of(shrink) + (excess > 0.0 ? 1 : -1));
     } else {
       shrink = inside && searched <= kNewtonSweeps ? root : middle;
     }

@@ -49,7 +49,7 @@ template <Sweep kSweep, Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const 
       constexpr bool kFar = kSweep != kGradient;
       const Sums t = step.template terms<kSweep, kNorm>(kFar ? adv[i] : T(0), grad[i], kFar ? x[i] : T(0), bounds);
       to.a[j] += t.a;
-      if (kFar && kNorm == kL1) to.b[j] += t.b;
+      if (kFar && (kNorm == kL1 || sizeof(T) == 8)) to.b[j] += t.b;
     }
   }
 }
@@ -57,6 +57,7 @@ template <Sweep kSweep, Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const 
 template <Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const Tile<T>& tile, const NormStep<T>& step) {
   switch (step.sweep) {
     case kGradient: return add<kGradient, kNorm>(to, tile, step);
+    case kSelect: return add<kSelect, kNorm>(to, tile, step);
     case kDistance: return add<kDistance, kNorm>(to, tile, step);
     default: return add<kSearch, kNorm>(to, tile, step);
   }
@@ -106,7 +107,8 @@ template <class T> struct Body {
   static ATLAS_HD NormStep<T> first_sweep(const Job& job, int64_t sample) {
     const AtlasPerturbNorm& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
-    NormStep<T> step = {Norm(p.norm), kWrite, dimensions, at_row<T>(p.eps, sample), at_row<T>(p.step_size, sample)};
+    NormStep<T> step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, at_row<T>(p.eps, sample),
+                        at_row<T>(p.step_size, sample)};
     if (p.active && !p.active[sample]) return step;
     if (p.key) {
       step.step = T(double(step.eps) * ball_radius(counter(job, sample, 1).group(0).w[0], dimensions));

@@ -35,7 +35,7 @@ template <class Access> struct Sample {
     const AtlasPerturbNorm& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
     active = !p.active || p.active[sample];
-    step = {Norm(p.norm), kWrite, dimensions, job.eps.at(sample), job.step_size.at(sample)};
+    step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, job.eps.at(sample), job.step_size.at(sample)};
     if (p.key) {
       step.step = T(double(step.eps) * ball_radius(counter(1).group(0).w[0], dimensions));
       step.eps = T(kInfinite);
@@ -116,6 +116,7 @@ template <class Access> struct Sample {
       return step.sweep == kGradient ? step.template terms<kGradient, kL2>(adv, grad, x, bounds)
                                      : step.template terms<kDistance, kL2>(adv, grad, x, bounds);
     return step.sweep == kGradient   ? step.template terms<kGradient, kL1>(adv, grad, x, bounds)
+           : step.sweep == kSelect   ? step.template terms<kSelect, kL1>(adv, grad, x, bounds)
            : step.sweep == kDistance ? step.template terms<kDistance, kL1>(adv, grad, x, bounds)
                                      : step.template terms<kSearch, kL1>(adv, grad, x, bounds);
   }

@@ -222,6 +222,9 @@ def check_norms(adv, grad, x, norm, eps, step, *, key=KEY, out_dtype=None, out_l
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
             "project": ak.project(inside, x, eps, norm=norm, out=inside, **clip),
             "project linf": ak.project(adv, x, eps, **clip),
+        } | {
+            f"step, {sparsity}": ak.pgd_step(adv, grad, x, eps, step, norm=norm, sparsity=sparsity, **options)
+            for sparsity in ((0.5, None) if norm == "l1" else ())
         }
 
     got = run()
@@ -250,6 +253,17 @@ def test_norms_with_everything(norm):
         options = {"active": active, "descend": True, "clip_min": low, "clip_max": high}
         check_norms(adv, grad, x, norm, eps, step, ids=ids, **options)
         check_norms(*problem((0, 3, 4, 4)), norm, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e6, 3e38])
+def test_l1_projection_of_points_far_away(far, dtype):
+    v, _, x = problem((2, 1, 4, 5), dtype=dtype)
+    v.view(2, -1)[0, 4:16] = far * torch.linspace(1 - 1e-6, 1, 12, dtype=dtype)
+    v.view(2, -1)[1, 8:] = -far
+    got = ak.project(v, x, 1.0, norm="l1")
+    with ak.backend("reference"):
+        assert same_within_ulps(got, ak.project(v, x, 1.0, norm="l1"), x)
 
 
 def test_nothing_is_launched_for_nothing(library):

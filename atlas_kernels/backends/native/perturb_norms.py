@@ -13,13 +13,15 @@ from .door import ABSENT, DoorError, images, vector, where
 
 def _pass(
     adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows,
-    descend=False, active=None, key=None, ids=None, draw=0,
+    descend=False, active=None, largest=0, key=None, ids=None, draw=0,
 ) -> None:  # fmt: skip
     shape, device = adv.shape, adv.device
     batch, channels, pixels = plane_shape(shape)
     dtype = compute_dtype(adv.dtype)
     if not (grad is not None or key is not None) <= norm < len(NORMS):
         raise DoorError(f"norm is {norm}, expected an index of {NORMS}, of linf for project alone")
+    if not 0 <= largest <= max(0, channels * pixels):
+        raise DoorError(f"largest is {largest}, expected 0 to {channels * pixels}, the entries of a sample")
     core().perturb_norm(
         *images("adv", adv, shape, device),
         *(ABSENT if grad is None else images("grad", grad, shape, device)),
@@ -34,7 +36,7 @@ def _pass(
         0 if active is None else vector("active", active, batch, torch.bool, device),
         0 if key is None else vector("key", key, 2, torch.int64, device),
         0 if ids is None else vector("ids", ids, batch, torch.int64, device),
-        norm, descend, STREAM_START, draw & 0xFFFFFFFF, *where(device),
+        largest, norm, descend, STREAM_START, draw & 0xFFFFFFFF, *where(device),
     )  # fmt: skip
 
 
@@ -45,10 +47,10 @@ def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_
 
 def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
-    out, cast,
+    out, cast, largest=0,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
-    _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active)
+    _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active, largest)
 
 
 def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):

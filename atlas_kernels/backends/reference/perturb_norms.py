@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_START
-from ...schema import L2, LINF, NORMS
+from ...schema import L1, L2, LINF, NORMS
 from .perturb import clip, rows
 from .philox import uniform, words
 
@@ -28,7 +29,12 @@ def per_sample_sum(t: Tensor) -> Tensor:
 
 
 def _length(d: Tensor, norm: str) -> Tensor:
-    return per_sample_sum(d.double().square()).sqrt() if norm == L2 else per_sample_sum(d.abs())
+    if norm != L2:
+        return per_sample_sum(d.abs())
+    # The squares of large fp64 numbers leave its range.
+    far = (flat(d.detach()).abs() > 2.0**500).any(1).view(-1, *[1] * (d.ndim - 1))
+    scale = torch.ones_like(far, dtype=torch.float64).masked_fill(far, 2.0**-600)
+    return per_sample_sum((d.double() * scale).square()).sqrt() / scale
 
 
 def moved(adv: Tensor, grad: Tensor, step: Tensor, norm: str) -> Tensor:
@@ -42,6 +48,29 @@ def moved(adv: Tensor, grad: Tensor, step: Tensor, norm: str) -> Tensor:
     return torch.where(moves, adv + grad * power.to(adv.dtype) * factor, adv)
 
 
+def moved_sparsely(adv: Tensor, grad: Tensor, step: Tensor, largest: int, low: Tensor, high: Tensor) -> Tensor:
+    """The ``largest`` largest entries of the gradient move by an equal share of the step each, in the direction of
+    their sign, or as far as the range lets them; what is left of the step goes to the next largest ones. Ties at the
+    threshold share what is left for them."""
+    up = (grad > 0) != (step < 0)
+    share = (step.double().abs() / largest).to(adv.dtype)
+    reach = torch.where(up, high - adv, adv - low)
+    reach = torch.where(reach < share, reach, share)
+    reach = torch.where((reach > 0) & (grad != 0), reach, 0.0)
+    budget = share.double() * largest
+    with torch.no_grad():
+        length = per_sample_sum(grad.abs())
+        moves = (length > 0) & (length < math.inf) & (budget > 0)
+        m, order = flat(grad.abs()).sort(1, descending=True)
+        reached = flat(reach.double()).gather(1, order).cumsum(1) >= flat(budget.expand(len(adv), *budget.shape[1:]))
+        threshold = torch.where(reached, m, 0.0).amax(1).view(-1, *[1] * (adv.ndim - 1))
+        whole, tied = grad.abs() > threshold, grad.abs() == threshold
+    left, tie = (per_sample_sum(torch.where(those, reach, 0.0)) for those in (whole, tied))
+    part = ((budget - left) / torch.where(tie > 0, tie, 1.0)).to(adv.dtype)
+    way = torch.where(whole, reach, torch.where(tied & (tie > 0), reach * part, 0.0))
+    return torch.where(moves, torch.where(up, adv + way, adv - way), adv)
+
+
 def projected(v: Tensor, x: Tensor, eps: Tensor, norm: str, low: Tensor, high: Tensor) -> Tensor:
     """``v`` in the eps-ball of x and in [low, high]: for l_inf and l2 in the ball, then in the range; for l1 the
     nearest point of both. A sample at no finite distance from x is only clipped to the range."""
@@ -51,31 +80,52 @@ def projected(v: Tensor, x: Tensor, eps: Tensor, norm: str, low: Tensor, high: T
     room = clip(torch.where(d > 0, high - x, x - low), torch.zeros_like(d), math.inf)
     with torch.no_grad():
         kept = _length(d, norm) if norm == L2 else per_sample_sum(clip(d.abs(), 0.0, room))
-        outside = (kept > eps) & (_length(d, norm) < math.inf)
+        finite = flat(d.isfinite()).all(1).view(-1, *[1] * (d.ndim - 1))
+        outside = (kept > eps) & finite
     d = torch.where(outside, d, 1.0)
     if norm == L2:
         shrunk = d * (eps.double() / _length(d, norm)).to(d.dtype)
     else:
-        shrunk = d.sign() * clip(d.abs() - _threshold(d.abs(), room, eps).to(d.dtype), torch.zeros_like(d), room)
+        shrunk = d.sign() * clip(_kept(d.abs(), room, eps), torch.zeros_like(d), room)
     return clip(torch.where(outside, x + shrunk, v), low, high)
 
 
-def _threshold(m: Tensor, room: Tensor, eps: Tensor) -> Tensor:
-    """lambda in fp64, such that the pixels' ``clip(m - lambda, 0, room)`` add up to eps. That sum falls linearly from
-    knot to knot: at m - room a pixel starts to lose, at m it has lost all."""
-    m, room = m.double(), room.double()
+def _kept(distance: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """``distance - lambda``, such that ``clip(distance - lambda, 0, room)`` adds up to eps. lambda is ``base - mu``,
+    base the least distance that is not below it: distances over that are exact however large they are. Where it does
+    not show, lambda itself is rounded."""
+    shape = [-1] + [1] * (distance.ndim - 1)
+    m, room = distance.double(), room.double()
     with torch.no_grad():
-        knots, order = torch.cat([flat((m - room).clamp_min(0)), flat(m)], 1).sort(1)
-        losing = torch.where(order < order.shape[1] // 2, 1.0, -1.0).to(m).cumsum(1)
-        total = flat(torch.minimum(m, room)).sum(1, keepdim=True)
-        after = total - (losing[:, :-1] * knots.diff(dim=1)).cumsum(1)
-        piece = (after > (eps.view(-1, 1) if eps.ndim else eps)).sum(1, keepdim=True)
-        piece = piece.clamp_max(knots.shape[1] - 2)
-        middle = (knots.gather(1, piece) + knots.gather(1, piece + 1)).view(-1, *[1] * (m.ndim - 1)) / 2
-        full = m - room >= middle
-        some = (m > middle) & ~full
-    kept = torch.where(some, m, 0.0) + torch.where(full, room, 0.0)
-    return (per_sample_sum(kept) - eps.double()) / per_sample_sum(some).clamp_min(1)
+        least, space = flat(m), flat(room)
+        radius = eps.double().view(-1, 1).expand(len(m), 1)
+        base = _first(least, lambda b: torch.minimum((least - b).clamp_min(0), space).sum(1, keepdim=True) <= radius)
+        over = least - base
+        slack = torch.where(over >= 0, (space - over).clamp_min(0), 0.0)
+        missing = radius - torch.minimum(over.clamp_min(0), space).sum(1, keepdim=True)
+        end = _first(slack, lambda mu: torch.minimum(slack, mu).sum(1, keepdim=True) >= missing)
+        full = (over >= 0) & ((space <= over) | (slack < end))
+        some = (over >= 0) & ~full
+        base, full, some = base.view(shape), full.view_as(m), some.view_as(m)
+    over = m - base
+    kept = torch.where(some, over, 0.0) + torch.where(full, room, 0.0)
+    mu = (eps.double() - per_sample_sum(kept)) / per_sample_sum(some).clamp_min(1)
+    coarse = (base - mu) * flat(m).shape[1] > 256 * eps
+    return torch.where(
+        coarse, over.to(distance.dtype) + mu.to(distance.dtype), distance - (base - mu).to(distance.dtype)
+    )
+
+
+def _first(values: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """Per row the least value from which on ``holds``, or the largest."""
+    values = values.sort(1).values
+    low = torch.zeros_like(values[:, :1], dtype=torch.int64)
+    high = torch.full_like(low, values.shape[1] - 1)
+    for _ in range(values.shape[1].bit_length()):
+        middle = (low + high) // 2
+        held = holds(values.gather(1, middle))
+        low, high = torch.where(held, low, (middle + 1).minimum(high)), torch.where(held, middle, high)
+    return values.gather(1, high)
 
 
 def direction(x: Tensor, norm: str, key: Tensor, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
@@ -111,11 +161,16 @@ def start(x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds, key: Tensor, i
 
 def step(
     adv: Tensor, grad: Tensor, x: Tensor, norm: str, eps: _PerSample, step_size: _PerSample, bounds: _Bounds,
-    descend: bool, active: Tensor | None,
+    descend: bool, active: Tensor | None, largest: int = 0,
 ) -> Tensor:  # fmt: skip
     """One step of the samples that are active, projected."""
     dtype, size = compute_dtype(adv.dtype), rows(*step_size, adv)
-    found = inside(moved(adv.to(dtype), grad.to(dtype), -size if descend else size, norm), x, norm, eps, bounds)
+    point, grad, size = adv.to(dtype), grad.to(dtype), -size if descend else size
+    if norm == L1 and largest:
+        found = moved_sparsely(point, grad, size, largest, *_limits(*bounds, adv))
+    else:
+        found = moved(point, grad, size, norm)
+    found = inside(found, x, norm, eps, bounds)
     return found if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), found, adv.to(dtype))
 
 
@@ -133,10 +188,10 @@ def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_
 @torch.no_grad()
 def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
-    out, cast,
+    out, cast, largest=0,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
-    found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active)
+    found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active, largest)
     out.copy_(found)
     if cast is not None:
         cast.copy_(found)

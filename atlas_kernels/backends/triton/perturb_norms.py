@@ -1,5 +1,5 @@
 """The l2 and l1 perturbation operators in Triton: all three are one kernel with parts left out, a program a sample that
-sweeps over its pixels (see csrc/core/perturb_norms.h, whose search it repeats)."""
+sweeps over its pixels (see csrc/core/perturb_norms.h, whose searches it repeats)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...layout import is_channels_last, plane_shape
 from ...noise import STREAM_START
-from ...schema import NORMS
+from ...schema import L1, NORMS
 from .. import BackendUnavailable
 from ..native.door import DoorError, images, vector
 from . import Launch, launch
 from .perturb import _clip, _load, _number, _row, _signed, _store
 
 GROUPS = 256  # of four pixels, a tile: never fewer pixels than threads (see TILE in perturb.py)
-NEWTON_SWEEPS, SEARCH_SWEEPS = tl.constexpr(16), tl.constexpr(64)
+NEWTON_SWEEPS, SEARCH_SWEEPS = tl.constexpr(16), tl.constexpr(80)
 
 
 @triton.jit
@@ -81,28 +81,102 @@ def _magnitude(v):
 
 
 @triton.jit
+def _bits(v):
+    return v.to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _of_bits(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _room(d, x, lo, hi):
     c = tl.where(d > 0, hi - x, x - lo)
     return tl.where(c < 0, 0.0, c)
 
 
 @triton.jit
-def _points(adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST: tl.constexpr,
-            X_LAST: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    """The clean pixels of a tile, and where they have moved to."""
+def _reach(v, g, lo, hi, share, DESCEND: tl.constexpr):
+    """How far a sparse step may take an entry: its share, or up to the end of the range."""
+    c = tl.where(_upwards(g, DESCEND), hi - v, v - lo)
+    c = tl.where(c < share, c, share)
+    return tl.where(c > 0, c, 0.0)
+
+
+@triton.jit
+def _upwards(g, DESCEND: tl.constexpr):
+    return g < 0 if DESCEND else g > 0
+
+
+@triton.jit
+def _points(adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale, factor,
+            share, least, most, part, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
+            DESCEND: tl.constexpr, SPARSE: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """The clean pixels of a tile, where they have moved to, and the range."""
     channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
+    lo = _row(clip_min, min_rows, channel, channel < channels)
+    hi = _row(clip_max, max_rows, channel, channel < channels)
     v = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
     clean = _load(x, sample, channel, pixel, channels, pixels, X_LAST, inside)
-    return tl.where(moves, v + g * scale * factor, v), clean
+    if grad is not None:
+        g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
+        if SPARSE:
+            bits, c = _magnitude(g).to(tl.int32, bitcast=True), _reach(v, g, lo, hi, share, DESCEND)
+            way = tl.where(bits >= most, c, tl.where(bits >= least, c * part, 0.0))
+            moved = tl.where(_upwards(g, DESCEND), v + way, v - way)
+        else:
+            moved = v + g * scale * factor
+        v = tl.where(moves, moved, v)
+    return v, clean, lo, hi
 
 
-@triton.jit(do_not_specialize=["draw"])
+@triton.jit
+def _select(adv, grad, sample, channels, pixels, clip_min, min_rows, clip_max, max_rows, largest, length, step, moves,
+            TILES: tl.constexpr, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, DESCEND: tl.constexpr,
+            GROUPS: tl.constexpr):  # fmt: skip
+    """(share, least, most, part, moves) of a sparse step, as in csrc/core/perturb_norms.h."""
+    count = tl.cast(largest, tl.float64)
+    share = (_magnitude(step).to(tl.float64) / count).to(tl.float32)
+    budget = share.to(tl.float64) * count
+    moves = tl.where(budget > 0, moves, False)
+    least, most = tl.cast(0, tl.int64), _bits(length.to(tl.float32)) + 1  # no entry is larger
+    within, above = tl.cast(float("inf"), tl.float64), tl.cast(0.0, tl.float64)
+    searching = moves
+    while searching:
+        width = most - least
+        first, second = least + (width + 2) // 3, least + (2 * width + 2) // 3
+        sums, upper = tl.zeros([4 * GROUPS], tl.float64), tl.zeros([4 * GROUPS], tl.float64)
+        for tile in range(TILES):
+            channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
+            lo = _row(clip_min, min_rows, channel, channel < channels)
+            hi = _row(clip_max, max_rows, channel, channel < channels)
+            v = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
+            g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
+            bits = _magnitude(g).to(tl.int32, bitcast=True).to(tl.int64)
+            c = tl.where(inside, _reach(v, g, lo, hi, share, DESCEND), 0.0).to(tl.float64)
+            sums += tl.where(bits >= first, c, 0.0)
+            upper += tl.where(bits >= second, c, 0.0)
+        from_first, from_second = tl.sum(sums, 0), tl.sum(upper, 0)
+        high, low = from_second >= budget, from_first >= budget
+        above = tl.where(high, above, tl.where(low, from_second, from_first))
+        within = tl.where(high, from_second, tl.where(low, from_first, within))
+        most = tl.where(high, most, tl.where(low, second, first))
+        least = tl.where(high, second, tl.where(low, first, least))
+        most = tl.where(within == budget, least, most)
+        searching = most - least > 1
+    tied = (within < float("inf")) & (most > least)
+    part = tl.where(tied, (budget - above) / (within - above), 0.0).to(tl.float32)
+    return share, least.to(tl.int32), most.to(tl.int32), part, moves
+
+
+@triton.jit(do_not_specialize=["draw", "largest"])
 def norms_kernel(
     adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, active,
-    key, ids, draw, channels, pixels,
+    key, ids, draw, largest, channels, pixels,
     TILES: tl.constexpr, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr, CAST_LAST: tl.constexpr, NORM: tl.constexpr, DESCEND: tl.constexpr,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    SPARSE: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One sample; NORM is 0 for l_inf, 1 for l2, 2 for l1."""
     sample = tl.program_id(0).to(tl.int64)
@@ -119,6 +193,7 @@ def norms_kernel(
 
     moves = moving
     scale, factor = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+    share, part, least, most = scale, scale, tl.cast(0, tl.int32), tl.cast(0, tl.int32)
     if grad is not None or key is not None:
         sums = tl.zeros([4 * GROUPS], tl.float64)
         for tile in range(TILES):
@@ -146,26 +221,28 @@ def norms_kernel(
                 step *= -1.0
         scale = power.to(tl.float32)
         factor = (step.to(tl.float64) / (length * power)).to(tl.float32)
+        if SPARSE:
+            share, least, most, part, moves = _select(
+                adv, grad, sample, channels, pixels, clip_min, min_rows, clip_max, max_rows, largest, length, step,
+                moves, TILES, ADV_LAST, GRAD_LAST, DESCEND, GROUPS,
+            )  # fmt: skip
 
     projects = sample < 0
-    shrink = tl.cast(1.0, tl.float32)
+    shrink, base = tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
     if NORM != 0 and key is None:
         first, second = tl.zeros([4 * GROUPS], tl.float64), tl.zeros([4 * GROUPS], tl.float64)
         for tile in range(TILES):
-            channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
-            g = 0.0
-            if grad is not None:
-                g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
-            v, clean = _points(
-                adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST, X_LAST, GROUPS
-            )
+            _, _, inside = _place(tile, channels, pixels, GROUPS)
+            v, clean, lo, hi = _points(
+                adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale,
+                factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+            )  # fmt: skip
             d = v - clean
             m = _magnitude(d)
             if NORM == 1:
                 first += tl.where(inside, d.to(tl.float64) * d.to(tl.float64), 0.0)
             else:
-                lo = _row(clip_min, min_rows, channel, channel < channels)
-                c = _room(d, clean, lo, _row(clip_max, max_rows, channel, channel < channels))
+                c = _room(d, clean, lo, hi)
                 first += tl.where(inside, tl.where(m > c, c, m).to(tl.float64), 0.0)
                 second += tl.where(inside, m.to(tl.float64), 0.0)
         distance, unclipped = tl.sum(first, 0), tl.sum(second, 0)
@@ -176,50 +253,57 @@ def norms_kernel(
         if NORM == 1:
             shrink = (wide_ball / distance).to(tl.float32)
         else:
-            low, high = ((distance - wide_ball) / dimensions).to(tl.float32), unclipped.to(tl.float32)
+            low = ((distance - wide_ball) / dimensions).to(tl.float32)
+            high = unclipped.to(tl.float32)
             shrink = tl.where(ball > 0, low, high)
             searching = tl.where(ball > 0, projects, False)
-            searched = 0
+            searched, fine = 0, sample < 0
             while searching:
                 kept, some = tl.zeros([4 * GROUPS], tl.float64), tl.zeros([4 * GROUPS], tl.float64)
                 for tile in range(TILES):
-                    channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
-                    g = 0.0
-                    if grad is not None:
-                        g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
-                    v, clean = _points(
-                        adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST, X_LAST, GROUPS
-                    )
+                    _, _, inside = _place(tile, channels, pixels, GROUPS)
+                    v, clean, lo, hi = _points(
+                        adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves,
+                        scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+                    )  # fmt: skip
                     d = v - clean
-                    m = _magnitude(d)
-                    lo = _row(clip_min, min_rows, channel, channel < channels)
-                    c = _room(d, clean, lo, _row(clip_max, max_rows, channel, channel < channels))
-                    left = tl.where(inside, m - shrink, 0.0)
-                    kept += tl.where(left > 0, tl.where(left > c, c, m), 0.0).to(tl.float64)
-                    some += tl.where(left > 0, tl.where(left > c, 0.0, 1.0), 0.0).to(tl.float64)
-                total, slope = tl.sum(kept, 0), tl.sum(some, 0)
-                root = ((total - wide_ball) / slope).to(tl.float32)
-                outside = total - slope * shrink.to(tl.float64) > wide_ball
+                    c = _room(d, clean, lo, hi).to(tl.float64)
+                    left = (_magnitude(d).to(tl.float64) - base.to(tl.float64)) - shrink.to(tl.float64)
+                    left = tl.where(inside, left, 0.0)
+                    kept += tl.where(left > 0, tl.where(left > c, c, left), 0.0)
+                    some += tl.where(left > 0, tl.where(left > c, 0.0, 1.0), 0.0)
+                excess, slope = tl.sum(kept, 0) - wide_ball, tl.sum(some, 0)
+                root = (shrink.to(tl.float64) + excess / slope).to(tl.float32)
+                outside = excess > 0
                 low, high = tl.where(outside, shrink, low), tl.where(outside, high, shrink)
-                middle = (low + (high - low) * 0.5).to(tl.float32)
+                coarse = tl.where(fine, False, shrink.to(tl.float64) * dimensions > 256.0 * wide_ball)
+                middle = _of_bits((_bits(_magnitude(low)) + _bits(_magnitude(high))) // 2)
+                middle = tl.where(fine, -middle, middle)
                 searched += 1
-                if (root == shrink) | (middle == low) | (middle == high) | (searched == SEARCH_SWEEPS):
-                    shrink = tl.where((root >= low) & (root <= high), root, high)
-                    searching = sample < 0
+                settled = tl.where(coarse, False, root == shrink)
+                if settled | (middle == low) | (middle == high) | (searched == SEARCH_SWEEPS):
+                    if coarse:
+                        base, low, high = high, low - high, high - high
+                        shrink = -_of_bits(_bits(_magnitude(low)) // 2)
+                        searched, fine = 0, sample >= 0
+                    else:
+                        shrink = tl.where((root >= low) & (root <= high), root, high)
+                        searching = sample < 0
+                elif root == shrink:
+                    shrink = _of_bits(_bits(shrink) + tl.where(outside, 1, -1))
                 else:
                     newton = (root > low) & (root < high) & (searched <= NEWTON_SWEEPS)
                     shrink = tl.where(newton, root, middle)
 
     for tile in range(TILES):
         channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
-        lo = _row(clip_min, min_rows, channel, channel < channels)
-        hi = _row(clip_max, max_rows, channel, channel < channels)
-        g = 0.0
+        v, clean, lo, hi = _points(
+            adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale, factor,
+            share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+        )  # fmt: skip
         if key is not None:
             g = _direction(seed, number, draw, tile, NORM, STREAM, GROUPS)
-        elif grad is not None:
-            g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
-        v, clean = _points(adv, x, g, sample, tile, channels, pixels, moves, scale, factor, ADV_LAST, X_LAST, GROUPS)
+            v = tl.where(moves, v + g * scale * factor, v)
         found = v
         if NORM == 0:
             found = _clip(v, clean - ball, clean + ball)
@@ -228,7 +312,7 @@ def norms_kernel(
             if NORM == 1:
                 kept = d * shrink
             else:
-                kept = _clip(_magnitude(d) - shrink, 0.0, _room(d, clean, lo, hi))
+                kept = _clip((_magnitude(d) - base) - shrink, 0.0, _room(d, clean, lo, hi))
                 kept = tl.where(d < 0, -kept, kept)
             found = tl.where(projects, clean + kept, v)
         found = _clip(found, lo, hi)
@@ -241,7 +325,7 @@ def norms_kernel(
 
 def _plan(
     adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows,
-    descend=False, active=None, key=None, ids=None, draw=0,
+    descend=False, active=None, largest=0, key=None, ids=None, draw=0,
 ) -> Launch:  # fmt: skip
     """Check every tensor whose address the kernel gets, as for the native core."""
     shape, device = adv.shape, adv.device
@@ -253,6 +337,8 @@ def _plan(
         )
     if not (grad is not None or key is not None) <= norm < len(NORMS):
         raise DoorError(f"norm is {norm}, expected an index of {NORMS}, of linf for project alone")
+    if not 0 <= largest <= max(0, channels * pixels):
+        raise DoorError(f"largest is {largest}, expected 0 to {channels * pixels}, the entries of a sample")
     last: list[bool | None] = []
     for name, t in (("adv", adv), ("grad", grad), ("x", x), ("out", out), ("cast", cast)):
         if t is not None:
@@ -274,8 +360,8 @@ def _plan(
         raise DoorError(f"a sample of shape {list(shape[1:])} is more than 32 bits can number")
     arguments = (
         adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, active,
-        key, ids, _signed(draw), channels, pixels, -(-groups // GROUPS), *map(bool, last), norm, bool(descend),
-        STREAM_START, GROUPS,
+        key, ids, _signed(draw), largest, channels, pixels, -(-groups // GROUPS), *map(bool, last), norm,
+        bool(descend), norm == NORMS.index(L1) and largest > 0, STREAM_START, GROUPS,
     )  # fmt: skip
     return Launch(norms_kernel, batch, arguments)
 
@@ -293,10 +379,10 @@ def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_
 
 def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
-    out, cast,
+    out, cast, largest=0,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
-    _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active)
+    _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active, largest)
 
 
 def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):
@@ -305,7 +391,7 @@ def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, o
 
 def _example(
     norm: int, dtype: torch.dtype = torch.float32, *, step: bool = True, start: bool = False, last: str = "",
-    rows: bool = False, shape: tuple[int, ...] = (128, 3, 32, 32),
+    rows: bool = False, largest: int = 0, shape: tuple[int, ...] = (128, 3, 32, 32),
 ) -> Launch:  # fmt: skip
     """A launch on images without memory behind them (a batch of CIFAR-10); ``last``: what is in channels_last."""
 
@@ -318,7 +404,7 @@ def _example(
 
     return _plan(
         meta("adv"), meta("grad", step), meta("x"), meta("out"), None, norm, 0.5, vector(rows), 0.1, vector(rows),
-        0.0, vector(rows, shape[1]), 1.0, vector(rows, shape[1]), False, vector(rows, dtype=torch.bool),
+        0.0, vector(rows, shape[1]), 1.0, vector(rows, shape[1]), False, vector(rows, dtype=torch.bool), largest,
         vector(start, 2, torch.int64), vector(start and rows, dtype=torch.int64),
     )  # fmt: skip
 
@@ -332,9 +418,12 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "l2 start": partial(_START, 1),
     "l1 step": partial(_example, 2),
     "l1 step, per sample and channel": partial(_example, 2, rows=True),
+    "l1 step, sparse": partial(_example, 2, largest=31),
+    "l1 step, sparse, per sample and channel": partial(_example, 2, rows=True, largest=31),
     "l1 start, per sample": partial(_START, 2, rows=True),
     "l1 project, fp16": partial(_example, 2, torch.float16, step=False),
     "l_inf project": partial(_example, 0, step=False),
     "l1 step, one pixel": partial(_example, 2, shape=(1, 1, 1, 1)),
+    "l1 step, sparse, one pixel": partial(_example, 2, largest=1, shape=(1, 1, 1, 1)),
     "l2 start, one pixel": partial(_START, 1, shape=(1, 1, 1, 1)),
 }
