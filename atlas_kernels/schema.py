@@ -44,7 +44,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     "perturb_norms": {
         "random_start_norm": f"Tensor x, int norm, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
         "pgd_step_norm": f"Tensor adv, Tensor grad, Tensor x, int norm, {_EPS}, {_STEP}, {_CLIP}, bool descend, "
-        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast, int largest=0",
+        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast, int largest",
         "project": f"Tensor v, Tensor x, int norm, {_EPS}, {_CLIP}, Tensor(a!) out",
     },
     "objectives": {

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import attack_precision
 import bench_attacks
+import l1_attacks
 import tables
 from attack_precision import Row, Setting, paired_interval
 from bench_attacks import PLAIN, SMALL, Task, make_task, plain_pgd, problem_with, strength
@@ -194,3 +195,23 @@ def test_commands_name_no_folders() -> None:
     given = ["--data-dir", "/somewhere/else", "--results=/x/y.json", "--plots", "/z"]
     shown = tables.command_line("/home/me/benchmarks/attack_precision.py", given)
     assert shown == "python benchmarks/attack_precision.py --data-dir DATA-DIR --results=RESULTS --plots PLOTS"
+
+
+def test_l1_attacks_at_their_defaults_are_as_strong_as_the_published_ones():
+    """On digits, at equal steps; dense steps leave 61 % robust where the best published attack leaves 22 %."""
+    pytest.importorskip("pyautoattack", reason="pip install --no-deps -r tests/peers.txt")
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    torch.manual_seed(0)
+    x, y = torch.tensor(digits.images / 16).float()[:, None], torch.tensor(digits.target)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    x, y = x[:600], y[:600]
+    for eps in (2.0, 3.0):
+        robust = l1_attacks.compare(net, x, y, "digits", eps, 20).robust
+        best = min(robust["SLIDE, any step"], robust["APGD-L1, any step"])
+        assert robust["PGD"] <= best + 1 and robust["PGD, any step"] <= best + 1, robust
+        assert robust["PGD, dense"] > best + 5, robust  # there is something to be lost

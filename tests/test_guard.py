@@ -25,7 +25,8 @@ def valid_call(operator: str) -> dict[str, Any]:
     images, logits = torch.rand(IMAGES), torch.randn(batch, classes)
     labels, per_sample, per_channel = torch.arange(batch), torch.rand(batch), torch.rand(3)
     given: dict[str, Any] = {
-        "count": 1, "project": True, "include_x": True, "descend": False, "norm": 1, "draw": 0, "objective": 4,
+        "count": 1, "project": True, "include_x": True, "descend": False, "norm": 1, "largest": 0, "draw": 0,
+        "objective": 4,
         "steps": 10, "local": 0, "global_term": 0, "squared": False, "padding": 1, "flip": True,
         "key": torch.tensor([1, 2]), "ids": labels, "active": labels > 1, "labels": labels, "index": labels,
         "targets": (labels + 1) % batch, "kappa": torch.zeros_like(labels), "correct": labels > 1,

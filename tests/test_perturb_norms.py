@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +31,10 @@ def every_result(adv, grad, x, eps, step, norm, *, key, ids=None, active=None, d
         "project": ak.project(adv, x, eps, norm=norm, **clip),
         "project linf": ak.project(adv, x, eps, **clip),
     }
+    for sparsity in (0.5, None) if norm == "l1" else ():
+        out[f"step, {sparsity}"] = ak.pgd_step(
+            adv, grad, x, eps, step, norm=norm, sparsity=sparsity, active=active, descend=descend, **clip
+        )
     return out
 
 
@@ -181,10 +188,165 @@ def test_steps_end_on_the_sphere_or_inside(norm, device):
     adv, grad, x = problem((6, 3, 16, 16), device=device)
     wide = {"clip_min": -9.0, "clip_max": 9.0}
     eps = torch.tensor([0.0, 1e-3, 0.1, 1.0, 1e3, math.inf], device=device)
-    moved = ak.pgd_step(adv, grad, x, eps, 2.0, norm=norm, **wide)
+    moved = ak.pgd_step(adv, grad, x, eps, 2.0, norm=norm, sparsity=None, **wide)
     away, unbound = length(moved - x, norm), length(adv + 2 * grad / length(grad, norm).view(-1, 1, 1, 1) - x, norm)
     assert torch.allclose(away, torch.minimum(eps.double(), unbound), rtol=1e-4)
     assert torch.equal(moved[0], x[0])
+
+
+# --- points far away ---
+
+
+def nearest_exactly(v, x, eps, low, high):
+    """The nearest point of l1 ball and range to one sample, as a way from x, in fractions. Distances are rounded."""
+    ways = []
+    for distance, clean in zip((v - x).flatten().tolist(), x.flatten().tolist(), strict=True):
+        d, b = Fraction(distance), Fraction(clean)
+        ways.append((abs(d), max(Fraction(0), high - b if d > 0 else b - low), 1 if d > 0 else -1))
+
+    def kept(multiplier):
+        return sum(min(max(m - multiplier, 0), room) for m, room, _ in ways)
+
+    multiplier = Fraction(0)
+    if kept(multiplier) > eps:
+        knots = sorted({0, *(m for m, _, _ in ways), *(max(0, m - room) for m, room, _ in ways)})
+        end = next(i for i, knot in enumerate(knots) if kept(knot) <= eps)
+        before, after = knots[end - 1], knots[end]
+        multiplier = before + (kept(before) - eps) * (after - before) / (kept(before) - kept(after))
+    return [float(sign * min(max(m - multiplier, 0), room)) for m, room, sign in ways]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e8, 1e20, 3e38])
+def test_l1_projection_of_points_far_away(far, dtype, device):
+    """Where one unit in the last place of the distance is more than the ball, and ties decide."""
+    g = torch.Generator().manual_seed(0)
+    far = far**8 if dtype == torch.float64 and far > 1e8 else far
+    x = torch.rand(4, 1, 4, 5, generator=g).to(device, dtype)
+    v = x + 0.1
+    v.view(4, -1)[:3, 4:16] = far * torch.linspace(1 - 1e-6, 1, 12, dtype=dtype, device=device)
+    v.view(4, -1)[1, 8:] = far
+    v[2] = -v[2]
+    for eps in (0.0, 1e-3, 1.0, 7.0):
+        got = ak.project(v, x, eps, norm="l1")
+        unit = torch.finfo(dtype).eps
+        assert got.min() >= 0 and got.max() <= 1
+        assert (length(got - x, "l1") <= eps + x[0].numel() * unit).all(), eps
+        expected = [nearest_exactly(a, b, Fraction(eps), 0, 1) for a, b in zip(v, x, strict=True)]
+        way = torch.tensor(expected, dtype=torch.float64, device=device).view_as(x)
+        assert (got.double() - x.double() - way).abs().max() <= max(1.0, 0.1 * eps) * unit, eps
+        with ak.backend("reference"):
+            assert same_within_ulps(got, ak.project(v, x, eps, norm="l1"), x)
+    per_sample = torch.tensor([0.0, 0.5, 1e30, 2.0], device=device, dtype=dtype)
+    whole = ak.project(v, x, per_sample, norm="l1")
+    for i, eps in enumerate(per_sample.tolist()):
+        assert same_bits(whole[i : i + 1], ak.project(v[i : i + 1], x[i : i + 1], eps, norm="l1"))
+
+
+@both_norms
+def test_fp64_distances_whose_squares_leave_the_range(norm, device):
+    x = torch.full((2, 1, 2, 3), 0.5, dtype=torch.float64, device=device)
+    v = x.clone()
+    v[0] += torch.tensor([1e200, -1e200, 0.0], device=device, dtype=torch.float64)
+    v[1] += torch.tensor([1e308, 1e308, 1e308], device=device, dtype=torch.float64)
+    wide = {"clip_min": -math.inf, "clip_max": math.inf}
+    for eps in (1.0, 1e-5, 1e100):
+        got = ak.project(v, x, eps, norm=norm, **wide)
+        # Equal distances of equal shares, or of all but what fp64 can tell from nothing.
+        assert (length(got - x, norm) <= eps * (1 + 1e-12) + 1e-15).all(), eps
+        expected = eps / 2 if norm == "l2" else eps / 4
+        assert torch.allclose(got[0, 0, :, 0] - 0.5, torch.full_like(got[0, 0, :, 0], expected), rtol=1e-12, atol=1e-15)
+        with ak.backend("reference"):
+            assert same_within_ulps(got, ak.project(v, x, eps, norm=norm, **wide), x)
+
+
+@both_norms
+def test_starts_in_huge_balls(norm, device):
+    x, key = torch.rand(3, 2, 4, 4, device=device), torch.tensor([1, 0], device=device)
+    for eps in (0.0, 1e30, 1e38):
+        start = ak.random_start(x, eps, norm=norm, key=key)
+        assert start.isfinite().all() and start.min() >= 0 and start.max() <= 1
+        assert eps or torch.equal(start, x)
+
+
+# --- sparse steps ---
+
+
+def slide(adv, grad, step, largest, low=0.0, high=1.0):
+    """Entry by entry, the largest first, until the step is used up; for gradients without ties."""
+    moved = adv.double().flatten(1).clone()
+    for row, slopes in zip(moved, grad.double().flatten(1), strict=True):
+        left = step
+        for i in slopes.abs().argsort(descending=True).tolist():
+            room = float(high - row[i] if slopes[i] > 0 else row[i] - low)
+            way = min(step / largest, max(room, 0.0), left) if slopes[i] != 0 else 0.0
+            row[i] += way * float(slopes[i].sign())
+            left -= way
+    return moved.view_as(adv)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("shape", [(5, 3, 9, 9), (4, 10), (3, 1, 1, 1)], ids=str)
+def test_sparse_steps_are_the_published_ones(shape, sparsity, device):
+    """SLIDE: equal shares for all at or above the quantile; where the range is in the way, for the next ones."""
+    adv, grad, x = problem(shape, device=device)
+    adv.flatten()[::3], adv.flatten()[1::5] = 0.0, 1.0
+    entries = adv[0].numel()
+    largest = int((torch.arange(entries) >= sparsity * (entries - 1)).sum())
+    for step, dtype in itertools.product((0.0, 0.3, 4.0, 1e3), (torch.float32, torch.float64)):
+        point, slope = adv.to(dtype), grad.to(dtype)
+        options = {"norm": "l1", "sparsity": sparsity}
+        up = ak.pgd_step(point, slope, point, math.inf, step, **options)
+        assert torch.allclose(up.double(), slide(point, slope, step, largest), rtol=0, atol=3e-7)
+        down = ak.pgd_step(point, slope, point, math.inf, step, descend=True, **options)
+        assert torch.equal(down, ak.pgd_step(point, -slope, point, math.inf, step, **options))
+    free = ak.pgd_step(adv, grad, adv, math.inf, 2.0, clip_min=-9.0, clip_max=9.0, **options)
+    nonzero = (grad.flatten(1) != 0).sum(1).clamp(max=largest)
+    assert torch.equal((free != adv).flatten(1).sum(1), nonzero)
+
+
+def test_sparse_steps_share_the_last_place_among_ties(device):
+    x = torch.full((1, 2, 2, 3), 0.5, device=device)
+    grad = torch.tensor([3.0, -3.0, 3.0, 9.0, 1.0, 0.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.0], device=device).view_as(x)
+    # Two whole shares for two of them: the largest has one, the other is divided by four.
+    moved = ak.pgd_step(x, grad, x, 9.0, 0.4, norm="l1", sparsity=10 / 11) - x
+    expected = torch.tensor([0.05, -0.05, 0.05, 0.2, 0.0, 0.0, -0.05, 0.0, 0.0, 0.0, 0.0, 0.0], device=device)
+    assert torch.allclose(moved.flatten(), expected, rtol=0, atol=1e-7)
+    ones = torch.rand(2, 3, 8, 8, device=device)
+    for dtype in FLOATS:  # many ties
+        grad = (torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 8).round().to(device, dtype)
+        step = {"norm": "l1", "sparsity": 0.8}
+        got = ak.pgd_step(ones, grad, ones, 5.0, 3.0, **step)
+        flipped = ak.pgd_step(ones.flip(-1), grad.flip(-1), ones.flip(-1), 5.0, 3.0, **step)
+        assert torch.allclose(got, flipped.flip(-1), rtol=0, atol=1e-6)  # no entry is first
+        last = ak.pgd_step(to_layout(ones, True), to_layout(grad, True), ones, 5.0, 3.0, **step)
+        assert same_within_ulps(last, got, ones)
+        with ak.backend("reference"):
+            assert same_within_ulps(got, ak.pgd_step(ones, grad, ones, 5.0, 3.0, **step), ones)
+
+
+def test_sparse_steps_that_cannot_move(device):
+    """All entries blocked; a gradient that is zero or not finite; samples that are not active."""
+    x, inf, nan = torch.ones(5, 1, 4, 4, device=device), math.inf, math.nan
+    grad = torch.rand(5, 1, 4, 4, device=device) + 0.1
+    assert torch.equal(ak.pgd_step(x, grad, x, 1.0, 0.5, norm="l1"), x)
+    point = x * 0.5
+    grad[0], grad[1, 0, 0, 0], grad[2, 0, 3, 3] = 0.0, nan, inf
+    active = torch.tensor([True, True, True, False, True], device=device)
+    moved = ak.pgd_step(point, grad, point, 1.0, 0.5, norm="l1", active=active)
+    assert torch.equal(moved[:4], point[:4]) and not torch.equal(moved[4], point[4])
+    outside = point.clone()
+    outside[4, 0, 0] = 1.5  # no way up, and no way wasted on it
+    moved = ak.pgd_step(outside, grad, point, inf, 0.5, norm="l1", clip_max=1.0)
+    assert torch.allclose((moved - outside)[4, 0, 1:].sum(), torch.tensor(0.5, device=device))
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan, "0.9", True, 99])
+def test_sparsity_is_checked(wrong):
+    adv, grad, x = problem((2, 3, 4, 4))
+    for call in (lambda: ak.pgd_step(adv, grad, x, 1.0, 1.0, norm="l1", sparsity=wrong), lambda: ak.PGD(1.0, norm="l1", sparsity=wrong)):  # fmt: skip  # noqa: E501
+        with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\], or None"):
+            call()
 
 
 # --- gradients of any size ---
@@ -195,7 +357,7 @@ def test_steps_end_on_the_sphere_or_inside(norm, device):
 def test_size_of_the_gradient_does_not_matter(dtype, norm, device):
     """Powers of two are exact, so the bits are the same: from subnormal to just finite."""
     adv, grad, x = problem((4, 3, 16, 16), device=device)
-    grad = grad.half().float()
+    grad = grad.bfloat16().half().float()
     expected = ak.pgd_step(adv, grad, x, *RADII[norm], norm=norm)
     powers = {torch.float16: (-4, 4), torch.float64: (-1000, 1000)}.get(dtype, (-100, 120))
     for power in powers:
@@ -320,11 +482,12 @@ def test_gradients(norm):
     active, key = torch.tensor([True, True, True, True]), torch.tensor([11, 0])
     inputs = [t.requires_grad_() for t in (adv, x, eps, step)]
 
-    def stepped(adv, x, eps, step):
-        return ak.pgd_step(adv, grad, x, eps, step, norm=norm, active=active, descend=True)
+    def stepped(adv, x, eps, step, sparsity=None):
+        return ak.pgd_step(adv, grad, x, eps, step, norm=norm, sparsity=sparsity, active=active, descend=True)
 
     for function, arguments in (
         (stepped, inputs),
+        (partial(stepped, sparsity=0.7), inputs),
         (lambda v, x, eps: ak.project(v, x, eps, norm=norm), inputs[:3]),
         (lambda x, eps: ak.random_start(x, eps, norm=norm, key=key), inputs[1:3]),
     ):
@@ -369,7 +532,7 @@ def test_opcheck(requires_grad, norm, device):
     torch.library.opcheck(OPS.random_start_norm.default, (x, number, 0.1, None, *clip, *noise, out))
     torch.library.opcheck(
         OPS.pgd_step_norm.default,
-        (adv, grad, x, number, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16()),
+        (adv, grad, x, number, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16(), 3 * (norm == "l1")),
     )
     torch.library.opcheck(OPS.project.default, (adv, x, number, 0.0, rows, *clip, out))
 
@@ -400,9 +563,12 @@ def test_the_door(device):
         with pytest.raises(RuntimeError, match=f"norm is {number}"):
             OPS.project(adv, x, number, 0.1, None, *clip, out)
     with pytest.raises(RuntimeError, match="norm is 0"):
-        OPS.pgd_step_norm(adv, grad, x, 0, 0.1, None, 0.1, None, *clip, False, None, out, None)
+        OPS.pgd_step_norm(adv, grad, x, 0, 0.1, None, 0.1, None, *clip, False, None, out, None, 0)
+    for largest in (-1, 49, 2**62):
+        with pytest.raises(RuntimeError, match=f"largest is {largest}, expected 0 to 48"):
+            OPS.pgd_step_norm(adv, grad, x, 2, 0.1, None, 0.1, None, *clip, False, None, out, None, largest)
     with pytest.raises(RuntimeError, match="grad is"):
-        OPS.pgd_step_norm(adv, grad[:1], x, 1, 0.1, None, 0.1, None, *clip, False, None, out, None)
+        OPS.pgd_step_norm(adv, grad[:1], x, 1, 0.1, None, 0.1, None, *clip, False, None, out, None, 0)
     with pytest.raises(RuntimeError, match="eps is"):
         OPS.project(adv, x, 1, 0.1, torch.ones(1, device=device), *clip, out)
     with pytest.raises(ValueError, match="out shares memory with x"):
@@ -434,17 +600,43 @@ def test_attacks(norm, eps, random):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
     model = model.double()
     x, y, key = torch.rand(20, 3, 8, 8).double(), torch.randint(5, (20,)), torch.tensor([3, 0])
-    attack = ak.PGD(eps, steps=5, norm=norm, random_start=random)
+    attack = ak.PGD(eps, 2.5 * eps / 5, steps=5, norm=norm, random_start=random, sparsity=None)
     adv = attack(model, x, y, key=key)
     start = ak.random_start(x, eps, norm=norm, key=key) if random else x
     expected = plain_attack(model, x, y, eps, 5, 2.5 * eps / 5, norm, start)
     assert torch.allclose(adv, expected, rtol=0, atol=1e-9)
     last = attack.last_gradient(model, x, y, key=key)
-    assert torch.equal(adv, ak.pgd_step(last.adv, last.grad, x, eps, attack.effective_step_size, norm=norm))
-    one = ak.FGSM(eps, norm=norm)(model, x, y)
+    assert torch.equal(adv, ak.pgd_step(last.adv, last.grad, x, eps, 0.5 * eps, norm=norm, sparsity=None))
+    one = ak.FGSM(eps, norm=norm, sparsity=None)(model, x, y)
     assert torch.allclose(one, plain_attack(model, x, y, eps, 1, eps, norm, x), rtol=0, atol=1e-9)
     towards = ak.PGD(eps, steps=5, norm=norm, targeted=True)(model, x, y, key=key)
     assert torch.nn.functional.cross_entropy(model(towards), y) < torch.nn.functional.cross_entropy(model(x), y)
+
+
+def test_sparse_attacks():
+    """l1 steps by default: from eps down to eps / 10, sparse; by keep="best", restarts and last_gradient too."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
+    model = model.double()
+    x, y, key, eps = torch.rand(9, 3, 8, 8).double(), torch.randint(5, (9,)), torch.tensor([3, 0]), 5.0
+    attack = ak.PGD(eps, steps=4, norm="l1", sparsity=(0.5, 0.97))
+    iterates = [ak.random_start(x, eps, norm="l1", key=key)]
+    for number, size in enumerate((5.0, 3.5, 2.0, 0.5)):
+        sparsity = 1 - 0.5 * 0.06 ** (number / 3)
+        leaf = iterates[-1].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+        moved = slide(iterates[-1], grad, size, 192 - math.ceil(sparsity * 191))
+        iterates.append(nearest_in_l1_ball_and_box(moved, x, eps, 0.0, 1.0))
+    assert torch.allclose(attack(model, x, y, key=key), iterates[-1], rtol=0, atol=1e-9)
+    last = attack.last_gradient(model, x, y, key=key)
+    assert torch.allclose(last.adv, iterates[-2], rtol=0, atol=1e-9) and attack.effective_step_size == 0.5
+    per_sample = replace(attack, eps=torch.full((9,), eps).double())
+    assert torch.allclose(per_sample(model, x, y, key=key), iterates[-1], rtol=0, atol=1e-9)
+    losses = [torch.nn.functional.cross_entropy(model(adv), y, reduction="none") for adv in iterates]
+    best = replace(attack, keep="best").run(model, x, y, key=key)
+    assert torch.allclose(best.objective, torch.stack(losses).amax(0), rtol=1e-9)
+    one = ak.FGSM(eps, norm="l1")(model, x, y)
+    assert ((one - x).abs() > 1e-12).flatten(1).sum(1).min() >= 2 and length(one - x, "l1").max() <= eps + 1e-9
 
 
 def test_attacks_name_their_norms():

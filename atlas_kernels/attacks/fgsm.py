@@ -11,11 +11,11 @@ from .pgd import PGD
 
 @dataclass(frozen=True)
 class FGSM(PGD):
-    """One signed gradient step of eps from x (in l2 and l1: along the gradient); with ``random_start=True`` one of
-    1.25 eps from a random point of the ball (Wong et al. 2020, arXiv 2001.03994).
+    """One signed gradient step of eps from x (in l2 along the gradient, in l1 of its largest entries); with
+    ``random_start=True`` one of 1.25 eps from a random point of the ball (Wong et al. 2020, arXiv 2001.03994).
 
-    Arguments, calls and errors as in ``PGD``, of which it has eps, step_size, norm, random_start, targeted, objective,
-    attack_mode, clip_min and clip_max. One forward and one backward to the input.
+    Arguments, calls and errors as in ``PGD``, of which it has eps, step_size, norm, sparsity, random_start, targeted,
+    objective, attack_mode, clip_min and clip_max. One forward and one backward to the input.
     """
 
     _: KW_ONLY

@@ -173,7 +173,7 @@ def _kind(attack: PGD, loop: Callable[..., Any], batch: Batch) -> Hashable:
     settings = (getattr(attack, f.name) for f in fields(attack) if f.name not in _IN_BATCH)
     given = ((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in batch.values())
     return (
-        device, type(attack), loop, *settings, *given,
+        device, type(attack), loop, batch.first_step, *settings, *given,
         torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), forced_backend(),
     )  # fmt: skip
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..checks import flag, per_channel, per_sample, require_float_images, require_images, require_like, require_noise
 from ..layout import compute_dtype
 from ..noise import noise_key
-from ..perturb import pgd_step, random_start
-from ..schema import LINF, NORMS
+from ..perturb import SPARSITY, pgd_step, random_start, require_sparsity
+from ..schema import L1, LINF, NORMS
 from .arguments import class_indices, require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
 from .execution import current_execution
@@ -22,6 +22,9 @@ from .objective import Model, Objective, never_alone
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_L1_STEPS = 10.0  # default steps in l1: the first is so many times the last
 
 
 class AttackResult(NamedTuple):
@@ -60,8 +63,8 @@ class LastStep(NamedTuple):
 
 @dataclass(frozen=True)
 class PGD:
-    """Signed gradient steps (in l2 and l1: of the gradient over its norm) from a uniform random start, each projected
-    onto the ball and clipped to the image range.
+    """Signed gradient steps (in l2 of the gradient over its norm, in l1 of its largest entries) from a uniform random
+    start, each projected onto the ball and clipped to the image range.
 
     ``attack(model, x, y)`` gives the adversaries, detached, in x's dtype and layout; ``attack.run`` gives them with
     their noise key. The model maps images [B, ...] to logits [B, C], alone or in an object, a dict or a tuple (see
@@ -73,8 +76,12 @@ class PGD:
         eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]; on CIFAR-10 the
             usual l2 radius is 128/255, the usual l1 radius 12).
         step_size: a number or a tensor [B]. Default: 2.5 eps / steps; for one step eps, or 1.25 eps after a random
-            start (Wong et al. 2020, arXiv 2001.03994).
+            start (Wong et al. 2020, arXiv 2001.03994); for several l1 steps from eps down to eps / 10, in equal parts:
+            between the longest and the shortest step of APGD-L1 (Croce & Hein 2021, arXiv 2103.01208).
         norm: of the ball: "linf", "l2" or "l1"; steps, starts and projections as in ``atlas_kernels.perturb``.
+        sparsity: of l1 steps, as in ``pgd_step``; one number, or that of the first and of the last step, between which
+            the share of the entries that move shrinks by a constant factor: (0.8, 0.99) begins where APGD-L1 does, and
+            is stronger on some networks with few pixels. None: dense steps along the gradient.
         steps: gradient steps; 0 leaves the random start.
         restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
             larger objective. Above 1, each restart costs one more forward.
@@ -107,6 +114,7 @@ class PGD:
     steps: int = 10
     _: KW_ONLY
     norm: str = LINF
+    sparsity: float | tuple[float, float] | None = SPARSITY
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
@@ -128,6 +136,8 @@ class PGD:
         require_choice("norm", self.norm, NORMS)
         for name in ("random_start", "targeted", "compact", "count_correct", "update_buffers"):
             flag(name, getattr(self, name))
+        for sparsity in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
+            require_sparsity(sparsity)
         # In l2 and l1 a radius adds up over the pixels.
         box = {"clip_min": self.clip_min, "clip_max": self.clip_max} if self.norm == LINF else {}
         require_radius("eps", self.eps, **box)
@@ -179,11 +189,13 @@ class PGD:
 
     @property
     def effective_step_size(self) -> float | Tensor:
-        """``step_size``, or its default."""
+        """``step_size``, or its default; where steps become shorter, the last one."""
         if self.step_size is not None:
             return self.step_size
         if self.steps <= 1:
             return self.eps * 1.25 if self.random_start else self.eps
+        if self.norm == L1:
+            return self.eps / _L1_STEPS
         return self.eps * 2.5 / self.steps
 
     @property
@@ -230,7 +242,9 @@ class PGD:
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, x)
         goal = Objective(labels, reference, targeted=self.targeted, kind=self.objective)
-        return Batch(x.detach(), start, goal, key, ids, self.norm, self.random_start, *radii, *clips)
+        first = _L1_STEPS if self.norm == L1 and self.step_size is None and self.steps > 1 else 1.0
+        how = self.norm, self.sparsity, first, self.random_start
+        return Batch(x.detach(), start, goal, key, ids, *how, *radii, *clips)
 
     @contextmanager
     def _contract(self, model: Model, batch: Batch) -> Iterator[None]:
@@ -258,9 +272,9 @@ class PGD:
 
     def _until_last_step(self, model: Model, batch: Batch, *, sized: bool) -> tuple[Tensor, Tensor | None]:
         adv, grad = batch.start(0), None
-        for _ in range(self.steps):
+        for done in range(self.steps):
             if grad is not None:
-                adv = batch.step(adv, grad)
+                adv = batch.step(adv, grad, (self.steps - done) / (self.steps - 1))
             _, grad = batch.goal.gradient(model, adv, sized=sized)
         return adv, grad
 
@@ -282,7 +296,7 @@ class PGD:
         """One restart: what it keeps of every sample."""
         adv, rows = batch.start(draw), batch.every_row()
         best = _Found.nothing(adv)
-        for _ in range(self.steps):
+        for left in reversed(range(self.steps)):
             z, grad = batch.goal.gradient(model, adv, sized=False)
             if self.compact or self.keep == "best":
                 found = _Found(adv, *batch.goal.judge(z))
@@ -290,7 +304,7 @@ class PGD:
                 if self.compact:
                     going = (~found.fooled).nonzero()[:, 0]
                     batch, rows, adv, grad = batch.rows(going), rows[going], adv[going], grad[going]
-            adv = batch.step(adv, grad)
+            adv = batch.step(adv, grad, left / max(1, self.steps - 1))
         found = _Found(adv, best.objective[rows], best.fooled[rows])
         if self._judged:
             found = _Found(adv, *batch.goal.judge(batch.goal.predict(model, adv)))
@@ -314,9 +328,11 @@ class Batch:
     key: Tensor
     ids: Tensor | None
     norm: str
+    sparsity: float | tuple[float, float] | None
+    first_step: float  # over the last one
     random_start: bool
     eps: float | Tensor
-    step_size: float | Tensor
+    step_size: float | Tensor  # of the last step
     clip_min: float | Tensor
     clip_max: float | Tensor
 
@@ -335,7 +351,8 @@ class Batch:
             next(given) if isinstance(value, Tensor) else value for value in self.values()
         )
         goal = replace(self.goal, labels=labels, reference=reference)
-        return Batch(x, start, goal, key, ids, self.norm, self.random_start, *numbers)
+        how = self.norm, self.sparsity, self.first_step, self.random_start
+        return Batch(x, start, goal, key, ids, *how, *numbers)
 
     def start(self, draw: int) -> Tensor:
         if self.given_start is not None:
@@ -347,11 +364,17 @@ class Batch:
             clip_max=self.clip_max,
         )  # fmt: skip
 
-    def step(self, adv: Tensor, grad: Tensor) -> Tensor:
+    def step(self, adv: Tensor, grad: Tensor, left: float = 0.0) -> Tensor:
+        """``left``: how much of the attack is still to come, from 1 at the first step to 0 at the last."""
+        size = self.step_size if self.first_step == 1.0 else self.step_size * (1.0 + (self.first_step - 1.0) * left)
+        sparsity = self.sparsity
+        if isinstance(sparsity, tuple):
+            first, last = sparsity
+            sparsity = 1 - (1 - first) ** left * (1 - last) ** (1 - left) if left else last
         # Not in place: a hook of the user's may have kept the iterate.
         return pgd_step(
-            adv, grad, self.x, self.eps, self.step_size, norm=self.norm, clip_min=self.clip_min, clip_max=self.clip_max,
-            descend=self.goal.targeted,
+            adv, grad, self.x, self.eps, size, norm=self.norm, sparsity=sparsity, clip_min=self.clip_min,
+            clip_max=self.clip_max, descend=self.goal.targeted,
         )  # fmt: skip
 
     def every_row(self) -> Tensor:

@@ -22,7 +22,11 @@ constexpr int kNewtonSweeps = 16, kSearchSweeps = 80;
 
 template <class T> ATLAS_HD T magnitude(T v) { return v < T(0) ? -v : v; }
 
+template <class T> struct bits_of_type { using type = uint32_t; };
+template <> struct bits_of_type<double> { using type = uint64_t; };
+
 template <class T> struct NormStep {
+  using Bits = typename bits_of_type<T>::type;
   // Sums of fp64 distances and of their squares may leave the range of fp64: the second sum is scaled by these.
   static constexpr double kDown = sizeof(T) == 4 ? 1.0 : 0x1p-64, kFarDown = sizeof(T) == 4 ? 1.0 : 0x1p-600;
 
@@ -34,32 +38,24 @@ template <class T> struct NormStep {
   T scale = T(1), factor = T(0);
   bool moves = false;
   // A sparse step: entries from `whole` on go as far as they can, at most `share`; those from `from` on (ties) go by
-  // `part` of that. The bits of the threshold lie in [least, most): from it on, entries can go `budget` or more in all.
+  // `part` of that. The bits of the threshold lie in [least, most): from it on, entries can go the step or more in all.
   T share = T(0), from = T(0), whole = T(0), part = T(0);
-  uint64_t least = 0, most = 0, first = 0, second = 0;
-  double budget = 0.0, within = kInfinite, above = 0.0;
+  Bits least = 0, most = 0;
   // Known after the distance: what it is multiplied with (l2), or what each pixel's loses (l1), over `base`.
   T shrink = T(1), base = T(0);
   bool projects = false;
   // The root of the l1 search lies in [low, high].
   T low = T(0), high = T(0);
   int searched = 0;
-  bool fine = false;
 
-  static ATLAS_HD T of_bits(uint64_t bits) {
-    if constexpr (sizeof(T) == 4) return bit_cast<T>(uint32_t(bits));
-    else return bit_cast<T>(bits);
-  }
-  static ATLAS_HD uint64_t bits_of(T v) {
-    if constexpr (sizeof(T) == 4) return bit_cast<uint32_t>(v);
-    else return bit_cast<uint64_t>(v);
-  }
+  static ATLAS_HD T of_bits(Bits bits) { return bit_cast<T>(bits); }
+  static ATLAS_HD Bits bits_of(T v) { return bit_cast<Bits>(v); }
 
   // How far a sparse step may take an entry: its share, or up to the end of the range.
   ATLAS_HD T reach(T adv, T grad, const PixelBounds<T>& r) const {
     T c = upwards(grad) ? r.hi - adv : adv - r.lo;
     c = c < share ? c : share;
-    return c > T(0) ? c : T(0);
+    return c > T(0) && grad != T(0) ? c : T(0);
   }
 
   ATLAS_HD bool upwards(T grad) const { return (grad > T(0)) != (step < T(0)); }
@@ -135,32 +131,30 @@ template <class T> struct NormStep {
 
   ATLAS_HD void begin(double length) {
     share = T(double(magnitude(step)) / double(largest));
-    budget = double(share) * double(largest);  // not |step|, so that as many whole shares add up to it exactly
-    moves = budget > 0.0;
+    moves = share > T(0);
     most = bits_of(T(length)) + 1;  // no entry is larger
-    if (moves) try_thirds();
+    if (moves) try_between();
   }
 
-  // A search over the bits of the threshold, two candidates a sweep.
+  // A search over the bits of the threshold, two candidates a sweep; the last one is over its ends.
   ATLAS_HD void narrow(const Sums& sums) {
-    if (sums.b >= budget) {
-      least = second, within = sums.b;
-    } else if (sums.a >= budget) {
-      least = first, within = sums.a, most = second, above = sums.b;
-    } else {
-      most = first, above = sums.a;
-    }
-    if (within == budget) most = least;
-    if (most - least > 1) return try_thirds();
-    from = of_bits(least), whole = of_bits(most);
-    part = T(within < kInfinite && most > least ? (budget - above) / (within - above) : 0.0);
+    const double budget = double(share) * double(largest);  // not |step|: so many whole shares add up to it exactly
     sweep = kGradient;
+    if (sums.a == budget || sums.b == budget) {
+      from = whole = sums.b == budget ? whole : from;
+    } else if (most - least == 1) {
+      part = T(sums.a > sums.b ? (budget - sums.b) / (sums.a - sums.b) : 0.0);
+    } else {
+      if (sums.a >= budget) least = bits_of(sums.b >= budget ? whole : from);
+      if (sums.b < budget) most = bits_of(sums.a >= budget ? whole : from);
+      try_between();
+    }
   }
 
-  ATLAS_HD void try_thirds() {
-    const uint64_t width = most - least;
-    first = least + (width + 2) / 3, second = least + (2 * width + 2) / 3;
-    from = of_bits(first), whole = of_bits(second);
+  ATLAS_HD void try_between() {
+    const Bits third = (most - least) / 3, ends = most - least == 1;
+    from = of_bits(ends ? least : least + (third ? third : 1));
+    whole = of_bits(ends ? most : most - third);
     sweep = kSelect;
   }
 
@@ -188,12 +182,12 @@ template <class T> struct NormStep {
     const double excess = sums.a - double(eps);
     const T root = T(double(shrink) + excess / sums.b);
     (excess > 0.0 ? low : high) = shrink;
-    const bool coarse = !fine && double(shrink) * double(dimensions) > 256.0 * double(eps);
+    const bool fine = base > T(0), coarse = !fine && double(shrink) * double(dimensions) > 256.0 * double(eps);
     const T size = of_bits((bits_of(magnitude(low)) + bits_of(magnitude(high))) / 2), middle = fine ? -size : size;
     const bool inside = root > low && root < high;
     if ((root == shrink && !coarse) || middle == low || middle == high || ++searched == kSearchSweeps) {
       if (coarse) {
-        fine = true, base = high, low = low - high, high = T(0), searched = 0;
+        base = high, low = low - high, high = T(0), searched = 0;
         shrink = -of_bits(bits_of(magnitude(low)) / 2);
       } else {
         shrink = root >= low && root <= high ? root : high;

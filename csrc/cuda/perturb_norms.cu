@@ -123,7 +123,7 @@ template <class Access> struct Sample {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads) norms_kernel(const __grid_constant__ Job<typename Access::T> job) {
+__global__ void __launch_bounds__(kThreads, 1) norms_kernel(const __grid_constant__ Job<typename Access::T> job) {
   Sample<Access>(job, blockIdx.x).run();
 }
 

@@ -188,7 +188,7 @@ def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_
 @torch.no_grad()
 def pgd_step_norm(
     adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
-    out, cast, largest=0,
+    out, cast, largest,
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active, largest)
