@@ -21,7 +21,7 @@ from .checks import (
     value_checks_enabled,
     whole,
 )
-from .layout import compute_dtype
+from .layout import compute_dtype, contiguous
 from .noise import noise_key
 
 backends.register()
@@ -91,7 +91,7 @@ def augment(
     if flip or (height, width) != tuple(side + 2 * padding for side in images.shape[2:]):
         key = noise_key(images.device) if key is None else key
         require_noise(key, ids, index)
-        key, ids = key.contiguous(), None if ids is None else ids.contiguous()
+        key, ids = key.contiguous(), None if ids is None else contiguous("ids", ids)
     else:
         key = ids = None
     _augment(images, index.contiguous(), padding, flip, *scale, key, ids, draw, out)

@@ -17,9 +17,10 @@ from torch import Tensor
 from .backends.native import first_outside
 from .capture import capturing
 from .environment import setting
-from .layout import LOW, compute_dtype, has_memory, is_supported, plane_shape
+from .layout import compute_dtype, contiguous, is_supported, plane_shape, require_memory
 from .transforms import followed, is_wrapped
 
+_LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -34,8 +35,8 @@ def value_checks_enabled(t: Tensor, *, attack: bool = False, name: str = "") -> 
     override = setting("ATLAS_CHECKS")
     if override == "0" or (override is None and t.device.type != "cpu" and not (attack and t.is_cuda)):
         return False
-    if name and type(t) is Tensor and t.data_ptr() < LOW:
-        has_memory(name, t)
+    if name:
+        require_memory(name, t)
     return True
 
 
@@ -132,6 +133,8 @@ def require_like(name: str, t: Tensor, other: str, like: Tensor, *, dtype: bool)
 def require_out(name: str, t: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None) -> None:
     """A tensor that a kernel can write: float, not expanded, contiguous or channels_last."""
     require_float_images(name, t)
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and what is written into it has no gradient: give {name}.detach()")
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
     if t.device != like.device:
@@ -147,24 +150,25 @@ def require_out(name: str, t: Tensor, shape: Sequence[int], like: Tensor, dtype:
 
 def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A non-negative number, or one per sample, as (number, None) or (0.0, float[B])."""
-    if type(value) is float and value >= 0.0:
+    if type(value) is float and 0.0 <= value <= _LARGEST:
         return value, None
     if isinstance(value, Tensor) and (value.is_nested or value.ndim or _differentiated(value)):
         require_strided(name, value)
         batch = like.shape[0]
         value = value if value.ndim else value.expand(batch)
-        if value.numel() != batch or value.shape[0] != batch:
+        # [B, 1, 1] is no such shape: with images [B, C, H, W] it is one number per channel, by PyTorch's rules.
+        if value.numel() != batch or value.shape[0] != batch or value.ndim not in (1, like.ndim):
             raise ValueError(f"{name} has shape {list(value.shape)}, expected one number or [{batch}], one per sample")
         return 0.0, _vector(name, value, like, non_negative=True)
     number = _number(name, value)
     if not number >= 0.0:
         raise ValueError(f"{name} must be a number >= 0, got {number}")
-    return number, None
+    return _in_range_of(like, number), None
 
 
 def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor) -> tuple[float, Tensor | None]:
     """A number, or one per channel, as (number, None) or (0.0, float[C])."""
-    if type(value) is float and value == value:
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
         return value, None
     several = not isinstance(value, (str, bytes)) if isinstance(value, Sequence) else isinstance(value, Tensor)
     if several and not (isinstance(value, Tensor) and not value.is_nested and value.ndim == 0):
@@ -182,7 +186,14 @@ def per_channel(name: str, value: float | Tensor | Sequence[float], like: Tensor
     number = _number(name, value)
     if math.isnan(number):
         raise ValueError(f"{name} must not be NaN")
-    return number, None
+    return _in_range_of(like, number), None
+
+
+def _in_range_of(like: Tensor, number: float) -> float:
+    """Infinity for what is beyond float32 where images are computed in that."""
+    if like.dtype == torch.float64 or abs(number) <= _LARGEST:
+        return number
+    return math.copysign(math.inf, number)
 
 
 def _differentiated(t: Tensor) -> bool:
@@ -217,6 +228,7 @@ def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Te
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"{name}[{row}] = {value.reshape(-1)[row].item()} is not a number >= 0")
+    require_memory(name, value)
     return value.reshape(-1).to(compute_dtype(like.dtype)).contiguous()
 
 
@@ -359,7 +371,8 @@ def number_in(name: str, value: float, low: float, high: float = math.inf) -> fl
 def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = None) -> Tensor:
     """Float logits [B, C] of at least two classes, contiguous; of the shape, dtype and device of ``like``."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
-        raise TypeError(f"{name} must be a float tensor, got {kind_of(t)}")
+        hint = "; pass its .logits" if isinstance(getattr(t, "logits", None), Tensor) else ""
+        raise TypeError(f"{name} must be a float tensor, got {kind_of(t)}{hint}")
     if t.layout != torch.strided or t.is_nested:
         require_strided(name, t)
     if t.ndim != 2 or t.shape[1] < 2:
@@ -367,7 +380,7 @@ def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = No
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [batch, classes], two classes or more{hint}")
     if like is not None:
         require_like(name, t, other, like, dtype=True)
-    return t.contiguous()
+    return contiguous(name, t)
 
 
 def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
@@ -398,6 +411,7 @@ def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:
         raise ValueError(
             f"weights is {list(weights.shape)} on {weights.device}, expected [{batch}] on {like.device}, one per sample"
         )
+    require_memory("weights", weights)
     made = weights.to(compute_dtype(like.dtype)).contiguous()
     if made.dtype != weights.dtype == torch.float64 and value_checks_enabled(weights):
         lost = made.isinf() & weights.isfinite()

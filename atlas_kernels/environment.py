@@ -11,7 +11,7 @@ CHOICES = {
     "ATLAS_CHECKS": ("0", "1"),
 }
 #: Read elsewhere: by the build, and by the trainer.
-OTHERS = ("ATLAS_CUDA", "ATLAS_CUDA_ARCHS", "ATLAS_DATA")
+OTHERS = ("ATLAS_CUDA", "ATLAS_CUDA_ARCHS", "ATLAS_DATA", "ATLAS_DEBUG")
 
 
 def setting(name: str) -> str | None:

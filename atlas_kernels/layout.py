@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .transforms import is_wrapped
+
 # No memory of a process lies lower, but offsets from an address that is null do.
 LOW = 1 << 40
 
@@ -42,7 +44,21 @@ def is_supported(t: Tensor) -> bool:
 
 def dense(t: Tensor) -> Tensor:
     """``t`` itself if the kernels can address it, else a contiguous copy."""
-    return t if t.is_contiguous() or is_channels_last(t) else t.contiguous()
+    return t if is_channels_last(t) else contiguous("a tensor", t)
+
+
+def contiguous(name: str, t: Tensor) -> Tensor:
+    """``t`` itself if it is contiguous, else a contiguous copy. Raises ValueError where its memory was freed."""
+    if t.is_contiguous():
+        return t
+    require_memory(name, t)
+    return t.contiguous()
+
+
+def require_memory(name: str, t: Tensor) -> None:
+    """Raises ValueError where the memory of ``t`` was freed: PyTorch would end the process when it reads it."""
+    if not torch.compiler.is_compiling() and type(t) is Tensor and not is_wrapped(t) and t.data_ptr() < LOW:
+        has_memory(name, t)
 
 
 def has_memory(name: str, t: Tensor) -> bool:

@@ -41,7 +41,7 @@ from .checks import (
     value_checks_enabled,
     whole,
 )
-from .layout import compute_dtype
+from .layout import compute_dtype, require_memory
 from .transforms import followed, is_wrapped
 
 backends.register()
@@ -238,6 +238,7 @@ def gairat_weights(kappa: Tensor, steps: int, lam: float = -1.0, *, dtype: torch
     if not isinstance(kappa, Tensor) or kappa.is_floating_point() or kappa.is_complex() or kappa.ndim != 1:
         got = f"{kappa.dtype} {list(kappa.shape)}" if isinstance(kappa, Tensor) else type(kappa).__name__
         raise TypeError(f"kappa must be an integer tensor [B], got {got}")
+    require_memory("kappa", kappa)
     kappa = kappa.to(torch.int64).contiguous()
     if kappa.numel() and value_checks_enabled(kappa, name="kappa"):
         bad = (kappa < 0) | (kappa > steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, formulas
 from .checks import FLOATS, flag, kind_of, require_choice, require_like, require_strided
-from .layout import compute_dtype
+from .layout import compute_dtype, contiguous
 from .transforms import followed
 
 _compactness = backends.caller("compactness")
@@ -58,7 +58,7 @@ def compactness(
     clean = h.detach() if flag("detach", detach) else h
     if reduction == "none" and torch.is_grad_enabled() and clean.requires_grad and not followed():
         raise ValueError("reduction='none' has no gradient for h: use detach=True, or reduction='mean' or 'sum'")
-    inputs = clean.contiguous(), h_adv.contiguous(), labels.contiguous()
+    inputs = contiguous("h", clean), contiguous("h_adv", h_adv), contiguous("labels", labels)
     squared, factor = distance == "squared", _factor(h, reduction)
     if followed(clean, h_adv):
         rows = formulas.compactness(*inputs, scale, squared, factor)

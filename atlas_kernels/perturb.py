@@ -42,9 +42,10 @@ from .checks import (
     require_like,
     require_noise,
     require_out,
+    value_checks_enabled,
     whole,
 )
-from .layout import compute_dtype, dense, is_channels_last
+from .layout import compute_dtype, contiguous, dense, is_channels_last, require_memory
 from .noise import STREAM_START, noise_key
 from .schema import L1, LINF, NORMS
 from .transforms import followed
@@ -166,11 +167,12 @@ def pgd_step(
     descend = flag("descend", descend)
     if active is not None:
         require_active(active, adv)
-        active = active.contiguous()
+        active = contiguous("active", active)
     if cast is not None:
         require_out("cast", cast, adv.shape, adv, None)
     number = _number_of(norm)
     if number:
+        _require_finite("step_size", *step)
         grad = _in_fp32_range(grad.detach(), adv)
         largest = _largest(sparsity, adv) if norm == L1 else 0
     seen = followed(adv, x, ball[1], step[1])
@@ -342,7 +344,7 @@ def pgd_step_neighbours(
     limits = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
     if active is not None:
         require_active(active, adv)
-        active = active.contiguous()
+        active = contiguous("active", active)
     noise = _noise(adv, key, ids, draw)
     batch = adv.shape[0]
     shape = ((include_x + 1 + count) * batch, *adv.shape[1:])
@@ -356,7 +358,7 @@ def pgd_step_neighbours(
 def _noise(like: Tensor, key: Tensor | None, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor | None, int]:
     key = noise_key(like.device) if key is None else key
     require_noise(key, ids, like)
-    return key.contiguous(), None if ids is None else ids.contiguous(), draw_number(draw)
+    return key.contiguous(), None if ids is None else contiguous("ids", ids), draw_number(draw)
 
 
 def _number_of(norm: str) -> int:
@@ -379,10 +381,18 @@ def _largest(sparsity: float | None, like: Tensor) -> int:
     return 0 if sparsity is None or not entries else entries - math.ceil(sparsity * (entries - 1))
 
 
+def _require_finite(name: str, number: float, rows: Tensor | None) -> None:
+    """In l2 and l1 an infinite step along a gradient ends nowhere: its zeros times infinity are NaN."""
+    unbounded = rows is not None and value_checks_enabled(rows) and not bool(rows.isfinite().all())
+    if unbounded or not math.isfinite(number):
+        raise ValueError(f"{name} must be finite in l2 and l1, got inf")
+
+
 def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
     """An fp64 gradient over its sample's largest entry: then its length fits fp64, and its entries fp32."""
     if grad.dtype != torch.float64 or not grad.numel():
         return grad
+    require_memory("grad", grad)
     largest = plain.flat(grad).abs().amax(1).view(-1, *[1] * (grad.ndim - 1))
     scaled = grad / torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
     return scaled.to(compute_dtype(like.dtype))

@@ -431,3 +431,19 @@ def test_weights_are_perturbed_where_they_are_in_float32(case) -> None:
         found = awp.calc_awp(x, y)
     assert found.keys() == wide.keys()
     assert all(nn.functional.cosine_similarity(found[k].flatten(), wide[k].flatten(), 0) > 0.99 for k in wide)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_predictions_surer_than_float32_are_attacked_as_strongly(images, trained, precision):
+    """Where a margin is above 104, 1 - p_y is 0 in float32."""
+    x, y = images
+    sure = Scaled(trained, 64.0, wide=True).eval()
+    margin = sure(x).topk(2, dim=1).values
+    assert (margin[:, 0] - margin[:, 1]).median() > 104
+    attack = PGD(EPS, steps=10, random_start=False)
+    with Execution(precision):
+        adv = attack(sure, x, y)
+    wide = copy.deepcopy(sure).double()
+    found, exact = (wide(v.double()).argmax(1) != y for v in (adv, attack(wide, x.double(), y)))
+    assert not (adv == x).flatten(1).all(1).any()
+    assert abs(found.double().mean() - exact.double().mean()) <= 0.02

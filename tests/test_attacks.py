@@ -623,3 +623,18 @@ def test_compact_in_train_mode_down_to_one_sample(options: dict[str, Any]) -> No
     assert attack.random_start or moved[[0, 1, 3, 4, 5]].max() == 0
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         attack(model, x[2:3], y[2:3])
+
+
+@pytest.mark.parametrize("options", [{"keep": "best"}, {"restarts": 2}, {"keep": "best", "compact": True}], ids=str)
+def test_where_the_logits_are_nan_a_sample_counts_as_fooled(options):
+    x = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = torch.tensor([0.9, 0.1]).repeat(4)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    y = linear(x).argmax(1)
+
+    def model(v):
+        return torch.where(v[:, 0, :1, 0] > 0.5, torch.nan, linear(v))
+
+    result = PGD(0.01, steps=3, attack_mode="keep", **options).run(model, x, y)
+    assert result.fooled.tolist()[::2] == [True] * 4
+    assert torch.equal(result.fooled[1::2], linear(result.adv).argmax(1)[1::2] != y[1::2])

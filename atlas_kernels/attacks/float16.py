@@ -39,7 +39,7 @@ Made = tuple[Tensor, ...]
 #: How far back from the logits float16 is looked for, in operations.
 _NEAR = 8
 #: From the smallest number of float32 to a normal one of bfloat16.
-_LIFT = 2.0**24
+LIFT = 2.0**24
 _EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32: its exponent, 2^-126 and 2^127
 
 
@@ -81,17 +81,19 @@ def unit_of(cotangent: Tensor, *, coupled: bool = False) -> Tensor:
 def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
     """``Objective.gradient``, z being the logits of the leaf x in float16."""
     goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
-    grad, unit, lost = _pulled_back(z, x, replace(goal, kappa=None).cotangent(_wide(z)), goal.coupled)
+    grad, unit, lost = _pulled_back(
+        z, x, replace(goal, kappa=None).cotangent(goal.bounded(model, _wide(z), sized)), goal.coupled
+    )
     z, grad = _mended(goal, model, x, lost, (z.detach(), grad * unit if sized else grad), _gradient)
     if goal.kappa is not None:
         goal.count(z)
     return z, grad
 
 
-def bfloat16_gradient(goal: Objective, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
+def bfloat16_gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
     """``Objective.gradient``, z being the logits of the leaf x in bfloat16."""
-    (grad,) = torch.autograd.grad(z, x, (goal.cotangent(_wide(z)) * _LIFT).to(z.dtype))
-    return z, grad / _LIFT if sized else grad
+    (grad,) = torch.autograd.grad(z, x, (goal.cotangent(goal.bounded(model, _wide(z), sized)) * LIFT).to(z.dtype))
+    return z, grad / LIFT if sized else grad
 
 
 def logits(goal: Objective, model: Model, x: Tensor, z: Tensor) -> Tensor:

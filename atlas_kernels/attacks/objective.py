@@ -61,16 +61,19 @@ class Objective:
     def judge(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """How strong a sample is: (objective float[B], larger is stronger, so negated if targeted; fooled bool[B]).
 
-        fooled: the prediction differs from the label, or, if targeted, equals it; all False without labels.
+        fooled: the prediction differs from the label, or, if targeted, equals it; all False without labels. Where the
+        network says nothing, its objective being NaN, the sample is fooled (without a target) and none is stronger.
         """
         labelled = self.labels is not None
         _, correct, value = self._of(
             logits, descend=self.targeted, return_cotangent=False, return_value=True, return_correct=labelled
         )
         assert value is not None
+        nothing = value.isnan()
+        value = torch.where(nothing, torch.inf, value)
         if correct is None:
-            return value, torch.zeros_like(value, dtype=torch.bool)
-        return value, correct if self.targeted else ~correct
+            return value, torch.zeros_like(nothing)
+        return value, correct & ~nothing if self.targeted else ~correct | nothing
 
     def _of(self, logits: Tensor, **options: Any) -> Cotangent:
         reference = self.reference
@@ -109,8 +112,8 @@ class Objective:
     def gradient(self, model: Model, x: Tensor, *, sized: bool = True) -> tuple[Tensor, Tensor]:
         """One forward and one backward to the input alone: (logits, d(objective)/dx).
 
-        sized: False where only the direction matters: of a network in 16 bits it may be each sample's gradient times a
-        positive number. In float16 it is float32, and samples that are lost there cost more passes.
+        sized: False where only the direction matters: it may then be each sample's gradient times a positive number,
+        which does not underflow. In float16 it is float32, and samples that are lost there cost more passes.
         """
         if not len(x):
             return self.logits(model, x), torch.zeros_like(x)
@@ -137,8 +140,23 @@ class Objective:
         if self.in_float16:
             return float16.gradient(self, model, leaf, z, sized)
         if z.dtype == torch.bfloat16:
-            return float16.bfloat16_gradient(self, leaf, z, sized)
-        return z, torch.autograd.grad(z, leaf, self.cotangent(z.detach()))[0]
+            return float16.bfloat16_gradient(self, model, leaf, z, sized)
+        return z, torch.autograd.grad(z, leaf, self.cotangent(self.bounded(model, z.detach(), sized)))[0]
+
+    def bounded(self, model: Model, z: Tensor, sized: bool) -> Tensor:
+        """The logits with that of the label at most 40 above all others, which keeps CE's cotangent from underflow.
+
+        It is (1 - p_y) times (softmax of the others; -1), so only its size changes: by a number of each sample's own,
+        which matters where samples depend on each other.
+        """
+        if sized or self.kind != "ce" or self.labels is None:
+            return z
+        self.coupled = float16.are_coupled(model) if self.coupled is None else self.coupled
+        if self.coupled:
+            return z
+        label = self.labels[:, None]
+        others = z.scatter(1, label, -torch.inf).amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+        return z.scatter(1, label, torch.minimum(z.gather(1, label), others + 40))
 
     def count(self, logits: Tensor) -> None:
         """Add to ``kappa`` where the prediction is right."""

@@ -169,7 +169,8 @@ template <class T> struct NormStep {
     } else if (projects) {
       high = T(sums.b / kDown);  // all of it, where nothing is left
       // As if every pixel lost lambda: too little, since some are used up and some have no room.
-      shrink = low = distance < kInfinite ? T((distance - double(eps)) / double(dimensions)) : T(0);
+      const T least = distance < kInfinite ? T((distance - double(eps)) / double(dimensions)) : T(0);
+      shrink = low = least > T(0) ? of_bits(bits_of(least) - 1) : T(0);  // rounding may have taken it past the root
       if (eps > T(0)) sweep = kSearch;
       else shrink = high;
     }

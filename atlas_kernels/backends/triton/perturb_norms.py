@@ -254,6 +254,7 @@ def norms_kernel(
             shrink = (wide_ball / distance).to(tl.float32)
         else:
             low = ((distance - wide_ball) / dimensions).to(tl.float32)
+            low = _of_bits(_bits(low) - tl.where(low > 0, 1, 0))  # rounding may have taken it past the root
             high = unclipped.to(tl.float32)
             shrink = tl.where(ball > 0, low, high)
             searching = tl.where(ball > 0, projects, False)
