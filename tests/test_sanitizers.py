@@ -31,7 +31,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_operators_are_clean(tree):
+def run(tree: Path, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command of Python on the sanitized build."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),
@@ -39,11 +40,18 @@ def test_operators_are_clean(tree):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    imported = "import atlas_kernels._C as c; print(c.__file__)"
-    where = subprocess.run([sys.executable, "-c", imported], env=environment, cwd=tree, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], env=environment, cwd=cwd or tree, capture_output=True, text=True)
+
+
+def test_operators_are_clean(tree):
+    where = run(tree, "-c", "import atlas_kernels._C as c; print(c.__file__)")
     assert str(tree) in where.stdout, where.stderr
     tests = [str(ROOT / "tests" / f"test_{stem}.py") for stem in ("perturb", "noise", "augment", "pairwise", "guard")]
     chosen = "(bits or in_place or cast or buffer or noise or empty or outside or sizes or guard) and not streamed"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests]
-    done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
+    done = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests)
     assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
+
+
+def test_random_calls_are_clean(tree):
+    done = run(tree, "-m", "fuzz", "--calls", "500", "--seed", "1", cwd=ROOT / "tests")
+    assert done.returncode == 0 and "500 calls, 0 wrong" in done.stdout, (done.stdout + done.stderr)[-12000:]
