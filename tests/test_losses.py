@@ -665,3 +665,17 @@ def test_labels_that_do_not_exist_are_safe_and_loud(engine):
         assert value.isnan().tolist() == [False, True, True, True, True, False]
     OPS.atlas_loss(torch.randn(18, 5, device=engine), y, 0, 1.0, 0, 1.0, None, 1.0, value, None, None, None)
     assert value.isnan().tolist() == [False, True, True, True, True, False]
+
+
+@each_loss
+def test_inputs_that_depend_on_each_other_have_the_gradient_of_plain_pytorch(name, device):
+    """As with weights made of the logits (focal losses); also where the graph is kept for a next derivative."""
+    loss = LOSSES[name]
+    (z, *_), y, t = problem(loss, 6, 5, dtype=torch.float64, spread=1.0, device=device)
+
+    logits, weights = [z, (2 * z).tanh()][: loss.inputs], z.softmax(1)[:6, 0]
+    (expected,) = torch.autograd.grad((loss.theirs(logits, y, t) * weights).sum(), z, retain_graph=True)
+    for create_graph in (False, True):
+        ours = loss.ours(logits, y, t, weights=weights, reduction="sum")
+        (grad,) = torch.autograd.grad(ours, z, create_graph=create_graph, retain_graph=True)
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
