@@ -59,7 +59,7 @@ class Draw:
 
     def laid_out(self, t: Tensor) -> Tensor:
         """The same values in another memory layout."""
-        if self.chance(0.5):
+        if self.chance(0.5) or not t.ndim:
             return t.contiguous()
         return self.one_of(_LAYOUTS)(t)
 
