@@ -553,6 +553,33 @@ def test_one_failure_does_not_keep_the_rest_from_being_put_back(x: Tensor, y: Te
     PGD(EPS, steps=2, attack_mode="train")(model, x, y)
 
 
+def test_a_module_that_attacks_whenever_its_mode_is_set(x: Tensor, y: Tensor) -> None:
+    """So it begins and ends within the beginning and the end of another attack."""
+    inner = PGD(EPS, steps=1, attack_mode="train")
+
+    class Attacks(nn.Flatten):
+        mode, busy = True, False
+
+        @property
+        def training(self) -> bool:
+            return self.mode
+
+        @training.setter
+        def training(self, mode: bool) -> None:
+            changes, self.mode = self.mode != mode, mode
+            if changes and not self.busy:
+                self.busy = True
+                inner(model, x, y)
+                self.busy = False
+
+    model = nn.Sequential(Attacks(), nn.BatchNorm1d(48), nn.Linear(48, 5)).to(x.device)
+    before, modes = Snapshot(model), []
+    model.register_forward_pre_hook(lambda *_: modes.append([module.training for module in model.modules()]))
+    PGD(EPS, steps=1)(model, x, y)
+    before.check()
+    assert modes == [[True] * 4, [False] * 4, [True] * 4]
+
+
 @pytest.mark.parametrize("execution", [Execution(), Execution("bf16", fold_batchnorm=True)])
 def test_ctrl_c_leaves_no_trace_wherever_it_comes(
     model: Net, x: Tensor, y: Tensor, execution: Execution, monkeypatch: pytest.MonkeyPatch
