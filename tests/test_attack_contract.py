@@ -24,7 +24,11 @@ from torch.utils.hooks import RemovableHandle
 
 from atlas_kernels import Execution, noise_key
 from atlas_kernels.attacks import FGSM, PGD, held, leave_no_trace
+from atlas_kernels.attacks.contract import ATTACK_MODES
 from atlas_kernels.attacks.execution import current_execution
+from atlas_kernels.compat import torchattacks
+from atlas_train.data import Images
+from atlas_train.evaluate import evaluate
 
 EPS = 8 / 255
 ATTACKS = {
@@ -549,6 +553,33 @@ def test_one_failure_does_not_keep_the_rest_from_being_put_back(x: Tensor, y: Te
     PGD(EPS, steps=2, attack_mode="train")(model, x, y)
 
 
+def test_a_module_that_attacks_whenever_its_mode_is_set(x: Tensor, y: Tensor) -> None:
+    """So it begins and ends within the beginning and the end of another attack."""
+    inner = PGD(EPS, steps=1, attack_mode="train")
+
+    class Attacks(nn.Flatten):
+        mode, busy = True, False
+
+        @property
+        def training(self) -> bool:
+            return self.mode
+
+        @training.setter
+        def training(self, mode: bool) -> None:
+            changes, self.mode = self.mode != mode, mode
+            if changes and not self.busy:
+                self.busy = True
+                inner(model, x, y)
+                self.busy = False
+
+    model = nn.Sequential(Attacks(), nn.BatchNorm1d(48), nn.Linear(48, 5)).to(x.device)
+    before, modes = Snapshot(model), []
+    model.register_forward_pre_hook(lambda *_: modes.append([module.training for module in model.modules()]))
+    PGD(EPS, steps=1)(model, x, y)
+    before.check()
+    assert modes == [[True] * 4, [False] * 4, [True] * 4]
+
+
 @pytest.mark.parametrize("execution", [Execution(), Execution("bf16", fold_batchnorm=True)])
 def test_ctrl_c_leaves_no_trace_wherever_it_comes(
     model: Net, x: Tensor, y: Tensor, execution: Execution, monkeypatch: pytest.MonkeyPatch
@@ -656,6 +687,71 @@ def test_threads_may_attack_one_model_in_one_mode(model: Net, x: Tensor, y: Tens
     before.check()
     assert all(torch.equal(adv, expected) for adv in found) and len(found) == 3
     assert torch.equal(random_state(), state)
+
+
+@pytest.mark.parametrize("kind", [*ATTACK_MODES, "evaluation", "drop-in"])
+def test_threads_that_begin_and_end_attacks_all_the_time_leave_no_trace(x: Tensor, y: Tensor, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Net().to(x.device)
+    before, interval = Snapshot(model), sys.getswitchinterval()
+    attack = PGD(EPS, steps=1, attack_mode=kind if kind in ATTACK_MODES else "eval")
+    images, drop_in = Images((255 * x).byte(), y), torchattacks.PGD(model, steps=1)
+    others: dict[str, Callable[[], object]] = {
+        "evaluation": lambda: evaluate(model, images, EPS, steps=1),
+        "drop-in": lambda: drop_in(x, y),
+    }
+
+    def many_times(call: Callable[[], object]) -> None:
+        for _ in range(200):
+            call()
+
+    here = partial(attack, model, x, y)
+    sys.setswitchinterval(1e-5)
+    try:
+        assert not run_in_threads(partial(many_times, here), partial(many_times, others.get(kind, here)))
+    finally:
+        sys.setswitchinterval(interval)
+    before.check()
+
+
+def test_an_attack_that_is_ending_is_left_nothing(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier one that ends in another thread meanwhile waits, and puts back itself what it found."""
+
+    def attack() -> Iterator[None]:
+        with held.put_back(model, False, freeze=True, copy_buffers=True, alone=False):
+            yield
+
+    def meanwhile() -> None:
+        monkeypatch.undo()
+        other.start()
+        other.join(0.2)
+
+    before, (first, second) = Snapshot(model), (attack(), attack())
+    next(first)
+    next(second)
+    other = threading.Thread(target=list, args=(first,))
+    monkeypatch.setattr(torch, "clear_autocast_cache", meanwhile)  # between what is put back and the leaving
+    assert list(second) == []
+    other.join()
+    before.check()
+
+
+def test_of_two_attacks_on_a_model_made_in_inference_mode_each_has_copies_to_its_end() -> None:
+    def attack() -> Iterator[None]:
+        with leave_no_trace(model, "eval", None):
+            yield
+
+    with torch.inference_mode():
+        model = Net()
+    before = [*model.parameters(), *model.buffers()]
+    for last in (0, 1):
+        two = attack(), attack()
+        for generator in two:
+            next(generator)
+        assert list(two[1 - last]) == []
+        assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
+        assert list(two[last]) == []
+        assert all(a is b for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
 
 
 def test_threads_may_attack_in_the_mode_that_each_has_set_around_its_attacks(model: Net, x: Tensor, y: Tensor) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -89,6 +92,18 @@ def test_one_execution_serves_again_and_within_itself(case) -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision.*bf16.*int8|precision.*int8.*bf16"):
         Execution("int8")
+
+
+def test_pickle_and_copy_take_the_settings_alone(case) -> None:
+    model, x, y = case
+    for execution in (Execution("bf16", fold_batchnorm=True), Execution(cuda_graphs=True)):
+        with execution, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PGD(EPS, steps=1)(model, x, y)
+        for made in (pickle.loads(pickle.dumps(execution)), copy.deepcopy(execution), copy.copy(execution)):
+            assert repr(made) == repr(execution) and made is not execution
+            assert (made.graphs is None) == (execution.graphs is None) and not len(made._preparations._networks)
+            assert made.graphs is None or made.graphs is not execution.graphs
 
 
 def test_threads_and_tasks_enter_one_execution_in_any_order() -> None:

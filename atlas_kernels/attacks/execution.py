@@ -63,6 +63,13 @@ class Execution:
         flag("cuda_graphs", self.cuda_graphs)
         self.graphs = Graphs() if self.cuda_graphs else None
 
+    def __reduce__(self) -> tuple[type[Execution], tuple[object, ...]]:
+        """For pickle and copy: the settings alone, since what it has prepared belongs to the networks of here."""
+        return type(self), self._settings()
+
+    def _settings(self) -> tuple[object, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
     def __enter__(self) -> Execution:
         entered = _ENTERED.get()
         try:
@@ -93,8 +100,7 @@ class Execution:
         """``loop(attack, model, batch)``: the one door to the loops of ``PGD``."""
         if self.graphs is None:
             return loop(attack, model, batch)
-        settings = tuple(getattr(self, f.name) for f in fields(self) if f.init)
-        return self.graphs.run(attack, loop, model, batch, settings)
+        return self.graphs.run(attack, loop, model, batch, self._settings())
 
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:

@@ -110,6 +110,7 @@ class _Held:
     def look(self, modes: Modes, freeze: bool, copied: set[nn.Module], seeds: Iterable[torch.Generator]) -> None:
         """Notes how everything is; raises where it cannot be used."""
         tensors: dict[Any, Any] = {}
+        copied_before = {place for earlier in _under_way for place in earlier.found[_put_tensors]}
         trainable = self.found[_put_trainable]
         self.found[_put_mode] = {**modes}
         for module in self.modules:
@@ -118,7 +119,10 @@ class _Held:
                 trainable |= {p: p.requires_grad for p in parameters.values() if p.is_leaf and not p.is_inference()}
             if buffers and module in copied:
                 tensors[module, "_buffers"] = buffers
-            if (freeze or copied) and any([parameter.is_inference() for parameter in parameters.values()]):
+            if (freeze or copied) and (
+                any([parameter.is_inference() for parameter in parameters.values()])
+                or (module, "_parameters") in copied_before  # copies of another attack, which may end before this one
+            ):
                 tensors[module, "_parameters"] = parameters
             if module._forward_pre_hooks:  # weight_norm, spectral_norm and prune keep a weight here
                 tensors[module, "__dict__"] = {name: t for name, t in vars(module).items() if isinstance(t, Tensor)}
@@ -165,29 +169,31 @@ class _Held:
                 generator.manual_seed(seed)
 
     def end(self) -> None:
-        if self in _under_way:
-            _run_all([*(partial(self._put_back, put) for put in _PUTS), torch.clear_autocast_cache, self._leave])
+        """Puts all back and leaves, under one lock: to one that has put its own back already, an earlier one that ends
+        must not leave what it found."""
+        with _lock:
+            if self in _under_way:
+                puts = [partial(self._put_back, put) for put in _PUTS]
+                _run_all([*puts, torch.clear_autocast_cache, self._leave])
 
     def _put_back(self, put: Put) -> None:
         errors = []
-        with _lock:
-            later = _under_way[_under_way.index(self) + 1 :]
-            for place, value in self.found[put].items():
-                heir = next((other for other in later if place in other.found[put]), None) if later else None
-                try:
-                    if heir is None:
-                        put(place, value)
-                    else:
-                        heir.found[put][place] = value
-                except Exception as error:
-                    errors.append(error)
+        later = _under_way[_under_way.index(self) + 1 :]
+        for place, value in self.found[put].items():
+            heir = next((other for other in later if place in other.found[put]), None) if later else None
+            try:
+                if heir is None:
+                    put(place, value)
+                else:
+                    heir.found[put][place] = value
+            except Exception as error:
+                errors.append(error)
         if errors:
             raise errors[0]
 
     def _leave(self) -> None:
-        with _lock:
-            if self in _under_way:
-                _under_way.remove(self)
+        if self in _under_way:
+            _under_way.remove(self)
 
 
 def modes_of(modules: Iterable[nn.Module]) -> dict[nn.Module, bool]:
