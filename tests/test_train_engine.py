@@ -641,3 +641,37 @@ def test_a_network_that_lacks_what_the_method_needs_is_refused_before_anything_i
     with pytest.raises(ValueError, match=missing):
         engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = TrainConfig(**TINY | {"epochs": 1, "method": "standard"})
+    engine.train(config, splits=splits(), folder=tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a run: go on with it"):
+        engine.train(config, splits=splits(), folder=tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
+    engine.train(
+        TrainConfig(**TINY | {"epochs": 1, "method": "standard"}), splits=splits(), folder=str(tmp_path / "run")
+    )
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": TINY}, "config must be a TrainConfig, got {"),
+        ({"splits": splits().train}, "splits must be a DataSplits .*, got Images"),
+        ({"model": Dropping}, "model must be a torch.nn.Module, got .*Dropping.*; give an instance"),
+        ({"model": dropping}, "model must be a torch.nn.Module, got .*dropping.*; give an instance"),
+        ({"model": "small_cnn"}, "model must be a torch.nn.Module, got 'small_cnn'; a name goes into config.model"),
+        ({"splits": splits(channels=3), "model": dropping()}, r"model Dropping, given images \[2, 3, 8, 8\] .* fails"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"config": TrainConfig(**TINY), "splits": splits()} | arguments
+    with pytest.raises(ValueError, match=message):
+        engine.train(**given, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from .folders import LOCK, locked, made
 from .interrupts import terminable
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
+from .options import plain, shown
 from .report import TensorBoard
 from .resuming import require_network, restore
 from .run import Run, discard, export, on_host, prepare, save
@@ -52,7 +54,7 @@ def train(
     *,
     splits: DataSplits | None = None,
     model: nn.Module | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     display: progress.Display | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Run:
@@ -70,17 +72,20 @@ def train(
         on_epoch: called with each epoch's numbers; returning True ends the training there.
 
     Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
-    ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder.
-    While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the process without one.
+    ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder
+    or has left its checkpoint there. While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the process
+    without one.
     """
+    _require_arguments(config, splits, model)
     display = display or progress.Silent()
-    if folder is None and config.resume:
-        folder = checkpoint.locate(config.resume).parent
+    resumed = checkpoint.locate(config.resume).parent if config.resume else None
+    folder = resumed if folder is None else Path(folder)
     with ExitStack() as stack:
         stack.enter_context(terminable())
         if folder:
             stack.enter_context(made(folder))
             stack.enter_context(locked(folder))
+            _require_free(folder, resumed)
         empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
@@ -90,6 +95,25 @@ def train(
                 discard(folder)
             raise
     return run
+
+
+def _require_arguments(config: object, splits: object, model: object) -> None:
+    """Raises ValueError for what is of another type than ``train`` says."""
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config must be a TrainConfig, got {shown(config)}")
+    if splits is not None and not isinstance(splits, DataSplits):
+        raise ValueError(f"splits must be a DataSplits (atlas_train.data), got {type(splits).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        remedy = "; give an instance: call it first" if callable(model) else "; a name goes into config.model"
+        raise ValueError(f"model must be a torch.nn.Module, got {shown(model)}{remedy}")
+
+
+def _require_free(folder: Path, resumed: Path | None) -> None:
+    """Raises FileExistsError if another run's checkpoint is there."""
+    if (folder / checkpoint.LAST).exists() and not (resumed and resumed.resolve() == folder.resolve()):
+        raise FileExistsError(
+            f"folder {plain(folder)} already holds a run: go on with it (resume {plain(folder)}) or choose another"
+        )
 
 
 def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None) -> None:

@@ -130,9 +130,8 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
         channels_last=config.channels_last,
         drop_last=len(splits.train) >= config.batch_size,
     )
-    if arch["by_name"]:
-        few = splits.train.images[:2].to(device).float() / 255
-        models.require_usable(model, arch["name"], few, splits.num_classes)
+    few = splits.train.images[:2].to(device).float() / 255
+    models.require_usable(model, arch["name"], few, splits.num_classes)
     method = config.build_method()
     method.require(model)
     if config.checkpoint_activations:
