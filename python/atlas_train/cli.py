@@ -22,7 +22,7 @@ import torch
 import atlas_kernels
 
 from . import checkpoint, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file, without_place
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, added, from_file, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
 
@@ -116,7 +116,7 @@ def _foreign_line(error: Exception) -> str:
 
 def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
-    from .compare import CONFIG, compare, is_comparison
+    from .compare import compare, is_comparison, settings_of
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
     for flag in ("--config", "--resume", "--method", "--model"):
@@ -124,24 +124,24 @@ def train(argv: Sequence[str]) -> int:
     first, _ = early.parse_known_args(argv)
     if first.config and first.resume:
         raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
-    base = TrainConfig()
+    base, kept = TrainConfig(), None
     if first.config:
         base = from_file(first.config)
     elif first.resume:
-        resumed = Path(first.resume)
-        if is_comparison(resumed):
-            base = from_file(resumed / CONFIG)
-        else:
-            base = from_dict(checkpoint.load(resumed, ("arch", "config"))["config"], plain(first.resume))
+        base = settings_of(first.resume)
+        kept = base.beside if is_comparison(first.resume) else None
         if not first.model:
             checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method
-    compare(parse_train(name, base, argv), command=("atlas", "train", *argv))
+    compare(parse_train(name, base, argv, kept), command=("atlas", "train", *argv))
     return 0
 
 
-def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
-    """The configuration that the flags make of ``base``, with the hyper-parameters of the method ``name``."""
+def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[str, ...] | None = None) -> TrainConfig:
+    """The configuration that the flags make of ``base``, with the hyper-parameters of the method ``name``.
+
+    kept: methods of a comparison that goes on, to which --beside adds.
+    """
     method = methods.get(name)
     known = methods.hyper_parameters(method)
     wanted = [
@@ -152,6 +152,8 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
     what = f"The hyper-parameters of {name} are marked [{name}]." if known else f"{name} has no hyper-parameters."
     parsed = flags.parse(wanted, "train", f"Train an image classifier, evaluate it, and print a table. {what}", argv)
     settings = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "hyper"}
+    if kept:
+        settings["beside"] = added(kept, settings["beside"], name)
     given = {key: getattr(parsed, key) for key, field in known.items() if getattr(parsed, key) != field.default}
     beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
     return TrainConfig(**settings, hyper=beside | given)

@@ -290,6 +290,11 @@ def methods_of(config: TrainConfig) -> tuple[str, ...]:
     return config.method, *_beside(config.beside, config.method)
 
 
+def added(old: tuple[str, ...] | None, more: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
+    """The methods beside ``method`` where ``more`` are added to ``old``."""
+    return tuple(dict.fromkeys((*_beside(old, method), *_beside(more, method))))
+
+
 def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
     """The methods beside ``method``, each once."""
     everything = methods.names() if names == ("all",) else names or ()

@@ -73,8 +73,8 @@ def train(
 
     Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
     ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder
-    or has left its checkpoint there. While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the process
-    without one.
+    or has left its checkpoint there. While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the
+    process without one.
     """
     _require_arguments(config, splits, model)
     display = display or progress.Silent()
@@ -161,11 +161,19 @@ def start(
     return run, notes + restore(run, state, source)
 
 
-def load_splits(config: TrainConfig, state: Mapping[str, Any] | None = None, source: object = None) -> DataSplits:
-    """The data that ``config.dataset`` names; for a run that goes on, those by the loader that its checkpoint names."""
+def load_splits(
+    config: TrainConfig,
+    state: Mapping[str, Any] | None = None,
+    source: object = None,
+    function: str = "resume",
+) -> DataSplits:
+    """The data that ``config.dataset`` names; for a run that goes on, those by the loader that its checkpoint names.
+
+    function: of ``stored``, which takes data of the user's own.
+    """
     name = config.dataset
     if state and name == state.get("data", {}).get("name"):
-        name = identity.loader(state, source, "resume")
+        name = identity.loader(state, source, function)
     return data.load(name, config.data_dir, config.download)
 
 
