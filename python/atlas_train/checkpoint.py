@@ -37,6 +37,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Its mode is the usual one, whatever ``write`` gives it. Raises OSError that names the file where the disk is full.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{plain(path)} is a folder, where a file is to be written: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -33,7 +33,8 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
 `atlas COMMAND --help` lists the flags; `atlas train --method NAME --help` also those of the method.
-An error is one line; with ATLAS_DEBUG=1 in the environment its traceback comes before it.
+An error is one line; with ATLAS_DEBUG=1 in the environment its traceback comes before it. A flag that is not known, or
+has a value that it cannot have, is explained in a box.
 """
 
 

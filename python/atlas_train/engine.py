@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, progress
+from . import checkpoint, data, models, progress
 from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits, identity
@@ -93,6 +93,9 @@ def train(
         except Exception as error:
             if folder and empty and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
                 discard(folder)
+            if run.step == 0 and not isinstance(error, NonFiniteLoss):  # say so if it is the network that cannot run
+                few = run.splits.train.images[:2].to(run.device).float() / 255
+                models.require_usable(run.model, run.arch["name"], few, run.splits.num_classes)
             raise
     return run
 
