@@ -172,6 +172,7 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["train", "--device", "meta"], "device 'meta' cannot be used"),
         (["train", "--device", "gpu"], "device 'gpu' cannot be used: write cpu, cuda or cuda:N\n"),
         (["train", "--config", "."], "config file . is a folder: give the file in it"),
+        (["evaluate", "nowhere", "--json", "."], "--json . is a folder: name a file"),
         (["train", "--out-dir", "a_file"], "a_file is a file, where a folder is needed"),
         (["train", "--out-dir", "a_file/out"], "a_file is a file, where a folder is needed"),
         (["train", "--model", "fac.py"], "'fac.py' is no network; for code of your own write fac.py:factory"),

@@ -225,6 +225,17 @@ def test_a_flipped_bit_of_a_weight_is_refused(saved: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("saved", ["mma"], indirect=True)
+def test_checkpoints_have_checksums_where_others_switch_them_off(saved: Path, tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        checkpoint.save(tmp_path / "last.pt", checkpoint.load(saved))
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.load(tmp_path).keys() == checkpoint.load(saved).keys()
+
+
+@pytest.mark.parametrize("saved", ["mma"], indirect=True)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(saved: Path, tmp_path: Path, value: float) -> None:
     torch_files = pytest.importorskip("safetensors.torch")

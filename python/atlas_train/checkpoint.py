@@ -80,9 +80,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint. ``state``: tensors, numbers, strings, lists and dicts."""
+    """Writes a checkpoint, with checksums. ``state``: tensors, numbers, strings, lists and dicts."""
     content = {"format": FORMAT, **builtin(state)}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # ``load`` looks at them
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def builtin(value: Any) -> Any:

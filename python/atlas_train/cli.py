@@ -170,6 +170,8 @@ def evaluate(argv: Sequence[str]) -> int:
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
+    if args.json and Path(args.json).is_dir():
+        raise IsADirectoryError(f"--json {plain(args.json)} is a folder: name a file")
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name != "json"}
     results = evaluate_checkpoint(args.checkpoint, **asked)
     print(table(results))
