@@ -5,16 +5,28 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+from atlas_train.checkpoint import load
+
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLE, EXECUTION, DROP_INS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+EXAMPLE, EXECUTION, DROP_INS, OWN_DATA = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def test_drop_ins_are_there():
     names: dict[str, object] = {}
     exec(compile(DROP_INS, "README.md", "exec"), names)
     assert {"trades_loss", "attack_pgd", "torchattacks"} <= set(names)
+
+
+def test_own_data_are_trained_on_resumed_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8), torch.arange(16) % 4
+    names = {"x_train": images, "y_train": labels, "x_test": images.numpy(), "y_test": labels.int().numpy()}
+    exec(compile(OWN_DATA, "README.md", "exec"), names)
+    assert names["results"]["atlas"].evaluation.images == 16
+    assert load("runs/shapes")["epoch"] == 2
 
 
 def test_example_trains_a_model():

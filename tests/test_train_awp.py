@@ -152,7 +152,7 @@ def test_the_configuration_wraps_the_method_and_not_those_beside(tmp_path: Path)
     assert list(results) == ["standard", "adv+awp"]
     assert results["standard"].passes == pytest.approx(3, abs=0.3)
     assert results["adv+awp"].passes == pytest.approx(2 + 3 + 3, abs=0.6)
-    with pytest.raises(ValueError, match="another hyper-parameters"):
+    with pytest.raises(ValueError, match="other hyper-parameters"):
         changed = TINY | {"method": "adv", "hyper": {"steps": 1}, "awp": 0.02, "resume": str(tmp_path / "adv")}
         engine.train(TrainConfig(**changed), splits=splits())
 

@@ -15,6 +15,7 @@ import pytest
 from atlas_train import cli, flags, methods
 from atlas_train import compare as comparing
 from atlas_train.config import TrainConfig
+from atlas_train.run import usable_device
 
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
@@ -62,6 +63,25 @@ def test_flags_are_written_with_dashes_or_underscores_or_an_equals_sign(monkeypa
     assert (config.method, config.batch_size, config.epochs) == ("adv", 7, None)
     assert config.hyper == {"step_size": 2 / 255}
     assert config_of(monkeypatch, "--beside", "none").beside == ()
+
+
+def test_names_are_known_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (
+        "--optimizer",
+        "SGD",
+        "--schedule",
+        "Cosine",
+        "--averaging",
+        "EMA",
+        "--device",
+        "CPU",
+        "--dataset",
+        "MNIST",
+    )
+    config = config_of(monkeypatch, *flags)
+    found = (config.optimizer, config.schedule, config.averaging, config.device, config.dataset)
+    assert found == ("sgd", "cosine", "ema", "cpu", "mnist")
+    assert usable_device("CPU").type == "cpu"
 
 
 def test_flags_override_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,6 +170,13 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["train", "--device", "a\x1b[31m\nb"], "device 'a\\x1b[31m\\nb' cannot be used"),
         (["evaluate", "a\x1b[31m\nb"], "no checkpoint 'a\\x1b[31m\\nb'"),
         (["train", "--device", "meta"], "device 'meta' cannot be used"),
+        (["train", "--device", "gpu"], "device 'gpu' cannot be used: write cpu, cuda or cuda:N\n"),
+        (["train", "--config", "."], "config file . is a folder: give the file in it"),
+        (["evaluate", "nowhere", "--json", "."], "--json . is a folder: name a file"),
+        (["train", "--out-dir", "a_file"], "a_file is a file, where a folder is needed"),
+        (["train", "--out-dir", "a_file/out"], "a_file is a file, where a folder is needed"),
+        (["train", "--model", "fac.py"], "'fac.py' is no network; for code of your own write fac.py:factory"),
+        (["train", "--beside", "all", "standard"], "all means every method and stands alone"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
 )
@@ -158,6 +185,7 @@ def test_what_a_user_can_put_right_is_one_line(
 ) -> None:
     monkeypatch.delenv("ATLAS_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
+    Path("a_file").touch()
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "\x1b" not in error

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -96,6 +97,58 @@ def test_images_are_taken_from_numpy():
         Images(good.images, np.array(["a", None, 1, 2], dtype=object))
     with pytest.raises(ValueError, match="images must be a tensor or an array of NumPy, got list"):
         Images(good.images.tolist(), good.labels)
+
+
+def test_labels_of_any_integer_type_are_taken_from_tensors():
+    good = images(4)
+    for kind in (torch.int32, torch.uint8, torch.int64):
+        assert torch.equal(Images(good.images, good.labels.to(kind)).labels, good.labels)
+    for labels in (good.labels > 0, good.labels.float()):
+        with pytest.raises(ValueError, match="labels must be int64"):
+            Images(good.images, labels)
+
+
+@pytest.mark.parametrize(
+    ("convert", "image_cast", "label_cast"),
+    [(torch.Tensor.numpy, ".astype(numpy.uint8)", "labels.astype(numpy.int64)"),
+     (torch.Tensor.clone, ".to(torch.uint8)", "labels.long()")],
+)  # fmt: skip
+def test_remedies_are_those_of_what_was_given(convert, image_cast, label_cast):
+    good = images(4)
+    with pytest.raises(ValueError, match=re.escape(f"(255 * images).round(){image_cast}")):
+        Images(convert(good.images / 255), good.labels)
+    with pytest.raises(ValueError, match=re.escape(label_cast)):
+        Images(good.images, convert(good.labels.float()))
+    grey = convert(good.images[:, 0])
+    with pytest.raises(ValueError, match=r"got torch.uint8 \[4, 6, 6\]; add the channel: images\[:, None\]$"):
+        Images(grey, good.labels)
+    Images(grey[:, None], good.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": "4"}, "num_classes must be an integer >= 1, got '4'"),
+        ({"num_classes": True}, "num_classes must be an integer >= 1, got True"),
+        ({"eps": 8}, "eps must be a number > 0 and < 1, got 8; images are in .0, 1., so write 8/255"),
+        ({"eps": None}, "eps must be a number > 0 and < 1, got None"),
+        ({"train": "images"}, "train must be Images"),
+        ({"name": 3}, "name must be a text, got 3"),
+    ],
+)
+def test_facts_of_a_data_set_are_checked_at_once(change, message):
+    good = {"name": "toy", "train": images(4, classes=4), "test": images(4, classes=4), "num_classes": 4, "eps": 0.1}
+    with pytest.raises(ValueError, match=message):
+        data.DataSplits(**good | change)
+    taken = data.DataSplits(**good | {"num_classes": np.int64(4), "eps": "8/255"})
+    assert (taken.num_classes, taken.eps) == (4, 8 / 255)
+
+
+def test_images_and_splits_are_shown_without_their_pixels():
+    few = images(4, classes=4)
+    assert repr(few) == "Images(torch.uint8 [4, 1, 6, 6])"
+    text = repr(data.DataSplits("toy", few, few, 4, 8 / 255))
+    assert text == f"DataSplits('toy', train={few!r}, test={few!r}, num_classes=4, eps=8/255)"
 
 
 def test_images_with_the_channels_last_in_the_shape_are_refused_with_the_remedy():

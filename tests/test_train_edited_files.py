@@ -214,6 +214,50 @@ def test_a_damaged_file_is_taken_or_refused(saved: Path, tmp_path: Path, file: s
 
 
 @pytest.mark.parametrize("saved", ["mma"], indirect=True)
+def test_a_flipped_bit_of_a_weight_is_refused(saved: Path, tmp_path: Path) -> None:
+    damaged = bytearray((saved / "last.pt").read_bytes())
+    weight = checkpoint.load(saved)["model"]["conv2.weight"].numpy().tobytes()
+    damaged[damaged.index(weight) + len(weight) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(damaged)
+    for call in (checkpoint.load_model, lambda folder: go_on(folder / "last.pt", 1)):
+        with pytest.raises(ValueError, match="last.pt is damaged: the checksum of its part '.*data/[0-9]*' is wrong"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["mma"], indirect=True)
+def test_checkpoints_have_checksums_where_others_switch_them_off(saved: Path, tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        checkpoint.save(tmp_path / "last.pt", checkpoint.load(saved))
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.load(tmp_path).keys() == checkpoint.load(saved).keys()
+
+
+@pytest.mark.parametrize("saved", ["mma"], indirect=True)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved: Path, tmp_path: Path, value: float) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    state = checkpoint.load(saved)
+    state["model"]["conv2.weight"][0, 0] = value
+    checkpoint.save(tmp_path / "last.pt", state)
+    about = {"atlas": json.dumps({"arch": state["arch"], "config": state["config"]}), "format": "pt"}
+    torch_files.save_file(state["model"], tmp_path / "model.safetensors", metadata=about)
+    for file in ("last.pt", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{file}: .*conv2.weight.* NaN"):
+            checkpoint.load_model(tmp_path / file)
+    with pytest.raises(ValueError, match="last.pt: .*conv2.weight.* NaN"):
+        go_on(tmp_path / "last.pt", 1)
+
+
+def test_a_mask_of_infinities_that_a_network_is_made_with_is_no_damage() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    checkpoint.load_weights(model, model.state_dict(), "a file")
+
+
+@pytest.mark.parametrize("saved", ["mma"], indirect=True)
 def test_nothing_is_built_of_sizes_that_the_file_does_not_hold(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,9 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
     assert_same(state(more), state(engine.train(config, splits=splits())))  # a constant lr does not know the end
     changed = dataclasses.replace(config, resume=str(tmp_path / "a"), weight_decay=0.5)
     assert engine.train(changed, splits=splits()).optimizer.param_groups[0]["weight_decay"] == 0.5
-    with pytest.raises(ValueError, match="has done 4 epochs already"):
+    with pytest.raises(
+        ValueError, match="has done 4 epochs already, you gave epochs=[0-9]+: give epochs=5 or more, or 4 "
+    ):
         engine.train(dataclasses.replace(config, epochs=3, resume=str(tmp_path / "a")), splits=splits())
 
 
@@ -122,8 +124,8 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"method": "adv"}, "another method: it has 'atlas', you gave 'adv'"),
-        ({"hyper": {"radius": 0.07}}, "another hyper-parameters"),
-        ({"eps": 0.2}, "another hyper-parameters"),
+        ({"hyper": {"radius": 0.07}}, "other hyper-parameters"),
+        ({"eps": 0.2}, "other hyper-parameters"),
         ({"width": 8}, "another model width: it has 4, you gave 8"),
         ({"optimizer": "sgd"}, "another optimizer"),
         ({"seed": 1}, "another seed"),
@@ -513,6 +515,11 @@ def test_integers_keep_all_their_digits() -> None:
         ({"beside": ["adv"], "hyper": {"adv.steps": 0}}, "adv: steps must be an integer >= 1"),
         ({"beside": "adv"}, "beside must be a list of texts"),
         ({"epoch": 3}, "no setting 'epoch'; the nearest is 'epochs'"),
+        ({"foo": 3}, "no setting 'foo'$"),
+        (
+            {"beside": ["all", "standard"]},
+            "beside: all means every method and stands alone, got \\('all', 'standard'\\)",
+        ),
         ({"precision": "bf16"}, "no setting 'precision'; the nearest is 'train_precision'"),
     ],
 )
@@ -640,4 +647,38 @@ def test_a_network_that_lacks_what_the_method_needs_is_refused_before_anything_i
     config = TrainConfig(**TINY | {"method": method, "hyper": hyper})
     with pytest.raises(ValueError, match=missing):
         engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = TrainConfig(**TINY | {"epochs": 1, "method": "standard"})
+    engine.train(config, splits=splits(), folder=tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a run: go on with it"):
+        engine.train(config, splits=splits(), folder=tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
+    engine.train(
+        TrainConfig(**TINY | {"epochs": 1, "method": "standard"}), splits=splits(), folder=str(tmp_path / "run")
+    )
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": TINY}, "config must be a TrainConfig, got {"),
+        ({"splits": splits().train}, "splits must be a DataSplits .*, got Images"),
+        ({"model": Dropping}, "model must be a torch.nn.Module, got .*Dropping.*; give an instance"),
+        ({"model": dropping}, "model must be a torch.nn.Module, got .*dropping.*; give an instance"),
+        ({"model": "small_cnn"}, "model must be a torch.nn.Module, got 'small_cnn'; a name goes into config.model"),
+        ({"splits": splits(channels=3), "model": dropping()}, r"model Dropping, given images \[2, 3, 8, 8\] .* fails"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"config": TrainConfig(**TINY), "splits": splits()} | arguments
+    with pytest.raises(ValueError, match=message):
+        engine.train(**given, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from atlas_train.config import TrainConfig, from_file, recorded, resolved
 from atlas_train.data import DataSplits, Images, identity
 from atlas_train.interrupts import Terminated
 from atlas_train.results import commit
-from atlas_train.stored import evaluate_checkpoint, resume
+from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
 from bars import TINY, same, splits, weights
 
 QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "20", "--probe-size", "0"]
@@ -333,7 +333,12 @@ def test_a_comparison_goes_on_as_a_whole(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine.OptimizerSteps, "step", stopped)
         quiet(config(str(root)), say=said.append)
-    assert said[-1].endswith(f"to go on after the last whole epoch: resume='{root}' and the same splits")
+    call = (
+        said[-1]
+        .split("to go on after the last whole epoch: atlas_train.stored.")[1]
+        .removesuffix(", with the same data")
+    )
+    assert call == f"resume_compare('{root}', splits=...)"
     assert sorted(p.name for p in root.iterdir()) == ["atlas", "config.json", "standard"]
     with pytest.raises(FileExistsError, match="already holds a run of atlas"):
         quiet(config(str(root)))
@@ -347,7 +352,7 @@ def test_a_comparison_goes_on_as_a_whole(tmp_path: Path) -> None:
     assert (root / "config.json").read_text() == settings
 
     said.clear()
-    again = quiet(replace(from_file(root / "config.json"), resume=str(root)), say=said.append)
+    again = eval(call.replace("...)", "splits(), show='silent', say=said.append)"))
     assert list(again) == list(whole) == ["standard", "one_step_adv", "atlas"]
     for name, result in whole.items():
         assert replace(again[name].evaluation, seconds=0) == replace(result.evaluation, seconds=0)
@@ -366,6 +371,9 @@ def test_methods_are_added_to_what_is_there(tmp_path: Path) -> None:
     assert list(quiet(resume=str(tmp_path / "out" / "atlas"), beside=("standard",))) == ["standard", "atlas"]
     assert list(quiet(resume=str(tmp_path / "out"), beside=("standard", "adv"))) == ["standard", "adv", "atlas"]
     assert (tmp_path / "out" / "atlas" / "last.pt").read_bytes()[:2] == first[:2]
+    out = str(tmp_path / "out")
+    assert list(quiet(resume=out, beside=("n_fgsm",))) == ["standard", "adv", "n_fgsm", "atlas"]
+    assert from_file(tmp_path / "out" / "config.json").beside == ("standard", "adv", "n_fgsm")
     engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), folder=tmp_path / "alone")
     with pytest.raises(ValueError, match="beside: .*alone lies alone"):
         quiet(resume=str(tmp_path / "alone"), beside=("standard",))
@@ -397,6 +405,27 @@ def test_the_command_line_goes_on_with_a_comparison(
     found = json.loads(Path("runs/digits-1/results.json").read_text())
     assert found["command"] == "atlas train --resume runs/digits-1"
     assert found["config"]["beside"] == ["standard", "one_step_adv"] and found["config"]["train_size"] == 64
+    assert cli.main(["train", "--resume", "runs/digits-1", "--beside", "standard", "n_fgsm"]) == 0
+    for file in ("results.json", "config.json"):
+        found = json.loads(Path("runs/digits-1", file).read_text())
+        assert found.get("config", found)["beside"] == ["standard", "one_step_adv", "n_fgsm"]
+    rows = capsys.readouterr().out.split("method ")[1].splitlines()
+    assert [row.split()[0] for row in rows[2:6]] == ["standard", "one_step_adv", "n_fgsm", "atlas"]
+
+
+def test_the_command_line_names_what_goes_on_with_a_comparison_on_data_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro")
+    out = tmp_path / "out"
+    config = TrainConfig(**TINY | {"epochs": 1, "method": "standard", "beside": ("n_fgsm",), "out_dir": str(out)})
+    compare(config, splits=splits(), show="silent", say=lambda text: None)
+    assert cli.main(["train", "--resume", str(out)]) == 2
+    assert f"atlas_train.stored.resume_compare({str(out)!r}, splits=...)" in capsys.readouterr().err
+    quiet: dict[str, Any] = {"splits": splits(), "show": "silent", "say": lambda text: None}
+    assert list(resume_compare(out, epochs=2, **quiet)) == ["n_fgsm", "standard"]
+    assert list(resume_compare(out / "n_fgsm", epochs=3, **quiet)) == ["n_fgsm"]
+    assert checkpoint.load(out / "n_fgsm")["epoch"] == 3 and checkpoint.load(out / "standard")["epoch"] == 2
 
 
 # --- stops and failures

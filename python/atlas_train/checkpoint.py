@@ -37,6 +37,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Its mode is the usual one, whatever ``write`` gives it. Raises OSError that names the file where the disk is full.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{plain(path)} is a folder, where a file is to be written: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,9 +80,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint. ``state``: tensors, numbers, strings, lists and dicts."""
+    """Writes a checkpoint, with checksums. ``state``: tensors, numbers, strings, lists and dicts."""
     content = {"format": FORMAT, **builtin(state)}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # ``load`` looks at them
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def builtin(value: Any) -> Any:
@@ -122,6 +129,8 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
     try:
         _require_stored(found)
         state = torch.load(found, map_location="cpu", weights_only=True)
+    except _Damaged as error:
+        raise ValueError(f"{plain(found)} is damaged: {error}") from error
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
             f"{plain(found)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
@@ -137,11 +146,18 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
     return state
 
 
+class _Damaged(ValueError):
+    """A part of a checkpoint is not what was written."""
+
+
 def _require_stored(path: Path) -> None:
-    """Raises ValueError for a file that would take more memory than it has bytes: torch.save compresses nothing."""
+    """Raises ValueError for a file that would take more memory than it has bytes (torch.save compresses nothing), or
+    of which a part does not have its checksum, which torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise ValueError("its parts are larger than the file")
+        if (part := archive.testzip()) is not None:
+            raise _Damaged(f"the checksum of its part {shown(part)} is wrong")
 
 
 def rng_state() -> dict[str, Any]:
@@ -166,10 +182,27 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
         for name in own.keys() & weights.keys():
             if isinstance(own[name], Tensor) and not torch.can_cast(weights[name].dtype, own[name].dtype):
                 raise TypeError(f"{name} is of {weights[name].dtype} there, {own[name].dtype} here")
+        require_finite(own, weights, source)
         model.load_state_dict(dict(weights))
     except (RuntimeError, TypeError, AttributeError) as error:
         name = type(model).__name__
         raise ValueError(f"the weights in {plain(source)} do not fit a {name}: {one_line(error)}") from error
+
+
+def require_finite(own: Mapping[str, Any], weights: Mapping[str, Any], source: object) -> None:
+    """Raises ValueError for weights or buffers with NaN or infinity, unless the network was made with such (a mask)."""
+    for name, value in weights.items():
+        fresh = own.get(name)
+        if not isinstance(value, Tensor) or not isinstance(fresh, Tensor) or fresh.is_meta or _finite(value):
+            continue
+        if _finite(fresh):
+            raise ValueError(f"{plain(source)}: {plain(name)} holds NaN or infinity, so the network is of no use")
+
+
+def _finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:

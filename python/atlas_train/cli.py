@@ -22,7 +22,7 @@ import torch
 import atlas_kernels
 
 from . import checkpoint, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file, without_place
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, added, from_file, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
 
@@ -33,7 +33,8 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
 `atlas COMMAND --help` lists the flags; `atlas train --method NAME --help` also those of the method.
-An error is one line; with ATLAS_DEBUG=1 in the environment its traceback comes before it.
+An error is one line; with ATLAS_DEBUG=1 in the environment its traceback comes before it. A flag that is not known, or
+has a value that it cannot have, is explained in a box.
 """
 
 
@@ -116,7 +117,7 @@ def _foreign_line(error: Exception) -> str:
 
 def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
-    from .compare import CONFIG, compare, is_comparison
+    from .compare import compare, is_comparison, settings_of
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
     for flag in ("--config", "--resume", "--method", "--model"):
@@ -124,24 +125,24 @@ def train(argv: Sequence[str]) -> int:
     first, _ = early.parse_known_args(argv)
     if first.config and first.resume:
         raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
-    base = TrainConfig()
+    base, kept = TrainConfig(), None
     if first.config:
         base = from_file(first.config)
     elif first.resume:
-        resumed = Path(first.resume)
-        if is_comparison(resumed):
-            base = from_file(resumed / CONFIG)
-        else:
-            base = from_dict(checkpoint.load(resumed, ("arch", "config"))["config"], plain(first.resume))
+        base = settings_of(first.resume)
+        kept = base.beside if is_comparison(first.resume) else None
         if not first.model:
             checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method
-    compare(parse_train(name, base, argv), command=("atlas", "train", *argv))
+    compare(parse_train(name, base, argv, kept), command=("atlas", "train", *argv))
     return 0
 
 
-def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
-    """The configuration that the flags make of ``base``, with the hyper-parameters of the method ``name``."""
+def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[str, ...] | None = None) -> TrainConfig:
+    """The configuration that the flags make of ``base``, with the hyper-parameters of the method ``name``.
+
+    kept: methods of a comparison that goes on, to which --beside adds.
+    """
     method = methods.get(name)
     known = methods.hyper_parameters(method)
     wanted = [
@@ -152,6 +153,8 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str]) -> TrainConfi
     what = f"The hyper-parameters of {name} are marked [{name}]." if known else f"{name} has no hyper-parameters."
     parsed = flags.parse(wanted, "train", f"Train an image classifier, evaluate it, and print a table. {what}", argv)
     settings = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "hyper"}
+    if kept:
+        settings["beside"] = added(kept, settings["beside"], name)
     given = {key: getattr(parsed, key) for key, field in known.items() if getattr(parsed, key) != field.default}
     beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
     return TrainConfig(**settings, hyper=beside | given)
@@ -167,6 +170,8 @@ def evaluate(argv: Sequence[str]) -> int:
         *flags.declared(EvaluateConfig, {}),
     ]
     args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
+    if args.json and Path(args.json).is_dir():
+        raise IsADirectoryError(f"--json {plain(args.json)} is a folder: name a file")
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name != "json"}
     results = evaluate_checkpoint(args.checkpoint, **asked)
     print(table(results))

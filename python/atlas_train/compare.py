@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
-from .config import TrainConfig, from_file, methods_of, recorded, resolved, without_place
+from .config import TrainConfig, added, from_dict, from_file, methods_of, recorded, resolved, without_place
 from .data import DataSplits
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
@@ -47,7 +47,8 @@ def compare(
     ``command``, results.md and, with matplotlib, curves.png.
 
     With ``config.resume`` a run goes on; with the folder of a comparison, all of it: methods that are done stay as they
-    are, one that was stopped goes on, missing ones are trained, and the table is that of all.
+    are, one that was stopped goes on, missing ones are trained, those in ``config.beside`` are added, and the table is
+    that of all. Its other settings must then be given again: ``stored.resume_compare`` does so.
 
     Args:
         show: progress: auto, live, plain or silent.
@@ -90,6 +91,13 @@ def is_comparison(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
 
 
+def settings_of(path: str | Path) -> TrainConfig:
+    """The settings that a comparison's folder, a run's folder or a checkpoint says it was made with."""
+    if is_comparison(path):
+        return from_file(Path(path) / CONFIG)
+    return from_dict(checkpoint.load(path, ("arch", "config"))["config"], plain(path))
+
+
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     """A configuration that goes on, and the folder of each of its methods."""
     resume = str(config.resume)
@@ -101,7 +109,7 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
                 f"{plain(root)} compares {old.method} with others, you gave method {config.method}: leave the method "
                 "out, or add others with beside"
             )
-        config = replace(config, beside=old.beside if config.beside is None else config.beside)
+        config = replace(config, beside=added(old.beside, config.beside, config.method))
     else:
         folder = checkpoint.locate(resume).parent
         config, root = replace(config, beside=config.beside or ()), folder.parent
@@ -119,7 +127,10 @@ def _load(config: TrainConfig, folders: Mapping[str, Path]) -> DataSplits:
     """The data of the configuration, or of the runs that are there."""
     starts = [start for name, folder in folders.items() if (start := _start(config, name, folder))]
     found = checkpoint.locate(starts[0]) if starts else None
-    return load_splits(config, checkpoint.load(found) if found else None, found)
+    state = checkpoint.load(found) if found else None
+    if config.resume and is_comparison(config.resume):
+        return load_splits(config, state, config.resume, "resume_compare")
+    return load_splits(config, state, found)
 
 
 def _start(config: TrainConfig, name: str, folder: Path) -> str | None:
@@ -187,7 +198,7 @@ def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, sa
             how = (
                 f"atlas train --resume {plain(folder)}"
                 if splits.loader
-                else f"resume={str(folder)!r} and the same splits"
+                else f"atlas_train.stored.resume_compare({str(folder)!r}, splits=...), with the same data"
             )
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise

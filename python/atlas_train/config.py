@@ -16,7 +16,7 @@ from . import data, methods, models
 from .data import DataSplits
 from .data import names as data_sets
 from .methods.awp import require_wrappable
-from .options import canonical, check, nearest, option, plain, shown
+from .options import canonical, check, option, plain, shown, suggestion
 
 #: What None becomes, per data set (eps and augment come with the data, the model from ``models.default_for``).
 #: A data set of your own takes the row of cifar10.
@@ -69,7 +69,7 @@ class TrainConfig:
     """Everything that a training run is made of. None means the data set's default (``DEFAULTS``).
 
     Raises ValueError at construction for unknown names and values out of range. ``resolved`` fills in the defaults.
-    Names of methods, data sets and networks are known in capitals too.
+    Names are known in capitals too.
     """
 
     method: str = option("atlas", "training method; `atlas methods` lists them")
@@ -171,8 +171,9 @@ class TrainConfig:
     autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
     beside: tuple[str, ...] = option(
         None,
-        "methods trained beside with the same settings, for the table; all: every method; digits: standard and "
-        "one_step_adv",
+        "methods trained beside with the same settings, for the table. all, alone: every method; --beside without a "
+        "name, or none: none; default: on digits standard and one_step_adv, else none. With the folder of a comparison "
+        "as --resume they are added to its methods",
     )
 
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
@@ -203,12 +204,15 @@ class TrainConfig:
             raise ValueError(f"config: hyper must be hyper-parameters by name, got {shown(self.hyper)}")
         spelled = {
             "method": canonical(self.method, methods.names()),
-            "beside": self.beside and tuple(canonical(name, methods.names()) for name in self.beside),
+            "beside": self.beside and tuple(canonical(name, (*methods.names(), "all")) for name in self.beside),
             "dataset": canonical(self.dataset, data_sets()),
             "model": canonical(self.model, models.names()),
+            "device": self.device and self.device.lower(),
         }
         for field_name, value in spelled.items():
             object.__setattr__(self, field_name, value)
+        if self.beside and "all" in self.beside and len(self.beside) > 1:
+            raise ValueError(f"config: beside: all means every method and stands alone, got {shown(self.beside)}")
 
     def hyper_of(self, name: str) -> dict[str, Any]:
         """The hyper-parameters that ``hyper`` gives to the method of that name."""
@@ -290,6 +294,11 @@ def methods_of(config: TrainConfig) -> tuple[str, ...]:
     return config.method, *_beside(config.beside, config.method)
 
 
+def added(old: tuple[str, ...] | None, more: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
+    """The methods beside ``method`` where ``more`` are added to ``old``."""
+    return tuple(dict.fromkeys((*_beside(old, method), *_beside(more, method))))
+
+
 def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
     """The methods beside ``method``, each once."""
     everything = methods.names() if names == ("all",) else names or ()
@@ -335,7 +344,7 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
     source, known = plain(source), [f.name for f in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
-            raise ValueError(f"{source}: no setting {shown(key)}; the nearest is {nearest(key, known)!r}")
+            raise ValueError(f"{source}: no setting {shown(key)}{suggestion(key, known)}")
     try:
         return TrainConfig(**values)
     except ValueError as error:
@@ -348,6 +357,10 @@ def from_file(path: str | os.PathLike[str]) -> TrainConfig:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config file {plain(path)} does not exist") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(
+            f"config file {plain(path)} is a folder: give the file in it, or --resume {plain(path)}"
+        ) from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, thousands of digits or brackets
         raise ValueError(f"config file {plain(path)} is not JSON: {error}") from error
     if not isinstance(values, dict):

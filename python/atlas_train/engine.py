@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, progress
+from . import checkpoint, data, models, progress
 from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits, identity
@@ -20,6 +21,7 @@ from .folders import LOCK, locked, made
 from .interrupts import terminable
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
+from .options import plain, shown
 from .report import TensorBoard
 from .resuming import require_network, restore
 from .run import Run, discard, export, on_host, prepare, save
@@ -52,7 +54,7 @@ def train(
     *,
     splits: DataSplits | None = None,
     model: nn.Module | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     display: progress.Display | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Run:
@@ -70,17 +72,20 @@ def train(
         on_epoch: called with each epoch's numbers; returning True ends the training there.
 
     Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
-    ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder.
-    While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the process without one.
+    ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder
+    or has left its checkpoint there. While it lasts, SIGTERM and SIGHUP raise SystemExit, if they would have ended the
+    process without one.
     """
+    _require_arguments(config, splits, model)
     display = display or progress.Silent()
-    if folder is None and config.resume:
-        folder = checkpoint.locate(config.resume).parent
+    resumed = checkpoint.locate(config.resume).parent if config.resume else None
+    folder = resumed if folder is None else Path(folder)
     with ExitStack() as stack:
         stack.enter_context(terminable())
         if folder:
             stack.enter_context(made(folder))
             stack.enter_context(locked(folder))
+            _require_free(folder, resumed)
         empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
@@ -88,8 +93,30 @@ def train(
         except Exception as error:
             if folder and empty and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
                 discard(folder)
+            if run.step == 0 and not isinstance(error, NonFiniteLoss):  # say so if it is the network that cannot run
+                few = run.splits.train.images[:2].to(run.device).float() / 255
+                models.require_usable(run.model, run.arch["name"], few, run.splits.num_classes)
             raise
     return run
+
+
+def _require_arguments(config: object, splits: object, model: object) -> None:
+    """Raises ValueError for what is of another type than ``train`` says."""
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config must be a TrainConfig, got {shown(config)}")
+    if splits is not None and not isinstance(splits, DataSplits):
+        raise ValueError(f"splits must be a DataSplits (atlas_train.data), got {type(splits).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        remedy = "; give an instance: call it first" if callable(model) else "; a name goes into config.model"
+        raise ValueError(f"model must be a torch.nn.Module, got {shown(model)}{remedy}")
+
+
+def _require_free(folder: Path, resumed: Path | None) -> None:
+    """Raises FileExistsError if another run's checkpoint is there."""
+    if (folder / checkpoint.LAST).exists() and not (resumed and resumed.resolve() == folder.resolve()):
+        raise FileExistsError(
+            f"folder {plain(folder)} already holds a run: go on with it (resume {plain(folder)}) or choose another"
+        )
 
 
 def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None) -> None:
@@ -137,11 +164,19 @@ def start(
     return run, notes + restore(run, state, source)
 
 
-def load_splits(config: TrainConfig, state: Mapping[str, Any] | None = None, source: object = None) -> DataSplits:
-    """The data that ``config.dataset`` names; for a run that goes on, those by the loader that its checkpoint names."""
+def load_splits(
+    config: TrainConfig,
+    state: Mapping[str, Any] | None = None,
+    source: object = None,
+    function: str = "resume",
+) -> DataSplits:
+    """The data that ``config.dataset`` names; for a run that goes on, those by the loader that its checkpoint names.
+
+    function: of ``stored``, which takes data of the user's own.
+    """
     name = config.dataset
     if state and name == state.get("data", {}).get("name"):
-        name = identity.loader(state, source, "resume")
+        name = identity.loader(state, source, function)
     return data.load(name, config.data_dir, config.download)
 
 

@@ -73,6 +73,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return (difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.0) or known)[0]
 
 
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """ "; the nearest is 'epochs'" for error messages, or nothing where no known name is near."""
+    near = difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
 def canonical(name: Any, known: Iterable[str]) -> Any:
     """The known name that ``name`` is but for capitals ("CIFAR10" is "cifar10"), or ``name``."""
     return next((own for own in known if isinstance(name, str) and own == name.lower()), name)
@@ -171,6 +177,7 @@ def _inside(field: dataclasses.Field[Any], value: float) -> bool:
 def _convert(members: tuple[Any, ...], value: Any) -> Any:
     kind = members[0]
     if typing.get_origin(kind) is typing.Literal:
+        value = canonical(value, typing.get_args(kind))
         if value not in typing.get_args(kind):
             raise ValueError(value)
         return value

@@ -18,6 +18,8 @@ from .checkpoint import versions
 from .evaluate import Evaluation
 from .options import fraction
 
+PASSES = "passes/step: the cost of one step, counted in forwards of the network"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -143,7 +145,7 @@ def _decimal(value: float | None, places: int = 1, unit: str = "") -> str:
 def _note(results: Mapping[str, Result]) -> str:
     first = next(iter(results.values())).evaluation
     restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
-    passes = "; passes: forwards that cost as much" if any(r.passes is not None for r in results.values()) else ""
+    passes = f"; {PASSES}" if any(r.passes is not None for r in results.values()) else ""
     return (
         f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
         f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}{passes}"

@@ -81,12 +81,14 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
         changed["hyper-parameters"] = _used(old, state, run)
     for name, (then, now) in changed.items():
         if then != now:
+            other = "other" if name == "hyper-parameters" else "another"
             raise ValueError(
-                f"{plain(source)} cannot be resumed with another {name}: it has {shown(then)}, you gave {shown(now)}"
+                f"{plain(source)} cannot be resumed with {other} {name}: it has {shown(then)}, you gave {shown(now)}"
             )
     if state["epoch"] > new.epochs:
         raise ValueError(
-            f"{plain(source)} has done {state['epoch']} epochs already; give epochs more than {new.epochs}"
+            f"{plain(source)} has done {state['epoch']} epochs already, you gave epochs={new.epochs}: give "
+            f"epochs={state['epoch'] + 1} or more, or {state['epoch']} to train no further"
         )
 
 

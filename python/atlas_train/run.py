@@ -150,7 +150,10 @@ def usable_device(name: str | None) -> torch.device:
     """The device of that name; None: cuda where there is one. Raises ValueError for a CUDA device that is not there."""
     known = "write cpu, cuda or cuda:N"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name.lower() if name else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:  # with a list of all that torch has a word for
+        raise ValueError(f"device {shown(name)} cannot be used: {known}") from error
+    try:
         if device.type != "cuda":
             torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -13,7 +13,8 @@ from torch import nn
 from . import checkpoint, data, models, progress
 from .autoattack import Version, require_autoattack
 from .autoattack import autoattack as run_autoattack
-from .config import from_dict, label
+from .compare import Results, compare, is_comparison, settings_of
+from .config import added, from_dict, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
@@ -52,6 +53,26 @@ def resume(
         changes["model"], model = model, None
     config = replace(config, **changes | {"resume": os.fspath(path), "beside": ()})
     return train(config, splits=splits, model=model, display=display, on_epoch=on_epoch)
+
+
+def resume_compare(
+    path: Path, *, splits: DataSplits | None = None, show: str = "auto", say: Say = print, **changes: Any
+) -> Results:
+    """``atlas train --resume`` from Python: goes on with a comparison or a run, evaluates it and prints the table.
+
+    Args:
+        path: folder of a comparison or of a run, or last.pt.
+        splits: as for ``resume``.
+        show, say: as for ``compare``.
+        changes: settings of ``TrainConfig`` that are to be others from now on; ``beside`` adds methods.
+    """
+    path = os.fspath(path)
+    config = settings_of(path)
+    if "model" not in changes:
+        checkpoint.require_trusted(config.model, path)
+    if is_comparison(path):
+        changes["beside"] = added(config.beside, changes.get("beside"), config.method)
+    return compare(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
 
 
 def evaluate_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from ..options import canonical, nearest, shown
+from ..options import canonical, shown, suggestion
 from . import cifar10, digits, mnist
 from .images import DataSplits, Images
 from .loader import Batch, Batches
@@ -33,6 +33,6 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bo
     """
     name = canonical(name, _LOADERS)
     if name not in _LOADERS:
-        near = nearest(str(name).replace("-", ""), _LOADERS)
-        raise ValueError(f"name: no data set {shown(name)}; the nearest is {near!r} (known: {', '.join(_LOADERS)})")
+        near = suggestion(str(name).replace("-", ""), _LOADERS)
+        raise ValueError(f"name: no data set {shown(name)}{near} (known: {', '.join(_LOADERS)})")
     return dataclasses.replace(_LOADERS[name](data_dir, download), loader=name)

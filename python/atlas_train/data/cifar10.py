@@ -35,7 +35,7 @@ def load(data_dir: str | os.PathLike[str] | None = None, download: bool = False)
     """CIFAR-10, uint8 [N, 3, 32, 32]; see `atlas_train.data.load` for the arguments and errors."""
     alternatives = {name: (name,) for name in MD5}
     folder = files.find(
-        "CIFAR-10", data_dir, SUBFOLDERS, lambda f: files.absent(f, alternatives), fetch_all if download else None
+        "cifar10", data_dir, SUBFOLDERS, lambda f: files.absent(f, alternatives), fetch_all if download else None
     )
     return DataSplits(
         name="cifar10",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..options import fraction, number, shown
+
 
 @dataclass(frozen=True, eq=False)
 class Images:
@@ -20,12 +22,20 @@ class Images:
     labels: torch.Tensor
 
     def __post_init__(self) -> None:
-        for name in ("images", "labels"):
+        arrays = {name: isinstance(getattr(self, name), np.ndarray) for name in ("images", "labels")}
+        for name in arrays:
             object.__setattr__(self, name, _tensor(name, getattr(self, name)))
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            remedies = []
+            if self.images.dtype != torch.uint8:
+                cast = ".astype(numpy.uint8)" if arrays["images"] else ".to(torch.uint8)"
+                remedies.append(f"images in [0, 1] become uint8 by (255 * images).round(){cast}")
+            if self.images.dim() == 3:
+                remedies.append("add the channel: images[:, None]")
             raise ValueError(
-                f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; "
-                "images in [0, 1] become uint8 by (255 * images).round().to(torch.uint8)"
+                "; ".join(
+                    [f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}", *remedies]
+                )
             )
         _, first, second, last = self.images.shape
         if last in (1, 3, 4) and first > 4 and second != last:
@@ -34,13 +44,17 @@ class Images:
                 "images.permute(0, 3, 1, 2), or images.transpose(0, 3, 1, 2) of an array of NumPy"
             )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            cast = "labels.astype(numpy.int64)" if arrays["labels"] else "labels.long()"
             raise ValueError(
                 f"labels must be int64 [{len(self.images)}], one per image, got {self.labels.dtype} "
-                f"{list(self.labels.shape)}; convert them with labels.long() and check their number"
+                f"{list(self.labels.shape)}; convert them with {cast} and check their number"
             )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Images({self.images.dtype} {list(self.images.shape)})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,6 +95,16 @@ class DataSplits:
     loader: str | None = None
 
     def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            if not isinstance(images := getattr(self, split), Images):
+                raise ValueError(f"{split} must be Images(images, labels), got {type(images).__name__}")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a text, got {shown(self.name)}")
+        classes = self.num_classes
+        if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {shown(classes)}")
+        object.__setattr__(self, "num_classes", int(classes))
+        object.__setattr__(self, "eps", _radius(self.eps))
         for split, images in (("train", self.train), ("test", self.test)):
             if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
                 raise ValueError(
@@ -88,19 +112,37 @@ class DataSplits:
                     f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
                 )
 
+    def __repr__(self) -> str:
+        parts = f"train={self.train!r}, test={self.test!r}, num_classes={self.num_classes}, eps={fraction(self.eps)}"
+        return f"DataSplits({self.name!r}, {parts})"
+
+
+def _radius(eps: Any) -> float:
+    """Raises ValueError unless it lies in (0, 1)."""
+    try:
+        value = number(eps.item() if isinstance(eps, np.generic) else eps)
+        if 0 < value < 1:
+            return value
+    except ValueError:
+        pass
+    raise ValueError(
+        f"eps must be a number > 0 and < 1, got {shown(eps)}; images are in [0, 1], so write 8/255 instead of 8"
+    )
+
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
     """A tensor, or an array of NumPy as one: labels of any integer type as int64. Raises ValueError."""
     if isinstance(value, np.ndarray):
         if name == "labels" and value.dtype.kind in "iu":
-            value = value.astype(np.int64)
+            value = value.astype(np.int64)  # of either byte order
         try:
-            return torch.from_numpy(np.ascontiguousarray(value))
+            value = torch.from_numpy(np.ascontiguousarray(value))
         except TypeError as error:  # objects, texts
             raise ValueError(f"{name} must hold numbers, got an array of {value.dtype}") from error
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor or an array of NumPy, got {type(value).__name__}")
-    return value
+    whole = value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
+    return value.long() if name == "labels" and whole else value
 
 
 def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data import Batch
-from ..options import canonical, nearest, shown
+from ..options import canonical, shown, suggestion
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
@@ -75,10 +75,7 @@ def get(name: str) -> type[Method]:
     """The method of that name, in capitals or not. Raises ValueError that names the nearest one."""
     name = canonical(name, _METHODS)
     if name not in _METHODS:
-        raise ValueError(
-            f"method: no method {shown(name)}; the nearest is {nearest(name, _METHODS)!r} "
-            f"(known: {', '.join(_METHODS)})"
-        )
+        raise ValueError(f"method: no method {shown(name)}{suggestion(name, _METHODS)} (known: {', '.join(_METHODS)})")
     return _METHODS[name]
 
 
@@ -96,7 +93,6 @@ def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Meth
             if not known:
                 raise ValueError(f"{method.name} has no hyper-parameter {shown(key)}: it has none at all")
             raise ValueError(
-                f"{method.name} has no hyper-parameter {shown(key)}; the nearest is {nearest(key, known)!r} "
-                f"(known: {', '.join(known)})"
+                f"{method.name} has no hyper-parameter {shown(key)}{suggestion(key, known)} (known: {', '.join(known)})"
             )
     return method(eps=eps, **(hyper or {}))

@@ -15,7 +15,7 @@ from atlas_kernels.attacks.contract import leave_no_trace
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import nearest, option
+from ..options import option, suggestion
 from .base import Descent, Method, Metrics, OfEps, State
 from .terms import accuracy, uncompiled, update_statistics
 
@@ -130,7 +130,7 @@ class FirstLayer:
         self.model, self.name = model, name
         modules = dict(model.named_modules())
         if name is not None and name not in modules:
-            raise ValueError(f"yopo: first_layer {name!r} is no module; the nearest is {nearest(name, modules)!r}")
+            raise ValueError(f"yopo: first_layer {name!r} is no module{suggestion(name, modules)}")
         layers = [m for m in modules.values() if isinstance(m, _LAYERS)] if name is None else [modules[name]]
         if not layers:
             raise ValueError(

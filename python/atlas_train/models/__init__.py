@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from ..options import canonical, nearest, shown
+from ..options import canonical, plain, shown, suggestion
 from .classifier import Classifier, Normalize
 from .digits_net import DigitsNet
 from .imported import build_imported, is_import_path, require_usable
@@ -108,8 +108,9 @@ def network(name: str, *, num_classes: int, in_channels: int, width: int | None 
 
 def _check_name(argument: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
+    if str(name).endswith(".py"):
+        raise ValueError(f"model: {shown(name)} is no network; for code of your own write {plain(name)}:factory")
     if name not in known:
         raise ValueError(
-            f"{argument}: nothing known as {shown(name)}; the nearest is {nearest(name, known)!r} "
-            f"(known: {', '.join(known)})"
+            f"{argument}: nothing known as {shown(name)}{suggestion(name, known)} (known: {', '.join(known)})"
         )

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks.contract import leave_no_trace
 from atlas_kernels.outputs import logits_of
 
-from ..options import nearest, one_line, plain
+from ..options import one_line, plain, suggestion
 
 
 def is_import_path(name: str | None) -> bool:
@@ -75,13 +76,20 @@ def require_usable(model: nn.Module, name: str, images: Tensor, num_classes: int
 
     images: some of the data set, [B, C, H, W] in [0, 1], on the network's device.
     """
+    if lazy := next((key for key, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)), None):
+        where = "in the factory, before it returns the model" if is_import_path(name) else "before you give it"
+        raise ValueError(
+            f"model {plain(name)}: {plain(lazy)} is not initialised yet: run the model once, on images "
+            f"{list(images.shape)}, {where}"
+        )
     given = f"model {plain(name)}, given images {list(images.shape)} in [0, 1],"
     key = noise_key(images.device, generator=torch.Generator(images.device).manual_seed(0))
     try:
         with leave_no_trace(model, "eval", key), torch.no_grad():
             logits = logits_of(model(images))
     except Exception as error:
-        remedy = "; a factory that takes in_channels is told how many the images have" if is_import_path(name) else ""
+        told = is_import_path(name) and "channels" in str(error)
+        remedy = "; a factory that takes in_channels is told how many the images have" if told else ""
         raise ValueError(f"{given} fails: {one_line(error)}{remedy}") from error
     if logits.dim() != 2 or len(logits) != len(images):
         raise ValueError(f"{given} must give logits [{len(images)}, {num_classes}], got {list(logits.shape)}")
@@ -96,8 +104,7 @@ def _factory(path: str) -> Any:
     module = _from_file(path, Path(where)) if where.endswith(".py") else _from_name(path, where)
     public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if not hasattr(module, name):
-        near = f"; the nearest is {nearest(name, public)!r}" if public else ""
-        raise ValueError(f"model {path!r}: {where} has no {name!r}{near}")
+        raise ValueError(f"model {path!r}: {where} has no {name!r}{suggestion(name, public)}")
     if not callable(factory := getattr(module, name)):
         raise ValueError(f"model {path!r}: {name} must be a class or a function, got {type(factory).__name__}")
     return factory
