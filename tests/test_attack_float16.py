@@ -475,7 +475,7 @@ def test_compiled_code_is_looked_into_once_and_leaves_no_trace(case) -> None:
     net, x, y = case
     model = Losing(nn.Sequential(*net[:6], nn.Dropout(0.2), *net[6:]), "activations").train()
     compiled = torch.compile(model, backend="aot_eager")
-    leaf, state, buffers = x.requires_grad_(), torch.get_rng_state(), copy.deepcopy(dict(model.named_buffers()))
+    leaf, buffers = x.requires_grad_(), copy.deepcopy(dict(model.named_buffers()))
     z = compiled(leaf)
     moved, passes = copy.deepcopy(dict(model.named_buffers())), model.passes
     assert not torch.equal(moved["net.1.running_mean"], buffers["net.1.running_mean"])
@@ -483,6 +483,44 @@ def test_compiled_code_is_looked_into_once_and_leaves_no_trace(case) -> None:
     assert not any(float16.is_used(compiled, leaf, z) for _ in range(3))
     assert model.passes == passes + 1 and torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(dict(model.named_buffers()), moved, rtol=0, atol=0)
+
+
+class Own(nn.Module):
+    """It runs in float16 whatever autocast is outside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.float16):
+            z = self.net(x)
+        return torch.sigmoid(z.float()) * 8
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_row_that_is_lost_under_an_autocast_within_is_computed_in_float32(case, how) -> None:
+    net, x, y = case
+    x[::2, 0, 0, 0], x[1::2, 0, 0, 0] = 0.9, 0.1
+    model, attack = Own(Losing(net, how)), PGD(EPS, steps=3, random_start=False, norm="l2")
+    adv = attack(model, x, y)
+    wide = attack(nn.Sequential(net, nn.Sigmoid(), Scaled(nn.Identity(), 8.0)).eval(), x, y)
+    torch.testing.assert_close(adv[::2], wide[::2], rtol=0, atol=1e-5)
+    assert not still(adv, x).any() and not torch.equal(adv[1::2], wide[1::2])
+
+
+def test_float16_is_seen_within_torchscript(device) -> None:
+    x, y = torch.rand(4, 8, device=device), torch.arange(4, device=device)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        low, wide = (torch.jit.trace(m.eval(), x) for m in (Own(plain), nn.Sequential(plain, nn.Sigmoid())))
+    for model in (low, wide):
+        for _ in range(3):  # the profiling of its executor
+            leaf = x.clone().requires_grad_()
+            z = model(leaf)
+        assert float16.is_used(model, leaf, z) == (model is low)
+    assert not still(PGD(EPS, steps=1, random_start=False)(low, x, y), x).any()
 
 
 def test_float16_is_seen_where_it_is(case) -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Made = tuple[Tensor, ...]
 
-#: Networks that ran in float16 by themselves when last attacked; and whether closed nodes of networks hold it.
+#: Networks that ran in float16 by themselves when last attacked; and of networks, whether their closed nodes hold it.
 _seen: WeakSet[Any] = WeakSet()
 _closed: WeakKeyDictionary[Any, WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
 _CLOSED = ("DifferentiableGraph", "CppNode")  # of TorchScript, and of C++
@@ -58,7 +58,8 @@ _EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32
 
 def is_asked_for(model: Model, x: Tensor) -> bool:
     """Whether ``model`` will run in float16, as far as can be told before: also that it did when last attacked."""
-    return _is_given(model, x) or model in _seen if _lasts(model) else _is_given(model, x)
+    known = (model, *modules_of(model)) if _lasts(model) else modules_of(model)
+    return _is_given(model, x) or any(part in _seen for part in known)
 
 
 def is_used(model: Model, x: Tensor, z: Tensor) -> bool:
@@ -150,7 +151,7 @@ def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:
 def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
     """Inside, the function yielded is ``model`` in float32, with float32 copies of the weights where need be.
 
-    Its own casts to float16 are to float32, also those of an autocast inside it; what is compiled runs as it was.
+    Its own casts to float16, also of an autocast inside it, are casts to float32; compiled code runs uncompiled.
     """
     low: dict[str, Tensor] = {}
     if isinstance(model, nn.Module):
@@ -241,10 +242,10 @@ def _by_autocast(x: Tensor) -> bool:
 
 def _is_given(model: Model, x: Tensor) -> bool:
     """Whether images, autocast or a tensor of the model's modules are of float16."""
+    if x.dtype == torch.float16 or _by_autocast(x):
+        return True
     tensors = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules_of(model))
-    return (
-        x.dtype == torch.float16 or _by_autocast(x) or any(t is not None and t.dtype == torch.float16 for t in tensors)
-    )
+    return any(t is not None and t.dtype == torch.float16 for t in tensors)
 
 
 def _lasts(model: Model) -> bool:
@@ -274,6 +275,8 @@ def _is_watched(model: Model, x: Tensor) -> bool:
 
 
 class _Watch(TorchDispatchMode):
+    """Notes whether an operation has a result of float16."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found = False
@@ -285,6 +288,8 @@ class _Watch(TorchDispatchMode):
 
 
 class _InFloat32(TorchDispatchMode):
+    """Operations that are asked for float16, as casts are, give float32."""
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("dtype") == torch.float16:
@@ -293,7 +298,7 @@ class _InFloat32(TorchDispatchMode):
 
 
 def _not_compiled() -> AbstractContextManager[object]:
-    """Inside, what ``torch.compile`` has compiled runs as it was written."""
+    """Inside, what ``torch.compile`` has compiled runs uncompiled."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
