@@ -274,7 +274,13 @@ def _is_watched(model: Model, x: Tensor) -> bool:
     return watch.found
 
 
-class _Watch(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiled runs in it, and a wrapper against that takes seconds to import
+
+
+class _Watch(_Mode):
     """Notes whether an operation has a result of float16."""
 
     def __init__(self) -> None:
@@ -287,7 +293,7 @@ class _Watch(TorchDispatchMode):
         return made
 
 
-class _InFloat32(TorchDispatchMode):
+class _InFloat32(_Mode):
     """Operations that are asked for float16, as casts are, give float32."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
