@@ -260,16 +260,18 @@ def test_models_and_images_in_half_precision(case, mode) -> None:
 
 
 class Stubborn(Losing):
-    """It runs in float16 whatever is asked."""
+    """It has no kernel but for float16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.half())
+        if x.dtype != torch.float16:
+            raise RuntimeError(f"not implemented for {x.dtype}")
+        return super().forward(x)
 
 
 def test_a_model_that_cannot_run_in_float32_is_told_of(case) -> None:
     net, x, y = case
     with pytest.warns(UserWarning, match="the model does not run in float32"):
-        PGD(EPS, steps=1)(Stubborn(net.half(), "vanishes"), x, y)
+        PGD(EPS, steps=1)(Stubborn(net.half(), "vanishes"), x.half(), y)
 
 
 def test_nothing_is_computed_again_for_nothing(case) -> None:
@@ -402,16 +404,135 @@ def test_within_a_graph_of_others_it_is_float32(case, half) -> None:
     assert different.double().mean() <= (0.005 if half else 0)
 
 
+class Far(nn.Module):
+    """A body in float16, under an autocast of its own or by its weights, and a head in float32."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.body, self.how = copy.deepcopy(net[:7]), how
+        torch.manual_seed(0)
+        hidden, norm, last = nn.Linear(64, 64), nn.BatchNorm1d(64) if how == "half" else nn.LayerNorm(64), net[7]
+        self.head = nn.Sequential(hidden, norm, nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        self.head.to(last.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "half":
+            h = self.body(x.to(self.body[0].weight.dtype)).float()
+        else:
+            with torch.autocast(x.device.type, torch.float16, enabled=self.how == "autocast"):
+                h = self.body(x)
+            h = h.float()
+        return self.head(h) * 40
+
+    def fitted(self, x: Tensor, y: Tensor) -> Far:
+        optimizer = torch.optim.Adam(self.parameters(), 3e-3)
+        for _ in range(30):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(self(x) / 40, y).backward()
+            optimizer.step()
+        return self.eval()
+
+    def made(self, how: str) -> nn.Module:
+        """The same network, run as ``how`` says."""
+        net = copy.deepcopy(self)
+        net.how = how.split()[-1]
+        if net.how == "half":
+            net.body.half()
+        return torch.compile(net, backend="aot_eager") if how.startswith("compiled") else net
+
+
+FAR = ["autocast", "half", "compiled autocast", "compiled half"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("how", FAR)
+def test_float16_far_from_the_logits_is_attacked_as_strongly(case, how, norm) -> None:
+    net, x, y = case
+    wide = Far(net, "half" if how.endswith("half") else "fp32").fitted(x, y)
+    wide, low = wide.made("fp32"), wide.made(how)
+    attack = PGD(EPS if norm == "linf" else 1.0, steps=5, random_start=False, norm=norm)
+    expected, adv = attack(wide, x, y), attack(low, x, y)
+    assert not (still(adv, x) & ~still(expected, x)).any()
+    assert abs(accuracy(wide, "eval", adv, y) - accuracy(wide, "eval", expected, y)) <= 0.024
+    assert accuracy(wide, "eval", x, y) > 0.9 > accuracy(wide, "eval", expected, y) + 0.2
+
+
+@pytest.mark.parametrize("how", FAR)
+def test_within_a_graph_of_others_far_float16_is_float32_once_it_was_seen(case, how) -> None:
+    net, x, y = case
+    wide = Far(net, "half" if how.endswith("half") else "fp32").fitted(x, y)
+    wide, low, attack = wide.made("fp32"), wide.made(how), PGD(EPS, steps=2, random_start=False)
+    if how.endswith("half"):
+        wide.body = copy.deepcopy(low.body).float()  # of weights rounded
+    attack(low, x, y)
+    assert float16.is_asked_for(low, x) and not float16.is_asked_for(wide, x)
+    recorder: Callable[..., Any] = cuda_graph if x.is_cuda else recorded
+    graph = Capture(lambda *given: attack(low, *given), [x, y], recorder=recorder)
+    torch.testing.assert_close(graph(x, y), attack(wide, x, y), rtol=0, atol=1e-6)
+
+
+def test_compiled_code_is_looked_into_once_and_leaves_no_trace(case) -> None:
+    net, x, y = case
+    model = Losing(nn.Sequential(*net[:6], nn.Dropout(0.2), *net[6:]), "activations").train()
+    compiled = torch.compile(model, backend="aot_eager")
+    leaf, buffers = x.requires_grad_(), copy.deepcopy(dict(model.named_buffers()))
+    z = compiled(leaf)
+    moved, passes = copy.deepcopy(dict(model.named_buffers())), model.passes
+    assert not torch.equal(moved["net.1.running_mean"], buffers["net.1.running_mean"])
+    state = torch.get_rng_state()
+    assert not any(float16.is_used(compiled, leaf, z) for _ in range(3))
+    assert model.passes == passes + 1 and torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(dict(model.named_buffers()), moved, rtol=0, atol=0)
+
+
+class Own(nn.Module):
+    """It runs in float16 whatever autocast is outside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.float16):
+            z = self.net(x)
+        return torch.sigmoid(z.float()) * 8
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_row_that_is_lost_under_an_autocast_within_is_computed_in_float32(case, how) -> None:
+    net, x, y = case
+    x[::2, 0, 0, 0], x[1::2, 0, 0, 0] = 0.9, 0.1
+    model, attack = Own(Losing(net, how)), PGD(EPS, steps=3, random_start=False, norm="l2")
+    adv = attack(model, x, y)
+    wide = attack(nn.Sequential(net, nn.Sigmoid(), Scaled(nn.Identity(), 8.0)).eval(), x, y)
+    torch.testing.assert_close(adv[::2], wide[::2], rtol=0, atol=1e-5)
+    assert not still(adv, x).any() and not torch.equal(adv[1::2], wide[1::2])
+
+
+def test_float16_is_seen_within_torchscript(device) -> None:
+    x, y = torch.rand(4, 8, device=device), torch.arange(4, device=device)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        low, wide = (torch.jit.trace(m.eval(), x) for m in (Own(plain), nn.Sequential(plain, nn.Sigmoid())))
+    for model in (low, wide):
+        for _ in range(3):  # the profiling of its executor
+            leaf = x.clone().requires_grad_()
+            z = model(leaf)
+        assert float16.is_used(model, leaf, z) == (model is low)
+    assert not still(PGD(EPS, steps=1, random_start=False)(low, x, y), x).any()
+
+
 def test_float16_is_seen_where_it_is(case) -> None:
     net, x, y = case
     leaf = x.requires_grad_()
-    assert not float16.is_used(leaf, net(leaf))
+    assert not float16.is_used(net, leaf, net(leaf))
     with torch.autocast(x.device.type, torch.float16):
         z = net(leaf)
-        assert float16.is_used(leaf, net(leaf).float())
-    assert all(float16.is_used(leaf, made) for made in (z, z.float(), z.float().softmax(1).log() / 2))
+        assert float16.is_used(net, leaf, net(leaf).float())
+    assert all(float16.is_used(net, leaf, made) for made in (z, z.float(), z.float().softmax(1).log() / 2))
     with torch.autocast(x.device.type, torch.bfloat16):
-        assert not float16.is_used(leaf, net(leaf))
+        assert not float16.is_used(net, leaf, net(leaf))
     loose = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False)).eval()
     assert float16.are_coupled(loose) and float16.are_coupled(net.train()) and not float16.are_coupled(net.eval())
 

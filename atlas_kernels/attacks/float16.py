@@ -10,48 +10,88 @@ train mode with the whole batch. The host has to look for that. A CUDA graph of 
 replay (``graphs.py``); in a graph that others record nobody can, so a network that is known to run in float16 runs in
 float32 there.
 
+Whether float16 is in the network at all is found once per attack: by its tensors, autocast, and the whole autograd
+graph of its logits. Where a node of that is closed, as the one of ``torch.compile``, a forward of two samples is
+watched, once per network and compiled code. Not seen are kernels in float16 that are not torch's and take and return
+other types; and in a graph that others record, a closed node of a network that was not attacked before.
+
 bfloat16 has the range of float32, but for the smallest denormal numbers, for which a constant makes up.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..capture import capturing
 from ..layout import compute_dtype
-from .held import generators, modes_of, put_back
+from .held import generators, modes_of, modules_of, put_back
 
 if TYPE_CHECKING:
     from .objective import Model, Objective
 
 Made = tuple[Tensor, ...]
 
-#: How far back from the logits float16 is looked for, in operations.
-_NEAR = 8
+#: Networks that ran in float16 by themselves when last attacked; and of networks, whether their closed nodes hold it.
+_seen: WeakSet[Any] = WeakSet()
+_closed: WeakKeyDictionary[Any, WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
+_CLOSED = ("DifferentiableGraph", "CppNode")  # of TorchScript, and of C++
 #: From the smallest number of float32 to a normal one of bfloat16.
 LIFT = 2.0**24
 _EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000  # bits of float32: its exponent, 2^-126 and 2^127
 
 
 def is_asked_for(model: Model, x: Tensor) -> bool:
-    """Whether ``model`` will run in float16, as far as can be told before."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return x.dtype == torch.float16 or _by_autocast(x) or any(p.dtype == torch.float16 for p in parameters)
+    """Whether ``model`` will run in float16, as far as can be told before: also that it did when last attacked."""
+    known = (model, *modules_of(model)) if _lasts(model) else modules_of(model)
+    return _is_given(model, x) or any(part in _seen for part in known)
 
 
-def is_used(x: Tensor, z: Tensor) -> bool:
-    """Whether the network that made z of x ran in float16, as far as its last operations tell."""
-    return torch.float16 in (x.dtype, z.dtype) or _by_autocast(x) or _is_near(z)
+def is_used(model: Model, x: Tensor, z: Tensor) -> bool:
+    """Whether ``model``, which made z of x, ran in float16 anywhere; without a graph of z, as far as can be told."""
+    if _is_given(model, x) or z.dtype == torch.float16:
+        return True
+    if z.grad_fn is None:
+        return is_asked_for(model, x)
+    found, closed = is_in_graph(z)
+    found = found or (bool(closed) and _is_closed_in(model, x, closed))
+    if _lasts(model):
+        (_seen.add if found else _seen.discard)(model)
+    return found
+
+
+def is_in_graph(z: Tensor) -> tuple[bool, set[type]]:
+    """Whether an operation in the graph of z has a result of float16; and the kinds of nodes that do not show theirs,
+    as far as they were reached."""
+    left: list[Any] = [z.grad_fn] if z.grad_fn is not None else []
+    reached = set(left)
+    closed: set[type] = set()
+    while left:
+        node = left.pop()
+        if any([result.dtype == torch.float16 for result in getattr(node, "_input_metadata", ())]):
+            return True, closed
+        if isinstance(node, BackwardCFunction) or any([name in node.name() for name in _CLOSED]):
+            closed.add(type(node))
+        for before, _ in node.next_functions:
+            if before is not None and before not in reached:
+                reached.add(before)
+                left.append(before)
+    return False, closed
 
 
 def are_coupled(model: Model) -> bool:
@@ -62,12 +102,12 @@ def are_coupled(model: Model) -> bool:
     return training or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
-def pull_back(z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
-    """d(z . cotangent)/dx; where z was made in float16, of a cotangent in float32, and in float32.
+def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
+    """d(z . cotangent)/dx, z = model(x); where that runs in float16, of a cotangent in float32, and in float32.
 
     coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
     """
-    if is_used(x, z):
+    if is_used(model, x, z):
         grad, unit, _ = _pulled_back(z, x, cotangent, coupled)
         return grad * unit
     return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
@@ -109,7 +149,10 @@ def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:
 
 @contextmanager
 def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
-    """Inside, the function yielded is ``model`` in float32, with float32 copies of the weights where need be."""
+    """Inside, the function yielded is ``model`` in float32, with float32 copies of the weights where need be.
+
+    Its own casts to float16, also of an autocast inside it, are casts to float32; compiled code runs uncompiled.
+    """
     low: dict[str, Tensor] = {}
     if isinstance(model, nn.Module):
         named = chain(model.named_parameters(), model.named_buffers())
@@ -122,13 +165,14 @@ def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
             return made
         return model(images)
 
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), _not_compiled(), _InFloat32():
         yield network
 
 
 def _gradient(goal: Objective, model: Model, x: Tensor) -> Made:
     leaf, z = goal.traced(model, x)
-    return z.detach(), pull_back(z, leaf, goal.cotangent(_wide(z)), coupled=bool(goal.coupled))
+    grad, unit, _ = _pulled_back(z, leaf, goal.cotangent(_wide(z)), bool(goal.coupled))
+    return z.detach(), grad * unit
 
 
 def _mended(
@@ -196,17 +240,74 @@ def _by_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
-def _is_near(z: Tensor) -> bool:
-    """Whether one of the last operations has a result of float16."""
-    nodes = [z.grad_fn]
-    for node in nodes:  # which grow
-        if node is None:
-            continue
-        if any(result.dtype == torch.float16 for result in getattr(node, "_input_metadata", ())):
+def _is_given(model: Model, x: Tensor) -> bool:
+    """Whether images, autocast or a tensor of the model's modules are of float16."""
+    if x.dtype == torch.float16 or _by_autocast(x):
+        return True
+    tensors = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules_of(model))
+    return any(t is not None and t.dtype == torch.float16 for t in tensors)
+
+
+def _lasts(model: Model) -> bool:
+    """Whether something may be noted of it: a bound method is another object at each call."""
+    return isinstance(model, nn.Module | FunctionType)
+
+
+def _is_closed_in(model: Model, x: Tensor, closed: set[type]) -> bool:
+    """Whether nodes of these kinds, in the graph of model(x), hold float16. Where it cannot be told, they do: then a
+    row without a gradient costs more, and none is lost."""
+    known = _closed.setdefault(model, WeakKeyDictionary()) if _lasts(model) else WeakKeyDictionary()
+    if any(kind not in known for kind in closed):
+        if capturing(x.is_cuda):
             return True
-        if len(nodes) < _NEAR:
-            nodes += [before for before, _ in node.next_functions]
-    return False
+        known.update(dict.fromkeys(closed, _is_watched(model, x.detach()[:2])))
+    return any(known[kind] for kind in closed)
+
+
+def _is_watched(model: Model, x: Tensor) -> bool:
+    """Whether an operation of a forward has a result of float16, or the forward fails."""
+    try:
+        with _leaving_state(model, x, True), torch.no_grad(), _not_compiled(), _Watch() as watch:
+            model(x)
+    except Exception:
+        return True
+    return watch.found
+
+
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiled runs in it, and a wrapper against that takes seconds to import
+
+
+class _Watch(_Mode):
+    """Notes whether an operation has a result of float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        self.found |= any(isinstance(t, Tensor) and t.dtype == torch.float16 for t in tree_leaves(made))
+        return made
+
+
+class _InFloat32(_Mode):
+    """Operations that are asked for float16, as casts are, give float32."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") == torch.float16:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return operation(*args, **kwargs)
+
+
+def _not_compiled() -> AbstractContextManager[object]:
+    """Inside, what ``torch.compile`` has compiled runs uncompiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class Objective:
         if not len(x):
             return self.logits(model, x), torch.zeros_like(x)
         if float16.unwatched(self, model, x):
+            self.coupled = float16.are_coupled(model) if self.coupled is None else self.coupled
             with float16.in_float32(model, x) as network:
                 return self._gradient(network, x.to(compute_dtype(x.dtype)), sized)
         return self._gradient(model, x, sized)
@@ -136,7 +137,7 @@ class Objective:
     def _gradient(self, model: Model, x: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
         leaf, z = self.traced(model, x)
         if self.in_float16 is None:
-            self.in_float16 = float16.is_used(leaf, z)
+            self.in_float16 = float16.is_used(model, leaf, z)
         if self.in_float16:
             return float16.gradient(self, model, leaf, z, sized)
         if z.dtype == torch.bfloat16:
@@ -171,7 +172,8 @@ class Objective:
             with float16.in_float32(model, x) as network:
                 return self.logits(network, x)
         z = self.logits(model, x)
-        return float16.logits(self, model, x, z) if float16.is_used(x, z) else z
+        low = float16.is_used(model, x, z) if self.in_float16 is None else self.in_float16
+        return float16.logits(self, model, x, z) if low else z
 
 
 def never_alone(model: Model, x: Tensor) -> Model:

@@ -59,7 +59,8 @@ class _WeightPerturbation:
             for _, weight in named:
                 weight.requires_grad_(True)  # here the weights are what is attacked
             value = loss()
-            if float16.is_asked_for(self.model, value):  # the length of the gradient cancels, so it need not underflow
+            # The length of the gradient cancels, so it need not underflow.
+            if float16.is_asked_for(self.model, value) or float16.is_in_graph(value)[0]:
                 value = value / value.detach().clamp_min(torch.finfo(torch.float32).tiny)
             gradients = torch.autograd.grad(value, [weight for _, weight in named], allow_unused=True)
         return weight_directions(named, gradients)

@@ -54,7 +54,7 @@ class BackwardSmoothing(Method):
             target = clean + self.gamma * uniform(clean, key, ids, 1)
             cotangent = attack_cotangent(clean, objective="kl", reference=target, descend=True).cotangent
             assert cotangent is not None
-            grad = pull_back(logits, leaf, cotangent)
+            grad = pull_back(model, logits, leaf, cotangent)
         start = pgd_step(x, grad, x, self.eps, step_size)
         attack = PGD(self.eps, step_size, self.steps, objective="kl")
         return attack(model, x, reference_logits=clean, start=start, key=key, ids=ids)

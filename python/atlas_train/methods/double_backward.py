@@ -35,7 +35,7 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     with twice_differentiable():
         logits = logits_of(uncompiled(model)(leaf))
     losses = cross_entropy(logits, y, reduction="none")
-    if not float16.is_used(leaf, logits):
+    if not float16.is_used(model, leaf, logits):
         return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
     cotangent = attack_cotangent(wide(logits.detach()), y).cotangent
     assert cotangent is not None

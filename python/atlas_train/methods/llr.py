@@ -120,7 +120,7 @@ class LLR(Method):
                 rise, _, value = attack_cotangent(wide(logits.detach()), batch.y, return_value=True)
                 assert rise is not None and value is not None
                 sign = (value - losses - _dot(d, grad)).sign()
-                up = pull_back(logits, leaf, rise * sign[:, None])
+                up = pull_back(network, logits, leaf, rise * sign[:, None])
                 if self.ascent == "exact":
                     up = up - sign.view(-1, *[1] * (x.ndim - 1)) * grad
                 mean = BETAS[0] * mean + (1 - BETAS[0]) * up
