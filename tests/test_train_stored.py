@@ -25,6 +25,7 @@ from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, from_file, recorded, resolved
 from atlas_train.data import DataSplits, Images, identity
 from atlas_train.interrupts import Terminated
+from atlas_train.passes import passes_per_step
 from atlas_train.results import commit
 from atlas_train.stored import evaluate_checkpoint, resume
 from bars import TINY, same, splits, weights
@@ -232,6 +233,83 @@ def test_a_network_of_ones_own_goes_on_from_the_import_path_of_its_class(
     assert resume("run", model="nets.py:Mine", epochs=1).epoch == 1
     assert cli.main([*again, "--model", str(tmp_path / "nets.py:Mine")]) == 0
     assert checkpoint.load("run")["arch"]["name"] == "nets.py:Mine"  # and not where it lies
+
+
+class Odd(nn.Module):
+    """A network whose state_dict is unusual: ``kind`` says how."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.linear, self.kind = nn.Linear(64, 64), nn.Linear(64, 4), kind
+        if kind == "tied":
+            self.second = self.first
+        elif kind == "view":
+            self.register_buffer("whole", torch.arange(10.0))
+            self.register_buffer("part", self.get_buffer("whole")[::2])
+        elif kind == "complex":
+            self.phase = nn.Parameter(torch.ones(64, dtype=torch.cfloat))
+        elif kind == "expanded":
+            self.register_buffer("same", torch.zeros(1).expand(8))
+        elif kind == "sparse":
+            self.register_buffer("rare", torch.eye(3).to_sparse())
+        elif kind == "complex128":
+            self.register_buffer("wide", torch.zeros(3, dtype=torch.complex128))
+        elif kind == "lock":
+            self.lock = threading.Lock()
+
+    def get_extra_state(self) -> Any:
+        return {"own": {"seen": 1}, "code": {"call": checkpoint.save}}.get(self.kind, {})
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu()
+        x = (x * self.phase).real if self.kind == "complex" else x
+        return self.linear(self.second(x) if self.kind == "tied" else x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["tied", "view", "own", "complex"])
+def test_a_network_with_an_unusual_state_goes_on_and_is_exported(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    settings = {"splits": splits(), "folder": tmp_path}
+    whole = engine.train(TrainConfig(**STANDARD | {"epochs": 2}), splits=splits(), model=Odd(kind))
+    display = Lines()
+    config = TrainConfig(**STANDARD | {"epochs": 2})
+    engine.train(config, **settings, model=Odd(kind), display=display, on_epoch=lambda row: True)
+    assert display.said == ["model.safetensors will hold tensors alone, without _extra_state"]
+    again = resume(tmp_path, splits=splits(), model=Odd(kind))
+    network, _ = checkpoint.load_model(tmp_path / "model.safetensors", Odd(kind))
+    assert same(tensors(again.model), tensors(whole.model)) and same(tensors(network), tensors(whole.model))
+
+
+def test_a_network_that_cannot_be_copied_has_no_count_of_passes() -> None:
+    assert passes_per_step(engine.train(TrainConfig(**STANDARD), splits=splits(), model=Odd("lock"))) is None
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("expanded", {}, "same of the network cannot be kept in a checkpoint .*it is expanded"),
+        ("sparse", {}, "rare of the network .*it is not a dense tensor"),
+        ("complex128", {}, "wide of the network .*complex128"),
+        ("code", {}, "_extra_state of the network cannot be kept in a checkpoint"),
+        ("lock", {"averaging": "ema"}, "averaging 'ema' needs a copy of the network, .*cannot pickle.*'none'"),
+    ],
+)
+def test_a_network_that_cannot_be_kept_is_refused_before_the_first_step(
+    kind: str, changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(engine, "fit", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        engine.train(TrainConfig(**STANDARD | changed), splits=splits(), model=Odd(kind), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Scaled(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -180,11 +181,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kept = _KEPT[type(optimizer).__name__]
     for number, state in saved["state"].items():
+        is_complex = number < len(parameters) and parameters[number].is_complex()
         fits = (
             number < len(parameters)
             and (not state or state.keys() == kept)
             and all(
-                value.shape == (() if name == "step" else parameters[number].shape) and value.is_floating_point()
+                value.shape == (() if name == "step" else parameters[number].shape)
+                and (value.is_complex() if is_complex and name != "step" else value.is_floating_point())
                 if value is not None
                 else name == "momentum_buffer"  # before the first step
                 for name, value in state.items()
@@ -213,15 +216,56 @@ def fingerprint(model: nn.Module) -> str:
 def export_state_dict(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """The bare state_dict, for others to load: .safetensors (with ``metadata``), or torch.save for another suffix."""
+    """The bare state_dict, for others to load: .safetensors (with ``metadata``), or torch.save for another suffix.
+
+    Each entry is a copy of its own, also of weights that are tied. What is no tensor is left out.
+    """
     path = Path(path)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    entries = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in entries.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
         write_atomically(path, lambda temporary: save_file(weights, str(temporary), metadata=dict(metadata or {})))
     else:
         write_atomically(path, lambda temporary: torch.save(weights, temporary))
+
+
+def require_exportable(model: nn.Module) -> str | None:
+    """What an export of the network leaves out, in words, or None.
+
+    Raises ValueError, naming the entry of its state_dict, for what a checkpoint or an export cannot hold.
+    """
+    left_out = []
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            left_out.append(name)
+        try:
+            _require_storable(value)
+        except Exception as error:  # what a module gives as its own state may raise anything
+            raise ValueError(
+                f"{plain(name)} of the network cannot be kept in a checkpoint ({one_line(error)}): register a dense "
+                "tensor with memory of its own or plain values instead, or a buffer with persistent=False"
+            ) from error
+    return f"{export_name()} will hold tensors alone, without {', '.join(map(plain, left_out))}" if left_out else None
+
+
+def _require_storable(value: Any) -> None:
+    """Raises an error unless ``value`` can be read again from a checkpoint and, if it is a tensor, be exported."""
+    file = io.BytesIO()
+    if not isinstance(value, Tensor):
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+        return
+    if value.layout != torch.strided or value.is_quantized:
+        raise TypeError("it is not a dense tensor")
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise TypeError("it is expanded: several of its elements share memory")
+    if export_name().endswith(".safetensors"):
+        from safetensors.torch import save as to_bytes  # type: ignore[import-not-found,unused-ignore]
+
+        to_bytes({"value": torch.zeros(1, dtype=value.dtype)})  # some types of numbers are not in that format
 
 
 def export_name() -> str:
@@ -259,6 +303,8 @@ def load_network(
                 "into it, or say how it is built, --model package.module:factory"
             )
     built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, found)
+    if found.suffix == ".safetensors":  # which holds tensors alone
+        weights = weights | {name: own for name, own in built.state_dict().items() if not isinstance(own, Tensor)}
     load_weights(built, weights, found)
     if description.get("answers"):
         schema.require_keys(description, ("data",), plain(found))
