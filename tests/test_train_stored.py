@@ -542,8 +542,13 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_folder(beside: tuple[str, 
     assert checkpoint.load(tmp_path / "there")["epoch"] == 2
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_from_before_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_what_cannot_be_written_is_named_and_the_checkpoint_from_before_stays(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("safetensors")
+    if full:  # the same errors, of a disk
+        monkeypatch.setattr(checkpoint, "_is_too_large", lambda *args: False)
     path, big = tmp_path / "last.pt", nn.Linear(500, 500)
     checkpoint.save(path, {"model": {"w": torch.ones(2)}})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -554,7 +559,8 @@ def test_a_full_disk_is_named_and_the_checkpoint_from_before_stays(tmp_path: Pat
             "model.safetensors": lambda path: checkpoint.export_state_dict(big, path),
             "log.csv": lambda path: checkpoint.write_text(path, "x" * 300_000),
         }.items():
-            message = rf"{tmp_path / name} could not be written: its disk takes no more \([\d,.]+ MB free\)"
+            why = r"its disk takes no more \([\d,.]+ MB free\)" if full else r"it is larger .* \(ulimit -f\)"
+            message = rf"{tmp_path / name} could not be written: {why}.*try again$"
             with pytest.raises(OSError, match=message):
                 write(tmp_path / name)
     finally:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import stat
 import warnings
@@ -51,10 +52,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:
         if not _is_full(error):
             raise
+        if _is_too_large(error, temporary):
+            raise OSError(
+                f"{plain(path)} could not be written: it is larger than this process may write (ulimit -f). What lay "
+                "there before is as it was. Raise that limit and try again"
+            ) from error
         free = shutil.disk_usage(path.parent).free + 512 * temporary.stat().st_blocks  # the half of it will go
         raise OSError(
             f"{plain(path)} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there "
-            "before is as it was. Make room and try again; a run goes on with --resume"
+            "before is as it was. Make room and try again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -66,6 +72,14 @@ def _is_full(error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     codes = [f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     return any(words in str(error) for words in ("inline_container", "iostream error", *codes))
+
+
+def _is_too_large(error: Exception, path: Path) -> bool:
+    """Whether ``path`` came to the process's limit on the size of a file. torch does not say so, the others do."""
+    if isinstance(error, OSError) or "os error" in str(error):
+        return getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return limit != resource.RLIM_INFINITY and path.stat().st_size >= limit
 
 
 def write_json(path: Path, value: Any) -> None:
