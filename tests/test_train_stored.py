@@ -449,6 +449,29 @@ def test_methods_are_added_to_what_is_there(tmp_path: Path) -> None:
         quiet(resume=str(tmp_path / "alone"), beside=("standard",))
 
 
+def test_a_lone_run_goes_on_although_its_defaults_name_methods_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro")
+    pytest.importorskip("sklearn")
+    config = TrainConfig("adv", epochs=1, train_size=64, width=2, probe_size=0, eval_size=20)
+    engine.train(config, folder=tmp_path / "alone")
+    again = ["train", "--resume", str(tmp_path / "alone"), "--epochs", "2"]
+    assert cli.main([*again, "--beside", "standard"]) == 2
+    assert "lies alone" in capsys.readouterr().err
+    assert cli.main(again) == 0
+    assert checkpoint.load(tmp_path / "alone")["epoch"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["alone"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "trades"}, {"beside": None}])
+def test_a_comparison_whose_settings_name_nothing_beside_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = TrainConfig(settings.get("method", "atlas"), resume=str(tmp_path))
+    with pytest.raises(ValueError, match=r"config\.json does not say which methods lie beside (atlas|trades): edited"):
+        compare(config, splits=splits())
+
+
 def test_the_command_line_goes_on_with_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 import atlas_kernels
 
 from . import checkpoint, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, from_dict, from_file, without_place
+from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, alone, from_dict, from_file, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
 
@@ -132,7 +132,7 @@ def train(argv: Sequence[str]) -> int:
         if is_comparison(resumed):
             base = from_file(resumed / CONFIG)
         else:
-            base = from_dict(checkpoint.load(resumed, ("arch", "config"))["config"], plain(first.resume))
+            base = alone(from_dict(checkpoint.load(resumed, ("arch", "config"))["config"], plain(first.resume)))
         if not first.model:
             checkpoint.require_trusted(base.model, first.resume)
     name = first.method or base.method

@@ -96,6 +96,11 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     if is_comparison(resume):
         root = Path(resume)
         old = from_file(root / CONFIG)
+        if old.beside is None:
+            raise ValueError(
+                f"{plain(root / CONFIG)} does not say which methods lie beside {old.method}: edited or damaged; write "
+                'them into it, "beside": ["standard"] for example'
+            )
         if config.method != old.method:
             raise ValueError(
                 f"{plain(root)} compares {old.method} with others, you gave method {config.method}: leave the method "
