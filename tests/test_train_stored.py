@@ -255,6 +255,8 @@ class Odd(nn.Module):
             self.register_buffer("rare", torch.eye(3).to_sparse())
         elif kind == "complex128":
             self.register_buffer("wide", torch.zeros(3, dtype=torch.complex128))
+        elif kind == "nan":
+            self.register_buffer("unset", torch.full((3,), torch.nan))
         elif kind == "lock":
             self.lock = threading.Lock()
 
@@ -295,9 +297,10 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "changed", "message"),
     [
-        ("expanded", {}, "same of the network cannot be kept in a checkpoint .*it is expanded"),
+        ("expanded", {}, "same of the network cannot be kept in a checkpoint .*share memory"),
         ("sparse", {}, "rare of the network .*it is not a dense tensor"),
         ("complex128", {}, "wide of the network .*complex128"),
+        ("nan", {}, "unset of the network .*it holds NaN"),
         ("code", {}, "_extra_state of the network cannot be kept in a checkpoint"),
         ("lock", {"averaging": "ema"}, "averaging 'ema' needs a copy of the network, .*cannot pickle.*'none'"),
     ],

@@ -258,8 +258,8 @@ def require_exportable(model: nn.Module) -> str | None:
             _require_storable(value)
         except Exception as error:  # what a module gives as its own state may raise anything
             raise ValueError(
-                f"{plain(name)} of the network cannot be kept in a checkpoint ({one_line(error)}): register a dense "
-                "tensor with memory of its own or plain values instead, or a buffer with persistent=False"
+                f"{plain(name)} of the network cannot be kept in a checkpoint ({one_line(error)}): change it, or give "
+                "a buffer persistent=False, which is not kept"
             ) from error
     return f"{export_name()} will hold tensors alone, without {', '.join(map(plain, left_out))}" if left_out else None
 
@@ -273,9 +273,11 @@ def _require_storable(value: Any) -> None:
         torch.load(file, weights_only=True)
         return
     if value.layout != torch.strided or value.is_quantized:
-        raise TypeError("it is not a dense tensor")
+        raise TypeError("it is not a dense tensor, take .to_dense() or .dequantize() of it")
     if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-        raise TypeError("it is expanded: several of its elements share memory")
+        raise TypeError("several of its elements share memory, take .clone() of it")
+    if value.isnan().any():
+        raise ValueError("it holds NaN")
     if export_name().endswith(".safetensors"):
         from safetensors.torch import save as to_bytes  # type: ignore[import-not-found,unused-ignore]
 
