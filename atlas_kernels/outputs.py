@@ -11,6 +11,15 @@ from torch import Tensor
 _told: set[tuple[type, int]] = set()
 
 
+def require_rows_of_logits(logits: Tensor, x: Tensor) -> None:
+    """Raises TypeError unless the logits are [B, classes], those of the B images ``x``."""
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise TypeError(
+            f"model must return logits [{len(x)}, classes], got shape {list(logits.shape)}: put the network into a "
+            "torch.nn.Module whose forward returns them"
+        )
+
+
 def logits_of(output: Any) -> Tensor:
     """``output`` itself if it is a tensor; else its ``.logits``, its item "logits" or, with a warning, the first of a
     tuple or list. Raises TypeError for anything else."""

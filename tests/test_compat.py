@@ -472,6 +472,15 @@ def test_mixup(alpha: float) -> None:
     same_trace(mine, theirs)
 
 
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32])
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_robust_overfitting_of_images_in_float16(norm: str, weights: torch.dtype) -> None:
+    x, y = torch.rand(4, 3, 8, 8, dtype=torch.float16), torch.arange(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).to(weights)
+    delta = robust_overfitting.attack_pgd(model, x, y, EPS, STEP, 2, 2, norm)
+    assert delta.dtype == torch.float16 and delta.isfinite().all() and delta.any()
+
+
 def test_robust_overfitting_limits_are_globals_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images in 0..255, say, with radii in their unit."""
     model, x, y = setting()
@@ -573,6 +582,12 @@ def test_jacobian(n: int, outputs: int, dtype: torch.dtype) -> None:
         if p.grad is not None and q.grad is not None:
             close(p.grad, q.grad, "gradient of R", tolerance)
     same_trace(mine, theirs, tolerance)
+
+
+def test_jacobian_of_an_empty_batch_is_nan_as_published() -> None:
+    x = torch.rand(0, 6, requires_grad=True)
+    for kind in (jacobian.JacobianReg, published.JacobianReg):
+        assert kind(2)(x, x[:, :3] * 2).isnan()
 
 
 def test_jacobian_of_all_projections_is_the_frobenius_norm() -> None:

@@ -51,6 +51,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return Fake.seen
 
 
+def test_logits_of_a_wrong_shape_are_refused(fake: dict[str, Any]) -> None:
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1), torch.nn.Flatten(0))
+    with pytest.raises(TypeError, match=r"model must return logits \[1, classes\], got shape \[1\]"):
+        autoattack(flat, splits().test, EPS, 20)
+
+
 def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any]) -> None:
     run = trained()
     run.model.train()

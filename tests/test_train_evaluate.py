@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_evaluation_leaves_no_trace() -> None:
     with eval_mode(net):
         assert not any(module.training for module in net.modules())
     assert [module.training for module in net.modules()] == modes
+
+
+@pytest.mark.parametrize("shape", ["[B]", "[2, B, C]", "loss first"])
+def test_logits_of_a_wrong_shape_are_refused(shape: str) -> None:
+    class Wrong(Restless):
+        def forward(self, x: Tensor) -> Any:
+            z = super().forward(x)
+            return {"[B]": z[:, 0], "[2, B, C]": torch.stack([z, z]), "loss first": (z.sum(), z)}[shape]
+
+    with pytest.raises(TypeError, match=r"model must return logits \[40, classes\], got shape"):
+        evaluate(Wrong(), splits().test, EPS, steps=2)
 
 
 def test_a_run_that_is_looked_at_is_the_same_run() -> None:

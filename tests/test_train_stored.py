@@ -25,6 +25,7 @@ from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, from_file, recorded, resolved
 from atlas_train.data import DataSplits, Images, identity
 from atlas_train.interrupts import Terminated
+from atlas_train.passes import passes_per_step
 from atlas_train.results import commit
 from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
 from bars import TINY, same, splits, weights
@@ -234,6 +235,86 @@ def test_a_network_of_ones_own_goes_on_from_the_import_path_of_its_class(
     assert checkpoint.load("run")["arch"]["name"] == "nets.py:Mine"  # and not where it lies
 
 
+class Odd(nn.Module):
+    """A network whose state_dict is unusual: ``kind`` says how."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.linear, self.kind = nn.Linear(64, 64), nn.Linear(64, 4), kind
+        if kind == "tied":
+            self.second = self.first
+        elif kind == "view":
+            self.register_buffer("whole", torch.arange(10.0))
+            self.register_buffer("part", self.get_buffer("whole")[::2])
+        elif kind == "complex":
+            self.phase = nn.Parameter(torch.ones(64, dtype=torch.cfloat))
+        elif kind == "expanded":
+            self.register_buffer("same", torch.zeros(1).expand(8))
+        elif kind == "sparse":
+            self.register_buffer("rare", torch.eye(3).to_sparse())
+        elif kind == "complex128":
+            self.register_buffer("wide", torch.zeros(3, dtype=torch.complex128))
+        elif kind == "nan":
+            self.register_buffer("unset", torch.full((3,), torch.nan))
+        elif kind == "lock":
+            self.lock = threading.Lock()
+
+    def get_extra_state(self) -> Any:
+        return {"own": {"seen": 1}, "code": {"call": checkpoint.save}}.get(self.kind, {})
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu()
+        x = (x * self.phase).real if self.kind == "complex" else x
+        return self.linear(self.second(x) if self.kind == "tied" else x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["tied", "view", "own", "complex"])
+def test_a_network_with_an_unusual_state_goes_on_and_is_exported(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    settings = {"splits": splits(), "folder": tmp_path}
+    whole = engine.train(TrainConfig(**STANDARD | {"epochs": 2}), splits=splits(), model=Odd(kind))
+    display = Lines()
+    config = TrainConfig(**STANDARD | {"epochs": 2})
+    engine.train(config, **settings, model=Odd(kind), display=display, on_epoch=lambda row: True)
+    assert display.said == ["model.safetensors will hold tensors alone, without _extra_state"]
+    again = resume(tmp_path, splits=splits(), model=Odd(kind))
+    network, _ = checkpoint.load_model(tmp_path / "model.safetensors", Odd(kind))
+    assert same(tensors(again.model), tensors(whole.model)) and same(tensors(network), tensors(whole.model))
+
+
+def test_a_network_that_cannot_be_copied_has_no_count_of_passes() -> None:
+    assert passes_per_step(engine.train(TrainConfig(**STANDARD), splits=splits(), model=Odd("lock"))) is None
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("expanded", {}, "same of the network cannot be kept in a checkpoint .*share memory"),
+        ("sparse", {}, "rare of the network .*it is not a dense tensor"),
+        ("complex128", {}, "wide of the network .*complex128"),
+        ("nan", {}, "unset of the network .*it holds NaN"),
+        ("code", {}, "_extra_state of the network cannot be kept in a checkpoint"),
+        ("lock", {"averaging": "ema"}, "averaging 'ema' needs a copy of the network, .*cannot pickle.*'none'"),
+    ],
+)
+def test_a_network_that_cannot_be_kept_is_refused_before_the_first_step(
+    kind: str, changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(engine, "fit", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        engine.train(TrainConfig(**STANDARD | changed), splits=splits(), model=Odd(kind), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 class Scaled(nn.Module):
     """A network with a constant that no state_dict holds, and a buffer that every forward moves."""
 
@@ -379,6 +460,29 @@ def test_methods_are_added_to_what_is_there(tmp_path: Path) -> None:
         quiet(resume=str(tmp_path / "alone"), beside=("standard",))
 
 
+def test_a_lone_run_goes_on_although_its_defaults_name_methods_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro")
+    pytest.importorskip("sklearn")
+    config = TrainConfig("adv", epochs=1, train_size=64, width=2, probe_size=0, eval_size=20)
+    engine.train(config, folder=tmp_path / "alone")
+    again = ["train", "--resume", str(tmp_path / "alone"), "--epochs", "2"]
+    assert cli.main([*again, "--beside", "standard"]) == 2
+    assert "lies alone" in capsys.readouterr().err
+    assert cli.main(again) == 0
+    assert checkpoint.load(tmp_path / "alone")["epoch"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["alone"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "trades"}, {"beside": None}])
+def test_a_comparison_whose_settings_name_nothing_beside_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = TrainConfig(settings.get("method", "atlas"), resume=str(tmp_path))
+    with pytest.raises(ValueError, match=r"config\.json does not say which methods lie beside (atlas|trades): edited"):
+        compare(config, splits=splits())
+
+
 def test_the_command_line_goes_on_with_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -493,8 +597,13 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_folder(beside: tuple[str, 
     assert checkpoint.load(tmp_path / "there")["epoch"] == 2
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_from_before_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_what_cannot_be_written_is_named_and_the_checkpoint_from_before_stays(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("safetensors")
+    if full:  # the same errors, of a disk
+        monkeypatch.setattr(checkpoint, "_is_too_large", lambda *args: False)
     path, big = tmp_path / "last.pt", nn.Linear(500, 500)
     checkpoint.save(path, {"model": {"w": torch.ones(2)}})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -505,7 +614,8 @@ def test_a_full_disk_is_named_and_the_checkpoint_from_before_stays(tmp_path: Pat
             "model.safetensors": lambda path: checkpoint.export_state_dict(big, path),
             "log.csv": lambda path: checkpoint.write_text(path, "x" * 300_000),
         }.items():
-            message = rf"{tmp_path / name} could not be written: its disk takes no more \([\d,.]+ MB free\)"
+            why = r"its disk takes no more \([\d,.]+ MB free\)" if full else r"it is larger .* \(ulimit -f\)"
+            message = rf"{tmp_path / name} could not be written: {why}.*try again$"
             with pytest.raises(OSError, match=message):
                 write(tmp_path / name)
     finally:

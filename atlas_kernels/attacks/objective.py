@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checks import require_labels
 from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
-from ..outputs import logits_of
+from ..outputs import logits_of, require_rows_of_logits
 from . import float16
 from .held import modules_of
 
@@ -95,11 +95,7 @@ class Objective:
         if not len(x):
             return x.new_zeros(0, 4 if self.reference is None else self.reference.shape[1])
         z = logits_of(model(x))
-        if z.ndim != 2 or len(z) != len(x):
-            raise TypeError(
-                f"model must return logits [{len(x)}, classes], got shape {list(z.shape)}: put the network into a "
-                "torch.nn.Module whose forward returns them"
-            )
+        require_rows_of_logits(z, x)
         if self.reference is not None and self.reference.shape != z.shape:
             raise ValueError(
                 f"reference_logits has shape {list(self.reference.shape)}, but the model's logits {list(z.shape)}"

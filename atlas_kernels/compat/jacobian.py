@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ class JacobianReg(nn.Module):
     grad and y [B, C] was computed from it by eager modules (compiled ones have no double backward; fused attention has
     none either, and raises RuntimeError); the result can be differentiated.
 
-    Kept: v is drawn by ``torch.randn`` on the CPU, a vector of all samples at a time; no draw for one output. Differs:
-    the sum of squares is taken at once, without the norm's square root, and in float32 at least.
+    Kept: NaN for an empty batch; v is drawn by ``torch.randn`` on the CPU, a vector of all samples at a time; no draw
+    for one output. Differs: the sum of squares is taken at once, without the norm's square root, and in float32 at
+    least.
     """
 
     def __init__(self, n: int = 1) -> None:
@@ -44,7 +46,7 @@ class JacobianReg(nn.Module):
             if Jv is None:
                 raise ValueError("y does not depend on x: compute y from this x, outside torch.no_grad()")
             total = total + Jv.to(compute_dtype(Jv.dtype)).square().sum()
-        return C / (2 * count * B) * total
+        return (C / (2 * count * B) if B else math.nan) * total
 
     def _vector(self, y: Tensor, k: int) -> Tensor:
         """The k-th v, a unit vector per sample."""

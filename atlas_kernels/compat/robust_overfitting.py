@@ -90,7 +90,7 @@ def attack_pgd(
         goal = _Mixup(class_indices(y_a, X), second=Objective(class_indices(y_b, X)), lam=float(lam))
         twice = any(module.training for module in model.modules())
 
-    forward = _Normalised(model, twice)
+    forward = _Normalised(model, twice, any(p.dtype == X.dtype for p in model.parameters()))
     start, step = _linf(X, epsilon, alpha) if norm == "l_inf" else _l2(X, epsilon, alpha)
     delta = strongest_delta(model, forward, X, y, goal, start, step, attack_iters, restarts, freeze=early_stop)
     return delta.clamp_(-epsilon, epsilon)
@@ -125,17 +125,21 @@ def _l2(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], 
 
 
 class _Normalised(nn.Module):
-    """The model behind the normalisation of its images, in the mode that it is in."""
+    """The model behind the normalisation of its images, in the mode that it is in.
 
-    def __init__(self, model: nn.Module, twice: bool) -> None:
+    keep: it gets images in the dtype that they had before; ``normalize`` promotes float16 to float32.
+    """
+
+    def __init__(self, model: nn.Module, twice: bool, keep: bool) -> None:
         super().__init__()
-        self.model, self.twice, self.training = model, twice, model.training
+        self.model, self.twice, self.keep, self.training = model, twice, keep, model.training
 
     def forward(self, x: Tensor) -> Tensor:
+        images = normalize(x).to(x.dtype) if self.keep else normalize(x)
         if self.twice and torch.is_grad_enabled():
             with torch.no_grad():
-                self.model(normalize(x))  # as published, for BatchNorm and dropout
-        logits: Tensor = self.model(normalize(x))
+                self.model(images)  # as published, for BatchNorm and dropout
+        logits: Tensor = self.model(images)
         return logits
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks.contract import leave_no_trace
-from atlas_kernels.outputs import logits_of
+from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
 from .data import Batches, Images
 from .evaluate import SUBSET_SEED, Say
@@ -67,7 +67,9 @@ def autoattack(
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), leave_no_trace(model, "eval", key):
-        classes = logits_of(model(x[:1])).shape[1]
+        first = logits_of(model(x[:1]))
+        require_rows_of_logits(first, x[:1])
+        classes = first.shape[1]
         attacks, instead = _attacks(version, classes)
         if instead:
             warnings.warn(

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoint import load_weights
 from .config import TrainConfig
-from .options import plain
+from .options import one_line, plain
 
 
 class Averaging:
@@ -64,5 +64,13 @@ class Averaging:
 
 
 def make(config: TrainConfig, model: nn.Module) -> Averaging | None:
-    """The averaging that the configuration asks for."""
-    return None if config.averaging == "none" else Averaging(config, model)
+    """The averaging that the configuration asks for. Raises ValueError for a network that cannot be copied."""
+    if config.averaging == "none":
+        return None
+    try:
+        return Averaging(config, model)
+    except Exception as error:  # of the network's own copying
+        raise ValueError(
+            f"averaging {config.averaging!r} needs a copy of the network, and copy.deepcopy of this "
+            f"{type(model).__name__} fails ({one_line(error)}): give it a __deepcopy__, or set averaging to 'none'"
+        ) from error

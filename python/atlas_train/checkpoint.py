@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import resource
 import shutil
 import stat
 import warnings
@@ -52,10 +54,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:
         if not _is_full(error):
             raise
+        if _is_too_large(error, temporary):
+            raise OSError(
+                f"{plain(path)} could not be written: it is larger than this process may write (ulimit -f). What lay "
+                "there before is as it was. Raise that limit and try again"
+            ) from error
         free = shutil.disk_usage(path.parent).free + 512 * temporary.stat().st_blocks  # the half of it will go
         raise OSError(
             f"{plain(path)} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there "
-            "before is as it was. Make room and try again; a run goes on with --resume"
+            "before is as it was. Make room and try again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,6 +74,14 @@ def _is_full(error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     codes = [f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     return any(words in str(error) for words in ("inline_container", "iostream error", *codes))
+
+
+def _is_too_large(error: Exception, path: Path) -> bool:
+    """Whether ``path`` came to the process's limit on the size of a file. torch does not say so, the others do."""
+    if isinstance(error, OSError) or "os error" in str(error):
+        return getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return limit != resource.RLIM_INFINITY and path.stat().st_size >= limit
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -213,11 +228,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kept = _KEPT[type(optimizer).__name__]
     for number, state in saved["state"].items():
+        is_complex = number < len(parameters) and parameters[number].is_complex()
         fits = (
             number < len(parameters)
             and (not state or state.keys() == kept)
             and all(
-                value.shape == (() if name == "step" else parameters[number].shape) and value.is_floating_point()
+                value.shape == (() if name == "step" else parameters[number].shape)
+                and (value.is_complex() if is_complex and name != "step" else value.is_floating_point())
                 if value is not None
                 else name == "momentum_buffer"  # before the first step
                 for name, value in state.items()
@@ -246,15 +263,58 @@ def fingerprint(model: nn.Module) -> str:
 def export_state_dict(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """The bare state_dict, for others to load: .safetensors (with ``metadata``), or torch.save for another suffix."""
+    """The bare state_dict, for others to load: .safetensors (with ``metadata``), or torch.save for another suffix.
+
+    Each entry is a copy of its own, also of weights that are tied. What is no tensor is left out.
+    """
     path = Path(path)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    entries = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in entries.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
         write_atomically(path, lambda temporary: save_file(weights, str(temporary), metadata=dict(metadata or {})))
     else:
         write_atomically(path, lambda temporary: torch.save(weights, temporary))
+
+
+def require_exportable(model: nn.Module) -> str | None:
+    """What an export of the network leaves out, in words, or None.
+
+    Raises ValueError, naming the entry of its state_dict, for what a checkpoint or an export cannot hold.
+    """
+    left_out = []
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            left_out.append(name)
+        try:
+            _require_storable(value)
+        except Exception as error:  # what a module gives as its own state may raise anything
+            raise ValueError(
+                f"{plain(name)} of the network cannot be kept in a checkpoint ({one_line(error)}): change it, or give "
+                "a buffer persistent=False, which is not kept"
+            ) from error
+    return f"{export_name()} will hold tensors alone, without {', '.join(map(plain, left_out))}" if left_out else None
+
+
+def _require_storable(value: Any) -> None:
+    """Raises an error unless ``value`` can be read again from a checkpoint and, if it is a tensor, be exported."""
+    file = io.BytesIO()
+    if not isinstance(value, Tensor):
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+        return
+    if value.layout != torch.strided or value.is_quantized:
+        raise TypeError("it is not a dense tensor, take .to_dense() or .dequantize() of it")
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise TypeError("several of its elements share memory, take .clone() of it")
+    if value.isnan().any():
+        raise ValueError("it holds NaN")
+    if export_name().endswith(".safetensors"):
+        from safetensors.torch import save as to_bytes  # type: ignore[import-not-found,unused-ignore]
+
+        to_bytes({"value": torch.zeros(1, dtype=value.dtype)})  # some types of numbers are not in that format
 
 
 def export_name() -> str:
@@ -292,6 +352,8 @@ def load_network(
                 "into it, or say how it is built, --model package.module:factory"
             )
     built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, found)
+    if found.suffix == ".safetensors":  # which holds tensors alone
+        weights = weights | {name: own for name, own in built.state_dict().items() if not isinstance(own, Tensor)}
     load_weights(built, weights, found)
     if description.get("answers"):
         schema.require_keys(description, ("data",), plain(found))

@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
-from .config import TrainConfig, added, from_dict, from_file, methods_of, recorded, resolved, without_place
+from .config import TrainConfig, added, alone, from_dict, from_file, methods_of, recorded, resolved, without_place
 from .data import DataSplits
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
@@ -95,7 +95,7 @@ def settings_of(path: str | Path) -> TrainConfig:
     """The settings that a comparison's folder, a run's folder or a checkpoint says it was made with."""
     if is_comparison(path):
         return from_file(Path(path) / CONFIG)
-    return from_dict(checkpoint.load(path, ("arch", "config"))["config"], plain(path))
+    return alone(from_dict(checkpoint.load(path, ("arch", "config"))["config"], plain(path)))
 
 
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
@@ -104,6 +104,11 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     if is_comparison(resume):
         root = Path(resume)
         old = from_file(root / CONFIG)
+        if old.beside is None:
+            raise ValueError(
+                f"{plain(root / CONFIG)} does not say which methods lie beside {old.method}: edited or damaged; write "
+                'them into it, "beside": ["standard"] for example'
+            )
         if config.method != old.method:
             raise ValueError(
                 f"{plain(root)} compares {old.method} with others, you gave method {config.method}: leave the method "

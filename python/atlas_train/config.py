@@ -289,6 +289,11 @@ def default_model(splits: DataSplits) -> str:
     return models.default_for(splits.name)
 
 
+def alone(config: TrainConfig) -> TrainConfig:
+    """The configuration of the method alone, without those beside it and what is set for them."""
+    return dataclasses.replace(config, beside=(), hyper=config.hyper_of(config.method))
+
+
 def methods_of(config: TrainConfig) -> tuple[str, ...]:
     """The method and those beside it."""
     return config.method, *_beside(config.beside, config.method)

@@ -121,6 +121,7 @@ def _require_free(folder: Path, resumed: Path | None) -> None:
 
 def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None) -> None:
     c = run.config
+    left_out = checkpoint.require_exportable(run.model) if run.folder else None
     if not c.resume and run.folder:
         save(run)  # so that there is a state from before, whatever happens
     board = TensorBoard(run.folder) if c.tensorboard else None
@@ -129,7 +130,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
-        for note in notes:
+        for note in (*notes, *([left_out] if left_out else [])):
             display.say(note)
         with on_host(c.threads):
             fit(run, display, board, on_epoch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD
 from atlas_kernels.attacks.held import generators, put_back
-from atlas_kernels.outputs import logits_of
+from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
 from .data import Batches, Images
 from .options import fraction
@@ -126,7 +126,9 @@ def _survivors(
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The classes with the largest logits, int64 [B]."""
-    return logits_of(model(x)).argmax(1)
+    logits = logits_of(model(x))
+    require_rows_of_logits(logits, x)
+    return logits.argmax(1)
 
 
 @contextmanager

@@ -99,12 +99,15 @@ def count_passes(model: nn.Module, x: Tensor, call: Callable[[], object]) -> flo
 def passes_per_step(run: Run) -> float | None:
     """What a training step (a batch) of the run costs as it stands, in forwards of the network on that batch.
 
-    None where that cannot be counted (see ``count_passes``).
+    None where that cannot be counted (see ``count_passes``), or the network cannot be copied.
 
     The step is made on copies of the network and of the method's memory and updates nothing: the run goes on as if it
     had not been looked at.
     """
-    network = copy.deepcopy(run.model).train()
+    try:
+        network = copy.deepcopy(run.model).train()
+    except Exception:  # it holds a lock, say
+        return None
     memory = {name: value.clone() for name, value in run.memory.items()}
     last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0), memory=memory)
     batch = next(iter(run.batches))

@@ -14,7 +14,7 @@ from . import checkpoint, data, models, progress
 from .autoattack import Version, require_autoattack
 from .autoattack import autoattack as run_autoattack
 from .compare import Results, compare, is_comparison, settings_of
-from .config import added, from_dict, label
+from .config import added, alone, from_dict, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
@@ -46,7 +46,7 @@ def resume(
         changes: settings of ``TrainConfig`` that are to be others from now on, e.g. epochs.
     """
     state = checkpoint.load(path, ("arch", "config"))
-    config = from_dict(state["config"], plain(path))
+    config = alone(from_dict(state["config"], plain(path)))
     if model is None:
         checkpoint.require_trusted(config.model, path)
     elif isinstance(model, str):
