@@ -257,6 +257,8 @@ class Odd(nn.Module):
             self.register_buffer("wide", torch.zeros(3, dtype=torch.complex128))
         elif kind == "nan":
             self.register_buffer("unset", torch.full((3,), torch.nan))
+        elif kind == "frozen":
+            self.requires_grad_(False)
         elif kind == "lock":
             self.lock = threading.Lock()
 
@@ -301,6 +303,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         ("sparse", {}, "rare of the network .*it is not a dense tensor"),
         ("complex128", {}, "wide of the network .*complex128"),
         ("nan", {}, "unset of the network .*it holds NaN"),
+        ("frozen", {}, "model Odd has no parameter that requires grad"),
         ("code", {}, "_extra_state of the network cannot be kept in a checkpoint"),
         ("lock", {"averaging": "ema"}, "averaging 'ema' needs a copy of the network, .*cannot pickle.*'none'"),
     ],

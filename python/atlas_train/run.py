@@ -18,7 +18,7 @@ from . import answers, averaging, checkpoint, data, models
 from .config import TrainConfig, recorded, resolved, without_place
 from .data import Batches, DataSplits
 from .methods import Method, State
-from .options import one_line, shown
+from .options import one_line, plain, shown
 from .recompute import Recomputed, blocks
 from .report import write_csv
 from .step_graph import require_recordable
@@ -116,6 +116,11 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     if model is None:
         model = models.network(
             config.model, num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"model {plain(arch['name'])} has no parameter that requires grad, so nothing can be trained: call "
+            ".requires_grad_() of what is to be trained"
         )
     model = model.to(device)
     if config.channels_last:
