@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ from bars import TINY, same, splits, weights
 
 QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "20", "--probe-size", "0"]
 STANDARD: dict[str, Any] = TINY | {"method": "standard", "epochs": 2}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """A shell may start what runs in the background with signals ignored, and a run leaves them so."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def relabelled(part: str) -> DataSplits:
