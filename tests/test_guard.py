@@ -183,6 +183,14 @@ def test_an_objective_has_what_it_looks_at():
                 OPS.attack_cotangent(z, None, None, z, 1, False, None, None, y.clone(), None)
 
 
+def test_a_key_is_two_numbers_on_every_backend():
+    """Of another shape it would be other noise on one backend than on another."""
+    x = torch.rand(2, 3)
+    for backend in BACKENDS:
+        with ak.backend(backend), pytest.raises(RuntimeError, match=r"key is \[1, 2\], expected \[2\]"):
+            OPS.random_start(x, 0.1, None, 0.0, None, 1.0, None, torch.tensor([[1, 0]]), None, 0, torch.empty_like(x))
+
+
 def test_the_core_refuses_what_is_no_address():
     with pytest.raises(ValueError, match="no memory at address 8"):
         core().first_outside(8, 1, 1)

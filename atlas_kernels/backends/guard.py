@@ -40,6 +40,7 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
     required = {i for i, a in enumerate(arguments) if not a.optional}
     ranges = [(i, *_RANGES[a.name]) for i, a in enumerate(arguments) if a.name in _RANGES]
     also = _require_parts if operator == "attack_cotangent" else None
+    key = next((i for i, a in enumerate(arguments) if a.name == "key"), None)
 
     def check(args: tuple[Any, ...]) -> bool:
         written: list[tuple[int, int, int]] = []
@@ -72,6 +73,8 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
             if not least <= args[i] <= largest:
                 name = arguments[i].name
                 raise DoorError(f"{operator}: {name} is {args[i]}, which is unknown: expected {least} to {largest}")
+        if key is not None and args[key] is not None and args[key].shape != (2,):
+            raise DoorError(f"{operator}: key is {list(args[key].shape)}, expected [2]: seed and base")
         if also is not None:
             also(*args)
         return True
