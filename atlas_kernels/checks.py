@@ -324,8 +324,9 @@ def require_images(x: Tensor, clip_min: float | Tensor = 0.0, clip_max: float | 
         remedy = "images in 0..255 must be divided by 255; normalisation belongs inside the model"
     else:
         remedy = "normalisation belongs inside the model"
+    digits = 6 if excess > 1e-5 else 9  # enough to see what is outside
     raise ValueError(
-        f"x has values in [{float(x.min()):.6g}, {float(x.max()):.6g}], up to {excess:.2g} outside "
+        f"x has values in [{float(x.min()):.{digits}g}, {float(x.max()):.{digits}g}], up to {excess:.2g} outside "
         f"[clip_min, clip_max] = [{least:.6g}, {most:.6g}]; {remedy}"
     )
 

@@ -492,7 +492,7 @@ def test_bad_images(x, error, model: Rowwise) -> None:  # type: ignore[no-untype
 def test_the_error_says_how_far_images_lie_outside(model: Rowwise) -> None:
     x = images()
     for worst, message in (
-        (1 + 1.2e-7, r"up to 1.2e-07 outside .*= \[0, 1\]; pass x.clamp\(0, 1\)$"),
+        (1 + 1.2e-7, r", 1.00000012\], up to 1.2e-07 outside .*= \[0, 1\]; pass x.clamp\(0, 1\)$"),
         (-0.05, r"in \[-0.05, .*up to 0.05 outside .*; pass x.clamp\(0, 1\)$"),
         (-1.0, "up to 1 outside .*; normalisation belongs inside the model$"),
         (255.0, "up to 2.5e.02 outside .*; images in 0..255 must be divided by 255"),
