@@ -60,10 +60,10 @@ def roundings(
     given = {**call.arguments, **changed}
     factors = [given[n] for n in ("weights", "beta", "local_weight", "global_weight") if given.get(n) is not None]
     size = max([1.0, *(_size(given[name]) for name in tensors)])
-    if size > 1e18:  # its square is beyond float32
-        return None
     size *= size if call.name in ("logit_pairing", "atlas_loss", "compactness") else 1.0  # squared differences
     size *= max([1.0, *(_total(f) for f in factors)])
+    if size > 1e30:  # near what float32 holds
+        return None
     finite = all(map(_is_finite, [*(given[name] for name in tensors), *factors]))
     if finite:
         doubled = {k: v.double() for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
