@@ -135,7 +135,8 @@ def raw(draw: Draw) -> str | None:
     except REFUSED_RAW as error:
         return "; ".join(watch.complaints()) or (None if str(error) else "refused without a word")
     wrong = watch.complaints()
-    if call.judge is bits and not _share_memory(changed):
+    norms = [value for argument, value in zip(schema, changed, strict=True) if argument.name == "norm"]
+    if call.judge is bits and not any(norms) and not _share_memory(changed):
         wrong += _other_than_reference(operator, written, changed, again)
     return "; ".join(wrong) or None
 
@@ -279,7 +280,7 @@ _OTHERS = (
     lambda draw, t: t[None],
     lambda draw, t: t[:1].expand(t.shape) if t.ndim and len(t) else t,
     lambda draw, t: t.reshape(-1)[0] if t.numel() else t,
-    lambda draw, t: t.to_sparse() if not t.is_neg() else t,
+    lambda draw, t: t.detach().to_sparse() if not t.is_neg() else t,
     lambda draw, t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
     lambda draw, t: t.detach().resolve_neg().numpy() if t.dtype != torch.bfloat16 else None,
     lambda draw, t: torch.nn.Parameter(t.clone(), requires_grad=t.is_floating_point()),
