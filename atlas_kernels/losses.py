@@ -417,7 +417,7 @@ def _formula(call: _Call, logits: Tensor, other: Tensor | None, weights: Tensor 
 
 def _differentiable(call, logits, other, weights, needed, g):  # type: ignore[no-untyped-def]
     """The gradients as functions of the inputs and of ``g``, for a derivative of the next order."""
-    # By names of their own: where one input was computed from another, that way is the caller's graph, not the loss's.
+    # Differentiate by aliases: one input may have been computed from another, and the caller's graph counts that path.
     logits, other, weights = (None if t is None else t.view_as(t) for t in (logits, other, weights))
     loss, _ = _formula(call, logits, other, weights)
     loss = loss if weights is None else loss * weights

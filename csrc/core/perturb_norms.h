@@ -177,8 +177,8 @@ template <class T> struct NormStep {
   }
 
   // What is kept falls piecewise linearly with lambda. Newton's method inside the bracket, then bisection (of the bits),
-  // until the root of the piece at lambda is lambda, or nothing is left between the ends. Where lambda is so large that its rounding
-  // would show in what is kept, the search goes on below the upper end: there the distances over it are exact.
+  // until the root of the piece at lambda is lambda, or nothing is left between the ends. Where lambda is so large that
+  // its rounding would show in what is kept, the search goes on below the upper end: there the distances are exact.
   ATLAS_HD void search(const Sums& sums) {
     const double excess = sums.a - double(eps);
     const T root = T(double(shrink) + excess / sums.b);
