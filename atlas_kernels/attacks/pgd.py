@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_L1_STEPS = 10.0  # default steps in l1: the first is so many times the last
+_L1_FIRST, _L1_LAST = 2.0, 0.05  # default steps in l1, times eps
 
 
 class AttackResult(NamedTuple):
@@ -76,12 +77,10 @@ class PGD:
         eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]; on CIFAR-10 the
             usual l2 radius is 128/255, the usual l1 radius 12).
         step_size: a number or a tensor [B]. Default: 2.5 eps / steps; for one step eps, or 1.25 eps after a random
-            start (Wong et al. 2020, arXiv 2001.03994); for several l1 steps from eps down to eps / 10, in equal parts:
-            between the longest and the shortest step of APGD-L1 (Croce & Hein 2021, arXiv 2103.01208).
+            start (Wong et al. 2020, arXiv 2001.03994); for several l1 steps from 2 eps down to eps / 20, by half a
+            cosine; long steps first and short ones last, as in APGD-L1 (Croce & Hein 2021, arXiv 2103.01208).
         norm: of the ball: "linf", "l2" or "l1"; steps, starts and projections as in ``atlas_kernels.perturb``.
-        sparsity: of l1 steps, as in ``pgd_step``; one number, or that of the first and of the last step, between which
-            the share of the entries that move shrinks by a constant factor: (0.8, 0.99) begins where APGD-L1 does, and
-            is stronger on some networks with few pixels. None: dense steps along the gradient.
+        sparsity: of l1 steps, as in ``pgd_step``. None: dense steps along the gradient.
         steps: gradient steps; 0 leaves the random start.
         restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
             larger objective. Above 1, each restart costs one more forward.
@@ -114,7 +113,7 @@ class PGD:
     steps: int = 10
     _: KW_ONLY
     norm: str = LINF
-    sparsity: float | tuple[float, float] | None = SPARSITY
+    sparsity: float | None = SPARSITY
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
@@ -136,8 +135,7 @@ class PGD:
         require_choice("norm", self.norm, NORMS)
         for name in ("random_start", "targeted", "compact", "count_correct", "update_buffers"):
             flag(name, getattr(self, name))
-        for sparsity in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
-            require_sparsity(sparsity)
+        require_sparsity(self.sparsity)
         # In l2 and l1 a radius adds up over the pixels.
         box = {"clip_min": self.clip_min, "clip_max": self.clip_max} if self.norm == LINF else {}
         require_radius("eps", self.eps, **box)
@@ -195,7 +193,7 @@ class PGD:
         if self.steps <= 1:
             return self.eps * 1.25 if self.random_start else self.eps
         if self.norm == L1:
-            return self.eps / _L1_STEPS
+            return self.eps * _L1_LAST
         return self.eps * 2.5 / self.steps
 
     @property
@@ -242,7 +240,7 @@ class PGD:
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, x)
         goal = Objective(labels, reference, targeted=self.targeted, kind=self.objective)
-        first = _L1_STEPS if self.norm == L1 and self.step_size is None and self.steps > 1 else 1.0
+        first = _L1_FIRST / _L1_LAST if self.norm == L1 and self.step_size is None and self.steps > 1 else 1.0
         how = self.norm, self.sparsity, first, self.random_start
         return Batch(x.detach(), start, goal, key, ids, *how, *radii, *clips)
 
@@ -328,7 +326,7 @@ class Batch:
     key: Tensor
     ids: Tensor | None
     norm: str
-    sparsity: float | tuple[float, float] | None
+    sparsity: float | None
     first_step: float  # over the last one
     random_start: bool
     eps: float | Tensor
@@ -366,14 +364,12 @@ class Batch:
 
     def step(self, adv: Tensor, grad: Tensor, left: float = 0.0) -> Tensor:
         """``left``: how much of the attack is still to come, from 1 at the first step to 0 at the last."""
-        size = self.step_size if self.first_step == 1.0 else self.step_size * (1.0 + (self.first_step - 1.0) * left)
-        sparsity = self.sparsity
-        if isinstance(sparsity, tuple):
-            first, last = sparsity
-            sparsity = 1 - (1 - first) ** left * (1 - last) ** (1 - left) if left else last
+        size = self.step_size
+        if self.first_step != 1.0:
+            size = size * (1.0 + (self.first_step - 1.0) * (1.0 - math.cos(math.pi * left)) / 2.0)
         # Not in place: a hook of the user's may have kept the iterate.
         return pgd_step(
-            adv, grad, self.x, self.eps, size, norm=self.norm, sparsity=sparsity, clip_min=self.clip_min,
+            adv, grad, self.x, self.eps, size, norm=self.norm, sparsity=self.sparsity, clip_min=self.clip_min,
             clip_max=self.clip_max, descend=self.goal.targeted,
         )  # fmt: skip
 
