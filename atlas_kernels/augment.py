@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.native import advise_huge_pages
 from .checks import (
     FLOATS,
     draw_number,
@@ -21,6 +20,7 @@ from .checks import (
     value_checks_enabled,
     whole,
 )
+from .core import advise_huge_pages
 from .layout import compute_dtype, contiguous
 from .noise import noise_key
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends.native import first_outside
 from .capture import capturing
+from .core import first_outside
 from .environment import setting
 from .layout import compute_dtype, contiguous, is_supported, plane_shape, require_memory
 from .transforms import followed, is_wrapped

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, default_for, unavailable_reason
-from .backends.native import ISAS, core
+from .core import ISAS, core
 from .environment import problems
 
 

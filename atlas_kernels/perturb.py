@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.native import advise_huge_pages
 from .backends.reference import perturb as plain_linf
 from .backends.reference import perturb_norms as plain
 from .checks import (
@@ -45,6 +44,7 @@ from .checks import (
     value_checks_enabled,
     whole,
 )
+from .core import advise_huge_pages
 from .layout import compute_dtype, contiguous, dense, is_channels_last, require_memory
 from .noise import STREAM_START, noise_key
 from .schema import L1, LINF, NORMS

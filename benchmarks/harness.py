@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import atlas_kernels as ak
-from atlas_kernels.backends.native import ISAS, core
+from atlas_kernels.core import ISAS, core
 
 ROUNDS = 21
 _GPU_FACTS = "driver_version,clocks.sm,clocks.mem,power.limit"

@@ -10,7 +10,7 @@ import torch
 
 from atlas_kernels import backend
 from atlas_kernels.backends import unavailable_reason
-from atlas_kernels.backends.native import available_isas, force_isa
+from atlas_kernels.core import available_isas, force_isa
 
 # The same draws in every run, so that a change is judged and not the dice; `--hypothesis-profile default` rolls them.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 import atlas_kernels as ak
 from atlas_kernels.backends import BACKENDS
 from atlas_kernels.backends.guard import _IN_PLACE
-from atlas_kernels.backends.native import core
+from atlas_kernels.core import core
 from atlas_kernels.schema import OPERATORS, arguments_of
 
 OPS = torch.ops.atlas_kernels

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
-from atlas_kernels.backends.native import available_isas, core, force_isa
 from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.core import available_isas, core, force_isa
 from cases import problem, same_bits
 
 OPS = torch.ops.atlas_kernels
@@ -66,7 +66,7 @@ def run_python(code: str, **environment: str) -> str:
 
 
 def test_isa_of_the_environment():
-    code = "from atlas_kernels.backends.native import core; print(core().current_isa())"
+    code = "from atlas_kernels.core import core; print(core().current_isa())"
     for number, isa in enumerate(available_isas()):
         assert run_python(code, ATLAS_ISA=isa).strip() == str(number)
 

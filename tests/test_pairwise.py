@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
-from atlas_kernels.backends.native import available_isas, force_isa
 from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.core import available_isas, force_isa
 from cases import same_bits
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

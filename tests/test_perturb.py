@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
-from atlas_kernels.backends.native import available_isas, force_isa
+from atlas_kernels.core import available_isas, force_isa
 from cases import SHAPES, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

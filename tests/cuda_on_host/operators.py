@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 import test_pairwise as pairwise
-from atlas_kernels.backends import native
 from atlas_kernels.backends.native import augment as native_augment
 from atlas_kernels.backends.native import pairwise as native_pairwise
 from atlas_kernels.backends.native import perturb as native_perturb
 from atlas_kernels.backends.native import perturb_norms as native_perturb_norms
+from atlas_kernels.core import core
 from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -34,7 +34,7 @@ STEMS = native_perturb, native_perturb_norms, native_augment, native_pairwise
 @pytest.fixture(scope="module", autouse=True)
 def library():
     """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
-    native.core().load_cuda(PATH)
+    core().load_cuda(PATH)
     original = native_perturb.where
     for stem in STEMS:
         stem.where = lambda device: (0, 1, 0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import atlas_kernels as ak
-from atlas_kernels.backends import native
 from atlas_kernels.backends.native import losses as native_losses
 from atlas_kernels.backends.native import objectives as native_objectives
+from atlas_kernels.core import core
 
 PATH = os.environ["ATLAS_CUDA_ON_HOST"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -37,7 +37,7 @@ OBJECTIVES = ["ce", "kl", "margin", "dlr", "dlr_targeted"]
 @pytest.fixture(scope="module", autouse=True)
 def library():
     """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
-    native.core().load_cuda(PATH)
+    core().load_cuda(PATH)
     modules = native_losses, native_objectives
     original = native_losses.where
     for module in modules:

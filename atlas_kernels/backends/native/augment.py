@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core import core
 from ...layout import compute_dtype
 from ...noise import STREAM_AUGMENT
-from . import core
 from .door import DoorError, byte_images, images, vector, where
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...core import core
 from ...layout import compute_dtype
-from . import core
 from .door import DoorError, images, vector, where
 
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...core import core
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
-from . import core
 from .door import ABSENT, DoorError, images, vector, where
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...core import core
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_START
 from ...schema import NORMS
-from . import core
 from .door import ABSENT, DoorError, images, vector, where
 
 
