@@ -1,6 +1,6 @@
 // The surface that both libraries (CPU, CUDA) export: one params struct and one function per stem. Raw pointers, sizes,
 // a device and a stream in; a status out. The core never allocates and never synchronises. Everything is checked
-// before it gets here, in atlas_kernels/backends/native/door.py.
+// before it gets here, in atlas_kernels/backends/door.py.
 #pragma once
 #include <stdint.h>
 

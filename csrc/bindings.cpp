@@ -1,4 +1,4 @@
-// pybind11 over api.h and nothing else. Pointers arrive as integers from backends/native/door.py, which has checked them.
+// pybind11 over api.h and nothing else. Pointers arrive as integers from backends/door.py, which has checked them.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
-from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import available_isas, core, force_isa
 from cases import problem, same_bits
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
-from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import available_isas, force_isa
 from cases import same_bits
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
-from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.backends.door import DoorError
 from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -14,7 +14,7 @@ from torch import Tensor
 import atlas_kernels as ak
 from atlas_kernels import formulas
 from atlas_kernels.backends import BackendUnavailable, triton
-from atlas_kernels.backends.native.door import DoorError
+from atlas_kernels.backends.door import DoorError
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton import losses, objectives

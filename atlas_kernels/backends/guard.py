@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import LOW, has_memory
 from ..schema import arguments_of, require_given
-from .native.door import DoorError
+from .door import DoorError
 
 # Least and largest value, by name: what a kernel would take for another choice, or count beyond its words.
 _RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "count": (0, 2**24 - 1),

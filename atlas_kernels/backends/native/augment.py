@@ -8,7 +8,7 @@ from torch import Tensor
 from ...core import core
 from ...layout import compute_dtype
 from ...noise import STREAM_AUGMENT
-from .door import DoorError, byte_images, images, vector, where
+from ..door import DoorError, byte_images, images, vector, where
 
 
 def augment(

@@ -6,7 +6,7 @@ import torch
 
 from ...core import core
 from ...layout import compute_dtype
-from .door import DoorError, float_code, rows, where
+from ..door import DoorError, float_code, rows, where
 
 _CROSS_ENTROPY, _KL_DIV, _TRADES, _MART, _ENTROPY, _MARGIN, _DLR, _LOGIT_PAIRING, _ATLAS = range(9)
 _NONE = 3  # AtlasTerm

@@ -6,7 +6,7 @@ import torch
 
 from ...core import core
 from ...layout import compute_dtype
-from .door import DoorError, float_code, rows, where
+from ..door import DoorError, float_code, rows, where
 
 
 def attack_cotangent(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):

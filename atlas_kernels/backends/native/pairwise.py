@@ -6,7 +6,7 @@ import torch
 
 from ...core import core
 from ...layout import compute_dtype
-from .door import DoorError, images, vector, where
+from ..door import DoorError, images, vector, where
 
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
 

@@ -7,7 +7,7 @@ import torch
 from ...core import core
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
-from .door import ABSENT, DoorError, images, vector, where
+from ..door import ABSENT, DoorError, images, vector, where
 
 
 def _pass(

@@ -8,7 +8,7 @@ from ...core import core
 from ...layout import compute_dtype, plane_shape
 from ...noise import STREAM_START
 from ...schema import NORMS
-from .door import ABSENT, DoorError, images, vector, where
+from ..door import ABSENT, DoorError, images, vector, where
 
 
 def _pass(

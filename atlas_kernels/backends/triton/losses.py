@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..native.door import DoorError, vector
+from ..door import DoorError, vector
 from . import Launch, launch
 from .rows import (
     columns,

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ..native.door import DoorError
+from ..door import DoorError
 from . import Launch, launch
 from .losses import CROSS_ENTROPY, DLR, KL_DIV, MARGIN, loss_plan
 from .rows import meta

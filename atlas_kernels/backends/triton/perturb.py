@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layout import is_channels_last, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
 from .. import BackendUnavailable
-from ..native.door import DoorError, images, vector
+from ..door import DoorError, images, vector
 from . import Launch, launch
 
 # Pixels a program: eight a thread. Never fewer than one a thread: Triton would then let two threads load one pixel, and

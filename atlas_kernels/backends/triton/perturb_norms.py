@@ -16,7 +16,7 @@ from ...layout import is_channels_last, plane_shape
 from ...noise import STREAM_START
 from ...schema import L1, NORMS
 from .. import BackendUnavailable
-from ..native.door import DoorError, images, vector
+from ..door import DoorError, images, vector
 from . import Launch, launch
 from .perturb import _clip, _load, _number, _row, _signed, _store
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import BackendUnavailable
-from ..native.door import DoorError, images
+from ..door import DoorError, images
 
 TILE = 512  # elements, unless
 WIDEST = 2048  # classes, that still fit the registers with two tensors and their gradients, are a tile
