@@ -24,7 +24,6 @@ from .core import advise_huge_pages
 from .layout import compute_dtype, contiguous
 from .noise import noise_key
 
-backends.register()
 _augment = backends.caller("augment")
 
 

@@ -44,7 +44,6 @@ from .checks import (
 from .layout import compute_dtype, require_memory
 from .transforms import followed, is_wrapped
 
-backends.register()
 _NAMES = (
     "cross_entropy", "kl_div", "trades_loss", "mart_loss", "entropy", "margin_loss", "dlr_loss", "logit_pairing",
     "atlas_loss",

@@ -17,7 +17,6 @@ from .layout import compute_dtype
 from .losses import dlr_targets
 from .transforms import followed, refuse_derivatives
 
-backends.register()
 _attack_cotangent = backends.caller("attack_cotangent")
 
 OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # in the order of csrc/api.h

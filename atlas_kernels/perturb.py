@@ -50,7 +50,6 @@ from .noise import STREAM_START, noise_key
 from .schema import L1, LINF, NORMS
 from .transforms import followed
 
-backends.register()
 _random_start = backends.caller("random_start")
 _pgd_step = backends.caller("pgd_step")
 _sample_neighbours = backends.caller("sample_neighbours")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +106,14 @@ def test_circles_are_seen(tmp_path: Path, files: dict[str, str], expected: set[s
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert circles({"p": tmp_path}) == ({} if expected is None else {"p": expected})
+
+
+def test_operators_need_no_module_before_theirs() -> None:
+    alone = (
+        "import sys, types\n"
+        "sys.modules['atlas_kernels'] = package = types.ModuleType('atlas_kernels')\n"  # without its own imports
+        f"package.__path__ = [{str(SOURCES['atlas_kernels'])!r}]\n"
+        "import atlas_kernels.pairwise"
+    )
+    told = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr

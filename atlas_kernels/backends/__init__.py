@@ -139,10 +139,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")  # the operators live as long
 _implementations: dict[str, Callable[..., None]] = {}
 
 
-def register() -> None:
-    """Define every operator of the schema table and its implementations, once."""
-    if _implementations:
-        return
+def _register() -> None:
+    """Define every operator of the schema table and its implementations."""
     define(_library)
     for stem, operators in OPERATORS.items():
         for name in operators:
@@ -173,3 +171,6 @@ def caller(name: str) -> Callable[..., None]:
             implementation(*args)
 
     return call
+
+
+_register()  # whoever imports this package finds the operators defined, in whatever order modules are imported
