@@ -338,18 +338,6 @@ def _bound(value: float | Tensor | Sequence[float], x: Tensor) -> Tensor:
     return vector.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
 
 
-def require_labels(labels: Tensor, num_classes: int, batch: int | None = None) -> None:
-    """Integral class indices [B] in [0, num_classes)."""
-    require_integers("y", labels)
-    if labels.ndim != 1 or (batch is not None and labels.shape[0] != batch):
-        raise ValueError(f"y has shape {list(labels.shape)}, expected [{'B' if batch is None else batch}]")
-    if not labels.numel() or not value_checks_enabled(labels, attack=True, name="y"):
-        return
-    row = first_outside(labels.to(torch.int64).contiguous(), num_classes)
-    if row < labels.shape[0]:
-        raise ValueError(f"y[{row}] = {int(labels[row])} is not a class: the model has {num_classes}, from 0 on")
-
-
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of the names on offer; the error proposes the nearest."""
     if value not in choices:
@@ -384,22 +372,28 @@ def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = No
     return contiguous(name, t)
 
 
-def class_indices(name: str, t: Tensor, logits: Tensor, batch: int) -> Tensor:
-    """int64 [batch] class indices of ``logits``, contiguous; integers of any width are welcome."""
+def class_indices(
+    name: str, t: Tensor, like: Tensor, classes: int | None = None, *, batch: int | None = None, attack: bool = False
+) -> Tensor:
+    """int64 [batch] class indices, contiguous, below ``classes`` where their number is known; integers of any width are
+    welcome.
+
+    like: logits or images, on whose device they lie; batch: how many there are (default: one for each of its rows).
+    attack: on CUDA too their values are looked at (see ``value_checks_enabled``).
+    """
     require_integers(name, t)
-    if t.ndim != 1 or t.shape[0] != batch or t.device != logits.device:
+    batch = like.shape[0] if batch is None else batch
+    if t.ndim != 1 or t.shape[0] != batch or t.device != like.device:
         raise ValueError(
-            f"{name} is {list(t.shape)} on {t.device}, expected [{batch}] on {logits.device}, as the logits"
+            f"{name} is {list(t.shape)} on {t.device}, expected [{batch}] on {like.device}, one per sample"
         )
-    looked_at = batch and value_checks_enabled(t, name=name)
+    bound = classes if batch and classes is not None and value_checks_enabled(t, attack=attack, name=name) else None
     if t.dtype != torch.int64:
+        require_memory(name, t)
         t = t.to(torch.int64)
-    t = t.contiguous()
-    if looked_at:
-        classes = logits.shape[1]
-        row = first_outside(t, classes)
-        if row < batch:
-            raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: the logits have {classes}, from 0 on")
+    t = contiguous(name, t)
+    if bound is not None and (row := first_outside(t, bound)) < batch:
+        raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: the logits have {bound}, from 0 on")
     return t
 
 

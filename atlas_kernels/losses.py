@@ -70,7 +70,7 @@ def cross_entropy(
     arXiv 1512.00567, section 7).
     """
     logits = dense_logits("logits", logits)
-    labels = class_indices("labels", labels, logits, logits.shape[0])
+    labels = class_indices("labels", labels, logits, logits.shape[1])
     smoothing = number_in("label_smoothing", label_smoothing, 0.0, 1.0)
     return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
 
@@ -134,7 +134,7 @@ def margin_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None
     2017, arXiv 1608.04644, section V-A, f_6 without its clip). Of equal logits the first counts.
     """
     logits = dense_logits("logits", logits)
-    labels = class_indices("labels", labels, logits, logits.shape[0])
+    labels = class_indices("labels", labels, logits, logits.shape[1])
     return _loss("margin_loss", logits, None, (labels,), (), weights, reduction)
 
 
@@ -153,7 +153,7 @@ def dlr_loss(
     ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (equation 7). Needs three classes, with targets four.
     """
     logits = dense_logits("logits", logits)
-    labels = class_indices("labels", labels, logits, logits.shape[0])
+    labels = class_indices("labels", labels, logits, logits.shape[1])
     targets = dlr_targets(logits, labels, targets)
     return _loss("dlr_loss", logits, None, (labels, targets), (), weights, reduction)
 
@@ -204,7 +204,7 @@ def atlas_loss(
     require_choice("local", local, _TERMS)
     require_choice("global_term", global_term, _TERMS)
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
-    labels = class_indices("labels", labels, logits, batch)
+    labels = class_indices("labels", labels, logits, logits.shape[1], batch=batch)
     _require_whole_batches(logits, batch, local, global_term)
     numbers = (
         _TERMS.index(local) if local != "none" else 0, _factor("local_weight", local_weight, logits),
@@ -263,7 +263,7 @@ def dlr_targets(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tenso
         )
     if targets is None:
         return None
-    targets = class_indices("targets", targets, logits, logits.shape[0])
+    targets = class_indices("targets", targets, logits, classes)
     if targets.numel() and value_checks_enabled(targets) and bool((targets == labels).any()):
         row = int((targets == labels).nonzero()[0])
         raise ValueError(f"targets[{row}] = {int(targets[row])} is the label itself: choose another class to reach")
@@ -281,7 +281,7 @@ def _factor(name: str, value: float, logits: Tensor) -> float:
 def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = dense_logits("logits", logits)
     adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
-    return logits, adv_logits, class_indices("labels", labels, logits, logits.shape[0])
+    return logits, adv_logits, class_indices("labels", labels, logits, logits.shape[1])
 
 
 def _require_whole_batches(logits: Tensor, batch: int, local: str, global_term: str) -> None:

@@ -76,7 +76,7 @@ def attack_cotangent(
     return_correct, return_value = flag("return_correct", return_correct), flag("return_value", return_value)
     batch = logits.shape[0]
     if labels is not None:
-        labels = class_indices("labels", labels, logits, batch)
+        labels = class_indices("labels", labels, logits, logits.shape[1])
     elif objective != "kl" or kappa is not None or return_correct:
         raise ValueError('labels is missing: only objective="kl" without kappa and return_correct does without')
     if objective == "kl":

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from ..checks import require_choice as require_choice
-from ..checks import require_integers, require_strided, value_checks_enabled, whole
+from ..checks import require_strided, value_checks_enabled, whole
 
 
 def require_count(name: str, value: int, least: int) -> None:
@@ -43,11 +42,3 @@ def require_radius(
             f"{name}={high:g} covers all of [0, 1]: it has the unit of the images, so write 8/255 for 8 grey levels; "
             "give clip_min and clip_max if your images have another range"
         )
-
-
-def class_indices(y: Tensor, x: Tensor) -> Tensor:
-    """The labels as int64[B]; integers of any width are welcome."""
-    require_integers("y", y)
-    if y.shape != x.shape[:1] or y.device != x.device:
-        raise ValueError(f"y is {list(y.shape)} on {y.device}, expected [{len(x)}] on {x.device}, as the images")
-    return y.to(torch.int64)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend
 from ..capture import Capture, CaptureFailed, Recorder, capturing, cuda_graph
-from ..checks import require_labels
+from ..checks import class_indices
 
 if TYPE_CHECKING:
     from .objective import Model
@@ -93,7 +93,7 @@ class Graphs:
             found = self._find(attack, loop, model, batch, settings)
             if isinstance(found, _Graph):
                 if batch.goal.labels is not None and found.classes is not None:
-                    require_labels(batch.goal.labels, found.classes)
+                    class_indices("y", batch.goal.labels, batch.x, found.classes, attack=True)
                 made: Result
                 made, lost = found.capture(*_tensors(batch))
                 if lost is None or not bool(lost):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checks import require_labels
+from ..checks import class_indices
 from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
 from ..outputs import logits_of, require_rows_of_logits
@@ -101,7 +101,7 @@ class Objective:
                 f"reference_logits has shape {list(self.reference.shape)}, but the model's logits {list(z.shape)}"
             )
         if self.labels is not None and self.classes is None:
-            require_labels(self.labels, z.shape[1])
+            class_indices("y", self.labels, z, z.shape[1], attack=True)
         self.classes = z.shape[1]
         return z
 

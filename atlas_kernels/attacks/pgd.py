@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import flag, per_channel, per_sample, require_float_images, require_images, require_like, require_noise
+from ..checks import (
+    class_indices,
+    flag,
+    per_channel,
+    per_sample,
+    require_float_images,
+    require_images,
+    require_like,
+    require_noise,
+)
 from ..layout import compute_dtype
 from ..noise import noise_key
 from ..perturb import SPARSITY, pgd_step, random_start, require_sparsity
 from ..schema import L1, LINF, NORMS
-from .arguments import class_indices, require_choice, require_count, require_radius
+from .arguments import require_choice, require_count, require_radius
 from .contract import ATTACK_MODES, leave_no_trace
 from .execution import current_execution
 from .objective import Model, Objective, never_alone
@@ -235,7 +244,7 @@ class PGD:
             require_like("start", start, "x", x, dtype=True)
             start = start.detach()
         reference = None if reference_logits is None else reference_logits.detach()
-        labels = None if y is None else class_indices(y, x)
+        labels = None if y is None else class_indices("y", y, x)
         with torch.inference_mode(False):
             key = noise_key(x.device, generator=generator) if key is None else key
         require_noise(key, ids, x)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import leave_no_trace
-from ..attacks.arguments import class_indices, require_radius
+from ..attacks.arguments import require_radius
 from ..attacks.objective import Objective
+from ..checks import class_indices
 from ..perturb import pgd_step
 from ._evaluation import evaluate
 from ._missing import refuse
@@ -77,7 +78,7 @@ def attack_pgd(
     def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
         return pgd_step(adv, grad, X[rows], radius, step_size)
 
-    goal = Objective(class_indices(y, X))
+    goal = Objective(class_indices("y", y, X))
     delta = strongest_delta(model, model, X, y, goal, start, step, attack_iters, restarts, freeze=True)
     return delta.clamp_(-radius, radius)
 
@@ -103,7 +104,7 @@ def _attack_normalised(
     def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
         return clamp(adv + alpha * grad.sign().to(adv.dtype), low[rows], high[rows])
 
-    goal = Objective(class_indices(y, X))
+    goal = Objective(class_indices("y", y, X))
     delta = strongest_delta(model, model, X, y, goal, start, step, attack_iters, restarts, freeze=True)
     return clamp(delta, -epsilon, epsilon)
 
@@ -111,7 +112,7 @@ def _attack_normalised(
 def attack_fgsm(model: nn.Module, X: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """``epsilon * sign(gradient at X)``, in the mode that the model is in; as published not clipped to the images."""
     with leave_no_trace(model, "keep", None, update_buffers=True):
-        _, grad = Objective(class_indices(y, X)).gradient(model, X, sized=False)
+        _, grad = Objective(class_indices("y", y, X)).gradient(model, X, sized=False)
     return epsilon * grad.sign().to(X.dtype)
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from .. import losses
 from ..attacks import leave_no_trace
-from ..attacks.arguments import class_indices, require_count, require_radius
+from ..attacks.arguments import require_count, require_radius
 from ..attacks.objective import Objective
-from ..checks import flag, require_choice, require_images
+from ..checks import class_indices, flag, require_choice, require_images
 from ..perturb import pgd_step
 from ._evaluation import evaluate
 from ._missing import refuse
@@ -62,7 +62,7 @@ def GA_PGD(
     require_images(data)
     data, kind = data.detach(), _OBJECTIVES[loss_fn]
     kappa = torch.zeros(len(data), dtype=torch.int64, device=data.device)
-    goal = (_Margin if loss_fn == "cw" else Objective)(class_indices(target, data), kind=kind, kappa=kappa)
+    goal = (_Margin if loss_fn == "cw" else Objective)(class_indices("target", target, data), kind=kind, kappa=kappa)
     model.eval()
     x_adv = _start(data, epsilon, category) if rand_init else data.clone()
     with leave_no_trace(model, "eval", None):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..attacks.arguments import class_indices, require_radius
+from ..attacks.arguments import require_radius
 from ..attacks.objective import Objective
-from ..checks import flag, require_choice
+from ..checks import class_indices, flag, require_choice
 from ..perturb import pgd_step
 from ._missing import refuse
 from ._restarts import Rows, Step, strongest_delta
@@ -82,12 +82,12 @@ def attack_pgd(
     flag("early_stop", early_stop)
     flag("mixup", mixup)
     X = X.detach()
-    goal = Objective(class_indices(y, X))
+    goal = Objective(class_indices("y", y, X))
     twice = False
     if mixup:
         if y_a is None or y_b is None or lam is None:
             raise ValueError("mixup=True needs y_a, y_b and lam: the labels of both images and the first one's share")
-        goal = _Mixup(class_indices(y_a, X), second=Objective(class_indices(y_b, X)), lam=float(lam))
+        goal = _Mixup(class_indices("y_a", y_a, X), second=Objective(class_indices("y_b", y_b, X)), lam=float(lam))
         twice = any(module.training for module in model.modules())
 
     forward = _Normalised(model, twice, any(p.dtype == X.dtype for p in model.parameters()))

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks.arguments import class_indices
 from ...attacks.contract import leave_no_trace
 from ...attacks.held import modes_of, put_back
 from ...attacks.objective import Objective
-from ...checks import flag, require_float_images, require_labels, whole
+from ...checks import class_indices, flag, require_float_images, whole
 from ...noise import noise_key
 from ...outputs import logits_of
 from . import _saving
@@ -241,9 +240,7 @@ class Attack(Kin):
         logits = self.get_output_with_eval_nograd(inputs)
         if labels is None:
             return logits, logits.argmax(1)
-        labels = class_indices(labels, inputs)
-        require_labels(labels, logits.shape[1])
-        return logits, labels
+        return logits, class_indices("labels", labels, inputs, logits.shape[1], attack=True)
 
     def get_output_with_eval_nograd(self, inputs: Tensor) -> Tensor:
         """``get_logits(inputs)`` in eval mode, without gradients."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ....attacks import PGD
-from ....attacks.arguments import class_indices, require_radius
+from ....attacks.arguments import require_radius
 from ....attacks.contract import leave_no_trace
 from ....attacks.objective import Objective
-from ....checks import per_sample, require_float_images, require_images
+from ....checks import class_indices, per_sample, require_float_images, require_images
 from ....perturb import pgd_step
 from ..attack import Attack, next_key
 
@@ -90,7 +90,7 @@ class GradientAttack(Attack):
     ) -> Tensor:
         """The loop, step by step."""
         if goal.labels is not None:
-            goal.labels = class_indices(goal.labels, x)
+            goal.labels = class_indices("y", goal.labels, x)
         with leave_no_trace(network, attack.attack_mode, key):
             adv, direction = (x if start is None else start).clone(), None
             for _ in range(attack.steps):
