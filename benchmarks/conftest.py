@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import step_table
-from atlas_train.checkpoint import write_json
+from atlas_train.writing import write_json
 from harness import HEADER, Row, as_json, environment
 from step_table import StepRow
 from tables import aligned

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_train.checkpoint import write_atomically
+from atlas_train.writing import write_atomically
 from tables import Table
 
 PRECISIONS = ("fp32", "bf16")

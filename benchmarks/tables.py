@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_train.checkpoint import write_json, write_text
+from atlas_train.writing import write_json, write_text
 from harness import environment
 
 Table = Sequence[Sequence[str]]  # the header first; all rows as long as it

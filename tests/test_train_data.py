@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_train import data
+from atlas_train import data, writing
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batches, Images, cifar10, files, mnist, safe_pickle
 
@@ -504,10 +504,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    files.write_atomically(tmp_path / "a", b"1")
+    writing.write_bytes(tmp_path / "a", b"1")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(tmp_path / "a", b"2")
+        writing.write_bytes(tmp_path / "a", b"2")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"1"
 
 

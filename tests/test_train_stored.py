@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_train import answers, checkpoint, cli, data, engine, folders, methods, models
+from atlas_train import answers, checkpoint, cli, data, engine, folders, methods, models, writing
 from atlas_train import compare as comparing
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, from_file, recorded, resolved
@@ -617,7 +617,7 @@ def test_what_cannot_be_written_is_named_and_the_checkpoint_from_before_stays(
 ) -> None:
     pytest.importorskip("safetensors")
     if full:  # the same errors, of a disk
-        monkeypatch.setattr(checkpoint, "_is_too_large", lambda *args: False)
+        monkeypatch.setattr(writing, "_is_too_large", lambda *args: False)
     path, big = tmp_path / "last.pt", nn.Linear(500, 500)
     checkpoint.save(path, {"model": {"w": torch.ones(2)}})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -626,7 +626,7 @@ def test_what_cannot_be_written_is_named_and_the_checkpoint_from_before_stays(
         for name, write in {
             "last.pt": lambda path: checkpoint.save(path, {"model": big.state_dict()}),
             "model.safetensors": lambda path: checkpoint.export_state_dict(big, path),
-            "log.csv": lambda path: checkpoint.write_text(path, "x" * 300_000),
+            "log.csv": lambda path: writing.write_text(path, "x" * 300_000),
         }.items():
             why = r"its disk takes no more \([\d,.]+ MB free\)" if full else r"it is larger .* \(ulimit -f\)"
             message = rf"{tmp_path / name} could not be written: {why}.*try again$"

@@ -25,6 +25,7 @@ from . import checkpoint, flags, methods
 from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, added, from_file, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
+from .writing import write_json
 
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
@@ -177,7 +178,7 @@ def evaluate(argv: Sequence[str]) -> int:
     print(table(results))
     (result,) = results.values()
     if args.json:
-        checkpoint.write_json(Path(args.json), result.to_dict() | {"checkpoint": without_place(args.checkpoint)})
+        write_json(Path(args.json), result.to_dict() | {"checkpoint": without_place(args.checkpoint)})
     return 0
 
 

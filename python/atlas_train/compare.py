@@ -25,6 +25,7 @@ from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, commit, environment, markdown, table
 from .run import Run, on_host
+from .writing import write_json, write_text
 
 Results = dict[str, Result]
 #: In the folder of a comparison the whole configuration, methods beside included.
@@ -76,7 +77,7 @@ def compare(
             _require_free(config, folders)
         with _explained(folder, folders, splits, say):
             if config.beside:
-                checkpoint.write_json(folder / CONFIG, recorded(config))
+                write_json(folder / CONFIG, recorded(config))
             runs, results = _train_all(config, folders, splits, show, say)
             drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
             title = _write(folder, config, runs, results, command)
@@ -197,7 +198,7 @@ def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, sa
         if before is None and not there:
             path.unlink(missing_ok=True)
         elif before is not None and isinstance(error, ValueError):
-            checkpoint.write_text(path, before)
+            write_text(path, before)
         stopped = isinstance(error, (KeyboardInterrupt, Terminated, OSError, RuntimeError))
         if there and stopped and not isinstance(error, FileExistsError):
             how = (
@@ -224,7 +225,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         if c.autoattack:
             how: dict[str, Any] = {"version": c.autoattack_version, "say": say}
             result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
-    checkpoint.write_json(folder / EVALUATION, result.to_dict() | {"of": of})
+    write_json(folder / EVALUATION, result.to_dict() | {"of": of})
     return result
 
 
@@ -256,8 +257,8 @@ def _write(
         "command": command and shlex.join(map(_public, command)),
         "environment": machine,
     }
-    checkpoint.write_json(folder / RESULTS, values)
-    checkpoint.write_text(folder / MARKDOWN, markdown(results, title, machine))
+    write_json(folder / RESULTS, values)
+    write_text(folder / MARKDOWN, markdown(results, title, machine))
     return title
 
 

@@ -111,7 +111,7 @@ def _owner(descriptor: int) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """The temporary files (``checkpoint.write_atomically``) of processes that are no more."""
+    """The temporary files (``writing.write_atomically``) of processes that are no more."""
     for path in folder.glob(".*.tmp"):
         found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
         if found and not _runs(int(found[1])):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_atomically, write_text
+from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
 COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "test_clean", "test_pgd", "images_per_s", "seconds")

@@ -22,6 +22,7 @@ from .options import one_line, plain, shown
 from .recompute import Recomputed, blocks
 from .report import write_csv
 from .step_graph import require_recordable
+from .writing import builtin
 
 LOG = "log.csv"
 
@@ -246,6 +247,6 @@ def export(run: Run) -> Path:
     assert run.folder
     path = run.folder / checkpoint.export_name()
     own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": run.answers}
-    description = json.dumps(checkpoint.builtin(own))
+    description = json.dumps(builtin(own))
     checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
     return path

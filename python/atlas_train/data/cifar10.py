@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..options import plain
+from ..writing import write_bytes
 from . import files, safe_pickle
 from .images import DataSplits, Images
 
@@ -102,4 +103,4 @@ def unpack(archive: Path, folder: Path, md5: Mapping[str, str] = MD5) -> None:
                 raise ValueError(f"{plain(archive)}: {plain(member.name)} is no regular file; {files.REMEDY}")
             data = content.read()
             files.check_md5(data, md5[name], folder / name)
-            files.write_atomically(folder / name, data)
+            write_bytes(folder / name, data)

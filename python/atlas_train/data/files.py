@@ -103,17 +103,6 @@ def check_md5(data: bytes, md5: str, path: Path) -> None:
         )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes under a temporary name, then renames, so that a file under its own name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def fetch(urls: Sequence[str], md5: str, path: Path) -> None:
     """Downloads a file from the first of `urls` that answers with the right bytes. Raises OSError if none does."""
     try:

@@ -1,0 +1,97 @@
+"""Files that are written whole or not at all, and values in the plain types that they hold."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .options import plain
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole.
+
+    Its mode is the usual one, whatever ``write`` gives it. Raises OSError that names the file where the disk is full.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{plain(path)} is a folder, where a file is to be written: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        write(temporary)
+        os.chmod(temporary, stat.S_IMODE(mode))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        if _is_too_large(error, temporary):
+            raise OSError(
+                f"{plain(path)} could not be written: it is larger than this process may write (ulimit -f). What lay "
+                "there before is as it was. Raise that limit and try again"
+            ) from error
+        free = shutil.disk_usage(path.parent).free + 512 * temporary.stat().st_blocks  # the half of it will go
+        raise OSError(
+            f"{plain(path)} could not be written: its disk takes no more ({free / 1e6:,.1f} MB free). What lay there "
+            "before is as it was. Make room and try again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a file could not grow. torch and safetensors say so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    codes = [f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(words in str(error) for words in ("inline_container", "iostream error", *codes))
+
+
+def _is_too_large(error: Exception, path: Path) -> bool:
+    """Whether ``path`` came to the process's limit on the size of a file. torch does not say so, the others do."""
+    if isinstance(error, OSError) or "os error" in str(error):
+        return getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return limit != resource.RLIM_INFINITY and path.stat().st_size >= limit
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(builtin(value), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, with the line ends of ``text``, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """``data``, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def builtin(value: Any) -> Any:
+    """``value`` in plain types, which are read without running code: NumPy's numbers and kinds of str become such."""
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(map(builtin, value))
+    if isinstance(value, Mapping) and not isinstance(value, OrderedDict):  # that one is a module's state_dict
+        return {builtin(key): builtin(item) for key, item in value.items()}
+    return value
