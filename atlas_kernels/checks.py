@@ -6,7 +6,6 @@ the CPU, and on CUDA once per attack, never under capture; ``ATLAS_CHECKS=0|1`` 
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .capture import capturing
 from .core import first_outside
-from .environment import setting
+from .environment import did_you_mean, setting
 from .layout import compute_dtype, contiguous, is_supported, plane_shape, require_memory
 from .transforms import followed, is_wrapped
 
@@ -341,8 +340,7 @@ def _bound(value: float | Tensor | Sequence[float], x: Tensor) -> Tensor:
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of the names on offer; the error proposes the nearest."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(value, choices)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 

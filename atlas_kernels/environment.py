@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 
 CHOICES = {
     "ATLAS_BACKEND": ("reference", "native", "triton"),
@@ -21,10 +22,15 @@ def setting(name: str) -> str | None:
     """
     value = os.environ.get(name) or None
     if value is not None and value not in CHOICES[name]:
-        near = difflib.get_close_matches(value.lower(), CHOICES[name], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(CHOICES[name])}{hint}")
+        known = CHOICES[name]
+        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}{did_you_mean(value, known)}")
     return value
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """ "; did you mean 'linf'?" for the error about an unknown name, or nothing where no known one is near."""
+    near = difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.3)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def problems() -> list[str]:

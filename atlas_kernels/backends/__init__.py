@@ -8,7 +8,6 @@ do.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..environment import CHOICES, setting
+from ..environment import CHOICES, did_you_mean, setting
 from ..schema import NAMESPACE, OPERATORS, arguments_of, define
 from ..transforms import kernel_under_transforms, refuse_derivatives
 from .guard import guard, materialised
@@ -38,8 +37,7 @@ class BackendUnavailable(RuntimeError):
 
 def _known(name: str) -> str:
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, BACKENDS)
         raise ValueError(f"backend {name!r} is unknown: choose from {', '.join(BACKENDS)}{hint}")
     return name
 
