@@ -28,6 +28,11 @@ def plane_shape(shape: torch.Size) -> tuple[int, int, int]:
     return shape[0], 1, shape[1] if len(shape) == 2 else 1
 
 
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One value per sample, [B], as [B, 1, ..., 1]: ready to broadcast against ``like``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def is_channels_last(t: Tensor) -> bool:
     """True if ``t`` is dense with the channels innermost and is not also plainly contiguous."""
     if t.is_contiguous():

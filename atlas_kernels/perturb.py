@@ -45,7 +45,7 @@ from .checks import (
     whole,
 )
 from .core import advise_huge_pages
-from .layout import compute_dtype, contiguous, dense, is_channels_last, require_memory
+from .layout import column, compute_dtype, contiguous, dense, is_channels_last, require_memory
 from .noise import STREAM_START, noise_key
 from .schema import L1, LINF, NORMS
 from .transforms import followed
@@ -392,7 +392,7 @@ def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
     if grad.dtype != torch.float64 or not grad.numel():
         return grad
     require_memory("grad", grad)
-    largest = plain.flat(grad).abs().amax(1).view(-1, *[1] * (grad.ndim - 1))
+    largest = column(plain.flat(grad).abs().amax(1), grad)
     scaled = grad / torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
     return scaled.to(compute_dtype(like.dtype))
 
@@ -484,7 +484,7 @@ class _PGDStep(torch.autograd.Function):
             moved = adv.to(wide) + _column(step_size, step_rows, adv) * direction
             ball = _Ball(moved, centre, _column(eps, eps_rows, adv))
             passed = _inside(ball.value, bounds)
-        kept_rows = None if active is None else active.view([-1] + [1] * (adv.ndim - 1))
+        kept_rows = None if active is None else column(active, adv)
         passing = torch.where(passed if kept_rows is None else passed & kept_rows, g, 0.0)
         to_adv, to_x, to_eps = ball.split(passing)
         to_step = _over(to_adv * direction, step_rows)

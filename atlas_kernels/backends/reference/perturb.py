@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...layout import compute_dtype, plane_shape
+from ...layout import column, compute_dtype, plane_shape
 from ...noise import STREAM_NEIGHBOUR, STREAM_START
 from .philox import noise
 
@@ -36,7 +36,7 @@ def step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, act
     start, centre, direction = adv.to(dtype), x.to(dtype), torch.sign(grad).to(dtype)
     moved = start + (-step if descend else step) * direction
     moved = to_range(clip(moved, centre - radius, centre + radius), *bounds)
-    return moved if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), moved, start)
+    return moved if active is None else torch.where(column(active, adv), moved, start)
 
 
 def neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...layout import compute_dtype, plane_shape
+from ...layout import column, compute_dtype, plane_shape
 from ...noise import STREAM_START
 from ...schema import L1, L2, LINF, NORMS
 from .perturb import clip, rows
@@ -25,14 +25,14 @@ def flat(t: Tensor) -> Tensor:
 
 def per_sample_sum(t: Tensor) -> Tensor:
     """Sum over everything but the batch, in fp64, ready to broadcast against ``t``."""
-    return flat(t.double()).sum(1).view(-1, *[1] * (t.ndim - 1))
+    return column(flat(t.double()).sum(1), t)
 
 
 def _length(d: Tensor, norm: str) -> Tensor:
     if norm != L2:
         return per_sample_sum(d.abs())
     # The squares of large fp64 numbers leave its range.
-    far = (flat(d.detach()).abs() > 2.0**500).any(1).view(-1, *[1] * (d.ndim - 1))
+    far = column((flat(d.detach()).abs() > 2.0**500).any(1), d)
     scale = torch.ones_like(far, dtype=torch.float64).masked_fill(far, 2.0**-600)
     return per_sample_sum((d.double() * scale).square()).sqrt() / scale
 
@@ -63,7 +63,7 @@ def moved_sparsely(adv: Tensor, grad: Tensor, step: Tensor, largest: int, low: T
         moves = (length > 0) & (length < math.inf) & (budget > 0)
         m, order = flat(grad.abs()).sort(1, descending=True)
         reached = flat(reach.double()).gather(1, order).cumsum(1) >= flat(budget.expand(len(adv), *budget.shape[1:]))
-        threshold = torch.where(reached, m, 0.0).amax(1).view(-1, *[1] * (adv.ndim - 1))
+        threshold = column(torch.where(reached, m, 0.0).amax(1), adv)
         whole, tied = grad.abs() > threshold, grad.abs() == threshold
     left, tie = (per_sample_sum(torch.where(those, reach, 0.0)) for those in (whole, tied))
     part = ((budget - left) / torch.where(tie > 0, tie, 1.0)).to(adv.dtype)
@@ -80,7 +80,7 @@ def projected(v: Tensor, x: Tensor, eps: Tensor, norm: str, low: Tensor, high: T
     room = clip(torch.where(d > 0, high - x, x - low), torch.zeros_like(d), math.inf)
     with torch.no_grad():
         kept = _length(d, norm) if norm == L2 else per_sample_sum(clip(d.abs(), 0.0, room))
-        finite = flat(d.isfinite()).all(1).view(-1, *[1] * (d.ndim - 1))
+        finite = column(flat(d.isfinite()).all(1), d)
         outside = (kept > eps) & finite
     d = torch.where(outside, d, 1.0)
     if norm == L2:
@@ -94,7 +94,6 @@ def _kept(distance: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     """``distance - lambda``, such that ``clip(distance - lambda, 0, room)`` adds up to eps. lambda is ``base - mu``,
     base the least distance that is not below it: distances over that are exact however large they are. Where it does
     not show, lambda itself is rounded."""
-    shape = [-1] + [1] * (distance.ndim - 1)
     m, room = distance.double(), room.double()
     with torch.no_grad():
         least, space = flat(m), flat(room)
@@ -106,7 +105,7 @@ def _kept(distance: Tensor, room: Tensor, eps: Tensor) -> Tensor:
         end = _first(slack, lambda mu: torch.minimum(slack, mu).sum(1, keepdim=True) >= missing)
         full = (over >= 0) & ((space <= over) | (slack < end))
         some = (over >= 0) & ~full
-        base, full, some = base.view(shape), full.view_as(m), some.view_as(m)
+        base, full, some = column(base, m), full.view_as(m), some.view_as(m)
     over = m - base
     kept = torch.where(some, over, 0.0) + torch.where(full, room, 0.0)
     mu = (eps.double() - per_sample_sum(kept)) / per_sample_sum(some).clamp_min(1)
@@ -140,7 +139,7 @@ def direction(x: Tensor, norm: str, key: Tensor, ids: Tensor | None, draw: int) 
         z = _positive_uniform(w).log() * torch.where(w % 2 == 1, 1.0, -1.0)
     own = words((shape[0], 1, 1), key, ids, draw, STREAM_START, 1)[:, 0, 0]
     share = ((own.double() + 0.5) * 2.0**-32) ** (1 / max(1, shape[1] * shape[2]))
-    return z[..., : shape[2]].reshape(x.shape), share.view(-1, *[1] * (x.ndim - 1))
+    return z[..., : shape[2]].reshape(x.shape), column(share, x)
 
 
 def _positive_uniform(word: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ def step(
     else:
         found = moved(point, grad, size, norm)
     found = inside(found, x, norm, eps, bounds)
-    return found if active is None else torch.where(active.view(-1, *[1] * (adv.ndim - 1)), found, adv.to(dtype))
+    return found if active is None else torch.where(column(active, adv), found, adv.to(dtype))
 
 
 def inside(v: Tensor, x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import float16
+from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 
 from ..noise import normal
@@ -41,7 +42,7 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     assert cotangent is not None
     unit = float16.unit_of(cotangent, coupled=float16.are_coupled(model))[:, 0]
     (grad,) = torch.autograd.grad((losses / unit).sum(), leaf, create_graph=True)
-    return logits, losses, grad * unit.view(-1, *[1] * (x.ndim - 1))
+    return logits, losses, grad * column(unit, x)
 
 
 def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import leave_no_trace
 from atlas_kernels.attacks.float16 import pull_back
+from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -122,7 +123,7 @@ class LLR(Method):
                 sign = (value - losses - _dot(d, grad)).sign()
                 up = pull_back(network, logits, leaf, rise * sign[:, None])
                 if self.ascent == "exact":
-                    up = up - sign.view(-1, *[1] * (x.ndim - 1)) * grad
+                    up = up - column(sign, x) * grad
                 mean = BETAS[0] * mean + (1 - BETAS[0]) * up
                 square = BETAS[1] * square + (1 - BETAS[1]) * up.square()
                 # The published mean over the batch divides the gradient by B; here B multiplies epsilon.

@@ -14,6 +14,7 @@ from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 from atlas_kernels.attacks.contract import leave_no_trace
 from atlas_kernels.attacks.objective import Model, never_alone
+from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -140,10 +141,10 @@ class MMA(Method):
     def _attack(self, model: Model, batch: Batch, eps: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         attack = PGD(eps, 2.5 * eps / self.steps, self.steps)
         adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
-        way = (adv - batch.x) / _column(eps + 1e-12, adv)
+        way = (adv - batch.x) / column(eps + 1e-12, adv)
         with leave_no_trace(model, "keep", key, update_buffers=self.bn_compat), torch.no_grad():
             margins = self._search(model, batch, adv, way, eps)
-        return batch.x + _column(margins, way) * way, margins
+        return batch.x + column(margins, way) * way, margins
 
     def _search(self, model: Model, batch: Batch, adv: Tensor, way: Tensor, eps: Tensor) -> Tensor:
         """Bisects for the radius at which the model stops being sure, from that of the attack."""
@@ -153,17 +154,13 @@ class MMA(Method):
             low, high = torch.where(sure, eps, low), torch.where(sure, high, eps)
             eps = (low + high) / 2
             if step + 1 < self.search_steps or self.bn_compat:
-                sure = _sure(logits_of(model((batch.x + _column(eps, way) * way).clamp(0, 1))), batch.y)
+                sure = _sure(logits_of(model((batch.x + column(eps, way) * way).clamp(0, 1))), batch.y)
         return eps
 
 
 def _sure(logits: Tensor, y: Tensor) -> Tensor:
     """Where the soft logit margin is below 0: the label is likelier than all others together."""
     return cross_entropy(logits, y, reduction="none") < math.log(2)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _margins(batch: Batch, state: State) -> Tensor:
