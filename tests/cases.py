@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [
     (2, 3, 8, 8),
@@ -67,3 +68,15 @@ def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:
     unit = torch.finfo(a.dtype).eps
     allowed = {2: size * unit, 4: size * 4 * unit, 8: size.clamp(min=1) * 1e-13}[a.element_size()]
     return bool(((a == b) | a.isnan() | ((a.double() - b.double()).abs() <= allowed)).all())
+
+
+class Dispatched(TorchDispatchMode):
+    """Keeps the names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 from atlas_kernels import backend
-from atlas_kernels.backends import unavailable_reason
+from atlas_kernels.backends import triton, unavailable_reason
 from atlas_kernels.core import available_isas, force_isa
 
 # The same draws in every run, so that a change is judged and not the dice; `--hypothesis-profile default` rolls them.
@@ -35,6 +36,15 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def restored_isa_and_threads() -> Iterator[None]:
+    """For tests that force instruction sets and numbers of threads."""
+    isa, threads = available_isas()[-1], torch.get_num_threads()
+    yield
+    force_isa(isa)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -65,3 +75,18 @@ def engine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(device)
     if isa:
         force_isa(available_isas()[-1])
+
+
+@pytest.fixture
+def compiled_at_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[triton.Launch], Any]:
+    """What Triton's own launch path compiles for compute 9.0, on a driver that stops short of launching."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class NoDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 99)  # of which Triton keeps nothing
+        get_current_stream = staticmethod(lambda device: 0)
+
+    monkeypatch.setattr(driver, "_active", NoDriver())
+    return lambda plan: plan.kernel.run(*plan.arguments, grid=(plan.programs,), warmup=True, **triton.OPTIONS)

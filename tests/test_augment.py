@@ -91,14 +91,6 @@ def test_bits_above_the_size_where_results_are_streamed():
     check_against_reference(images, rows(8, 120))
 
 
-@pytest.fixture
-def restored_isa_and_threads():
-    isa, threads = available_isas()[-1], torch.get_num_threads()
-    yield
-    force_isa(isa)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
 def test_bits_of_each_isa_and_thread_count(isa, threads, restored_isa_and_threads):

@@ -13,7 +13,7 @@ import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
 from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import available_isas, force_isa
-from cases import same_bits
+from cases import Dispatched, same_bits
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DISTANCES = ["l1", "squared"]
@@ -155,14 +155,6 @@ def test_strides(device):
     assert same_bits(ak.compactness(one, h_adv, labels), ak.compactness(one.contiguous(), h_adv, labels))
 
 
-@pytest.fixture
-def restored_isa_and_threads():
-    isa, threads = available_isas()[-1], torch.get_num_threads()
-    yield
-    force_isa(isa)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
 def test_each_isa_and_the_same_bits_for_any_number_of_threads(isa, distance, restored_isa_and_threads):
@@ -301,17 +293,10 @@ def test_compile_fullgraph(distance, device):
 
 
 def test_inference_mode_and_dispatch_modes():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    inputs, names = features(4, 5), []
-    with Names():
+    inputs = features(4, 5)
+    with Dispatched() as seen:
         expected = ak.compactness(*inputs)
-    assert "atlas_kernels.compactness.default" in names
+    assert "atlas_kernels.compactness.default" in seen.names
     with torch.inference_mode():
         assert same_bits(ak.compactness(*inputs).clone(), expected)
 

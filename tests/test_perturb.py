@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.core import available_isas, force_isa
-from cases import SHAPES, problem, same_bits, to_layout
+from cases import SHAPES, Dispatched, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels
@@ -96,14 +96,6 @@ def test_bits_above_the_size_where_results_are_streamed():
     """Larger than any last-level cache's half that we know of would be slow: streaming starts at half of this one's."""
     adv, grad, x = problem((24, 3, 256, 256))
     check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key())
-
-
-@pytest.fixture
-def restored_isa_and_threads():
-    isa, threads = available_isas()[-1], torch.get_num_threads()
-    yield
-    force_isa(isa)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -350,18 +342,10 @@ def test_compile_fullgraph_with_gradients_and_fresh_noise(device):
 
 
 def test_dispatch_modes_and_subclasses_see_the_operator():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     adv, grad, x = problem((2, 3, 4, 4))
-    names: list[str] = []
-    with Names():
+    with Dispatched() as seen:
         ak.pgd_step(adv, grad, x, 0.1, 0.03)
-    assert "atlas_kernels.pgd_step.default" in names
+    assert "atlas_kernels.pgd_step.default" in seen.names
     parameter = torch.nn.Parameter(adv)
     with torch.no_grad():
         assert same_bits(ak.pgd_step(parameter, grad, x, 0.1, 0.03), ak.pgd_step(adv, grad, x, 0.1, 0.03))

@@ -87,14 +87,6 @@ def test_special_values(norm, device):
         check_against_reference(adv, grad, x, *RADII[norm], norm, key=ak.noise_key(device))
 
 
-@pytest.fixture
-def restored_isa_and_threads():
-    isa, threads = available_isas()[-1], torch.get_num_threads()
-    yield
-    force_isa(isa)
-    torch.set_num_threads(threads)
-
-
 @both_norms
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_bits_of_every_isa_and_thread_count(dtype, norm, restored_isa_and_threads):

@@ -22,7 +22,7 @@ from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, reso
 from atlas_train.data import Images
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
-from bars import EPS, TINY, splits
+from bars import EPS, TINY, Lines, splits
 
 
 class Dropping(nn.Module):
@@ -49,16 +49,6 @@ def state(run: runs.Run) -> dict[str, Tensor]:
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Lines(progress.Silent):
-    """Keeps what a user would read."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 # --- the loop

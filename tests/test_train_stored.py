@@ -29,7 +29,7 @@ from atlas_train.interrupts import Terminated
 from atlas_train.passes import passes_per_step
 from atlas_train.results import commit
 from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
-from bars import TINY, same, splits, weights
+from bars import TINY, Lines, same, splits, weights
 
 QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "20", "--probe-size", "0"]
 STANDARD: dict[str, Any] = TINY | {"method": "standard", "epochs": 2}
@@ -51,16 +51,6 @@ def relabelled(part: str) -> DataSplits:
     labels = images.labels.clone()
     labels[3] = (labels[3] + 1) % 4
     return replace(splits(), **{part: Images(images.images, labels)})
-
-
-class Lines(engine.progress.Silent):
-    """Keeps what a user would read."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def old_version(folder: Path) -> None:

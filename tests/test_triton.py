@@ -416,20 +416,9 @@ def test_sixteen_bits_are_rounded_to_nearest(compiled, variant, conversion):
 @pytest.mark.parametrize(
     "variant", ["step", "step and neighbours, per sample and channel", "step, more than 2**31 pixels"]
 )
-def test_what_is_launched_is_what_was_inspected(variant, monkeypatch):
-    """Triton's own launch path, on a driver that stops short of launching, compiles the same machine code."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDriver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 99)  # of which Triton keeps nothing
-        get_current_stream = staticmethod(lambda device: 0)
-
+def test_what_is_launched_is_what_was_inspected(variant, compiled_at_launch):
     plan = VARIANTS[variant]()
-    monkeypatch.setattr(driver, "_active", NoDriver())
-    compiled = plan.kernel.run(*plan.arguments, grid=(plan.programs,), warmup=True, **triton.OPTIONS)
-    assert compiled.asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
+    assert compiled_at_launch(plan).asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
 
 
 @compiles

@@ -444,17 +444,6 @@ def test_compiles_ahead_of_time(variant, capability, tmp_path, monkeypatch):
 
 @compiles
 @pytest.mark.parametrize("variant", ["trades_loss", "atlas_loss, one sample", "objective dlr_targeted"])
-def test_what_is_launched_is_what_was_inspected(variant, monkeypatch):
-    """Triton's own launch path, on a driver that stops short of launching, compiles the same machine code."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDriver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 99)  # of which Triton keeps nothing
-        get_current_stream = staticmethod(lambda device: 0)
-
+def test_what_is_launched_is_what_was_inspected(variant, compiled_at_launch):
     plan = VARIANTS[variant]()
-    monkeypatch.setattr(driver, "_active", NoDriver())
-    compiled = plan.kernel.run(*plan.arguments, grid=(plan.programs,), warmup=True, **triton.OPTIONS)
-    assert compiled.asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
+    assert compiled_at_launch(plan).asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
