@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import step_table
+from atlas_train.tables import aligned
 from atlas_train.writing import write_json
 from harness import HEADER, Row, as_json, environment
 from step_table import StepRow
-from tables import aligned
 
 ROWS: list[Row] = []
 STEP_ROWS: list[StepRow] = []
@@ -54,10 +54,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             write(f"  {name}: {value}")
     if ROWS:
         write("medians, one process, contenders in turn; floor = bytes of the model at the run's own copy bandwidth")
-        lines = [HEADER, *(row.table_line() for row in ROWS)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-        for line in lines:
-            write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        write(aligned([HEADER, *(row.table_line() for row in ROWS)]))
     if STEP_ROWS:
         for line in ("", "whole training steps, small", *step_table.NOTES, aligned(step_table.table(STEP_ROWS))):
             write(line)

@@ -15,12 +15,12 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 import atlas_kernels as ak
 from atlas_kernels.core import ISAS, core
+from atlas_train.results import commit, cpu_name
 
 ROUNDS = 21
 _GPU_FACTS = "driver_version,clocks.sm,clocks.mem,power.limit"
@@ -152,7 +152,7 @@ def environment() -> dict[str, object]:
     """What the numbers were measured on."""
     module = core()
     facts: dict[str, object] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": ISAS[module.current_isa()],
         "openmp": module.openmp,
@@ -161,7 +161,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "atlas_kernels": ak.__version__,
-        "commit": _commit(),
+        "commit": commit(7) or "unknown",
     }
     if torch.cuda.is_available():
         facts |= {
@@ -170,18 +170,6 @@ def environment() -> dict[str, object]:
             "driver, clocks": _run("nvidia-smi", f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader"),
         }
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 
 
 def _run(*command: str) -> str:

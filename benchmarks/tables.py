@@ -6,27 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas_train.tables import Table as Table
+from atlas_train.tables import aligned as aligned
+from atlas_train.tables import markdown as markdown
 from atlas_train.writing import write_json, write_text
 from harness import environment
 
-Table = Sequence[Sequence[str]]  # the header first; all rows as long as it
 #: Options whose values say where things are on this machine, and nothing about the results.
 PLACES = ("--data-dir", "--results", "--plots", "--checkpoint")
-
-
-def aligned(table: Table) -> str:
-    """The table for a terminal: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rows = [table[0], ["-" * width for width in widths], *table[1:]]
-    return "\n".join(
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
-
-
-def markdown(table: Table) -> str:
-    rows = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def command_line(script: str, arguments: Sequence[str]) -> str:

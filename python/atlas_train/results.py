@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from . import tables
 from .autoattack import AutoAttacked
 from .checkpoint import versions
 from .evaluate import Evaluation
@@ -56,21 +57,14 @@ class Result:
 
 def table(results: Mapping[str, Result]) -> str:
     """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method."""
-    columns = _columns(results)
-    widths = [max(map(len, (header, *cells))) for header, cells in columns]
-    rows = [[header for header, _ in columns], ["-" * width for width in widths], *_rows(columns)]
-    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
-    return "\n".join([*lines, _note(results)])
+    return "\n".join([tables.aligned(_rows(results)), _note(results)])
 
 
 def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str, Any]) -> str:
     """The table as a markdown document that says what it was made with."""
-    columns = _columns(results)
-    rows = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)], *_rows(columns)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    table = tables.markdown(_rows(results))
     machine = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
-    return "\n".join([f"# {title}", "", *lines, "", _note(results) + ".", "", machine + ".", ""])
+    return "\n".join([f"# {title}", "", table, "", _note(results) + ".", "", machine + ".", ""])
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -82,12 +76,22 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": threads,
     }
 
 
-def commit() -> str | None:
+def cpu_name() -> str:
+    """What this machine's CPU is called."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(said, platform.processor() or platform.machine())
+
+
+def commit(digits: int = 40) -> str | None:
     """The commit of this package's source, with "-dirty" where it was changed; None outside of a git checkout."""
     here = Path(__file__)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -99,13 +103,13 @@ def commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # or the checkout around it is of something else
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        return git("describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:
-    """Headers and cells; a column of which nothing is known is left out."""
+def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
+    """The header and a row per method; a column of which nothing is known is left out."""
     rows = list(results.values())
     first = rows[0].evaluation
     columns = [
@@ -119,11 +123,7 @@ def _columns(results: Mapping[str, Result]) -> list[tuple[str, list[str]]]:
         ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
         ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
     ]
-    return [(header, cells) for header, cells in columns if any(cells)]
-
-
-def _rows(columns: list[tuple[str, list[str]]]) -> list[list[str]]:
-    return [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
+    return list(zip(*((header, *cells) for header, cells in columns if any(cells)), strict=True))
 
 
 def _autoattack_header(rows: list[Result]) -> str:
@@ -150,11 +150,3 @@ def _note(results: Mapping[str, Result]) -> str:
         f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
         f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}{passes}"
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
