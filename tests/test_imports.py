@@ -18,7 +18,6 @@ KNOWN: dict[str, set[str]] = {
         "contract -> execution", "execution -> graphs", "execution -> pgd", "graphs -> pgd", "pgd -> contract",
         "pgd -> execution", "float16 -> objective", "objective -> float16",
     },
-    "atlas_kernels.compat.torchattacks": {"_saving -> attack", "attack -> _saving"},
 }  # fmt: skip
 
 

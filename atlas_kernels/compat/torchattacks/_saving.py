@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,16 +13,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ...checks import require_choice
 
-if TYPE_CHECKING:
-    from .attack import Attack
-
 File: TypeAlias = "str | os.PathLike[str] | IO[bytes]"
 Loader: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 Normalization: TypeAlias = dict[str, Sequence[float] | Tensor]
 
 
+class Saved(Protocol):
+    """What is asked here of the attack whose adversaries are saved."""
+
+    @property
+    def normalization_used(self) -> object | None: ...
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor: ...
+
+    def get_output_with_eval_nograd(self, inputs: Tensor) -> Tensor: ...
+
+    def inverse_normalize(self, inputs: Tensor) -> Tensor: ...
+
+    def _save_print(self, progress: float, rob_acc: float, l2: float, elapsed_time: float, end: str) -> None: ...
+
+
 def save(
-    attack: Attack, data_loader: Loader, path: File | None, verbose: bool, return_verbose: bool,
+    attack: Saved, data_loader: Loader, path: File | None, verbose: bool, return_verbose: bool,
     save_predictions: bool, save_clean_inputs: bool, save_type: str,
 ) -> tuple[Any, ...] | None:  # fmt: skip
     require_choice("save_type", save_type, ("float", "int"))
@@ -71,7 +83,7 @@ class _Tally:
         return 100 * self.right / self.total, float(torch.cat(self.distances).mean()), self.seconds
 
 
-def _write(path: File, attack: Attack, found: dict[str, Tensor], save_type: str) -> None:
+def _write(path: File, attack: Saved, found: dict[str, Tensor], save_type: str) -> None:
     """``found``, its images in [0, 1] or in 0..255; to a path whole or not at all."""
     for name in {"adv_inputs", "clean_inputs"} & found.keys():
         images = found[name] if attack.normalization_used is None else attack.inverse_normalize(found[name])
