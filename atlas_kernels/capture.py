@@ -53,7 +53,7 @@ def recording() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a recorder makes: ``replay`` writes ``outputs`` anew, which lie where they lie; ``pool``: their memory's."""
+    """What a recorder makes. ``replay`` overwrites ``outputs`` in place; ``pool`` is the memory pool of the graph."""
 
     outputs: Any
     replay: Callable[[], None]

@@ -18,7 +18,8 @@ struct Min {
   template <class T> static __device__ __forceinline__ T of(T a, T b) { return a < b ? a : b; }
 };
 
-// Over each group of `lanes` neighbours in the warp, a power of two. Not for numbers of which neither is first.
+// Over each group of `lanes` neighbours in the warp, a power of two. Max and Min need values that have an order: call
+// in_order first where there may be NaN or signed zeros.
 template <class Fold, class T> __device__ __forceinline__ T warp_fold(T v, int lanes = 32) {
 #pragma unroll
   for (int by = 16; by > 0; by /= 2)

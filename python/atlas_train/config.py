@@ -139,7 +139,7 @@ class TrainConfig:
     checkpoint_activations: bool = option(
         False,
         "training forwards keep the input of each block alone, and the backward runs the block again: up to a forward "
-        "more each, for memory. Attacks keep what a forward of the batch keeps, as ever",
+        "more each, for memory. The memory of attacks is unchanged",
     )
 
     averaging: Literal["none", "ema", "swa"] = option(
@@ -311,7 +311,8 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
 
 
 def _published(config: TrainConfig, dataset: str) -> dict[str, Any]:
-    """The methods' own defaults for the data set, where nothing else was set; lengths belong to a number of steps."""
+    """The methods' own defaults for the data set, where nothing else was set. A published step size applies
+    only if ``steps`` was not set."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)

@@ -68,8 +68,8 @@ def constant(statistics: Statistics) -> Statistics:
 def _normalise(layer: _BatchNorm, mean: Tensor, var: Tensor, x: Tensor) -> Tensor:
     if not mean.requires_grad:
         return F.batch_norm(x, mean, var, layer.weight, layer.bias, training=False, eps=layer.eps)
-    # F.batch_norm has no gradient to its statistics, only to weight and bias. Statistics that move from (m, s) are the
-    # same as these held, the weight times s' / s, and the bias less (m' - m) s' weight; which changes no value here.
+    # F.batch_norm has no gradient to its statistics, only to weight and bias. So the statistics stay constant; weight
+    # and bias are rewritten to equal values that carry the gradient to the statistics.
     scale, fixed = (var + layer.eps).rsqrt(), mean.detach()
     weight = scale / scale.detach() if layer.weight is None else layer.weight * (scale / scale.detach())
     shift = (fixed - mean) * scale.detach() * weight
