@@ -12,15 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from atlas_kernels import PGD
-from atlas_train import data
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import attack_precision
 import bench_attacks
 import l1_attacks
 import tables
+from atlas_kernels import PGD
+from atlas_train import data
 from attack_precision import Row, Setting, paired_interval
 from bench_attacks import PLAIN, SMALL, Task, make_task, plain_pgd, problem_with, strength
 

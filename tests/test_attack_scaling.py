@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -15,8 +14,6 @@ from types import ModuleType
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import choices
 import profile_step

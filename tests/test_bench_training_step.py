@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from atlas_kernels import memory
-from atlas_kernels.capture import CaptureFailed
-from atlas_train import methods
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_training_step as bench
 import harness
 import steps
+from atlas_kernels import memory
+from atlas_kernels.capture import CaptureFailed
+from atlas_train import methods
 from bare import first_layer
 from recorded import recorded
 
