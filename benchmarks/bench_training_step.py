@@ -36,8 +36,8 @@ from atlas_train.noise import noise_keys
 from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
-from bare import Attack, Bare, Learn, Pass
 from harness import Call, environment, median_interval, peak_memory, seconds
+from network_passes import Attack, Bare, Learn, Pass
 from step_table import KINDS, NOTES, StepRow, listed, read, report, table
 from steps import STEPS, Published, Step
 from tables import aligned, command_line

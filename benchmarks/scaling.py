@@ -29,8 +29,8 @@ import subjects
 from atlas_kernels import keep_memory
 from atlas_train import methods
 from atlas_train.passes import Products
-from bare import Attack
 from harness import Call
+from network_passes import Attack
 from scaling_report import ATTACK, NOTE, PRECISIONS, draw, tables
 from steps import STEPS
 from subjects import Setting, Timed, in_turn

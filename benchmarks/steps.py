@@ -20,7 +20,7 @@ from atlas_kernels.attacks import PGD
 from atlas_train.methods import Batch
 from atlas_train.methods.terms import near_start
 from atlas_train.noise import normal, uniform
-from bare import Attack, FirstLayer, Forward, Learn, Look, Pass, first_layer, normalised
+from network_passes import Attack, FirstLayer, Forward, Learn, Look, Pass, first_layer, normalised
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import published.adr

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from atlas_kernels import PGD, Execution, attack_cotangent, noise_key, pgd_step, random_start
 from atlas_train import methods, models
 from atlas_train.methods import Batch, State
-from bare import Bare, Pass
 from harness import Call, seconds
+from network_passes import Bare, Pass
 
 EPS = 8 / 255
 SHORTEST = 0.02  # seconds of a measurement

@@ -19,7 +19,7 @@ from atlas_kernels.compat import fast_adversarial, gairat, robust_overfitting, t
 from atlas_kernels.compat.awp import AdvWeightPerturb
 from atlas_train.methods import Batch, State, build
 from atlas_train.methods.double_backward import loss_gradient
-from recorded import recorded
+from fake_graph import recorded
 
 B, EPS = 128, 0.2
 

@@ -18,7 +18,7 @@ from atlas_kernels.attacks import graphs
 from atlas_kernels.attacks.graphs import Graphs
 from atlas_kernels.capture import Capture, cuda_graph
 from atlas_kernels.compat.trades import trades_loss
-from recorded import recorded
+from fake_graph import recorded
 
 EPS, B = 8 / 255, 4
 

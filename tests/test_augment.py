@@ -15,7 +15,7 @@ from atlas_kernels import backends
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
 from atlas_kernels.backends.reference.augment import draw_windows
 from atlas_kernels.core import available_isas, force_isa
-from cases import same_bits, to_layout
+from operator_cases import same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KEY = torch.tensor([-(2**61) - 987654321, 5])

@@ -10,7 +10,7 @@ import torch
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
-from cases import problem
+from operator_cases import problem
 
 ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")

@@ -18,8 +18,8 @@ import steps
 from atlas_kernels import memory
 from atlas_kernels.capture import CaptureFailed
 from atlas_train import methods
-from bare import first_layer
-from recorded import recorded
+from fake_graph import recorded
+from network_passes import first_layer
 
 CPU = torch.device("cpu")
 K = 4

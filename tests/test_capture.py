@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.capture import Capture, CaptureFailed, capturing, cuda_graph
-from recorded import recorded
+from fake_graph import recorded
 
 
 @pytest.fixture

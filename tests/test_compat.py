@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atlas_kernels.attacks import leave_no_trace
 from atlas_kernels.compat import awp, fast_adversarial, gairat, jacobian, mart, robust_overfitting, trades
-from fidelity import CLASSES, EPS, Net, Steps, case, close
+from beside_published import CLASSES, EPS, Net, Steps, case, close
 from published import compat_training as published
 
 STEP = EPS / 3

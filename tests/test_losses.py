@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atlas_kernels as ak
 from atlas_kernels import formulas
-from cases import same_bits
+from operator_cases import same_bits
 from published import losses as published
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

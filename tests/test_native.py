@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import available_isas, core, force_isa
-from cases import problem, same_bits
+from operator_cases import problem, same_bits
 
 OPS = torch.ops.atlas_kernels
 

@@ -7,7 +7,7 @@ import torch
 
 import atlas_kernels as ak
 from atlas_kernels.backends.reference.philox import noise, philox4x32_10, uniform
-from cases import same_bits
+from operator_cases import same_bits
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import atlas_kernels as ak
 from atlas_kernels import formulas
 from atlas_kernels.attacks import PGD, float16
-from cases import same_bits
+from operator_cases import same_bits
 from published import losses as published
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

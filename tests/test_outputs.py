@@ -19,7 +19,7 @@ from atlas_train import engine, methods
 from atlas_train.autoattack import InRows
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
-from bars import EPS, TINY, splits
+from tiny_runs import EPS, TINY, splits
 
 Named = namedtuple("Named", ["loss", "logits"])
 #: As libraries return them: objects (transformers, timm), named tuples (torchvision), dicts, tuples.

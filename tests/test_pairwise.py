@@ -13,7 +13,7 @@ import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
 from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import available_isas, force_isa
-from cases import Dispatched, same_bits
+from operator_cases import Dispatched, same_bits
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DISTANCES = ["l1", "squared"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.core import available_isas, force_isa
-from cases import SHAPES, Dispatched, problem, same_bits, to_layout
+from operator_cases import SHAPES, Dispatched, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atlas_train.methods import ADR, State
 from atlas_train.methods.adr import global_smoothness
 from atlas_train.methods.terms import near_start
-from fidelity import CLASSES, EPS, Steps, assert_same, case, close, ours, theirs
+from beside_published import CLASSES, EPS, Steps, assert_same, case, close, ours, theirs
 from published import adr as published
 
 HOW = {"eps": EPS, "step_size": EPS / 3, "steps": 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atlas_train.methods import ADV, OneStepADV
-from fidelity import EPS, assert_same, case, close, ours, theirs
+from beside_published import EPS, assert_same, case, close, ours, theirs
 from published import adv as published
 
 

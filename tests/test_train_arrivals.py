@@ -12,7 +12,7 @@ from torch import Tensor
 from atlas_train import arrivals, checkpoint, engine
 from atlas_train.arrivals import Arrivals
 from atlas_train.config import TrainConfig
-from bars import TINY, splits
+from tiny_runs import TINY, splits
 
 
 class Event:

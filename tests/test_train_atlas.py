@@ -14,7 +14,7 @@ from atlas_train import methods
 from atlas_train.methods import ATLAS, Batch, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
 from atlas_train.noise import normal
-from fidelity import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
+from beside_published import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
 from published import atlas as published
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from atlas_train.data import Images
 from atlas_train.evaluate import Evaluation, evaluate
 from atlas_train.results import Result, table
 from atlas_train.run import Run
-from bars import EPS, TINY, same, splits, weights
+from tiny_runs import EPS, TINY, same, splits, weights
 
 
 def trained() -> Run:

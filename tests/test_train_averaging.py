@@ -15,7 +15,7 @@ from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
 from atlas_train.run import Run
-from bars import EPS, TINY, same, splits, weights
+from tiny_runs import EPS, TINY, same, splits, weights
 
 
 def config(kind: str, **changed: Any) -> TrainConfig:

@@ -18,9 +18,9 @@ from atlas_train.methods import ADV, AWP, TRADES, Method, Standard, State
 from atlas_train.methods.awp import perturbed
 from atlas_train.methods.terms import near_start
 from atlas_train.passes import count_passes
-from bars import TINY, same, splits, weights
-from fidelity import EPS, Outcome, Steps, assert_same, case, close, ours, theirs
+from beside_published import EPS, Outcome, Steps, assert_same, case, close, ours, theirs
 from published import awp as published
+from tiny_runs import TINY, same, splits, weights
 
 HOW = {"eps": EPS, "step_size": EPS / 3, "steps": 4}
 GAMMA = 0.05

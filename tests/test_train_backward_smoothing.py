@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atlas_train.methods import BackwardSmoothing, Batch, State
 from atlas_train.noise import uniform
-from fidelity import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
+from beside_published import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
 from published import backward_smoothing as published
 
 

@@ -10,7 +10,7 @@ import torch
 
 from atlas_train.methods import CURE, State
 from atlas_train.methods.cure import direction
-from fidelity import EPS, assert_same, case, ours, theirs
+from beside_published import EPS, assert_same, case, ours, theirs
 from published import cure as published
 
 

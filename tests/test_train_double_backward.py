@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from atlas_train import methods
 from atlas_train.methods import Batch, State
 from atlas_train.recompute import Recomputed
-from fidelity import CLASSES, EPS, Net
+from beside_published import CLASSES, EPS, Net
 
 NAMES = ("llr", "cure", "jacobian", "grad_align")
 STATE = State(step=5, total_steps=10)

@@ -19,7 +19,7 @@ from atlas_train.compare import _kept
 from atlas_train.config import TrainConfig, from_dict, from_file, to_dict
 from atlas_train.evaluate import Evaluation
 from atlas_train.results import Result, table
-from bars import TINY, splits
+from tiny_runs import TINY, splits
 
 SMALL = TINY | {"epochs": 1, "width": 2, "batch_size": 32, "probe_size": 0}
 #: Of each kind that a file can hold, and none that it should hold everywhere.

@@ -22,7 +22,7 @@ from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, reso
 from atlas_train.data import Images
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
-from bars import EPS, TINY, Lines, splits
+from tiny_runs import EPS, TINY, Lines, splits
 
 
 class Dropping(nn.Module):

@@ -13,7 +13,7 @@ from atlas_kernels import PGD
 from atlas_train import engine
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import eval_mode, evaluate
-from bars import EPS, TINY, same, splits, weights
+from tiny_runs import EPS, TINY, same, splits, weights
 
 
 class Restless(nn.Module):

@@ -14,7 +14,7 @@ from atlas_kernels import noise_key
 from atlas_train import methods, models
 from atlas_train.methods import Batch, Method, State
 from atlas_train.options import hints
-from fidelity import Steps
+from beside_published import Steps
 
 EPS = 0.2
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from atlas_train import engine
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Batch, Free, State
-from fidelity import EPS, Case, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, assert_same, case, close, ours, theirs
 from published import free as published
 from resume import resumed_and_whole
 

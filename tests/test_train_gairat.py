@@ -11,7 +11,7 @@ import torch
 from atlas_kernels.attacks import PGD
 from atlas_train.methods import GAIRAT, State
 from atlas_train.methods.terms import near_start
-from fidelity import EPS, Case, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, assert_same, case, close, ours, theirs
 from published import gairat as published
 
 

@@ -10,7 +10,7 @@ import torch
 from atlas_train.methods import GradAlign
 from atlas_train.methods.grad_align import misalignment
 from atlas_train.noise import uniform
-from fidelity import EPS, Case, Outcome, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, Outcome, assert_same, case, close, ours, theirs
 from published import grad_align as published
 
 

@@ -8,7 +8,7 @@ import torch
 from atlas_kernels import noise_key
 from atlas_train.methods import Jacobian
 from atlas_train.noise import normal
-from fidelity import CLASSES, EPS, Case, assert_same, case, ours, theirs
+from beside_published import CLASSES, EPS, Case, assert_same, case, ours, theirs
 from published import jacobian as published
 
 

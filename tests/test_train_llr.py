@@ -11,7 +11,7 @@ from torch import nn
 
 from atlas_train.methods import LLR, State
 from atlas_train.methods.batchnorm import held, recorded
-from fidelity import EPS, Case, Outcome, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, Outcome, assert_same, case, close, ours, theirs
 from published import llr as published
 
 STATE = State(step=40, total_steps=1000)

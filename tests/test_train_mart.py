@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from atlas_train.methods import MART, Batch
 from atlas_train.methods.terms import near_start
-from fidelity import EPS, assert_same, case, close, ours, theirs
+from beside_published import EPS, assert_same, case, close, ours, theirs
 from published import mart as published
 
 

@@ -15,7 +15,7 @@ from atlas_kernels import noise_key
 from atlas_train import noise
 from atlas_train.methods import MMA, Batch, State
 from atlas_train.passes import count_passes
-from fidelity import EPS, Case, Steps, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, Steps, assert_same, case, close, ours, theirs
 from published import mma as published
 from resume import resumed_and_whole
 from test_train_passes import Wide

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atlas_train.methods import NFGSM, State
-from fidelity import EPS, assert_same, case, close, ours, theirs
+from beside_published import EPS, assert_same, case, close, ours, theirs
 from published import n_fgsm as published
 
 

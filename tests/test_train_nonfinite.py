@@ -18,7 +18,7 @@ from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Method
 from atlas_train.run import Run
-from bars import TINY, same, splits, weights
+from tiny_runs import TINY, same, splits, weights
 
 #: The steps whose loss is made infinite.
 BAD: set[int] = set()

@@ -15,7 +15,7 @@ from atlas_kernels import noise_key
 from atlas_train import methods
 from atlas_train.methods import Batch, State
 from atlas_train.passes import count_passes
-from fidelity import CLASSES, Steps
+from beside_published import CLASSES, Steps
 
 #: K = 10; from the formulas, before the code. "atlas:worst" is a second row of atlas.
 PASSES: dict[str, tuple[dict[str, Any], float]] = {

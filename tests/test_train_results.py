@@ -17,7 +17,7 @@ from atlas_train.evaluate import Evaluation
 from atlas_train.methods import ADV
 from atlas_train.passes import passes_per_step
 from atlas_train.results import Result, markdown, table
-from bars import TINY, same, splits, weights
+from tiny_runs import TINY, same, splits, weights
 
 EVALUATION = Evaluation(0.5, 0.25, 0.125, 100, 8 / 255, 20, 1 / 255, 3, 1.0, "cpu")
 

@@ -23,8 +23,8 @@ from atlas_train.methods import Batch, State
 from atlas_train.passes import count_passes, passes_per_step
 from atlas_train.recompute import Recomputed, blocks
 from atlas_train.step_graph import StepGraph
-from bars import EPS, TINY, same, splits, weights
-from fidelity import Steps
+from beside_published import Steps
+from tiny_runs import EPS, TINY, same, splits, weights
 
 #: Methods whose attacks the hook below does not see: they have none, or one of the first layer or of sure samples.
 UNSEEN = {"standard", "cure", "jacobian", "free", "yopo", "mma"}

@@ -20,8 +20,8 @@ from atlas_train.config import TrainConfig
 from atlas_train.methods import AWP, MMA, Method
 from atlas_train.run import Run
 from atlas_train.step_graph import StepGraph, require_recordable
-from bars import TINY, splits, weights
-from recorded import recorded
+from fake_graph import recorded
+from tiny_runs import TINY, splits, weights
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4}
 #: Forms of methods beside the default ones.

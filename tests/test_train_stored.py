@@ -29,7 +29,7 @@ from atlas_train.interrupts import Terminated
 from atlas_train.passes import passes_per_step
 from atlas_train.results import commit
 from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
-from bars import TINY, Lines, same, splits, weights
+from tiny_runs import TINY, Lines, same, splits, weights
 
 QUICK = ["--epochs", "1", "--train-size", "64", "--width", "2", "--eval-size", "20", "--probe-size", "0"]
 STANDARD: dict[str, Any] = TINY | {"method": "standard", "epochs": 2}

@@ -7,7 +7,7 @@ import torch
 
 from atlas_train.methods import TRADES
 from atlas_train.methods.terms import near_start
-from fidelity import EPS, assert_same, case, close, ours, theirs
+from beside_published import EPS, assert_same, case, close, ours, theirs
 from published import trades as published
 
 

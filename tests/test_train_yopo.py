@@ -12,7 +12,7 @@ from atlas_train import models, noise
 from atlas_train.methods import YOPO, Batch, State
 from atlas_train.methods.yopo import FirstLayer
 from atlas_train.passes import count_passes
-from fidelity import EPS, Case, Outcome, Steps, assert_same, case, close, ours, theirs
+from beside_published import EPS, Case, Outcome, Steps, assert_same, case, close, ours, theirs
 from published import yopo as published
 
 
@@ -21,7 +21,7 @@ def f1(model: Any, x: Tensor) -> Tensor:
 
 
 def rest(model: Any, h: Tensor) -> Tensor:
-    """What fidelity.Net does after its first convolution."""
+    """What beside_published.Net does after its first convolution."""
     h = torch.relu(model.bn2(model.conv2(torch.relu(model.bn1(h)))))
     return model.linear(h.flatten(1))  # type: ignore[no-any-return]
 

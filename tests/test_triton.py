@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
 from atlas_kernels.backends.door import DoorError
-from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton.perturb import TILE, VARIANTS

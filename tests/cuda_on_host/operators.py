@@ -21,7 +21,7 @@ from atlas_kernels.backends.native import pairwise as native_pairwise
 from atlas_kernels.backends.native import perturb as native_perturb
 from atlas_kernels.backends.native import perturb_norms as native_perturb_norms
 from atlas_kernels.core import core
-from cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import atlas_kernels as ak
-from cases import same_within_ulps
+from operator_cases import same_within_ulps
 
 from .memory import same_memory
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import atlas_kernels as ak
-from cases import same_within_ulps
+from operator_cases import same_within_ulps
 
 from .calls import draw_call
 from .draws import Draw
