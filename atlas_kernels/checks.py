@@ -222,11 +222,12 @@ def _vector(name: str, value: Tensor, like: Tensor, *, non_negative: bool) -> Te
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the images on {like.device}: move them to one device")
-    if value.numel() and value_checks_enabled(value, name=name) and non_negative:
-        bad = ~(value.detach() >= 0).reshape(-1)
+    if value.numel() and value_checks_enabled(value, name=name):
+        given = value.detach().reshape(-1)
+        bad = ~(given >= 0) if non_negative else given.isnan()
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(f"{name}[{row}] = {value.reshape(-1)[row].item()} is not a number >= 0")
+            raise ValueError(f"{name}[{row}] = {given[row].item()} is not a number{' >= 0' if non_negative else ''}")
     require_memory(name, value)
     return value.reshape(-1).to(compute_dtype(like.dtype)).contiguous()
 

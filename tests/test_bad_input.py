@@ -52,6 +52,7 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
         (ValueError, r"step_size\[0\] = nan is not", lambda: step(step_size=torch.full((4,), NAN))),
         (ValueError, "clip_min has 2 values, expected one number, or one per channel", lambda: step(clip_min=[0.0, 0.0])),
         (ValueError, "clip_max must not be NaN", lambda: step(clip_max=NAN)),
+        (ValueError, r"clip_max\[1\] = nan is not a number$", lambda: step(clip_max=torch.tensor([1.0, NAN, 1.0]))),
         (ValueError, "one per channel", lambda: ak.random_start(torch.rand(2, 3), 0.1, clip_min=[0.0, 0.0, 0.0])),
         (TypeError, "active must be a bool tensor, got torch.float32", lambda: step(active=torch.ones(4))),
         (ValueError, r"active is \[3\] on cpu, expected \[4\]", lambda: step(active=torch.ones(3, dtype=torch.bool))),
