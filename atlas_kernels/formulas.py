@@ -61,7 +61,7 @@ def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> T
     top = z.sort(dim=1, descending=True, stable=True).values
     if targets is None:
         return margin_loss(z, labels) / (top[:, 0] - top[:, 2] + 0.5e-12)
-    return (_of(z, targets) - _of(z, labels)) / (top[:, 0] - (top[:, 2] / 2 + top[:, 3] / 2) + 0.5e-12)
+    return (_of(z, targets) - _of(z, labels)) / ((top[:, :1] / 2 - top[:, 2:4] / 2).sum(1) + 0.5e-12)
 
 
 def logit_pairing(logits: Tensor, adv_logits: Tensor) -> Tensor:

@@ -252,6 +252,18 @@ def test_ties_go_to_the_first_class(engine):
     assert dlr[0, 3] == dlr[0, 4] == 0 and dlr[0, 2] != 0  # z_(3) is the second of the equal ones
 
 
+def test_close_logits_keep_the_divisor_of_targeted_dlr(engine):
+    """z_(1) - (z_(3) + z_(4)) / 2 in float32, where the mean has a digit more than float32 holds."""
+    z = torch.tensor([[3.9254382, 3.9254380, 3.9254370, 3.9254372, -1.0]], device=engine).requires_grad_()
+    y, t = torch.tensor([4], device=engine), torch.tensor([3], device=engine)
+    value = ak.dlr_loss(z, y, targets=t)
+    exact = z.detach().double().requires_grad_()
+    truth = published.dlr_targeted(exact, y, t).mean()
+    torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=0)
+    (grad,), (slope,) = gradients(value, z), gradients(truth, exact)
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-6, atol=0)
+
+
 def test_classes_without_probability_contribute_nothing(engine):
     z = by_rows([[1.0, -INF, 0.0, 2.0], [-INF, -INF, 0.5, -INF]], engine)
     q = by_rows([[0.0, -INF, 1.0, 1.0], [-INF, 0.0, 0.5, 0.0]], engine)

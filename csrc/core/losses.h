@@ -201,8 +201,10 @@ ATLAS_HD typename Row::V dlr(Row& row, typename Row::I label, typename Row::I ta
   const I towards = Targeted ? target : other.index[0];
   const V z_other = Targeted ? row.at(0, target) : other.logit[0], nan = nan_of(row, 0);
   const V gap = row.at(0, label) * half - z_other * half + nan;
-  const V low = order.logit[2] * quarter + order.logit[Targeted ? 3 : 2] * quarter;
-  const V range = order.logit[0] * half - low + T(0.5e-12), ratio = gap / range, scale_2 = scale * half;
+  // Two differences, each exact where the logits are close; their mean would be rounded before it is taken away.
+  const V first = order.logit[0] * quarter;
+  const V third_away = first - order.logit[2] * quarter, fourth_away = first - order.logit[Targeted ? 3 : 2] * quarter;
+  const V range = third_away + fourth_away + T(0.5e-12), ratio = gap / range, scale_2 = scale * half;
   const V third = Targeted ? ratio * half : ratio;
   if (row.wants(0))
     for (int64_t j = 0; j < row.vectors(); ++j) {

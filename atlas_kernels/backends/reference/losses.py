@@ -91,7 +91,9 @@ def dlr_rows(logits: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Te
     other = best_other(z, labels) if targets is None else targets
     # In halves, which stay finite.
     n = take(z, labels) / 2 - take(z, other) / 2
-    d = take(z, first) / 2 - (z.gather(1, low) / (2 * low.shape[1])).sum(1) + 0.5e-12
+    # Differences are exact where logits are close; a mean would be rounded before it is taken away.
+    parts = 2 * low.shape[1]
+    d = (take(z, first)[:, None] / parts - z.gather(1, low) / parts).sum(1) + 0.5e-12
     ratio = (n / d)[:, None]
     up = one_hot(labels, z).to(z.dtype) - one_hot(other, z).to(z.dtype)
     down = torch.where(one_hot(first, z), ratio, 0.0).scatter_add(1, low, (-ratio / low.shape[1]).expand_as(low))

@@ -237,13 +237,12 @@ def _margin(
     if LOSS == DLR:
         z1, first = largest(at, inside, classes, -1, -1, -1, BLOCK, TILES)
         _, second = largest(at, inside, classes, first, -1, -1, BLOCK, TILES)
-        low, third = largest(at, inside, classes, first, second, -1, BLOCK, TILES)
-        low = 0.5 * low
-        fourth = third
+        z3, third = largest(at, inside, classes, first, second, -1, BLOCK, TILES)
+        fourth, z4 = third, z3
         if TARGETED:
             z4, fourth = largest(at, inside, classes, first, second, third, BLOCK, TILES)
-            low = 0.5 * low + 0.25 * z4
-        divisor = 0.5 * z1 - low + 0.5e-12
+        # Two differences, each exact where the logits are close.
+        divisor = (0.25 * z1 - 0.25 * z3) + (0.25 * z1 - 0.25 * z4) + 0.5e-12
         loss = tl.div_rn(0.5 * z_other - 0.5 * z_y, divisor)
         nan = tl.where(z1 == z1, 0.0, float("nan"))
         loss += nan
