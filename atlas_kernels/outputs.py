@@ -20,6 +20,12 @@ def require_rows_of_logits(logits: Tensor, x: Tensor) -> None:
         )
 
 
+def predicted(logits: Tensor) -> Tensor:
+    """The classes of the largest logits, int64 [B]; -1, which is none, for a row with NaN, which says nothing."""
+    largest, classes = logits.max(1)
+    return classes.masked_fill(largest.isnan(), -1)
+
+
 def logits_of(output: Any) -> Tensor:
     """``output`` itself if it is a tensor; else its ``.logits``, its item "logits" or, with a warning, the first of a
     tuple or list. Raises TypeError for anything else."""

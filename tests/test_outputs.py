@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from atlas_kernels.outputs import logits_of
 from atlas_train import engine, methods
 from atlas_train.autoattack import InRows
 from atlas_train.config import TrainConfig
+from atlas_train.data import Images
 from atlas_train.evaluate import evaluate
 from tiny_runs import EPS, TINY, splits
 
@@ -124,3 +126,22 @@ def test_every_method_trains_on_them(name: str) -> None:
     if name == "standard":
         results = [evaluate(model, splits().test, EPS, steps=2).to_dict() | {"seconds": 0} for model in (found, wanted)]
         assert results[0] == results[1]
+
+
+def test_a_row_with_nan_has_no_class() -> None:
+    z = torch.tensor([[1.0, 3.0, 3.0], [math.nan, 0, 0], [0, math.nan, 0], [math.inf, 0, math.inf]])
+    assert outputs.predicted(z).tolist() == [1, -1, -1, 0]
+
+
+def test_what_says_nothing_is_right_for_no_label() -> None:
+    """NaN is the largest of its row to torch, so that a network of nothing but NaN looked right on the first class."""
+    nothing, x, y = net(lambda z: z * math.nan).eval(), X, torch.zeros(8, dtype=torch.int64)
+    found = evaluate(nothing, Images((X * 255).to(torch.uint8), y), EPS, steps=1)
+    assert (found.clean, found.fgsm, found.pgd) == (0, 0, 0)
+    assert gairat.eval_clean(nothing, [(x, y)])[1] == fast_adversarial.evaluate_standard([(x, y)], nothing)[1] == 0
+    attacks = [torchattacks.FGSM(nothing), torchattacks.PGD(nothing, steps=1)]
+    assert attacks[1].save([(x, y)], verbose=False, return_verbose=True)[0] == 0  # type: ignore[index]
+    many = torchattacks.MultiAttack(attacks)
+    many._records = [0, 0, 0]
+    many(x, y)
+    assert many._records == [8, 0, 0], "all fooled by the first"

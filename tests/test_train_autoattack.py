@@ -75,6 +75,12 @@ def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any
     assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
 
 
+def test_what_says_nothing_is_right_for_no_label(fake: dict[str, Any]) -> None:
+    model = trained().model
+    model.register_forward_hook(lambda module, args, z: z * float("nan"))
+    assert autoattack(model, splits().test, EPS, 20).accuracy == 0
+
+
 @pytest.mark.parametrize(
     "classes, version, attacks, instead",
     [

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..outputs import logits_of
+from ..outputs import logits_of, predicted
 
 
 def evaluate(
     test_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, adversaries: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy) on ``adversaries(X, y)``, on the model's device; leaves the model in eval mode."""
+    """(mean cross-entropy, accuracy) on ``adversaries(X, y)``, on the model's device; leaves the model in eval mode.
+
+    An image with a NaN among its logits is wrong, whatever its label.
+    """
     model.eval()
     device = next(model.parameters()).device
     sums, n = torch.zeros(2, dtype=torch.float64, device=device), 0
@@ -24,7 +27,7 @@ def evaluate(
         with torch.no_grad():
             output = logits_of(model(X))
             sums[0] += losses.cross_entropy(output, y, reduction="sum")
-            sums[1] += (output.argmax(1) == y).sum()
+            sums[1] += (predicted(output) == y).sum()
         n += len(y)
     if not n:
         raise ValueError("test_loader gives no images")

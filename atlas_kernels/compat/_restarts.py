@@ -11,6 +11,7 @@ from ..attacks.arguments import require_count
 from ..attacks.contract import leave_no_trace
 from ..attacks.float16 import are_coupled
 from ..attacks.objective import Model, Objective
+from ..outputs import predicted
 
 Rows = Tensor | slice
 #: (iterates, their gradients, which rows of the batch they are) -> the next iterates.
@@ -59,7 +60,7 @@ def _climb_until_misclassified(
     rows = torch.arange(len(adv), device=adv.device)
     for _ in range(attack_iters):
         logits, grad = goal.gradient(forward, adv[rows])
-        right = (logits.argmax(1) == y[rows]).nonzero()[:, 0]
+        right = (predicted(logits) == y[rows]).nonzero()[:, 0]
         if not len(right):
             break
         moving = rows[right]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD
 from atlas_kernels.attacks.held import generators, put_back
-from atlas_kernels.outputs import logits_of, require_rows_of_logits
+from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from .data import Batches, Images
 from .options import fraction
@@ -125,10 +125,10 @@ def _survivors(
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The classes with the largest logits, int64 [B]."""
+    """The classes with the largest logits, int64 [B]; -1 where a logit is NaN, so that it is wrong whatever the label."""
     logits = logits_of(model(x))
     require_rows_of_logits(logits, x)
-    return logits.argmax(1)
+    return predicted(logits)
 
 
 @contextmanager

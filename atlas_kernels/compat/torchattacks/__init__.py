@@ -24,6 +24,7 @@ What differs, on purpose:
 - eps and alpha may be tensors of one value per sample, [B] or [B, 1, 1, 1], in every attack.
 - Refused, with a reason: images outside [0, 1] or with NaN, also after ``set_normalization_used`` is undone (but for
   rounding), labels that are no classes, eps of 1 or more in l_inf, radii per channel, models that are no modules.
+- An image with a NaN among its logits counts as wrong, and its class as -1; torchattacks takes NaN for the largest.
 - A gradient that is NaN moves nothing, and MI-FGSM takes a gradient of zero as zero. Where float32 rounds the gradient
   of a nearly certain prediction to zero in torchattacks, it keeps its sign here.
 - 16-bit images are computed with in float32 and rounded once a step.

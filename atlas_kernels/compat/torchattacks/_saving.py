@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ...checks import require_choice
+from ...outputs import predicted
 
 File: TypeAlias = "str | os.PathLike[str] | IO[bytes]"
 Loader: TypeAlias = Iterable[tuple[Tensor, Tensor]]
@@ -45,7 +46,7 @@ def save(
         adv = attack(inputs, labels)
         batch = {"adv_inputs": adv, "labels": labels}
         if verbose or return_verbose or save_predictions:
-            batch["preds"] = attack.get_output_with_eval_nograd(adv).argmax(1)
+            batch["preds"] = predicted(attack.get_output_with_eval_nograd(adv))
             tally.add(adv, inputs, labels, batch["preds"], time.time() - began)
         if verbose:
             attack._save_print(100 * batches / len(data_loader), *tally.figures(), end="\r")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.layout import compute_dtype
+from atlas_kernels.outputs import predicted
 
 from ..data import Batch
 from ..noise import normal
@@ -19,7 +20,7 @@ Parts = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of the batch whose largest logit is the label's; a 0-dim float32 tensor, detached."""
-    return (logits.detach().argmax(1) == y).float().mean()
+    return (predicted(logits.detach()) == y).float().mean()
 
 
 def near_start(batch: Batch, key: Tensor) -> Tensor:

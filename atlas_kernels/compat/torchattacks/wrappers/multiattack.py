@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....checks import require_float_images
+from ....outputs import predicted
 from .._saving import File, Loader
 from ..attack import Attack
 
@@ -44,7 +45,7 @@ class MultiAttack(Attack):
         records = [len(images)]
         for attack in self.attacks:
             adv = attack(images[left], labels[left])
-            right = self._judge(adv, "keep").argmax(1) == labels[left]
+            right = predicted(self._judge(adv, "keep")) == labels[left]
             final[left[~right]] = adv[~right]
             left = left[right]
             records.append(len(left))
