@@ -125,3 +125,12 @@ def test_a_skipped_batch_is_not_averaged(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(engine, "require_finite", fail_at_two)
     run, seen = trained(dataclasses.replace(config("ema", epochs=1), on_nonfinite="skip"))
     assert run.skipped == 1 and len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_infinities_of_a_mask_stay(kind: str) -> None:
+    """The mean of -inf and -inf is NaN where it is taken by their difference."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    run = engine.train(config(kind, swa_start=0.0), splits=splits(), model=model)
+    assert run.final_model.mask.tolist() == [0, -torch.inf]  # type: ignore[operator, union-attr]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoint import load_weights
@@ -23,7 +23,7 @@ class Averaging:
 
     BatchNorm's running statistics are averaged as the weights are. A pass over the training images at the end, the
     usual alternative, would have to choose what BatchNorm sees: clean images, adversaries or both; so it sees what the
-    method showed it. Buffers that hold integers are copied.
+    method showed it. What holds integers, or infinities from the start (a mask), is copied.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
@@ -31,6 +31,7 @@ class Averaging:
         self._average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
         self._every_batch = config.averaging == "ema"
         self._first_epoch = config.swa_start * config.epochs
+        self._copied = [not value.is_floating_point() or bool(value.isinf().any()) for value in _values(model)]
 
     def after_batch(self, model: nn.Module) -> None:
         if self._every_batch:
@@ -58,9 +59,14 @@ class Averaging:
     @torch.no_grad()
     def _add(self, model: nn.Module) -> None:
         self._average.update_parameters(model)
-        for average, buffer in zip(self._average.module.buffers(), model.buffers(), strict=True):
-            if not buffer.is_floating_point():
-                average.copy_(buffer)
+        values = zip(_values(self._average.module), _values(model), self._copied, strict=True)
+        for average, value, copied in values:
+            if copied:
+                average.copy_(value)
+
+
+def _values(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def make(config: TrainConfig, model: nn.Module) -> Averaging | None:
