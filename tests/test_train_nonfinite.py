@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_train import engine, methods, progress
+from atlas_train import checkpoint, engine, methods, progress
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Method
@@ -140,3 +140,22 @@ def test_skipped_batches_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert again.skipped == 3 and again.history[-1]["skipped"] == 0
     row = again.history[-1] | {"epochs": 3, "eta": 0}
     assert "skipped" not in progress.describe(row)[1] and "skipped 4" in progress.describe(row | {"skipped": 4})[1]
+
+
+@pytest.mark.parametrize("rule", ["stop", "skip"])
+def test_an_update_that_breaks_the_network_is_no_result(tmp_path: Path, rule: str) -> None:
+    """The last update of an epoch, after which no loss is looked at: the slope of a root at 0 times 0 is NaN."""
+
+    class Rooted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1)) + (0 * self.weight).sum().sqrt()
+
+    with pytest.raises(engine.NonFiniteLoss, match=r"holds NaN or infinity after epoch 1, in weight for one; the state"):
+        engine.train(config(on_nonfinite=rule), splits=splits(16, 8), model=Rooted(64, 4), folder=tmp_path)
+    assert checkpoint.load(tmp_path)["epoch"] == 0 and not (tmp_path / checkpoint.export_name()).exists()
+
+
+def test_infinities_from_the_start_are_a_mask() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    assert engine.train(config(), splits=splits(), model=model).epoch == 2

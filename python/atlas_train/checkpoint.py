@@ -136,6 +136,12 @@ def require_finite(own: Mapping[str, Any], weights: Mapping[str, Any], source: o
             raise ValueError(f"{plain(source)}: {plain(name)} holds NaN or infinity, so the network is of no use")
 
 
+def not_finite(model: nn.Module) -> set[str]:
+    """The names of the weights and buffers that hold NaN or infinity."""
+    entries = model.state_dict().items()
+    return {name for name, value in entries if isinstance(value, Tensor) and not value.is_meta and not _finite(value)}
+
+
 def _finite(value: Tensor) -> bool:
     if not (value.is_floating_point() or value.is_complex()):
         return True

@@ -49,6 +49,19 @@ class NonFiniteLoss(RuntimeError):
         )
 
 
+class NonFiniteWeights(NonFiniteLoss):
+    """Every loss was finite, and the last update of an epoch left NaN or infinity in ``names`` of the network."""
+
+    def __init__(self, run: Run, names: Sequence[str]) -> None:
+        self.step, self.ids, self.checkpoint = run.step, [], run.folder / checkpoint.LAST if run.folder else None
+        kept = f"the state from before is in {self.checkpoint}" if run.folder else "no checkpoint was asked for"
+        RuntimeError.__init__(
+            self,
+            f"the network holds NaN or infinity after epoch {run.epoch}, in {plain(names[0])} for one; {kept}. "
+            "Try a smaller lr or weights of the terms, or train_precision fp32",
+        )
+
+
 def train(
     config: TrainConfig,
     *,
@@ -184,8 +197,11 @@ def load_splits(
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
     step = train_step(run, display)
+    masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs:
         row = train_epoch(run, display, step)
+        if broken := checkpoint.not_finite(run.model) - masks:
+            raise NonFiniteWeights(run, sorted(broken))
         if run.average:
             run.average.after_epoch(run.model, run.epoch)
         watch(run, row, display)
