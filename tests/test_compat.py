@@ -552,6 +552,24 @@ def test_awp_perturbs_by_gamma() -> None:
     close(diff["conv1.weight"].norm(), before.norm(), "norm")
 
 
+def test_awp_of_weights_in_float16() -> None:
+    """A weight without a gradient made NaN of 0 over 0, and lengths were beyond 65,504."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).half()
+    with torch.no_grad():
+        model[1].weight.fill_(4000.0)
+        model[3].bias.fill_(-torch.inf)
+    x, y = 1e-4 * torch.rand(8, 1, 8, 8).half(), torch.arange(8) % 4
+    found = awp.AdvWeightPerturb(model, None, None, 0.25).calc_awp(x, y)
+    assert {name: bool(step.any()) for name, step in found.items()} == dict.fromkeys(found, False)
+    with torch.no_grad():
+        model[3].bias.zero_()
+    found = awp.AdvWeightPerturb(model, None, None, 0.25).calc_awp(x, y)
+    for name, step in found.items():
+        assert step.dtype == torch.float16 and step.any()
+        close(step.float().norm(), dict(model.named_parameters())[name].detach().float().norm(), name, 1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", ["l_inf", "l_2"])
 def test_awp_perturb_input(distance: str, dtype: torch.dtype) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..layout import compute_dtype
+
 
 @torch.no_grad()
 def weight_directions(weights: Iterable[tuple[str, Tensor]], gradients: Iterable[Tensor | None]) -> dict[str, Tensor]:
@@ -20,7 +22,9 @@ def weight_directions(weights: Iterable[tuple[str, Tensor]], gradients: Iterable
     found = [(name, weight, g) for name, weight, g in chosen if g is not None]
     if not found:
         return {}
-    names, own, grads = zip(*found, strict=True)
+    _, own, grads = zip(*found, strict=True)
+    own, grads = ([t.to(compute_dtype(t.dtype)) for t in tensors] for tensors in (own, grads))  # 1e-20 is 0 in float16
     norms = zip(torch._foreach_norm(own), torch._foreach_norm(grads), strict=True)
     scales = [weight / (gradient + 1e-20) for weight, gradient in norms]
-    return dict(zip(names, torch._foreach_mul(grads, scales), strict=True))
+    directions = zip(found, torch._foreach_mul(grads, scales), strict=True)
+    return {name: direction.to(weight.dtype) for (name, weight, _), direction in directions}
