@@ -749,3 +749,23 @@ def test_recorded_settings_name_no_folder() -> None:
     assert recorded(replace(config, model="../nets.py:Net"))["model"] == "nets.py:Net"
     assert recorded(replace(config, model="nets/my.py:Net"))["model"] == "nets/my.py:Net"
     assert resolved(TrainConfig(dataset="digits", **{"model": "digits_net"}), splits()).dataset == "bars"
+
+
+def test_what_is_given_is_what_is_evaluated(tmp_path: Path) -> None:
+    """0 is no default, and what cannot be is named before anything runs."""
+    engine.train(TrainConfig(**STANDARD | {"epochs": 1}), splits=splits(), folder=tmp_path)
+
+    def evaluated(**how: Any) -> Any:
+        (found,) = evaluate_checkpoint(tmp_path, splits=splits(), say=str, **{"size": 20, "steps": 1} | how).values()
+        return found.evaluation
+
+    at_zero = evaluated(eps=0.0)
+    assert at_zero.eps == 0 and at_zero.clean == at_zero.fgsm == at_zero.pgd
+    for how in ({"size": 0}, {"size": 2.5}, {"steps": 0}, {"threads": 0}, {"threads": 10**6}, {"seed": -1},
+                {"seed": 2**64}, {"autoattack": -1}, {"eps": "8/255"}, {"eps": -0.1}):  # fmt: skip
+        (name,) = how
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+            evaluated(**how)
+    assert cli.main(["evaluate", str(tmp_path)]) == 2, "its data are one's own"
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path), "--threads", "1000000"])

@@ -22,7 +22,7 @@ import torch
 import atlas_kernels
 
 from . import checkpoint, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, TrainConfig, added, from_file, without_place
+from .config import AUTOATTACK, AUTOATTACK_VERSION, MOST_THREADS, TrainConfig, added, from_file, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
 from .writing import write_json
@@ -59,7 +59,7 @@ class EvaluateConfig:
     autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
-    threads: int | None = option(None, "CPU threads; default: the run's", low=1)
+    threads: int | None = option(None, "CPU threads; default: the run's", low=1, high=MOST_THREADS)
     json: str | None = option(None, "also write the result to this file")
 
 

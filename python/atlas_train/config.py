@@ -54,6 +54,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beside": (),
     },
 }
+#: CPU threads that anybody has; of a million torch ends the process.
+MOST_THREADS = 1024
 #: Settings that say where on this machine things are, and nothing about the results.
 PLACES = ("data_dir", "out_dir", "resume")
 _AUTO = "default: by data set"
@@ -160,7 +162,7 @@ class TrainConfig:
 
     seed: int = option(0, "of the weights, the batches and the noise", low=0)
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=1024)
+    threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=MOST_THREADS)
 
     val_every: int = option(0, "every so many epochs, clean and PGD-10 accuracy on 500 test images; 0: never", low=0)
     probe_size: int = option(

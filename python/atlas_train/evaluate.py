@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD
 from atlas_kernels.attacks.held import generators, put_back
+from atlas_kernels.checks import whole
 from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from .data import Batches, Images
@@ -82,11 +83,12 @@ def evaluate(
         say: told what is evaluated, and after the first batch for how long.
     """
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    size = (CPU_SIZE if where.type == "cpu" else len(images)) if size is None else size
+    size = (CPU_SIZE if where.type == "cpu" else len(images)) if size is None else whole("size", size, 1)
     if size < len(images):
         images = images.subset(size, SUBSET_SEED)
+    steps, seed, attacks = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1), [FGSM(eps)]
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    attacks = [FGSM(eps), PGD(eps, step_size, steps, restarts=restarts)]
+    attacks.append(PGD(eps, step_size, steps, restarts=restarts))
     batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     if say:

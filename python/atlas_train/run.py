@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import Execution, keep_memory
+from atlas_kernels.checks import whole
 
 from . import answers, averaging, checkpoint, data, models
-from .config import TrainConfig, recorded, resolved, without_place
+from .config import MOST_THREADS, TrainConfig, recorded, resolved, without_place
 from .data import Batches, DataSplits
 from .methods import Method, State
 from .options import one_line, plain, shown
@@ -203,7 +204,7 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
 def on_host(threads: int | None) -> Iterator[None]:
     """torch with so many CPU threads (None: as it is) and with freed memory kept, and then as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(before if threads is None else whole("threads", threads, 1, MOST_THREADS))
     try:
         with keep_memory():
             yield

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_kernels.checks import whole
+
 from . import checkpoint, data, models, progress
 from .autoattack import Version, require_autoattack
 from .autoattack import autoattack as run_autoattack
@@ -110,7 +112,7 @@ def evaluate_checkpoint(
         say: told what is going on.
         pgd: steps, step_size and restarts of ``evaluate``.
     """
-    if autoattack:
+    if whole("autoattack", autoattack, 0):
         require_autoattack()
     network, run, splits, images = opened(
         path,
@@ -130,11 +132,11 @@ def evaluate_checkpoint(
     channels_last = bool(run.get("channels_last"))
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    eps, size = eps or run["eps"], size or run.get("eval_size")
+    eps, size = run["eps"] if eps is None else eps, run.get("eval_size") if size is None else size
     if eps is None:
         raise ValueError(f"{plain(path)} does not say what eps is: give it (--eps), for example 8/255")
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "say": say}
-    with on_host(threads or run.get("threads")):
+    with on_host(run.get("threads") if threads is None else threads):
         found = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
         result = Result(found, data=images)
         if autoattack:
