@@ -22,8 +22,8 @@ def weight_directions(weights: Iterable[tuple[str, Tensor]], gradients: Iterable
     found = [(name, weight, g) for name, weight, g in chosen if g is not None]
     if not found:
         return {}
-    _, own, grads = zip(*found, strict=True)
-    own, grads = ([t.to(compute_dtype(t.dtype)) for t in tensors] for tensors in (own, grads))  # 1e-20 is 0 in float16
+    _, *both = zip(*found, strict=True)
+    own, grads = ([t.to(compute_dtype(t.dtype)) for t in tensors] for tensors in both)  # 1e-20 is 0 in float16
     norms = zip(torch._foreach_norm(own), torch._foreach_norm(grads), strict=True)
     scales = [weight / (gradient + 1e-20) for weight, gradient in norms]
     directions = zip(found, torch._foreach_mul(grads, scales), strict=True)

@@ -86,7 +86,8 @@ def evaluate(
     size = (CPU_SIZE if where.type == "cpu" else len(images)) if size is None else whole("size", size, 1)
     if size < len(images):
         images = images.subset(size, SUBSET_SEED)
-    steps, seed, attacks = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1), [FGSM(eps)]
+    steps, seed = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1)
+    attacks: list[PGD | FGSM] = [FGSM(eps)]
     step_size = 2.5 * eps / steps if step_size is None else step_size
     attacks.append(PGD(eps, step_size, steps, restarts=restarts))
     batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
@@ -127,7 +128,7 @@ def _survivors(
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The classes with the largest logits, int64 [B]; -1 where a logit is NaN, so that it is wrong whatever the label."""
+    """The classes with the largest logits, int64 [B]; -1 where one is NaN, which is wrong whatever the label."""
     logits = logits_of(model(x))
     require_rows_of_logits(logits, x)
     return predicted(logits)
