@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from atlas_train import cli, flags, methods
+from atlas_train import cli, flags, methods, progress
 from atlas_train import compare as comparing
 from atlas_train.config import TrainConfig
 from atlas_train.run import usable_device
@@ -135,6 +136,10 @@ def test_no_hyper_parameter_hides_a_setting() -> None:
         (["train", "--local", "ball"], "local must be one of 'neighbours', 'worst', 'jacobian'"),
         (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
         (["train", "--raduis", "0.1"], "--radius"),
+        # --resume "$RUN" where RUN is not set: not another run
+        (["train", "--resume", ""], "resume must be a text that is not empty, got ''"),
+        (["train", "--out-dir", ""], "out_dir must be a text that is not empty, got ''"),
+        (["evaluate", "x", "--json", ""], "json must be a text that is not empty, got ''"),
         (["train", "--method", "standard", "--radius", "0.1"], "--radius"),
     ],
 )
@@ -175,6 +180,7 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["evaluate", "nowhere", "--json", "."], "--json . is a folder: name a file"),
         (["train", "--out-dir", "a_file"], "a_file is a file, where a folder is needed"),
         (["train", "--out-dir", "a_file/out"], "a_file is a file, where a folder is needed"),
+        (["train", "--out-dir", "a_link/out"], "a_link is a link to nothing, where a folder is needed"),
         (["train", "--model", "fac.py"], "'fac.py' is no network; for code of your own write fac.py:factory"),
         (["train", "--beside", "all", "standard"], "all means every method and stands alone"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' is not there"),
@@ -186,6 +192,7 @@ def test_what_a_user_can_put_right_is_one_line(
     monkeypatch.delenv("ATLAS_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
     Path("a_file").touch()
+    Path("a_link").symlink_to("nothing")
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "\x1b" not in error
@@ -251,3 +258,13 @@ def test_train_resume_and_evaluate_digits(capsys: pytest.CaptureFixture[str]) ->
     assert run("evaluate", "runs/digits-2/atlas", "--eps", "0.01", "--steps", "3", "--size", "20") == 0
     text = capsys.readouterr().out
     assert "2.55/255" in text and "PGD-3" in text and "20 test images" in text
+
+
+def test_any_standard_output_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in ASCII, and none; a run is not lost for the name of its folder."""
+    monkeypatch.setattr(comparing, "compare", lambda config, command: print(f"files: {config.out_dir}"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    assert cli.main(["train", "--out-dir", "r\u00fcn"]) == 0
+    assert sys.stdout.buffer.getvalue() == b"files: r\\xfcn\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["methods"]) == 0 and isinstance(progress.make("auto"), progress.Plain)

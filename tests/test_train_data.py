@@ -171,6 +171,8 @@ def test_subset_takes_the_first_or_a_stratified_draw():
     drawn, again, other = full.subset(61, seed=5), full.subset(61, seed=5), full.subset(61, seed=6)
     assert len(drawn) == 61 and torch.equal(drawn.images, again.images)
     assert not torch.equal(drawn.images, other.images)
+    large = [full.subset(61, seed=seed).images for seed in (2**32 - 1, 2**32 + 5, 2**33 + 5, 2**63 - 1)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(large) for b in [drawn.images, *large[:i]])
     share = full.labels.bincount() * 61 / 200
     assert ((drawn.labels.bincount() - share).abs() < 1).all()
     assert torch.equal(full.subset(200, seed=1).images, full.images)  # the order is the original one

@@ -696,6 +696,9 @@ with locked(folder):
 def test_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
     with folders.numbered(tmp_path, "a/../b c") as first, folders.numbered(tmp_path, "a/../b c") as second:
         assert (first, second) == (tmp_path / "a_.._b_c-1", tmp_path / "a_.._b_c-2")
+    (tmp_path / "lost").symlink_to("nothing")  # a link, in which no folder can ever be made
+    with pytest.raises(NotADirectoryError, match="lost is a link to nothing"), folders.numbered(tmp_path / "lost", "x"):
+        pass
     with pytest.raises(KeyError), folders.numbered(tmp_path / "new", "x"):
         raise KeyError
     assert not (tmp_path / "new").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import os
 import sys
 import textwrap
@@ -66,6 +67,8 @@ class EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. What a user can put right is one line on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has no sign for: a run is not lost for that
+        sys.stdout.reconfigure(errors="backslashreplace")
     commands = {"train": train, "evaluate": evaluate, "methods": list_methods}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

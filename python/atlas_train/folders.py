@@ -24,8 +24,9 @@ _held = threading.local()
 def made(folder: Path, *, exist_ok: bool = True) -> Iterator[Path]:
     """The folder is there; an exception takes away what was made for it, as far as it is empty then."""
     for path in (folder, *folder.parents) if exist_ok else folder.parents:
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{plain(path)} is a file, where a folder is needed: choose another folder")
+        if os.path.lexists(path) and not path.is_dir():
+            what = "file" if path.exists() else "link to nothing"
+            raise NotADirectoryError(f"{plain(path)} is a {what}, where a folder is needed: choose another folder")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=exist_ok)
     try:

@@ -154,8 +154,8 @@ def allowed(field: dataclasses.Field[Any], hint: Any) -> str:
     kind = alternatives(hint)[0]
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}.get(kind, "a list of texts")
-    return f"{words} {limits(field)}".strip()
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text that is not empty"}
+    return f"{words.get(kind, 'a list of texts')} {limits(field)}".strip()
 
 
 def limits(field: dataclasses.Field[Any]) -> str:
@@ -189,6 +189,6 @@ def _convert(members: tuple[Any, ...], value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise ValueError(value)
         return tuple(value)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or value == "":
         raise ValueError(value)
     return value

@@ -100,7 +100,7 @@ class Live:
 def make(kind: str = "auto") -> Display:
     """The display for standard output. kind: auto (a bar on a terminal that has rich), live, plain or silent."""
     if kind == "auto":
-        kind = "live" if sys.stdout.isatty() and _has_rich() else "plain"
+        kind = "live" if sys.stdout and sys.stdout.isatty() and _has_rich() else "plain"
     if kind not in ("live", "plain", "silent"):
         raise ValueError(f"progress must be auto, live, plain or silent, got {kind!r}")
     kinds: dict[str, type[Display]] = {"live": Live, "plain": Plain, "silent": Silent}

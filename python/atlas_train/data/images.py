@@ -148,7 +148,8 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
 def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Sorted rows (int64 [n]) of a random draw in which every class keeps its share, by largest remainder."""
     # RandomState, not default_rng: NumPy froze its streams, so the draw is the same under every version.
-    order = np.random.RandomState(seed).permutation(len(labels))
+    words = [seed & 0xFFFFFFFF, seed >> 32]  # of a larger seed, which it does not take as one number
+    order = np.random.RandomState(words if words[1] else seed).permutation(len(labels))
     classes, counts = np.unique(labels, return_counts=True)
     quota, remainder = np.divmod(counts * n, len(labels))
     largest = np.argsort(-remainder, kind="stable")[: n - quota.sum()]
