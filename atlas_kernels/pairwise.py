@@ -127,13 +127,15 @@ def _slopes(h, h_adv, labels, grads, scale, squared, factor):  # type: ignore[no
         flat = 0.0 * (h.sign() + h_adv.sign())
         return [None if g is None else g + flat for g in grads]
     classes, index, size = labels.unique(return_inverse=True, return_counts=True)
-    other, wide = 1.0 - 1.0 / scale, compute_dtype(h.dtype)
-    weight = (other * labels.shape[0] + size[index].to(wide) / scale).unsqueeze(1)  # sum of w_ij over j
+    other = 1.0 - 1.0 / scale
+    weight = (other * labels.shape[0] + size[index].double() / scale).unsqueeze(1)  # sum of w_ij over j
 
     def slope(own: Tensor, far: Tensor) -> Tensor:
         sums = far.new_zeros((len(classes), far.shape[1])).index_add(0, index, far)
         return 2.0 * factor * (weight * own - other * far.sum(0) - sums[index] / scale)
 
-    clean, adversarial = h.to(wide), h_adv.to(wide)
+    # In float64 and about their middle, which drops out: sums of features far from 0 would leave no digits of the way.
+    middle = h.detach().double().mean(0)
+    clean, adversarial = h.double() - middle, h_adv.double() - middle
     pairs = (clean, adversarial), (adversarial, clean)
-    return [None if g is None else slope(*pair) for g, pair in zip(grads, pairs, strict=True)]
+    return [None if g is None else slope(*pair).to(g.dtype) for g, pair in zip(grads, pairs, strict=True)]

@@ -581,6 +581,22 @@ def test_awp_perturb_input(distance: str, dtype: torch.dtype) -> None:
     assert not mine.model.training and not mine.model.bn1.training
 
 
+def test_trades_l2_goes_along_gradients_whose_squares_underflow() -> None:
+    """It went at random, as if there were none."""
+
+    class Sure(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1)) + torch.tensor([60.0, 0, 0, 0])
+
+    torch.manual_seed(0)
+    model, x = Sure(64, 4), torch.rand(8, 1, 8, 8)
+    adv, wide = (
+        trades.kl_adversary(net, x.to(dtype), 0.001 * torch.ones_like(x, dtype=dtype), 0.1, 0.5, 2, "l_2")
+        for net, dtype in ((model, torch.float32), (copy.deepcopy(model).double(), torch.float64))
+    )
+    close(adv.double(), wide, "images", 1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "outputs"), [(1, CLASSES), (3, CLASSES), (-1, CLASSES), (1, 1)])
 def test_jacobian(n: int, outputs: int, dtype: torch.dtype) -> None:

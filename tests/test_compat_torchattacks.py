@@ -301,9 +301,10 @@ def test_a_gradient_that_is_nan_moves_nothing(name, images, labels):
     assert torch.isfinite(adv).all() and (name in ("FFGSM", "TPGD") or torch.equal(adv, images))
 
 
-def test_pgdl2_without_eps_for_division_moves_by_alpha(model, images, labels):
-    model.linear.weight.data *= 1e-9
-    images = images * 0.5 + 0.25
+@pytest.mark.parametrize("size", [1e-9, 1e-25, 1e-38])
+def test_pgdl2_without_eps_for_division_moves_by_alpha(model, images, labels, size):
+    model.linear.weight.data *= size
+    model, images = model.float(), images.float() * 0.5 + 0.25
     for division, length in ((0.0, 0.1), (1e-10, None)):
         attack = ours.PGDL2(model, alpha=0.1, steps=1, random_start=False, eps_for_division=division)
         moved = (attack(images, labels) - images).flatten(1).norm(dim=1)

@@ -229,6 +229,17 @@ def test_second_derivatives_are_those_of_the_formula(distance, device):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_first_derivatives_with_a_graph_are_those_without(distance, device):
+    """Features far from 0, where sums of them have few digits left for what separates them."""
+    h, h_adv, labels = features(12, 9, dtype=torch.float32, device=device)
+    h, h_adv = (h + 1e5).requires_grad_(), (h_adv + 1e5).requires_grad_()
+    loss = ak.compactness(h, h_adv, labels, distance=distance, detach=False)
+    with_graph = torch.autograd.grad(loss, (h, h_adv), create_graph=True)
+    for a, b in zip(with_graph, torch.autograd.grad(loss, (h, h_adv)), strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
 def test_detach_leaves_the_clean_features_alone(device):
     h, h_adv, labels = features(6, 8, device=device)
     h.requires_grad_(), h_adv.requires_grad_()

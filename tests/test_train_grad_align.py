@@ -49,6 +49,14 @@ def test_samples_with_a_zero_gradient_are_dropped_from_the_mean() -> None:
     assert grad.isfinite().all() and grad[[1, 3]].abs().max() == 0 and grad[kept].abs().max() > 0
 
 
+def test_the_size_of_a_gradient_does_not_matter() -> None:
+    """Also where its square is no number of float32."""
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    for size in (1e-21, 1e-30, 1e25):
+        torch.testing.assert_close(misalignment(size * a, size * b), misalignment(a, b))
+
+
 def test_no_sample_left_is_no_penalty() -> None:
     b = torch.randn(4, 3, 2, 2, requires_grad=True)
     found = misalignment(torch.zeros(4, 3, 2, 2), b)

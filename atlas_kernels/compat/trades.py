@@ -98,7 +98,7 @@ def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, st
         goal.reference = goal.predict(model, x)
         for _ in range(steps):
             _, grad = goal.gradient(model, x + delta, sized=False)
-            norms = grad.flatten(1).norm(dim=1)
+            norms = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # no square underflows
             direction = (grad / norms.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
             still = norms == 0
             if still.any():

@@ -87,9 +87,15 @@ class GradAlign(Method):
 
 def misalignment(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a_i, b_i), the mean over the rows where neither is zero; 0 where there is no such row."""
-    a, b = a.flatten(1), b.flatten(1)
+    a, b = (_sized(t.flatten(1)) for t in (a, b))
     norms = [torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (a, b)]
     kept = (norms[0] != 0) & (norms[1] != 0)
     unit_a, unit_b = (t / torch.where(kept, norm, 1.0) for t, norm in zip((a, b), norms, strict=True))
     gaps = torch.where(kept[:, 0], 1 - (unit_a * unit_b).sum(1), 0.0)
     return gaps.sum() / kept.sum().clamp(min=1)
+
+
+def _sized(t: Tensor) -> Tensor:
+    """Each row over its largest entry, which no cosine depends on: squares of 1e-23 underflow in float32."""
+    largest = t.detach().abs().amax(1, keepdim=True)
+    return t / torch.where(largest > 0, largest, 1.0)

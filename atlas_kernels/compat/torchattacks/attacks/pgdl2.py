@@ -48,6 +48,6 @@ class PGDL2(DirectedAttack):
         return around(x, noise.mul_(spread(share / length * eps, x)))
 
     def _direction(self, grad: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        length = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=compute_dtype(grad.dtype))
+        length = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # float32 has no square of 1e-23
         share = length / (length + self.eps_for_division * len(grad))
-        return grad, radius("alpha", self.alpha) * share.nan_to_num(0.0)
+        return grad, radius("alpha", self.alpha) * share.nan_to_num(0.0).to(compute_dtype(grad.dtype))
