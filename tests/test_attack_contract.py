@@ -849,3 +849,23 @@ def test_inside_functional_call(model: Net, x: Tensor, y: Tensor) -> None:
     weights = {name: 2 * weight for name, weight in model.named_parameters()}
     torch.func.functional_call(model, weights, (x,)).sum().backward()
     assert model.conv.weight.grad is not None and model.training
+
+
+def test_a_buffer_that_is_none_is_none_again(x: Tensor, y: Tensor) -> None:
+    """A statistic that is taken from the first batch must not be taken from an adversary."""
+
+    class FirstBatch(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(x[0].numel(), int(y.max()) + 1)
+            self.register_buffer("mean", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mean is None:
+                self.mean = x.detach().mean()
+            return super().forward((x - self.mean).flatten(1))
+
+    model = FirstBatch()
+    PGD(EPS, steps=2)(model, x, y)
+    assert model.mean is None
+    model(x)
+    assert model.mean == x.mean()

@@ -703,3 +703,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_bad_input(call: Callable[[], Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_images_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = S.x.clone()
+    found, expected = (fast_adversarial.attack_fgsm(S.model.eval(), images, S.y, EPS) for images in (x, S.x))
+    assert torch.equal(found, expected)

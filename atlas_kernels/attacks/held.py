@@ -114,11 +114,11 @@ class _Held:
         trainable = self.found[_put_trainable]
         self.found[_put_mode] = {**modes}
         for module in self.modules:
-            parameters, buffers = _present(module, module._parameters), _present(module, module._buffers)
+            parameters, _ = _present(module, module._parameters), _present(module, module._buffers)
             if freeze:
                 trainable |= {p: p.requires_grad for p in parameters.values() if p.is_leaf and not p.is_inference()}
-            if buffers and module in copied:
-                tensors[module, "_buffers"] = buffers
+            if module._buffers and module in copied:
+                tensors[module, "_buffers"] = {**module._buffers}  # one that is None too, which the network may fill
             if (freeze or copied) and (
                 any([parameter.is_inference() for parameter in parameters.values()])
                 or (module, "_parameters") in copied_before  # copies of another attack, which may end before this one
@@ -157,11 +157,12 @@ class _Held:
         copies: dict[int, Tensor] = {}  # what two modules share stays shared
         for (module, store), tensors in self.found[_put_tensors].items():
             if store != "__dict__":
-                for tensor in tensors.values():
+                present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+                for tensor in present.values():
                     if id(tensor) not in copies:
                         copy = tensor.detach().clone()
                         copies[id(tensor)] = copy if store == "_buffers" else nn.Parameter(copy, requires_grad=False)
-                _put_tensors((module, store), {name: copies[id(tensor)] for name, tensor in tensors.items()})
+                _put_tensors((module, store), {name: copies[id(tensor)] for name, tensor in present.items()})
         for module in self.found[_put_sync]:
             _put_sync(module, (False, False))  # its reducer would wait for a backward to the weights, and other ranks
         for generator, seed in seeds.items():

@@ -121,7 +121,7 @@ class Objective:
 
     def traced(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         """A leaf of x's values, and its logits with their graph."""
-        leaf = x.detach().requires_grad_()
+        leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()  # autograd has no use for those
         z = self.logits(model, leaf)
         if not z.requires_grad:
             raise RuntimeError(
