@@ -1,4 +1,4 @@
-"""The environment variables that the library reads, and what they may be."""
+"""What the library finds around it: its environment variables and what they may be, and paths that are no files."""
 
 from __future__ import annotations
 
@@ -46,3 +46,9 @@ def problems() -> list[str]:
             known = ", ".join((*CHOICES, *OTHERS))
             found.append(f"{name} is no variable of atlas-kernels, which are {known}")
     return found
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether that is a device, a pipe or standard output, which a file must not be renamed over: /dev/null would be
+    gone for all."""
+    return os.path.exists(path) and (not os.path.isfile(path) or os.path.dirname(path) in ("/dev", "/dev/fd"))

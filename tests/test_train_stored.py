@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels.environment import is_stream
 from atlas_train import answers, checkpoint, cli, data, engine, folders, methods, models, writing
 from atlas_train import compare as comparing
 from atlas_train.compare import compare
@@ -772,3 +773,15 @@ def test_what_is_given_is_what_is_evaluated(tmp_path: Path) -> None:
     assert cli.main(["evaluate", str(tmp_path)]) == 2, "its data are one's own"
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tmp_path), "--threads", "1000000"])
+
+
+def test_a_pipe_is_written_into_and_stays(tmp_path: Path) -> None:
+    """So do /dev/null and standard output, which a file was renamed over."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writing.write_json(pipe, {"clean": 1.0})
+    assert json.loads(os.read(reader, 1000)) == {"clean": 1.0} and pipe.is_fifo()
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert is_stream("/dev/null") and is_stream("/dev/stdout") and not is_stream(tmp_path / "none")

@@ -15,16 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from atlas_kernels.environment import is_stream
+
 from .options import plain
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` to a temporary file beside ``path``, then rename it: the file is the old or the new one, whole.
 
-    Its mode is the usual one, whatever ``write`` gives it. Raises OSError that names the file where the disk is full.
+    Its mode is the usual one, whatever ``write`` gives it. A device or a pipe is written into and stays what it is.
+    Raises OSError that names the file where the disk is full.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{plain(path)} is a folder, where a file is to be written: name a file")
+    if is_stream(path):
+        write(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

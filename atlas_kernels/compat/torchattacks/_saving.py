@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ...checks import require_choice
+from ...environment import is_stream
 from ...outputs import predicted
 
 File: TypeAlias = "str | os.PathLike[str] | IO[bytes]"
@@ -90,7 +91,7 @@ def _write(path: File, attack: Saved, found: dict[str, Tensor], save_type: str) 
         images = found[name] if attack.normalization_used is None else attack.inverse_normalize(found[name])
         found[name] = to_type(images, "int") if save_type == "int" else images
     content = {**found, "save_type": save_type}
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or is_stream(path):
         torch.save(content, path)
         return
     partial = f"{os.fspath(path)}.{os.getpid()}.tmp"
