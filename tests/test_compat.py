@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.attacks import leave_no_trace
-from atlas_kernels.compat import awp, fast_adversarial, gairat, jacobian, mart, robust_overfitting, trades
+from atlas_kernels.compat import awp, fast_adversarial, gairat, jacobian, mart, robust_overfitting, torchattacks, trades
 from beside_published import CLASSES, EPS, Net, Steps, case, close
 from published import compat_training as published
 
@@ -710,3 +711,30 @@ def test_images_made_in_inference_mode() -> None:
         x = S.x.clone()
     found, expected = (fast_adversarial.attack_fgsm(S.model.eval(), images, S.y, EPS) for images in (x, S.x))
     assert torch.equal(found, expected)
+
+
+def after_seed(call: Callable[..., Tensor], *args: Any, **how: Any) -> Tensor:
+    torch.manual_seed(0)
+    return call(*args, **how)
+
+
+def test_frozen_scripts_have_no_mode() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(S.x[0].numel(), CLASSES)).eval()
+    model: Any = torch.jit.freeze(torch.jit.script(net))
+    found, expected = (torchattacks.PGD(m, steps=2, random_start=False)(S.x, S.y) for m in (model, net))
+    assert torch.equal(found, expected)
+    how = {"norm": "l_inf", "mixup": True, "y_a": S.y, "y_b": S.y, "lam": 0.5}
+    attack = partial(after_seed, robust_overfitting.attack_pgd)
+    found, expected = (attack(m, *S[1:], EPS, STEP, 2, 1, **how) for m in (model, net))
+    assert torch.equal(found, expected)
+
+
+def test_a_network_that_writes_into_its_input_leaves_the_images() -> None:
+    class Writing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.5).flatten(1))
+
+    x = S.x.clone()
+    with pytest.raises(RuntimeError, match="in-place"):
+        torchattacks.TPGD(Writing(x[0].numel(), CLASSES))(x)
+    assert torch.equal(x, S.x)

@@ -180,6 +180,7 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["evaluate", "nowhere", "--json", "."], "--json . is a folder: name a file"),
         (["train", "--out-dir", "a_file"], "a_file is a file, where a folder is needed"),
         (["train", "--out-dir", "a_file/out"], "a_file is a file, where a folder is needed"),
+        (["train", "--out-dir", "x" * 300], "atlas: [Errno 36] File name too long: 'xxx"),
         (["train", "--out-dir", "a_link/out"], "a_link is a link to nothing, where a folder is needed"),
         (["train", "--model", "fac.py"], "'fac.py' is no network; for code of your own write fac.py:factory"),
         (["train", "--beside", "all", "standard"], "all means every method and stands alone"),

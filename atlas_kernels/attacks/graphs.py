@@ -185,7 +185,7 @@ def _state(model: nn.Module) -> tuple[tuple[bool, ...], list[Hashable]] | None:
     for m in model.modules():
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return None
-        modes.append(m.training)
+        modes.append(getattr(m, "training", False))  # a frozen script has none
         for t in chain(m._parameters.values(), m._buffers.values()):
             if t is not None:
                 tensors.append((t.data_ptr(), t.dtype, t.shape, t.stride()))

@@ -164,6 +164,7 @@ class Objective:
         """The logits without a graph, of finite value where the model in float32 has one."""
         if not len(x):
             return self.logits(model, x)
+        x = x.clone()  # without a graph a network may write into its input, which is the caller's
         if float16.unwatched(self, model, x):
             with float16.in_float32(model, x) as network:
                 return self.logits(network, x)

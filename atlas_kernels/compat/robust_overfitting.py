@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.arguments import require_radius
+from ..attacks.held import modes_of
 from ..attacks.objective import Objective
 from ..checks import class_indices, flag, require_choice
 from ..perturb import pgd_step
@@ -88,7 +89,7 @@ def attack_pgd(
         if y_a is None or y_b is None or lam is None:
             raise ValueError("mixup=True needs y_a, y_b and lam: the labels of both images and the first one's share")
         goal = _Mixup(class_indices("y_a", y_a, X), second=Objective(class_indices("y_b", y_b, X)), lam=float(lam))
-        twice = any(module.training for module in model.modules())
+        twice = any(modes_of(model.modules()).values())
 
     forward = _Normalised(model, twice, any(p.dtype == X.dtype for p in model.parameters()))
     start, step = _linf(X, epsilon, alpha) if norm == "l_inf" else _l2(X, epsilon, alpha)
@@ -132,7 +133,7 @@ class _Normalised(nn.Module):
 
     def __init__(self, model: nn.Module, twice: bool, keep: bool) -> None:
         super().__init__()
-        self.model, self.twice, self.keep, self.training = model, twice, keep, model.training
+        self.model, self.twice, self.keep, self.training = model, twice, keep, getattr(model, "training", False)
 
     def forward(self, x: Tensor) -> Tensor:
         images = normalize(x).to(x.dtype) if self.keep else normalize(x)

@@ -110,11 +110,13 @@ def _explained(error: Exception) -> str:
 
 
 def _foreign_line(error: Exception) -> str:
-    """The file and line of a network's own code that raised the error, or nothing: torch's count as their caller's."""
-    installed = str(Path(torch.__file__).parent)
+    """The file and line of a network's own code that raised the error, or nothing: those of torch and Python count as
+    their caller's."""
+    installed, python = str(Path(torch.__file__).parent), str(Path(os.__file__).parent)
     own = tuple(str(Path(module.__file__ or "").parent) for module in (atlas_kernels, sys.modules[__package__]))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((installed, "<")):
+        of_python = frame.filename.startswith(python) and "-packages" not in frame.filename
+        if not (of_python or frame.filename.startswith((installed, "<"))):
             return "" if frame.filename.startswith(own) else f"{plain(frame.filename)}:{frame.lineno} in {frame.name}"
     return ""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ....attacks import PGD
 from ....attacks.arguments import require_radius
 from ....attacks.contract import leave_no_trace
+from ....attacks.held import modes_of
 from ....attacks.objective import Objective
 from ....checks import class_indices, per_sample, require_float_images, require_images
 from ....perturb import pgd_step
@@ -66,7 +67,7 @@ class GradientAttack(Attack):
 
     def _pgd(self, step_size: float | Tensor, steps: int, **options: Any) -> PGD:
         eps, alpha = radius("eps", self.eps), radius("alpha", step_size)
-        mode = "keep" if any(module.training for module in self.model.modules()) else "eval"
+        mode = "keep" if any(modes_of(self.model.modules()).values()) else "eval"
         return PGD(eps, alpha, steps, random_start=False, targeted=self.targeted, attack_mode=mode, **options)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
