@@ -785,3 +785,17 @@ def test_a_pipe_is_written_into_and_stays(tmp_path: Path) -> None:
     os.close(reader)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     assert is_stream("/dev/null") and is_stream("/dev/stdout") and not is_stream(tmp_path / "none")
+
+
+def test_a_comparison_without_test_images_does_not_begin(tmp_path: Path) -> None:
+    empty = replace(splits(), test=splits(4, 0).test)
+    with pytest.raises(ValueError, match="bars has no test images"):
+        compare(TrainConfig(**STANDARD, out_dir=str(tmp_path / "new")), splits=empty, show="silent", say=str)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_run_where_gradients_are_off(around: Any) -> None:
+    with around():
+        found = engine.train(TrainConfig(**STANDARD | {"epochs": 1}), splits=splits())
+    assert same(weights(found.model), weights(engine.train(found.config, splits=splits()).model))

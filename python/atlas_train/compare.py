@@ -63,6 +63,8 @@ def compare(
         require_autoattack()
     config, folders = _resumed(config) if config.resume else (config, {})
     splits = splits or _load(config, folders)
+    if not len(splits.test):
+        raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)
     with ExitStack() as stack:
         stack.enter_context(terminable())

@@ -95,6 +95,8 @@ def train(
     folder = resumed if folder is None else Path(folder)
     with ExitStack() as stack:
         stack.enter_context(terminable())
+        stack.enter_context(torch.inference_mode(False))  # also of a notebook in which gradients are off
+        stack.enter_context(torch.enable_grad())
         if folder:
             stack.enter_context(made(folder))
             stack.enter_context(locked(folder))
