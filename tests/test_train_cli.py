@@ -66,6 +66,18 @@ def test_flags_are_written_with_dashes_or_underscores_or_an_equals_sign(monkeypa
     assert config_of(monkeypatch, "--beside", "none").beside == ()
 
 
+def test_what_is_given_wins_over_the_data_set_be_it_the_methods_own_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TRADES has 10 steps by itself, and 40 on MNIST."""
+    mnist = ("--method", "trades", "--dataset", "mnist")
+    assert config_of(monkeypatch, *mnist, "--steps", "10", "--step_size=auto").hyper == {"steps": 10}
+    assert config_of(monkeypatch, "--method", "adv", "--no-bn-compat").hyper == {"bn_compat": False}
+    Path("c.json").write_text(json.dumps({"method": "trades", "hyper": {"steps": 10}}))
+    assert config_of(monkeypatch, *mnist, "--config", "c.json").hyper == {"steps": 10}
+    assert config_of(monkeypatch, *mnist).hyper == {}
+
+
 def test_names_are_known_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (
         "--optimizer",

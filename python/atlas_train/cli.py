@@ -149,19 +149,20 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[s
 
     kept: methods of a comparison that goes on, to which --beside adds.
     """
-    method = methods.get(name)
+    method, own = methods.get(name), base.hyper_of(name)
     known = methods.hyper_parameters(method)
     wanted = [
         flags.text_flag("config", "JSON file with settings, by the names of the flags; flags override it"),
         *flags.declared(TrainConfig, vars(base)),
-        *flags.declared(method, base.hyper_of(name), group=name),
+        *flags.declared(method, own, group=name),
     ]
     what = f"The hyper-parameters of {name} are marked [{name}]." if known else f"{name} has no hyper-parameters."
     parsed = flags.parse(wanted, "train", f"Train an image classifier, evaluate it, and print a table. {what}", argv)
     settings = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "hyper"}
     if kept:
         settings["beside"] = added(kept, settings["beside"], name)
-    given = {key: getattr(parsed, key) for key, field in known.items() if getattr(parsed, key) != field.default}
+    chosen = {key: getattr(parsed, key) for key in known if key in own or flags.is_given(key, argv)}
+    given = {key: value for key, value in chosen.items() if value is not None}  # auto: as if it were not given
     beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
     return TrainConfig(**settings, hyper=beside | given)
 

@@ -40,6 +40,12 @@ def text_flag(name: str, help: str, *, positional: bool = False) -> Flag:
     return name, _annotated(Any, spec, tyro.conf.arg(help=help), *marks), dataclasses.MISSING if positional else None
 
 
+def is_given(name: str, argv: Sequence[str]) -> bool:
+    """Whether the flag of that name is among the words, be its value the default or not."""
+    flag = name.replace("_", "-")
+    return not {f"--{flag}", f"--no-{flag}"}.isdisjoint(word.partition("=")[0].replace("_", "-") for word in argv)
+
+
 def require_tyro() -> Any:
     """tyro, or ImportError that says how to get it."""
     try:
