@@ -108,7 +108,10 @@ def make_task(work: Workload, device: torch.device) -> Task:
     some late and some not at all."""
     torch.manual_seed(0)
     digits, method = data.load("digits"), methods.build("one_step_adv", 0.1, {})
-    model = models.build(work.network, num_classes=10, in_channels=work.shape[0], width=work.width).to(device)
+    cifar10 = data.get("cifar10")
+    normalize = (cifar10.mean, cifar10.std) if work.shape[0] == 3 else None
+    sizes = {"num_classes": 10, "in_channels": work.shape[0], "width": work.width}
+    model = models.build(work.network, normalize=normalize, **sizes).to(device)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.3  # so that its statistics arrive in so few steps

@@ -86,7 +86,9 @@ class Bench:
         torch.manual_seed(0)
         self.splits = images(settings)
         channels = self.splits.train.shape[0]
-        model = models.build(settings.network, num_classes=10, in_channels=channels, width=settings.width)
+        known = data.get(settings.dataset)
+        sizes = {"num_classes": known.num_classes, "in_channels": channels, "width": settings.width}
+        model = models.build(settings.network, normalize=known.mean and (known.mean, known.std), **sizes)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # both sides then see the same network
@@ -159,7 +161,8 @@ def hyper_of(step: Step, settings: Settings) -> dict[str, Any]:
     if not step.has_steps:
         return dict(step.hyper)
     method = methods.get(step.method)
-    default = method.defaults.get(settings.dataset, {}).get("steps", method.__dataclass_fields__["steps"].default)
+    published = methods.defaults_on(data.get(settings.dataset), step.method)
+    default = published.get("steps", method.__dataclass_fields__["steps"].default)
     return dict(step.hyper) | ({} if default == settings.steps else {"steps": settings.steps})
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import PGD, Execution, attack_cotangent, noise_key, pgd_step, random_start
-from atlas_train import methods, models
+from atlas_train import data, methods, models
 from atlas_train.methods import Batch, State
 from harness import Call, seconds
 from network_passes import Bare, Pass
@@ -56,7 +56,9 @@ def network_of(s: Setting, use: str = "") -> nn.Module:
 @cache
 def _network(s: Setting, use: str) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build(s.network, num_classes=s.classes, in_channels=_channels(s), width=s.width)
+    cifar10, channels = data.get("cifar10"), _channels(s)
+    normalize = (cifar10.mean, cifar10.std) if channels == 3 else None
+    model = models.build(s.network, num_classes=s.classes, in_channels=channels, width=s.width, normalize=normalize)
     for weight in model.parameters():
         if weight.ndim == 2 and not weight.any():
             nn.init.kaiming_uniform_(weight)  # SmallCNN's last layer starts from zero, which has no gradient

@@ -26,7 +26,7 @@ class Seen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = build("preact_resnet18", num_classes=5, in_channels=3, width=4)
+        self.net = build("preact_resnet18", num_classes=5, in_channels=3, width=4, normalize=((0.5,) * 3, (0.25,) * 3))
         self.dtypes: list[torch.dtype] = []
         self.net.conv1.register_forward_hook(lambda module, args, out: self.dtypes.append(out.dtype))
 

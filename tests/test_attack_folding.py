@@ -128,10 +128,11 @@ class Basic(nn.Module):
 
 IMAGES, GREY, SIGNAL, VOLUME = (4, 3, 8, 8), (2, 1, 28, 28), (4, 3, 9), (4, 3, 4, 4, 4)
 CONV = nn.Conv2d(3, 6, 3)
+COLOUR = {"num_classes": 5, "in_channels": 3, "width": 4, "normalize": ((0.5,) * 3, (0.25,) * 3)}
 #: Network, shape of its images, BatchNorms that run before and after folding.
 FOLDING = {
-    "preact_resnet18": (lambda: build("preact_resnet18", num_classes=5, in_channels=3, width=4), IMAGES, 17, 9),
-    "digits_net": (lambda: build("digits_net", num_classes=5, in_channels=3, width=4), IMAGES, 2, 0),
+    "preact_resnet18": (lambda: build("preact_resnet18", **COLOUR), IMAGES, 17, 9),
+    "digits_net": (lambda: build("digits_net", **COLOUR), IMAGES, 2, 0),
     "basic": (Basic, IMAGES, 3, 0),
     "bias": (conv_bn(CONV), IMAGES, 1, 0),
     "no bias": (conv_bn(nn.Conv2d(3, 6, 3, bias=False)), IMAGES, 1, 0),

@@ -78,6 +78,12 @@ def test_what_is_given_wins_over_the_data_set_be_it_the_methods_own_default(
     assert config_of(monkeypatch, *mnist).hyper == {}
 
 
+def test_numbers_for_each_channel_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(monkeypatch, "--mean", "0.5", "1/4", "0", "--std", "1", "1", "1")
+    assert (config.mean, config.std) == ((0.5, 0.25, 0.0), (1.0, 1.0, 1.0))
+    assert config_of(monkeypatch, "--mean", "auto").mean is None
+
+
 def test_names_are_known_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (
         "--optimizer",

@@ -181,6 +181,14 @@ def test_subset_takes_the_first_or_a_stratified_draw():
             full.subset(n)
 
 
+def test_mean_and_std_are_those_of_all_pixels():
+    pixels = torch.randint(0, 256, (1003, 3, 4, 5), dtype=torch.uint8)
+    mean, std = Images(pixels, torch.zeros(1003, dtype=torch.int64)).mean_std()
+    channels = pixels.double().div(255).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.tensor(mean).double(), channels.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(std).double(), channels.std(1, correction=0), rtol=1e-6, atol=0)
+
+
 # ---- digits ---------------------------------------------------------------------------------------------------------
 
 
@@ -666,5 +674,7 @@ def test_real_cifar10():
     assert splits.train.labels.bincount().tolist() == [5000] * 10
     mean = splits.train.images.sum((0, 2, 3)) / (50_000 * 1024 * 255)
     assert (mean - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 6e-5
+    declared = torch.tensor((splits.declared.mean, splits.declared.std))
+    assert (torch.tensor(splits.train.mean_std()) - declared).abs().max() < 1.2e-4
     assert splits.class_names[splits.train.labels[0]] == "frog"
     assert splits.augment and splits.eps == 8 / 255

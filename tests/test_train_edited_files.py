@@ -18,6 +18,7 @@ from atlas_train import checkpoint, cli, engine, schema
 from atlas_train.compare import _kept
 from atlas_train.config import TrainConfig, from_dict, from_file, to_dict
 from atlas_train.evaluate import Evaluation
+from atlas_train.imported import require_trusted
 from atlas_train.results import Result, table
 from tiny_runs import TINY, splits
 
@@ -101,7 +102,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def go_on(path: Path, epochs: int) -> None:
     """What ``atlas train --resume`` does with a file; with one epoch, all but training."""
     config = from_dict(checkpoint.load(path, ("arch", "config"))["config"], str(path))
-    checkpoint.require_trusted(config.model, path)
+    require_trusted("model", config.model, path)
     config = replace(config, resume=str(path), epochs=epochs, threads=1)
     if epochs > 1:
         engine.train(config, splits=splits(), folder=path.parent / "more")

@@ -18,8 +18,8 @@ from atlas_kernels.attacks import FGSM, PGD
 from atlas_train import checkpoint, engine, methods, progress, report, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
-from atlas_train.config import DEFAULTS, TrainConfig, from_dict, from_file, resolved, to_dict
-from atlas_train.data import Images
+from atlas_train.config import TrainConfig, from_dict, from_file, resolved, to_dict
+from atlas_train.data import Images, get
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
 from tiny_runs import EPS, TINY, Lines, splits
@@ -243,7 +243,8 @@ def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:
     channels_last = torch.channels_last
     spy(monkeypatch, lambda model, batch, *rest: seen.append(batch.x.is_contiguous(memory_format=channels_last)))
     spy(monkeypatch, lambda model, *rest: model.conv2.register_forward_hook(lambda *a: dtypes.add(a[2].dtype)))
-    config = TrainConfig(**TINY | {"train_precision": "bf16", "channels_last": True})
+    colours = {"mean": (0.27, 0.27, 0.27), "std": (0.28, 0.28, 0.28)}
+    config = TrainConfig(**TINY | colours | {"train_precision": "bf16", "channels_last": True})
     run = engine.train(config, splits=splits(channels=3))
     assert set(seen) == {True} and torch.bfloat16 in dtypes
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
@@ -539,13 +540,14 @@ def test_json_files_and_dicts_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
 def test_defaults_are_filled_in_and_never_override(name: str) -> None:
-    data = dataclasses.replace(splits(), name=name, eps=0.17)
+    data = dataclasses.replace(splits(channels=3 if name == "cifar10" else 1), name=name, eps=0.17)
     config = resolved(TrainConfig(dataset=name, epochs=77), data)
     may_be_none = {"attack_precision", "data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
+    may_be_none |= set() if name == "cifar10" else {"mean", "std"}  # grey digits are used as they are
     assert {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None} <= may_be_none
-    assert config.epochs == 77 and config.eps == 0.17 and config.lr == DEFAULTS[name]["lr"]
+    assert config.epochs == 77 and config.eps == 0.17 and config.lr == get(name).lr
     assert resolved(config, data) == config
-    assert resolved(TrainConfig(method="standard"), dataclasses.replace(data, name="digits")).beside == (
+    assert resolved(TrainConfig(method="standard"), dataclasses.replace(splits(), name="digits")).beside == (
         "one_step_adv",
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
-from atlas_train import methods, models
+from atlas_train import data, methods, models
 from atlas_train.methods import Batch, Method, State
 from atlas_train.options import hints
 from beside_published import Steps
@@ -118,10 +118,10 @@ def test_choices_are_refused_with_the_choices(name: str) -> None:
 @pytest.mark.parametrize("name", methods.names())
 def test_the_defaults_of_each_data_set_can_be_built(name: str) -> None:
     method: Any = methods.get(name)
-    for dataset, eps in (("mnist", 0.3), ("cifar10", 8 / 255)):
-        values = method.defaults.get(dataset, {})
-        lengths = {key: v * eps if isinstance(v, methods.OfEps) else v for key, v in values.items()}
-        built = methods.build(name, eps, lengths)
+    for dataset in map(data.get, data.names()):
+        values = methods.defaults_on(dataset, name)
+        lengths = {key: v * dataset.eps if isinstance(v, methods.OfEps) else v for key, v in values.items()}
+        built = methods.build(name, dataset.eps, lengths)
         assert {key: getattr(built, key) for key in values} == pytest.approx(lengths)
         assert set(values) <= set(hints(method))
 

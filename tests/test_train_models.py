@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atlas_train import models
+from atlas_train import data, models
 from atlas_train.models import Normalize
 
 SIZES = {
@@ -19,12 +19,15 @@ SIZES = {
 }
 WIDE = {"wide_resnet28_10": 4, "wide_resnet34_10": 5}  # blocks a stage
 DATASETS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # of CIFAR-10
 
 
 def make(name: str, width: int | None = 4, **changed: object) -> models.Classifier:
     """A small model whose last layer is not zero, so that gradients flow."""
     torch.manual_seed(0)
-    model = models.build(name, **{"num_classes": 5, "in_channels": SIZES[name][0], "width": width, **changed})
+    normalize = (MEAN, STD) if SIZES[name][0] == 3 else None
+    sizes = {"num_classes": 5, "in_channels": SIZES[name][0], "width": width}
+    model = models.build(name, **{"normalize": normalize, **sizes, **changed})
     if name == "small_cnn":
         nn.init.normal_(model.classifier["fc3"].weight)
     return model
@@ -51,7 +54,7 @@ def test_logits_are_the_head_of_the_features(name: str, device: torch.device):
 
 def test_parameter_counts():
     def count(name: str, **sizes: int) -> int:
-        model = models.build(name, num_classes=10, in_channels=SIZES[name][0], **sizes)
+        model = models.build(name, num_classes=10, in_channels=SIZES[name][0], normalize=False, **sizes)
         return sum(p.numel() for p in model.parameters())
 
     def preact(w: int) -> int:  # convolutions, shortcuts, BatchNorms and the linear layer, stage by stage
@@ -135,7 +138,7 @@ def test_wide_blocks_compute_what_they_say(name: str, blocks: int, width: int):
     lively_norms(model)
     x = batch(name, size=12)
     w = model.state_dict()
-    h = (x - torch.tensor(models.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(models.CIFAR10_STD).view(3, 1, 1)
+    h = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     h = F.conv2d(h, w["conv1.weight"], padding=1)
     for stage in range(1, 4):
         for block in range(blocks):
@@ -201,7 +204,7 @@ def test_preact_blocks_compute_what_they_say():
     lively_norms(model)
     x = batch("preact_resnet18")
     w = model.state_dict()
-    h = (x - torch.tensor(models.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(models.CIFAR10_STD).view(3, 1, 1)
+    h = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     h = F.conv2d(h, w["conv1.weight"], padding=1)
     for stage in range(1, 5):
         for block in range(2):
@@ -272,8 +275,7 @@ def test_normalisation_is_inside():
     model = make("preact_resnet18").eval()
     bare = make("preact_resnet18", normalize=False).eval()  # the same initialisation
     assert bare.normalize is None and make("small_cnn").normalize is None and make("digits_net").normalize is None
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-    normalised = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    normalised = torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
     torch.testing.assert_close(model(x), bare(normalised), rtol=1e-4, atol=1e-4)
     assert {"normalize.mean", "normalize.std"} == set(model.state_dict()) - set(bare.state_dict())
     assert not any(name.startswith("normalize") for name, _ in model.named_parameters())
@@ -281,19 +283,21 @@ def test_normalisation_is_inside():
     own = make("digits_net", normalize=([0.5], [0.25])).eval()
     torch.testing.assert_close(own(batch("digits_net")), make("digits_net").eval()((batch("digits_net") - 0.5) / 0.25))
     with pytest.raises(ValueError, match="got 3 means, expected one for each of 1 channels"):
-        make("digits_net", normalize=(mean, std))
+        make("digits_net", normalize=(MEAN, STD))
+    with pytest.raises(ValueError, match="normalize: mean and std of colour images differ .* give .mean, std."):
+        models.build("preact_resnet18", num_classes=10, in_channels=3)
     for bad in ([1.0, 0.0, 1.0], [1.0]):
         with pytest.raises(ValueError, match="std must be positive and as many as mean"):
-            Normalize(mean, bad)
+            Normalize(MEAN, bad)
 
 
 def test_names_and_defaults():
     for dataset, model in DATASETS.items():
-        assert models.default_for(dataset) == model
+        assert data.get(dataset).model == model
     with pytest.raises(ValueError, match="name: nothing known as 'resnet18'; the nearest is 'preact_resnet18'"):
         models.build("resnet18", num_classes=10, in_channels=3)
-    with pytest.raises(ValueError, match="dataset: nothing known as 'cifar'; the nearest is 'cifar10'"):
-        models.default_for("cifar")
+    with pytest.raises(ValueError, match="no data set 'cifar'; the nearest is 'cifar10'"):
+        data.get("cifar")
 
 
 def test_bad_sizes_are_refused():

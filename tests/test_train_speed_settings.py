@@ -348,7 +348,7 @@ def test_blocks() -> None:
         known = {module: name for name, module in model.named_modules()}
         return [known[module] for module, name in blocks(model) if name == "forward"]
 
-    resnet = models.build("preact_resnet18", num_classes=4, in_channels=3, width=2)
+    resnet = models.build("preact_resnet18", num_classes=4, in_channels=3, width=2, normalize=((0.5,) * 3, (0.25,) * 3))
     eight = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     assert names(resnet) == eight
     assert names(nn.Sequential(nn.Flatten(), resnet)) == [f"1.{name}" for name in eight]

@@ -752,7 +752,7 @@ def test_recorded_settings_name_no_folder() -> None:
     assert recorded(config)["model"] == "nets.py:Net" and not {"data_dir", "out_dir", "resume"} & set(recorded(config))
     assert recorded(replace(config, model="../nets.py:Net"))["model"] == "nets.py:Net"
     assert recorded(replace(config, model="nets/my.py:Net"))["model"] == "nets/my.py:Net"
-    assert resolved(TrainConfig(dataset="digits", **{"model": "digits_net"}), splits()).dataset == "bars"
+    assert resolved(TrainConfig(dataset="digits", **TINY), splits()).dataset == "bars"
 
 
 def test_what_is_given_is_what_is_evaluated(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def test_a_first_layer_that_does_not_run_is_refused() -> None:
 def test_our_networks_have_an_affine_first_layer_also_under_autocast() -> None:
     sizes = {"digits_net": (1, 8), "small_cnn": (1, 28), "preact_resnet18": (3, 32), "wide_resnet28_10": (3, 32)}
     for name, (channels, side) in sizes.items():
-        model = models.build(name, num_classes=5, in_channels=channels, width=4).train()
+        normalize = ((0.5,) * channels, (0.25,) * channels)
+        model = models.build(name, num_classes=5, in_channels=channels, width=4, normalize=normalize).train()
         x = torch.rand(2, channels, side, side).contiguous(memory_format=torch.channels_last)
         first = FirstLayer(model, None)
         with first, torch.autocast("cpu", torch.bfloat16):

@@ -21,6 +21,7 @@ import atlas_kernels
 
 from . import answers, models, schema
 from .config import from_dict, to_dict
+from .imported import is_import_path, require_trusted
 from .options import one_line, plain, shown
 from .writing import builtin, write_atomically
 
@@ -273,7 +274,7 @@ def load_network(
     description["config"] = to_dict(from_dict(state["config"], plain(found)))
     arch, weights = state["arch"], final_weights(state)
     if model is None:
-        require_trusted(arch["name"], found)
+        require_trusted("model", arch["name"], found)
         if not arch["by_name"]:
             raise ValueError(
                 f"{plain(found)} holds a {plain(arch['name'])} of your own: build it yourself and load its weights "
@@ -292,20 +293,31 @@ def load_network(
 def _built(name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path) -> nn.Module:
     """The network of that name with those sizes; one of ours only if the weights are known to fit."""
     schema.require_sizes(arch, weights, plain(source))
-    if not models.is_import_path(name):
+    if not is_import_path(name):
         require_fitting(name, arch, weights, source)
-    return models.network(name, **_sizes(arch))
+    return models.network(name, **_sizes(arch, weights))
 
 
-def _sizes(arch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: arch[name] for name in ("num_classes", "in_channels", "width")}
+def _sizes(arch: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``models.network`` takes; where the weights hold mean and std, some that they will replace."""
+    channels = arch["in_channels"]
+    normalize = ((0.0,) * channels, (1.0,) * channels) if "normalize.mean" in weights else False
+    return {"normalize": normalize, **{name: arch[name] for name in ("num_classes", "in_channels", "width")}}
+
+
+def mean_std(weights: Mapping[str, Any]) -> tuple[tuple[float, ...], ...] | None:
+    """Mean and std by which a network of ours normalises, in the fewest digits that mean them; None: it does not."""
+    if "normalize.mean" not in weights:
+        return None
+    values = (weights[f"normalize.{name}"].detach().cpu().float().flatten().numpy() for name in ("mean", "std"))
+    return tuple(tuple(float(str(number)) for number in value) for value in values)
 
 
 def require_fitting(name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
     """Raises ValueError unless the weights are those of one of our networks with those sizes; allocates nothing."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # that nothing is copied
-        load_weights(models.network(name, **_sizes(arch)), weights, source)
+        load_weights(models.network(name, **_sizes(arch, weights)), weights, source)
 
 
 def require_resumable(state: Mapping[str, Any], source: object) -> None:
@@ -318,7 +330,7 @@ def require_resumable(state: Mapping[str, Any], source: object) -> None:
             f"{shown(arch['name'])} of width {arch['width']}: edited or damaged"
         )
     schema.require_sizes(arch, state["model"], plain(source))
-    if arch["by_name"] and not models.is_import_path(arch["name"]):
+    if arch["by_name"] and not is_import_path(arch["name"]):
         require_fitting(arch["name"], arch, state["model"], source)
 
 
@@ -327,15 +339,6 @@ def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     average = state.get("average")
     weights: dict[str, Tensor] = average["model"] if average and average["count"] else state["model"]
     return weights
-
-
-def require_trusted(name: str, source: object) -> None:
-    """Raises ValueError if a checkpoint's network is an import path."""
-    if models.is_import_path(name):
-        raise ValueError(
-            f"{plain(source)} names code of your own, {plain(name)}, and code that a file names is not run unasked: if "
-            f"you trust it, say so with --model {plain(name)}"
-        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ import torch
 
 import atlas_kernels
 
-from . import checkpoint, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, MOST_THREADS, TrainConfig, added, from_file, without_place
+from . import data, flags, methods
+from .config import AUTOATTACK, AUTOATTACK_VERSION, MOST_THREADS, TrainConfig, added, from_file
+from .imported import require_trusted, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
 from .writing import write_json
@@ -45,9 +46,10 @@ class EvaluateConfig:
     """The flags of ``atlas evaluate``."""
 
     model: str | None = option(None, "network, by name or import path; default: the run's, if it is one of ours")
-    dataset: str | None = option(None, "data set; default: the run's")
+    dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
+    other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: float | None = option(
         None, "l_inf radius, e.g. 8/255; default: the run's", above=0, below=1, hint="write 8/255 instead of 8"
     )
@@ -126,7 +128,7 @@ def train(argv: Sequence[str]) -> int:
     from .compare import compare, is_comparison, settings_of
 
     early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--method", "--model"):
+    for flag in ("--config", "--resume", "--method", "--dataset", "--model"):
         early.add_argument(flag)
     first, _ = early.parse_known_args(argv)
     if first.config and first.resume:
@@ -137,8 +139,10 @@ def train(argv: Sequence[str]) -> int:
     elif first.resume:
         base = settings_of(first.resume)
         kept = base.beside if is_comparison(first.resume) else None
+        if not first.dataset:
+            require_trusted("dataset", base.dataset, first.resume)
         if not first.model:
-            checkpoint.require_trusted(base.model, first.resume)
+            require_trusted("model", base.model, first.resume)
     name = first.method or base.method
     compare(parse_train(name, base, argv, kept), command=("atlas", "train", *argv))
     return 0
@@ -198,13 +202,14 @@ def list_methods(argv: Sequence[str]) -> int:
         for key, field in methods.hyper_parameters(method).items():
             print(f"    --{key.replace('_', '-')} {_default(field.default)}   ({allowed(field, hints(method)[key])})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
-        for dataset, values in method.defaults.items():
-            print(f"    on {dataset}: " + ", ".join(f"{key} {_default(value)}" for key, value in values.items()))
+        for dataset in map(data.get, data.names()):
+            if values := methods.defaults_on(dataset, name):
+                print(f"    on {dataset.name}: " + ", ".join(f"{key} {_default(v)}" for key, v in values.items()))
         print()
     return 0
 
 
 def _default(value: Any) -> str:
-    if isinstance(value, methods.OfEps):
+    if isinstance(value, data.OfEps):
         return f"{float(value):.4g} eps"
     return "auto" if value is None else str(value).lower()

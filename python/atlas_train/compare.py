@@ -14,11 +14,12 @@ import torch
 
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
-from .config import TrainConfig, added, alone, from_dict, from_file, methods_of, recorded, resolved, without_place
+from .config import TrainConfig, added, alone, from_dict, from_file, methods_of, recorded, resolved
 from .data import DataSplits
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
+from .imported import is_import_path, without_place
 from .interrupts import Terminated, terminable
 from .options import plain
 from .passes import passes_per_step
@@ -77,7 +78,7 @@ def compare(
             stack.enter_context(locked(path))
         if not config.resume:
             _require_free(config, folders)
-        with _explained(folder, folders, splits, say):
+        with _explained(config, folder, folders, splits, say):
             if config.beside:
                 write_json(folder / CONFIG, recorded(config))
             runs, results = _train_all(config, folders, splits, show, say)
@@ -176,7 +177,11 @@ def _train_all(
     runs: dict[str, Run] = {}
     results: Results = {}
     for name in sorted(owns, key=lambda name: owns[name].resume is None):
-        run = train(owns[name], splits=splits, folder=folders[name], display=progress.make(show))
+        own = owns[name]
+        if runs and own.mean is None:  # what is there may be of a version that recorded them in the weights alone
+            first = next(iter(runs.values())).config
+            own = replace(own, mean=first.mean, std=first.std)
+        run = train(own, splits=splits, folder=folders[name], display=progress.make(show))
         runs[run.config.label] = run
         results[run.config.label] = _result(run, splits, folders[name], say)
     return runs, {name: results[name] for name in (*config.beside, config.label)}
@@ -189,7 +194,9 @@ def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
 
 
 @contextmanager
-def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, say: Say) -> Iterator[None]:
+def _explained(
+    config: TrainConfig, folder: Path, folders: Mapping[str, Path], splits: DataSplits, say: Say
+) -> Iterator[None]:
     """A run that is stopped says how to go on; one of which nothing comes leaves config.json as it was."""
     path = folder / CONFIG
     before = path.read_text() if path.exists() else None
@@ -204,12 +211,18 @@ def _explained(folder: Path, folders: Mapping[str, Path], splits: DataSplits, sa
         stopped = isinstance(error, (KeyboardInterrupt, Terminated, OSError, RuntimeError))
         if there and stopped and not isinstance(error, FileExistsError):
             how = (
-                f"atlas train --resume {plain(folder)}"
+                f"atlas train --resume {plain(folder)}{_code(config, splits)}"
                 if splits.loader
                 else f"atlas_train.stored.resume_compare({str(folder)!r}, splits=...), with the same data"
             )
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise
+
+
+def _code(config: TrainConfig, splits: DataSplits) -> str:
+    """The flags that name code of the user's own, which must be given again."""
+    own = {"dataset": splits.loader, "model": config.model}
+    return "".join(f" --{kind} {plain(path)}" for kind, path in own.items() if is_import_path(path))
 
 
 def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:

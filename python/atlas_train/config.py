@@ -1,4 +1,4 @@
-"""The configuration of a training run: one typed, frozen dataclass, and the defaults of each data set in one table."""
+"""The configuration of a training run: one typed, frozen dataclass, and what a data set fills in."""
 
 from __future__ import annotations
 
@@ -7,53 +7,17 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from . import data, methods, models
-from .data import DataSplits
-from .data import names as data_sets
+from .data import Dataset, DataSplits, Images
+from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
 from .options import canonical, check, option, plain, shown, suggestion
 
-#: What None becomes, per data set (eps and augment come with the data, the model from ``models.default_for``).
-#: A data set of your own takes the row of cifar10.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    # Ours, tuned on 300 held-out training images: a minute on one CPU core; with more epochs robustness overfits.
-    "digits": {
-        "epochs": 40,
-        "batch_size": 64,
-        "optimizer": "adam",
-        "lr": 5e-3,
-        "weight_decay": 0.0,
-        "cyclic_peak": 0.4,
-        "threads": 1,  # on so small a network threads wait for each other, badly so on a busy machine
-        "beside": ("standard", "one_step_adv"),
-    },
-    # Wong, Rice & Kolter 2020, locuslab/fast_adversarial MNIST/train_mnist.py: Adam, 0 -> 5e-3 at 2/5 of training -> 0
-    # (10 epochs there).
-    "mnist": {
-        "epochs": 5,
-        "batch_size": 100,
-        "optimizer": "adam",
-        "lr": 5e-3,
-        "weight_decay": 0.0,
-        "cyclic_peak": 0.4,
-        "beside": (),
-    },
-    # Wong, Rice & Kolter 2020, locuslab/fast_adversarial CIFAR10/train_fgsm.py: SGD, triangular 0 -> 0.2 -> 0.
-    "cifar10": {
-        "epochs": 15,
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.2,
-        "weight_decay": 5e-4,
-        "cyclic_peak": 0.5,
-        "beside": (),
-    },
-}
 #: CPU threads that anybody has; of a million torch ends the process.
 MOST_THREADS = 1024
 #: Settings that say where on this machine things are, and nothing about the results.
@@ -68,7 +32,7 @@ AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the fir
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run is made of. None means the data set's default (``DEFAULTS``).
+    """Everything that a training run is made of. None means the default of the data set (``data.Dataset``).
 
     Raises ValueError at construction for unknown names and values out of range. ``resolved`` fills in the defaults.
     Names are known in capitals too.
@@ -92,7 +56,11 @@ class TrainConfig:
         low=0,
     )
 
-    dataset: str = option("digits", "digits (embedded), mnist or cifar10")
+    dataset: str = option(
+        "digits",
+        f"one of {', '.join(data.names())} (digits is embedded), or code of your own: package.module:factory or "
+        "path/to/file.py:factory",
+    )
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
     train_size: int | None = option(None, "train on this many images (a stratified draw); default: all", low=1)
@@ -102,6 +70,10 @@ class TrainConfig:
         None, "network, by name, or code of your own: package.module:factory or path/to/file.py:factory; " + _AUTO
     )
     width: int | None = option(None, "width of the network; default: the network's own", low=1)
+    mean: tuple[float, ...] = option(
+        None, "of training images in [0, 1], a number for each channel: networks of ours normalise by it; " + _AUTO
+    )
+    std: tuple[float, ...] = option(None, "beside mean; " + _AUTO, above=0)
 
     eps: float = option(
         None,
@@ -193,6 +165,11 @@ class TrainConfig:
         for name in known:
             methods.build(name, self.eps or 0.5, self.hyper_of(name))
         _require_compatible(self)
+        if () in (self.mean, self.std) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError(
+                f"config: mean and std must be as many numbers, one for each channel, got {shown(self.mean)} and "
+                f"{shown(self.std)}"
+            )
         if self.awp:
             require_wrappable(methods.get(self.method))
         for key in self.hyper:
@@ -207,7 +184,7 @@ class TrainConfig:
         spelled = {
             "method": canonical(self.method, methods.names()),
             "beside": self.beside and tuple(canonical(name, (*methods.names(), "all")) for name in self.beside),
-            "dataset": canonical(self.dataset, data_sets()),
+            "dataset": canonical(self.dataset, data.names()),
             "model": canonical(self.model, models.names()),
             "device": self.device and self.device.lower(),
         }
@@ -265,30 +242,65 @@ def _require_compatible(config: TrainConfig) -> None:
 def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -> TrainConfig:
     """The configuration with every default that depends on data set and machine filled in.
 
-    The data set is that of ``splits``. own_model: the network is given as such, so that ``model`` names none.
+    The data set is that of ``splits``. own_model: the network is given as such, so that ``model`` names none. Raises
+    ValueError that says what the data set has no default for.
     """
-    table = DEFAULTS.get(splits.name, DEFAULTS["cifar10"])
-    defaults = table | {
+    dataset = data.declared(splits)
+    _require_valid(dataset)
+    defaults = dataset.settings | {
         "eps": splits.eps,
         "augment": splits.augment,
-        "model": default_model(splits) if config.model is None and not own_model else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    missing = {k: v for k, v in defaults.items() if getattr(config, k, config) is None}
+    own = own_model or is_import_path(config.model or dataset.model)
+    if own or len(dataset.mean or ()) != splits.train.shape[0]:  # those of CIFAR-10 say nothing of a grey copy
+        defaults |= {"mean": None, "std": None}
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
     config = dataclasses.replace(config, **missing)
     config = dataclasses.replace(config, beside=_beside(config.beside, config.method))
-    return dataclasses.replace(config, hyper={**config.hyper, **_published(config, splits.name)})
+    _require_known(config, splits, own, own_model)
+    return dataclasses.replace(config, hyper={**config.hyper, **_published(config, dataset)})
 
 
-def default_model(splits: DataSplits) -> str:
-    """The network of a data set. Raises ValueError for data of your own, which have none."""
-    if splits.name not in data.names():
+def _require_valid(dataset: Dataset) -> None:
+    """Raises ValueError for defaults that no configuration can have."""
+    try:
+        TrainConfig(**dataset.settings)
+    except ValueError as error:
+        raise ValueError(f"data set {plain(dataset.name)}: {str(error).removeprefix('config: ')}") from error
+
+
+def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model: bool) -> None:
+    """Raises ValueError for what neither configuration nor data set says.
+
+    own: the network is one's own, which nobody tells mean and std. own_model: it is given as such, without a name.
+    """
+    if config.model is None and not own_model:
         raise ValueError(
             f"model: the data set {splits.name!r} has no network of its own: give train a network (model=...), or name "
             f"one in the configuration, one of {', '.join(models.names())} or package.module:factory"
         )
-    return models.default_for(splits.name)
+    if own and config.mean is not None:
+        raise ValueError(
+            "config: mean and std are built into networks of ours alone: leave them out, and normalise in yours"
+        )
+    needed = ["epochs", "batch_size", "lr"]
+    if not own and not config.resume and splits.train.shape[0] == models.COLOUR:  # else the checkpoint has mean and std
+        needed += ["mean", "std"]
+    unknown = [name for name in needed if getattr(config, name) is None]
+    if unknown:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        raise ValueError(
+            f"config: the data set {splits.name!r} has no {', '.join(unknown)} of its own: set them ({flags}), or "
+            f"declare them with it (atlas_train.data.Dataset){_measured(splits.train) if 'mean' in unknown else ''}"
+        )
+
+
+def _measured(images: Images) -> str:
+    """Mean and std of the images as flags."""
+    mean, std = (" ".join(f"{value:.4f}" for value in values) for values in images.mean_std())
+    return f"; its training images have --mean {mean} --std {std}"
 
 
 def alone(config: TrainConfig) -> TrainConfig:
@@ -312,14 +324,14 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(everything) if name != method)
 
 
-def _published(config: TrainConfig, dataset: str) -> dict[str, Any]:
-    """The methods' own defaults for the data set, where nothing else was set. A published step size applies
-    only if ``steps`` was not set."""
+def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """The methods' defaults on the data set, where nothing else was set. A step size applies only if ``steps`` was not
+    set."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)
-        for key, value in methods.get(name).defaults.get(dataset, {}).items():
-            if isinstance(value, methods.OfEps):
+        for key, value in methods.defaults_on(dataset, name).items():
+            if isinstance(value, data.OfEps):
                 if key not in given and "steps" not in given:
                     filled[f"{name}.{key}"] = value * config.eps
             elif key not in given:
@@ -329,22 +341,14 @@ def _published(config: TrainConfig, dataset: str) -> dict[str, Any]:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain types only, for JSON and checkpoints."""
-    return dataclasses.asdict(config) | {
-        "hyper": dict(config.hyper),
-        "beside": None if config.beside is None else list(config.beside),
-    }
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    return values | {"hyper": dict(config.hyper)}
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """``to_dict`` for files that others read: without what says where things lie on this machine."""
     kept = {key: value for key, value in to_dict(config).items() if key not in PLACES}
     return kept | {"model": config.model and without_place(config.model)}
-
-
-def without_place(path: str) -> str:
-    """A path for files that others read: of one that starts at the root, or goes up, the last part alone."""
-    parts = PurePath(path)
-    return parts.name or path if parts.is_absolute() or ".." in parts.parts else path
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:

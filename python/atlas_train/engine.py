@@ -23,7 +23,7 @@ from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .options import plain, shown
 from .report import TensorBoard
-from .resuming import require_network, restore
+from .resuming import as_normalized, require_network, restore
 from .run import Run, discard, export, on_host, prepare, save
 from .schedules import learning_rate
 from .step_graph import StepGraph
@@ -172,6 +172,7 @@ def start(
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
     checkpoint.require_resumable(state, source)
+    config = as_normalized(config, state)
     splits = splits or load_splits(config, state, source)
     images = identity.record(splits)
     notes = identity.require_same(state, images, source, "resume")

@@ -83,7 +83,9 @@ def _help(field: dataclasses.Field[Any], group: str) -> str:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
-    return {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}.get(kind, "NAME ...")
+    if typing.get_origin(kind) is tuple:
+        return "NUMBER ..." if typing.get_args(kind)[0] is float else "NAME ..."
+    return {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}[kind]
 
 
 def _spec(metavar: str, convert: Any, many: bool = False) -> Any:
@@ -102,7 +104,7 @@ def _spec(metavar: str, convert: Any, many: bool = False) -> Any:
 
 def _shown(value: Any) -> list[str]:
     if isinstance(value, tuple):
-        return list(value) or [NONE]
+        return list(map(str, value)) or [NONE]
     return [AUTO if value is None else str(value)]
 
 

@@ -75,8 +75,9 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def suggestion(name: object, known: Iterable[str]) -> str:
     """ "; the nearest is 'epochs'" for error messages, or nothing where no known name is near."""
-    near = difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.5)
-    return f"; the nearest is {near[0]!r}" if near else ""
+    small = {own.lower(): own for own in known}
+    near = difflib.get_close_matches(str(name)[:100].lower(), small, n=1, cutoff=0.5)
+    return f"; the nearest is {small[near[0]]!r}" if near else ""
 
 
 def canonical(name: Any, known: Iterable[str]) -> Any:
@@ -141,8 +142,9 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any, owner: str) ->
     remedy = f"; {field.metadata['hint']}" if field.metadata["hint"] else ""
     try:
         converted = _convert(members, value)
-        if isinstance(converted, (int, float)) and not _inside(field, converted):
-            raise ValueError(value)
+        for each in converted if isinstance(converted, tuple) else (converted,):
+            if isinstance(each, (int, float)) and not _inside(field, each):
+                raise ValueError(value)
     except (ValueError, OverflowError) as error:
         got = shown(value) + (", of more than 64 bits" if isinstance(error, OverflowError) else "")
         raise ValueError(f"{owner}: {field.name} must be {allowed(field, hint)}, got {got}{remedy}") from error
@@ -155,7 +157,9 @@ def allowed(field: dataclasses.Field[Any], hint: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a text that is not empty"}
-    return f"{words.get(kind, 'a list of texts')} {limits(field)}".strip()
+    many = {float: "a list of numbers", str: "a list of texts"}
+    said = many[typing.get_args(kind)[0]] if typing.get_origin(kind) is tuple else words[kind]
+    return f"{said} {limits(field)}".strip()
 
 
 def limits(field: dataclasses.Field[Any]) -> str:
@@ -186,9 +190,9 @@ def _convert(members: tuple[Any, ...], value: Any) -> Any:
     if kind is int:
         return integer(value)
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, (list, tuple)):
             raise ValueError(value)
-        return tuple(value)
+        return tuple(_convert(typing.get_args(kind)[:1], item) for item in value)
     if not isinstance(value, kind) or value == "":
         raise ValueError(value)
     return value

@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import answers, checkpoint, models
-from .config import PLACES, TrainConfig, from_dict, without_place
+from .config import PLACES, TrainConfig, from_dict
+from .imported import without_place
 from .options import plain, shown
 from .run import Run
 from .schedules import learning_rate
 
 FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging")
-_CHECKED = (*FIXED, "dataset", "model", "width", "hyper", "awp", "awp_warmup")
+_CHECKED = (*FIXED, "dataset", "model", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
 
@@ -29,6 +30,15 @@ def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str
             f"{plain(source)} holds a {plain(arch['name'])} of your own: give it from Python (model=...), or say how "
             "it is built, --model package.module:factory"
         )
+
+
+def as_normalized(config: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with the checkpoint's mean and std, if it gives none and the network is one of ours."""
+    arch = state["arch"]
+    own = not arch["by_name"] or any(map(models.is_import_path, (arch["name"], config.model)))
+    if own or config.mean is not None or not (kept := checkpoint.mean_std(state["model"])):
+        return config
+    return dataclasses.replace(config, mean=kept[0], std=kept[1])
 
 
 def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
@@ -77,6 +87,9 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
     new = run.config
     changed = {name: (getattr(old, name), getattr(new, name)) for name in FIXED}
     changed |= _networks(run, state["arch"])
+    if new.mean is not None:
+        weights = state["model"], run.model.state_dict()
+        changed["mean and std"] = checkpoint.mean_std(weights[0]), checkpoint.mean_std(weights[1])
     if old.method == new.method:
         changed["hyper-parameters"] = _used(old, state, run)
     for name, (then, now) in changed.items():

@@ -16,8 +16,9 @@ from atlas_kernels import Execution, keep_memory
 from atlas_kernels.checks import whole
 
 from . import answers, averaging, checkpoint, data, models
-from .config import MOST_THREADS, TrainConfig, recorded, resolved, without_place
+from .config import MOST_THREADS, TrainConfig, recorded, resolved
 from .data import Batches, DataSplits
+from .imported import without_place
 from .methods import Method, State
 from .options import one_line, plain, shown
 from .recompute import Recomputed, blocks
@@ -116,9 +117,9 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     }
     torch.manual_seed(config.seed)
     if model is None:
-        model = models.network(
-            config.model, num_classes=arch["num_classes"], in_channels=arch["in_channels"], width=arch["width"]
-        )
+        normalize = (config.mean, config.std) if config.mean else None
+        sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
+        model = models.network(config.model, normalize=normalize, **sizes)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"model {plain(arch['name'])} has no parameter that requires grad, so nothing can be trained: call "

@@ -20,6 +20,7 @@ from .config import added, alone, from_dict, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
+from .imported import require_trusted, same_code
 from .options import plain
 from .results import Result
 from .run import Run, on_host, usable_device
@@ -49,8 +50,10 @@ def resume(
     """
     state = checkpoint.load(path, ("arch", "config"))
     config = alone(from_dict(state["config"], plain(path)))
+    if splits is None and "dataset" not in changes:
+        require_trusted("dataset", config.dataset, path)
     if model is None:
-        checkpoint.require_trusted(config.model, path)
+        require_trusted("model", config.model, path)
     elif isinstance(model, str):
         changes["model"], model = model, None
     config = replace(config, **changes | {"resume": os.fspath(path), "beside": ()})
@@ -70,8 +73,10 @@ def resume_compare(
     """
     path = os.fspath(path)
     config = settings_of(path)
+    if splits is None and "dataset" not in changes:
+        require_trusted("dataset", config.dataset, path)
     if "model" not in changes:
-        checkpoint.require_trusted(config.model, path)
+        require_trusted("model", config.model, path)
     if is_comparison(path):
         changes["beside"] = added(config.beside, changes.get("beside"), config.method)
     return compare(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
@@ -105,8 +110,9 @@ def evaluate_checkpoint(
             those of the run, or ValueError.
         model: a network as it was built for the run, which takes the weights, or a name or import path; default: the
             run's, if it is one of ours.
-        dataset: a data set to evaluate on instead of the run's. data_dir, download: as for ``data.load``.
-        other_data: ``splits`` may be others than the run's.
+        dataset: a data set to evaluate on instead of the run's, or the run's where that is code of your own: then it
+            must still give the test images of the run. data_dir, download: as for ``data.load``.
+        other_data: ``splits``, or what ``dataset`` gives, may be others than the run's.
         eps, size, threads: default: the run's. device: default: cuda where there is one.
         autoattack: so many images for AutoAttack too.
         say: told what is going on.
@@ -165,7 +171,8 @@ def opened(
         name = dataset or identity.loader(description, path, "evaluate_checkpoint")
         splits = data.load(name, data_dir or description["config"].get("data_dir"), download)
     images = identity.record(splits, ("test",))
-    for note in _notes(description, images, path, other_data or dataset is not None):
+    other = dataset is not None and not same_code(dataset, description.get("data", {}).get("loader"))
+    for note in _notes(description, images, path, other_data or other):
         say(note)
     return network, description["config"], splits, images
 
@@ -181,5 +188,6 @@ def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path
         return identity.require_same(description, images, path, "evaluate_checkpoint")
     except ValueError as error:
         if not other:
-            raise ValueError(f"{error}; or, if you mean to evaluate on others, say other_data=True") from error
+            remedy = "or, if you mean to evaluate on others, say other_data=True (--other-data)"
+            raise ValueError(f"{error}; {remedy}") from error
         return [f"note: not the data that {plain(path)} was made on"]

@@ -1,38 +1,89 @@
-"""Data sets, by name, as uint8 tensors; batches of them on the device, in [0, 1]."""
+"""Data sets, by name or import path, as uint8 tensors; batches of them on the device, in [0, 1]."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
-from ..options import canonical, shown, suggestion
-from . import cifar10, digits, mnist
-from .images import DataSplits, Images
+from ..imported import called, find, is_import_path, refused
+from ..options import canonical, plain, shown, suggestion
+from .cifar10 import CIFAR10
+from .dataset import Dataset, DataSplits, OfEps
+from .digits import DIGITS
+from .images import Images
 from .loader import Batch, Batches
+from .mnist import MNIST
 
-__all__ = ["Batch", "Batches", "DataSplits", "Images", "load", "names"]
+__all__ = ["Batch", "Batches", "DataSplits", "Dataset", "Images", "OfEps", "declared", "get", "load", "names"]
 
-_LOADERS = {"digits": digits.load, "mnist": mnist.load, "cifar10": cifar10.load}
+_DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, CIFAR10)}
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `load` knows."""
-    return tuple(_LOADERS)
+    """The data sets that `get` and `load` know."""
+    return tuple(_DATASETS)
+
+
+def get(name: str) -> Dataset:
+    """What is declared of the data set of that name, in capitals or not. Raises ValueError that names the nearest."""
+    name = canonical(name, _DATASETS)
+    if name not in _DATASETS:
+        near = suggestion(str(name).replace("-", ""), _DATASETS)
+        code = f"{plain(name)}:factory" if str(name).endswith(".py") else "package.module:factory"
+        raise ValueError(
+            f"name: no data set {shown(name)}{near} (known: {', '.join(_DATASETS)}; for data of your own write {code})"
+        )
+    return _DATASETS[name]
+
+
+def declared(splits: DataSplits) -> Dataset:
+    """What is declared of these data: by themselves, or by their name. Of others no more is known than they say."""
+    return (
+        splits.declared
+        or _DATASETS.get(splits.name)
+        or Dataset(
+            name=splits.name,
+            load=lambda data_dir, download: (splits.train, splits.test),
+            num_classes=splits.num_classes,
+            eps=splits.eps,
+        )
+    )
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
-    """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" (28x28) or "cifar10" (32x32, RGB).
+    """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" (28x28), "cifar10" (32x32, RGB), or your own.
 
     Files are looked for in `data_dir`, then in the folder named by the environment variable ATLAS_DATA, then in the
     cache folder ($XDG_CACHE_HOME or ~/.cache, /atlas_kernels). There, mnist may lie in mnist/, MNIST/raw/ or the folder
     itself, cifar10 in cifar-10-batches-py/ or the folder itself. Every file's md5 is checked on every load.
     With `download`, files found nowhere are downloaded into the first of these folders that is set.
 
-    Raises ValueError for an unknown name or a damaged file, FileNotFoundError for missing files, ImportError when
-    scikit-learn (digits) or pooch (download) is missing, OSError when a download fails.
+    Your own: "package.module:factory" or "path/to/file.py:factory", where the factory is a `Dataset`, or a function
+    that gives `DataSplits`. It is called with `data_dir` and `download` as far as they are given.
+
+    Raises ValueError for an unknown name, a path that leads nowhere, a factory that gives anything else or a damaged
+    file, FileNotFoundError for missing files, ImportError when scikit-learn (digits) or pooch (download) is missing,
+    OSError when a download fails.
     """
-    name = canonical(name, _LOADERS)
-    if name not in _LOADERS:
-        near = suggestion(str(name).replace("-", ""), _LOADERS)
-        raise ValueError(f"name: no data set {shown(name)}{near} (known: {', '.join(_LOADERS)})")
-    return dataclasses.replace(_LOADERS[name](data_dir, download), loader=name)
+    if is_import_path(name):
+        given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
+        splits = _imported(name, **given, **({"download": True} if download else {}))
+    else:
+        name = canonical(name, _DATASETS)
+        splits = get(name)(data_dir, download)
+    return dataclasses.replace(splits, loader=name)
+
+
+def _imported(path: str, **given: Any) -> DataSplits:
+    """``factory(**given)``: the code at ``path`` is run. Raises ValueError that says what is wrong with it."""
+    factory = find("dataset", path)
+    call = called("dataset", path, given)
+    try:
+        splits = factory(**given)
+    except Exception as error:
+        raise refused(call, factory, given, error) from error
+    if not isinstance(splits, DataSplits):
+        remedy = "; name the Dataset itself, or call it" if isinstance(splits, Dataset) else ""
+        raise ValueError(f"{call}, and must give DataSplits (atlas_train.data), got {type(splits).__name__}{remedy}")
+    return splits

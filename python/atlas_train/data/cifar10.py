@@ -13,7 +13,8 @@ import torch
 from ..options import plain
 from ..writing import write_bytes
 from . import files, safe_pickle
-from .images import DataSplits, Images
+from .dataset import Dataset
+from .images import Images
 
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = ("test_batch",)
@@ -25,28 +26,19 @@ MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUBFOLDERS = ("cifar-10-batches-py", ".")
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 URLS = (f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",)
 
 
-def load(data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
+def load(data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> tuple[Images, Images]:
     """CIFAR-10, uint8 [N, 3, 32, 32]; see `atlas_train.data.load` for the arguments and errors."""
     alternatives = {name: (name,) for name in MD5}
     folder = files.find(
         "cifar10", data_dir, SUBFOLDERS, lambda f: files.absent(f, alternatives), fetch_all if download else None
     )
-    return DataSplits(
-        name="cifar10",
-        train=read_batches(folder, TRAIN),
-        test=read_batches(folder, TEST),
-        num_classes=10,
-        eps=8 / 255,
-        augment=True,
-        class_names=CLASS_NAMES,
-    )
+    return read_batches(folder, TRAIN), read_batches(folder, TEST)
 
 
 def read_batches(folder: Path, names: tuple[str, ...], md5: Mapping[str, str] | None = MD5) -> Images:
@@ -104,3 +96,23 @@ def unpack(archive: Path, folder: Path, md5: Mapping[str, str] = MD5) -> None:
             data = content.read()
             files.check_md5(data, md5[name], folder / name)
             write_bytes(folder / name, data)
+
+
+CIFAR10 = Dataset(
+    name="cifar10",
+    load=load,
+    num_classes=10,
+    class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    eps=8 / 255,
+    augment=True,
+    model="preact_resnet18",
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2471, 0.2435, 0.2616),
+    # Wong, Rice & Kolter 2020, locuslab/fast_adversarial CIFAR10/train_fgsm.py: SGD, triangular 0 -> 0.2 -> 0.
+    epochs=15,
+    batch_size=128,
+    optimizer="sgd",
+    lr=0.2,
+    weight_decay=5e-4,
+    cyclic_peak=0.5,
+)

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..imported import is_import_path, require_trusted, without_place
 from ..options import plain
-from .images import DataSplits, Images
+from .dataset import DataSplits
+from .images import Images
 
 SPLITS = ("train", "test")
 _CHUNK = 2**24  # bytes that are hashed at a time, so that a set on a GPU or in another layout is never copied whole
@@ -15,7 +17,8 @@ _CHUNK = 2**24  # bytes that are hashed at a time, so that a set on a GPU or in 
 
 def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
     """Name, loader, number of classes and, of each part, number, shape and fingerprint. It reads every byte once."""
-    own = {"name": splits.name, "loader": splits.loader, "num_classes": splits.num_classes}
+    loader = splits.loader and without_place(splits.loader)
+    own = {"name": splits.name, "loader": loader, "num_classes": splits.num_classes}
     return own | {part: _facts(getattr(splits, part)) for part in parts}
 
 
@@ -44,12 +47,17 @@ def describe(recorded: Mapping[str, Any]) -> str:
 
 
 def loader(state: Mapping[str, Any], source: object, function: str) -> str:
-    """The name by which `data.load` makes the data of a checkpoint. Raises ValueError for data of the user's own."""
+    """The name by which `data.load` makes the data of a checkpoint. Raises ValueError for data of the user's own.
+
+    An import path in a checkpoint is not followed, for a file must not say what code is run.
+    """
     recorded = state.get("data") or {"loader": state["config"].get("dataset", "digits")}
+    require_trusted("dataset", recorded["loader"], source)
     if recorded["loader"] is None:
         raise ValueError(
-            f"{plain(source)} was made on data of your own, {describe(recorded)}, which no --dataset stands for; "
-            f"give them from Python: {_from_python(function, source)}"
+            f"{plain(source)} was made on data of your own, {describe(recorded)}, which no name stands for; "
+            "give them by code, --dataset package.module:factory or path/to/file.py:factory, or from Python: "
+            f"{_from_python(function, source)}"
         )
     return str(recorded["loader"])
 
@@ -62,7 +70,8 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
     if not (recorded := state.get("data")):
         name, arch = state["config"].get("dataset", "digits"), state["arch"]
         sizes = given["num_classes"], given["test"]["shape"][0]
-        if given["loader"] not in (None, name) or sizes != (arch["num_classes"], arch["in_channels"]):
+        named = given["loader"] not in (None, name) and not is_import_path(given["loader"])
+        if named or sizes != (arch["num_classes"], arch["in_channels"]):
             known = f"{plain(name)}: {arch['num_classes']} classes, {arch['in_channels']} channels"
             raise ValueError(f"{plain(source)} was made on {known}; you gave {describe(given)}: leave out the data set")
         return [
@@ -71,10 +80,11 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
         ]
     differ = [name for name in SPLITS if name in given and given[name]["sha256"] != recorded[name]["sha256"]]
     if differ or recorded["num_classes"] != given["num_classes"]:
-        known = recorded["loader"] and recorded["loader"] != given["loader"]
-        remedy = (
-            f"leave out the data set, or say {plain(recorded['loader'])}" if known else _from_python(function, source)
-        )
+        own, remedy = recorded["loader"], _from_python(function, source)
+        if is_import_path(own):
+            remedy = f"put the code at {plain(own)} back as it was, or {remedy}"
+        elif own and own != given["loader"]:
+            remedy = f"leave out the data set, or say {plain(own)}"
         raise ValueError(
             f"{plain(source)} was made on other data. It has {describe(recorded)}; you gave {describe(given)}. Give "
             f"those it was made on: {remedy}"

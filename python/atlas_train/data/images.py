@@ -1,4 +1,4 @@
-"""What a data set is: labelled uint8 images, and the facts about them that a trainer needs."""
+"""Labelled uint8 images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from ..options import fraction, number, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +60,17 @@ class Images:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over all pixels, for images in [0, 1]."""
+        counts = torch.zeros(self.images.shape[1], 256, dtype=torch.int64)
+        for part in self.images.split(1000):  # never a copy of the whole set
+            for channel, row in enumerate(counts):
+                row += torch.bincount(part[:, channel].flatten(), minlength=256).cpu()
+        share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
+        mean = share @ value
+        std = (share * (value - mean[:, None]).square()).sum(1).sqrt()
+        return tuple(mean.tolist()), tuple(std.tolist())
+
     def subset(self, n: int, seed: int | None = None) -> Images:
         """`n` of the images, in their original order: the first `n`, or, with a seed, a stratified draw.
 
@@ -74,60 +83,6 @@ class Images:
         chosen = np.arange(n) if seed is None else stratified(self.labels.cpu().numpy(), n, seed)
         rows = torch.from_numpy(chosen).to(self.labels.device)
         return Images(self.images[rows], self.labels[rows])
-
-
-@dataclass(frozen=True, eq=False)
-class DataSplits:
-    """A data set: training and test images, and the facts that a trainer takes its defaults from.
-
-    eps: the usual l_inf radius for this set, in the unit of images in [0, 1].
-    augment: whether training usually crops and flips (natural images: yes; digits: no).
-    loader: the name by which `data.load` makes these images; None: data of your own.
-    """
-
-    name: str
-    train: Images
-    test: Images
-    num_classes: int
-    eps: float
-    augment: bool = False
-    class_names: tuple[str, ...] | None = None
-    loader: str | None = None
-
-    def __post_init__(self) -> None:
-        for split in ("train", "test"):
-            if not isinstance(images := getattr(self, split), Images):
-                raise ValueError(f"{split} must be Images(images, labels), got {type(images).__name__}")
-        if not isinstance(self.name, str):
-            raise ValueError(f"name must be a text, got {shown(self.name)}")
-        classes = self.num_classes
-        if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 1:
-            raise ValueError(f"num_classes must be an integer >= 1, got {shown(classes)}")
-        object.__setattr__(self, "num_classes", int(classes))
-        object.__setattr__(self, "eps", _radius(self.eps))
-        for split, images in (("train", self.train), ("test", self.test)):
-            if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
-                raise ValueError(
-                    f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
-                    f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
-                )
-
-    def __repr__(self) -> str:
-        parts = f"train={self.train!r}, test={self.test!r}, num_classes={self.num_classes}, eps={fraction(self.eps)}"
-        return f"DataSplits({self.name!r}, {parts})"
-
-
-def _radius(eps: Any) -> float:
-    """Raises ValueError unless it lies in (0, 1)."""
-    try:
-        value = number(eps.item() if isinstance(eps, np.generic) else eps)
-        if 0 < value < 1:
-            return value
-    except ValueError:
-        pass
-    raise ValueError(
-        f"eps must be a number > 0 and < 1, got {shown(eps)}; images are in [0, 1], so write 8/255 instead of 8"
-    )
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:

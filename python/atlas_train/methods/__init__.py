@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import Batch
+from ..data import Batch, Dataset, OfEps
 from ..options import canonical, shown, suggestion
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
 from .awp import AWP
 from .backward_smoothing import BackwardSmoothing
-from .base import Descent, Method, Metrics, OfEps, State
+from .base import Descent, Method, Metrics, State
 from .cure import CURE
 from .free import Free
 from .gairat import GAIRAT
@@ -54,6 +54,7 @@ __all__ = [
     "TRADES",
     "YOPO",
     "build",
+    "defaults_on",
     "get",
     "hyper_parameters",
     "names",
@@ -82,6 +83,16 @@ def get(name: str) -> type[Method]:
 def hyper_parameters(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
     """The hyper-parameters of a method, eps aside (that is the whole run's)."""
     return {f.name: f for f in dataclasses.fields(method) if f.init and f.name != "eps"}
+
+
+def defaults_on(dataset: Dataset, name: str) -> dict[str, Any]:
+    """The hyper-parameters that differ on a data set: those of the published method, and over them the data set's.
+
+    Raises ValueError if the data set declares them for a method that there is not.
+    """
+    declared = {get(key).name: values for key, values in dataset.methods.items()}
+    method = get(name)
+    return {**method.defaults.get(dataset.name, {}), **declared.get(method.name, {})}
 
 
 def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Method:

@@ -14,9 +14,9 @@ from atlas_kernels import compactness, cross_entropy, entropy, kl_div, trades_lo
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
-from ..data import Batch
+from ..data import Batch, OfEps
 from ..options import option
-from .base import AttackMode, Method, Metrics, OfEps, State
+from .base import AttackMode, Method, Metrics, State
 from .terms import Parts, accuracy, near_start, split, wide
 
 #: Terms of a loss by name: the weight, and what computes the term.

@@ -13,10 +13,10 @@ from atlas_kernels import atlas_loss, pgd_step, pgd_step_neighbours
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
-from ..data import Batch
+from ..data import Batch, OfEps
 from ..options import option
 from . import atlas_local
-from .base import AttackMode, Method, Metrics, OfEps, State
+from .base import AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .terms import accuracy, uncompiled
 

@@ -18,10 +18,6 @@ Metrics = dict[str, Tensor]
 AttackMode = Literal["train", "eval", "keep"]
 
 
-class OfEps(float):
-    """A length as a share of eps, in a method's defaults for a data set."""
-
-
 @dataclass
 class State:
     """Where training stands, and what a method remembers from one batch to the next.
@@ -61,7 +57,8 @@ class Method(ABC):
     name: ClassVar[str] = ""
     #: Whether the method trains against an attack; the catastrophic-overfitting alarm watches only those.
     adversarial: ClassVar[bool] = True
-    #: Defaults that differ by data set, where the published code has them: {"mnist": {"steps": 40}}.
+    #: Defaults that differ by data set, where the published code has them: {"mnist": {"steps": 40}}. What the data set
+    #: declares for the method (``Dataset.methods``) wins over them.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Why a step cannot be one CUDA graph, where it cannot: "name, which waits for ...".
     no_graph: ClassVar[str] = ""

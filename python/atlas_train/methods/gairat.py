@@ -15,9 +15,9 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import logits_of
 
-from ..data import Batch
+from ..data import Batch, OfEps
 from ..options import option
-from .base import AttackMode, Method, Metrics, OfEps, State
+from .base import AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start
 
 
@@ -57,10 +57,7 @@ class GAIRAT(Method):
     """
 
     name: ClassVar[str] = "gairat"
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mnist": {"steps": 40, "step_size": OfEps(1 / 30)},  # the usual attack there; GAIRAT has no recipe for MNIST
-        "cifar10": {"steps": 10, "step_size": OfEps(0.007 / 0.031)},
-    }
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10": {"steps": 10, "step_size": OfEps(0.007 / 0.031)}}
 
     steps: int = option(10, "attack steps", low=2)
     step_size: float | None = option(None, "step of the attack; default: 2.5 eps / steps", above=0)

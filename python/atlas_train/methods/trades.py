@@ -12,9 +12,9 @@ from atlas_kernels import trades_loss
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
-from ..data import Batch
+from ..data import Batch, OfEps
 from ..options import option
-from .base import AttackMode, Method, Metrics, OfEps, State
+from .base import AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start, update_statistics
 
 

@@ -14,9 +14,9 @@ from atlas_kernels import cross_entropy, pgd_step, random_start
 from atlas_kernels.attacks.contract import leave_no_trace
 from atlas_kernels.outputs import logits_of
 
-from ..data import Batch
+from ..data import Batch, OfEps
 from ..options import option, suggestion
-from .base import Descent, Method, Metrics, OfEps, State
+from .base import Descent, Method, Metrics, State
 from .terms import accuracy, uncompiled, update_statistics
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
+from ..imported import is_import_path
 from ..options import canonical, plain, shown, suggestion
 from .classifier import Classifier, Normalize
 from .digits_net import DigitsNet
-from .imported import build_imported, is_import_path, require_usable
+from .imported import build_imported, require_usable
 from .preact_resnet import PreActResNet18
 from .small_cnn import SmallCNN
 from .wide_resnet import WideResNet28, WideResNet34
 
-__all__ = ["Classifier", "Normalize", "build", "default_for", "is_import_path", "names", "network", "require_usable"]
+__all__ = ["Classifier", "Normalize", "build", "is_import_path", "names", "network", "require_usable"]
 
-# Over the training images, in [0, 1], per channel.
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+#: (mean, std) of the training images, per channel, in [0, 1]; False: images go in as they are; None: not said.
+Normalization = tuple[Sequence[float], Sequence[float]] | Literal[False] | None
+#: Channels of images whose mean and std have to be said.
+COLOUR = 3
 
 _MODELS: dict[str, type[Classifier]] = {
     "digits_net": DigitsNet,
@@ -28,18 +32,11 @@ _MODELS: dict[str, type[Classifier]] = {
     "wide_resnet28_10": WideResNet28,
     "wide_resnet34_10": WideResNet34,
 }
-_DEFAULTS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
 
 
 def names() -> tuple[str, ...]:
     """The models that `build` knows."""
     return tuple(_MODELS)
-
-
-def default_for(dataset: str) -> str:
-    """The name of the model that a data set is trained with by default. Raises ValueError for an unknown data set."""
-    _check_name("dataset", dataset, _DEFAULTS)
-    return _DEFAULTS[dataset]
 
 
 def build(
@@ -48,23 +45,29 @@ def build(
     num_classes: int,
     in_channels: int,
     width: int | None = None,
-    normalize: bool | tuple[Sequence[float], Sequence[float]] = True,
+    normalize: Normalization = None,
 ) -> Classifier:
     """A freshly initialised model; `torch.manual_seed` rules the initialisation.
 
     "digits_net": a small network with BatchNorm for 8x8 images. "small_cnn": the MNIST network of TRADES, 28x28.
     "preact_resnet18": PreActResNet-18 for 32x32 images. "wide_resnet28_10", "wide_resnet34_10": wide residual networks.
     width: channels of the first stage; later stages scale with it. None: the published width (32, 32, 64, 160 and 160).
-    normalize: (mean, std) per channel, for images in [0, 1]; True: those of CIFAR-10 for 3 channels and none for any
-    other number (grey digits are used as they are); False: none.
+    normalize: (mean, std) per channel, for images in [0, 1]; False: images go in as they are. Colour images, of 3
+    channels, need one of the two; with any other number of channels the default is False.
 
     `model.features(x)` gives the penultimate vectors [B, model.num_features], `model.head(features)` the logits.
-    Raises ValueError for an unknown name and for sizes that are no positive integers.
+    Raises ValueError for an unknown name, for sizes that are no positive integers, and for 3 channels without
+    ``normalize``.
     """
     name = canonical(name, _MODELS)
-    _check_name("name", name, _MODELS)
-    mean_std = (CIFAR10_MEAN, CIFAR10_STD) if normalize is True and in_channels == 3 else normalize
-    norm = None if isinstance(mean_std, bool) else Normalize(*mean_std)
+    _check_name(name)
+    mean_std = normalize if isinstance(normalize, Sequence) else None
+    if in_channels == COLOUR and mean_std is None and normalize is not False:
+        raise ValueError(
+            "normalize: mean and std of colour images differ from data set to data set: give (mean, std), of three "
+            "numbers each, or False for images as they are"
+        )
+    norm = Normalize(*mean_std) if mean_std else None
     if norm is not None and norm.mean.numel() != in_channels:
         raise ValueError(f"normalize: got {norm.mean.numel()} means, expected one for each of {in_channels} channels")
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
@@ -94,23 +97,30 @@ def _require_memory(name: str, width: int, make: Callable[[], nn.Module]) -> Non
         )
 
 
-def network(name: str, *, num_classes: int, in_channels: int, width: int | None = None) -> nn.Module:
+def network(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    width: int | None = None,
+    normalize: Normalization = None,
+) -> nn.Module:
     """`build`, or what the factory at an import path ("package.module:factory", "path/to/file.py:factory") gives.
 
     The factory, a class or a function, is called with num_classes, in_channels and, if it is given, width; the network
-    takes images in [0, 1]. Raises ValueError for a path that leads nowhere or a factory that gives no torch.nn.Module.
+    takes images in [0, 1] and normalises them itself. Raises ValueError for a path that leads nowhere or a factory that
+    gives no torch.nn.Module.
     """
     if not is_import_path(name):
-        return build(name, num_classes=num_classes, in_channels=in_channels, width=width)
+        return build(name, num_classes=num_classes, in_channels=in_channels, width=width, normalize=normalize)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     return build_imported(name, **sizes, **({} if width is None else {"width": width}))
 
 
-def _check_name(argument: str, name: str, known: Iterable[str]) -> None:
-    known = list(known)
+def _check_name(name: str) -> None:
     if str(name).endswith(".py"):
         raise ValueError(f"model: {shown(name)} is no network; for code of your own write {plain(name)}:factory")
-    if name not in known:
+    if name not in _MODELS:
         raise ValueError(
-            f"{argument}: nothing known as {shown(name)}{suggestion(name, known)} (known: {', '.join(known)})"
+            f"name: nothing known as {shown(name)}{suggestion(name, _MODELS)} (known: {', '.join(_MODELS)})"
         )

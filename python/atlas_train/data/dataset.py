@@ -1,0 +1,136 @@
+"""What a data set is: as it is declared, before a file is read, and with its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from ..options import fraction, number, plain, shown
+from .images import Images
+
+Load = Callable[[str | os.PathLike[str] | None, bool], tuple[Images, Images]]
+
+
+class OfEps(float):
+    """A length as a share of eps, among the defaults of a method on a data set."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    """A data set, declared in one place: where its images are, and what training takes where nothing else is set.
+
+    ``dataset(data_dir, download)`` gives its ``DataSplits``, so that `--dataset path/to/file.py:NAME` takes one.
+
+    load: gives training and test images; see `atlas_train.data.load` for its arguments, (data_dir, download).
+    eps, model and all after it but ``methods``: the defaults of the settings of ``TrainConfig`` with these names. None
+    means that there is none: what training needs (model, epochs, batch_size, lr; mean and std for our networks on
+    colour images) then has to be set.
+    methods: hyper-parameters of methods on this data set, by name: {"trades": {"steps": 40}}; lengths may be shares of
+    eps, ``OfEps(1 / 4)``. They win over those that the method has for this data set (``Method.defaults``), and these
+    over the method's own; what the user sets wins over all.
+    """
+
+    name: str
+    load: Load
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    eps: float
+    augment: bool = False
+    model: str | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: str = "sgd"
+    lr: float | None = None
+    weight_decay: float = 0.0
+    cyclic_peak: float = 0.5
+    threads: int | None = None
+    beside: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The defaults of ``TrainConfig``, by name."""
+        own = ("name", "load", "num_classes", "class_names", "methods")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+
+    def __call__(self, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
+        images = self.load(data_dir, download)
+        if not isinstance(images, tuple) or len(images) != 2:
+            raise ValueError(
+                f"data set {plain(self.name)}: load must give two Images, for training and for test, got "
+                f"{type(images).__name__}"
+            )
+        train, test = images
+        splits = DataSplits(
+            self.name, train, test, self.num_classes, self.eps, self.augment, self.class_names, declared=self
+        )
+        if self.mean is not None and len(self.mean) != splits.train.shape[0]:
+            raise ValueError(
+                f"data set {plain(self.name)}: mean must be a number for each of the images' {splits.train.shape[0]} "
+                f"channels, got {shown(self.mean)}"
+            )
+        return splits
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """A data set with its images, for training and for test, and the facts that a trainer takes its defaults from.
+
+    name: that of a data set that we have (`atlas_train.data.names`) stands for its defaults too.
+    eps: the usual l_inf radius for this set, in the unit of images in [0, 1].
+    augment: whether training usually crops and flips (natural images: yes; digits: no).
+    loader: the name or import path by which `data.load` makes these images; None: data of your own.
+    declared: where all other defaults come from; None: from ``name``, or there are none.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    num_classes: int
+    eps: float
+    augment: bool = False
+    class_names: tuple[str, ...] | None = None
+    loader: str | None = None
+    declared: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            if not isinstance(images := getattr(self, split), Images):
+                raise ValueError(f"{split} must be Images(images, labels), got {type(images).__name__}")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a text, got {shown(self.name)}")
+        classes = self.num_classes
+        if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {shown(classes)}")
+        object.__setattr__(self, "num_classes", int(classes))
+        object.__setattr__(self, "eps", _radius(self.eps))
+        for split, images in (("train", self.train), ("test", self.test)):
+            if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
+                raise ValueError(
+                    f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
+                    f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
+                )
+
+    def __repr__(self) -> str:
+        parts = f"train={self.train!r}, test={self.test!r}, num_classes={self.num_classes}, eps={fraction(self.eps)}"
+        return f"DataSplits({self.name!r}, {parts})"
+
+
+def _radius(eps: Any) -> float:
+    """Raises ValueError unless it lies in (0, 1)."""
+    try:
+        value = number(eps.item() if isinstance(eps, np.generic) else eps)
+        if 0 < value < 1:
+            return value
+    except ValueError:
+        pass
+    raise ValueError(
+        f"eps must be a number > 0 and < 1, got {shown(eps)}; images are in [0, 1], so write 8/255 instead of 8"
+    )
