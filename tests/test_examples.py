@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_train import cli
+from atlas_train import cli, data
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "python" / "examples"
 
@@ -73,3 +73,22 @@ def test_trades_after_differs_by_an_import():
         line for line in difflib.ndiff(rest.split("\n"), after.split("\n")) if line[0] in "+-" and line[2:].strip()
     ]
     assert changes == ["+ from atlas_kernels.compat.trades import trades_loss"]
+
+
+def test_own_data(tmp_path, monkeypatch, capsys):
+    """As its docstring says: declared whole, or asked for what is missing."""
+    pytest.importorskip("PIL")
+    monkeypatch.chdir(tmp_path)
+    path = f"{EXAMPLES / 'own_data.py'}:PHOTOS"
+    quick = ("--epochs", "1", "--train-size", "640", "--eval-size", "100", "--method", "atlas")
+    assert cli.main(["train", "--dataset", path, *quick]) == 0
+    clean, robust = re.search(
+        r"^atlas +([\d.]+) % .*? % +([\d.]+) %", capsys.readouterr().out, flags=re.MULTILINE
+    ).groups()
+    assert float(clean) > 80 and float(robust) > 70
+    assert cli.main(["evaluate", "runs/photos-1/atlas", "--dataset", path, "--size", "20"]) == 0
+    photos = data.load(path)
+    measured, declared = photos.train.mean_std(), (photos.declared.mean, photos.declared.std)
+    assert [round(value, 4) for row in measured for value in row] == [value for row in declared for value in row]
+    assert cli.main(["train", "--dataset", path.replace("PHOTOS", "images"), "--model", "digits_net", *quick]) == 2
+    assert "no batch_size, lr, mean, std of its own" in capsys.readouterr().err
