@@ -134,6 +134,10 @@ def test_remedies_are_those_of_what_was_given(convert, image_cast, label_cast):
         ({"eps": None}, "eps must be a number > 0 and < 1, got None"),
         ({"train": "images"}, "train must be Images"),
         ({"name": 3}, "name must be a text, got 3"),
+        (
+            {"test": Images(torch.zeros(4, 1, 6, 7, dtype=torch.uint8), torch.arange(4))},
+            r"toy: training images are \[1, 6, 6\], test images \[1, 6, 7\]: give both one shape",
+        ),
     ],
 )
 def test_facts_of_a_data_set_are_checked_at_once(change, message):

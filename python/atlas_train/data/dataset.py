@@ -111,6 +111,11 @@ class DataSplits:
             raise ValueError(f"num_classes must be an integer >= 1, got {shown(classes)}")
         object.__setattr__(self, "num_classes", int(classes))
         object.__setattr__(self, "eps", _radius(self.eps))
+        shapes = list(self.train.shape), list(self.test.shape)
+        if len(self.train) and len(self.test) and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{plain(self.name)}: training images are {shapes[0]}, test images {shapes[1]}: give both one shape"
+            )
         for split, images in (("train", self.train), ("test", self.test)):
             if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
                 raise ValueError(
