@@ -120,6 +120,19 @@ def test_flags_override_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert other.method == "one_step_adv" and "steps" not in other.hyper
 
 
+@pytest.mark.parametrize("flag", ["--old-setting", "--no-old-setting", "--old_setting=3", "--old-setting 3 4"])
+def test_retired_flags_are_dropped_and_one_line_says_so(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.RETIRED, "old_setting", "it made nothing faster")
+    assert config_of(monkeypatch, "--lr", "0.1", *flag.split(), "--epochs", "2") == TrainConfig(lr=0.1, epochs=2)
+    said = capsys.readouterr().err
+    assert said == "atlas: the setting old_setting is ignored, for it is no more: it made nothing faster\n"
+    Path("c.json").write_text(json.dumps({"old_setting": 1}))
+    assert config_of(monkeypatch, *flag.split(), "--config", "c.json") == TrainConfig()
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_every_setting_and_hyper_parameter_is_a_flag_with_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

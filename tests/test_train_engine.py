@@ -18,7 +18,7 @@ from atlas_kernels.attacks import FGSM, PGD
 from atlas_train import checkpoint, engine, methods, progress, report, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
-from atlas_train.config import TrainConfig, from_dict, from_file, resolved, to_dict
+from atlas_train.config import RETIRED, TrainConfig, from_dict, from_file, resolved, to_dict
 from atlas_train.data import Images, get
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
@@ -517,6 +517,23 @@ def test_integers_keep_all_their_digits() -> None:
 def test_wrong_settings_are_refused_at_construction(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_dict(values)
+
+
+def test_retired_settings_are_dropped_and_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RETIRED, "momentous", "nothing came of it")
+    config = TrainConfig(lr=0.1)
+    (tmp_path / "c.json").write_text(json.dumps(to_dict(config) | {"momentous": 3}))
+    for made in (
+        lambda: TrainConfig(lr=0.1, momentous=True),  # type: ignore[call-arg]
+        lambda: dataclasses.replace(config, momentous=None),  # type: ignore[call-arg]
+        lambda: from_dict(to_dict(config) | {"momentous": False}),
+        lambda: from_file(tmp_path / "c.json"),
+    ):
+        with pytest.warns(UserWarning, match="momentous is ignored, for it is no more: nothing came of it") as told:
+            assert made() == config
+        assert len(told) == 1
+    with pytest.raises(TypeError, match="momentary"):
+        TrainConfig(momentary=True)  # type: ignore[call-arg]
 
 
 def test_hyper_parameters_reach_their_method() -> None:

@@ -14,6 +14,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,16 @@ import torch
 import atlas_kernels
 
 from . import data, flags, methods
-from .config import AUTOATTACK, AUTOATTACK_VERSION, MOST_THREADS, TrainConfig, added, from_file
+from .config import (
+    AUTOATTACK,
+    AUTOATTACK_VERSION,
+    MOST_THREADS,
+    RETIRED,
+    TrainConfig,
+    added,
+    from_file,
+    without_retired,
+)
 from .imported import require_trusted, without_place
 from .interrupts import Terminated, terminable
 from .options import allowed, hints, nearest, one_line, option, plain, shown
@@ -79,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in commands:
         return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
     try:
-        with terminable():
+        with terminable(), warnings.catch_warnings():
+            warnings.showwarning = _warn
             return commands[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,6 +109,14 @@ def _complain(text: str, status: int = 2) -> int:
     """``text`` on stderr, where a name with escapes in it cannot move the cursor."""
     print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr)
     return status
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning in one line; where it comes from, unless from us."""
+    ours = Path(filename).parent == Path(__file__).parent
+    _complain(f"atlas: {message}" if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}")
 
 
 def _explained(error: Exception) -> str:
@@ -153,7 +172,7 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[s
 
     kept: methods of a comparison that goes on, to which --beside adds.
     """
-    method, own = methods.get(name), base.hyper_of(name)
+    method, own, argv = methods.get(name), base.hyper_of(name), _without_retired(argv)
     known = methods.hyper_parameters(method)
     wanted = [
         flags.text_flag("config", "JSON file with settings, by the names of the flags; flags override it"),
@@ -169,6 +188,20 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[s
     given = {key: value for key, value in chosen.items() if value is not None}  # auto: as if it were not given
     beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
     return TrainConfig(**settings, hyper=beside | given)
+
+
+def _without_retired(argv: Sequence[str]) -> list[str]:
+    """The words without the flags of retired settings and what follows these."""
+    kept: list[str] = []
+    retired = False
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name = word.partition("=")[0].strip("-").replace("-", "_").removeprefix("no_")
+            retired = name in RETIRED
+            without_retired({name: None})
+        if not retired:
+            kept.append(word)
+    return kept
 
 
 def evaluate(argv: Sequence[str]) -> int:

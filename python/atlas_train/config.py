@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from .options import canonical, check, option, plain, shown, suggestion
 MOST_THREADS = 1024
 #: Settings that say where on this machine things are, and nothing about the results.
 PLACES = ("data_dir", "out_dir", "resume")
+#: Settings of earlier versions that are no more: what a user should know of each. Files, flags and calls that have one
+#: still work: it is dropped, whatever its value, and one warning says so.
+RETIRED: dict[str, str] = {}
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
@@ -30,8 +34,22 @@ AUTOATTACK = (
 AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the first two, in a fraction of the time"
 
 
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by name, without those that are ``RETIRED``; warns of these."""
+    for name in settings.keys() & RETIRED.keys():
+        warnings.warn(f"the setting {name} is ignored, for it is no more: {RETIRED[name]}", stacklevel=1)  # said once
+    return {name: value for name, value in settings.items() if name not in RETIRED}
+
+
+class _Lenient(type):
+    """A class that may be called with retired settings."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        return super().__call__(*args, **without_retired(settings))
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(metaclass=_Lenient):
     """Everything that a training run is made of. None means the default of the data set (``data.Dataset``).
 
     Raises ValueError at construction for unknown names and values out of range. ``resolved`` fills in the defaults.
@@ -352,8 +370,9 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
-    """The inverse of ``to_dict``. Raises ValueError for an unknown key, naming the nearest."""
+    """The inverse of ``to_dict``, without retired keys. Raises ValueError for an unknown one, naming the nearest."""
     source, known = plain(source), [f.name for f in dataclasses.fields(TrainConfig)]
+    values = without_retired(values)
     for key in values:
         if key not in known:
             raise ValueError(f"{source}: no setting {shown(key)}{suggestion(key, known)}")
