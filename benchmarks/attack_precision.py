@@ -31,8 +31,8 @@ from atlas_train.config import TrainConfig
 from atlas_train.data import Batch, Batches, DataSplits
 from atlas_train.engine import train
 from atlas_train.evaluate import SUBSET_SEED, eval_mode
+from atlas_train.machine import usable_device
 from atlas_train.options import fraction
-from atlas_train.run import usable_device
 from atlas_train.stored import opened
 from tables import Table, aligned, command_line, markdown, write
 

@@ -31,8 +31,9 @@ from atlas_kernels.capture import Capture, CaptureFailed, Recorder, cuda_graph
 from atlas_train import data, methods, models
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batch, DataSplits, Images
-from atlas_train.engine import OptimizerSteps
+from atlas_train.descent import OptimizerDescent
 from atlas_train.noise import noise_keys
+from atlas_train.nonfinite import Losses
 from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
@@ -265,13 +266,13 @@ class Contest:
 
     def _ours(self, model: nn.Module, bf16: bool, execution: Execution, recorder: Recorder | None) -> Call:
         """A step as the engine makes it."""
-        run, descent = self.made, OptimizerSteps(self.made)
+        run, losses = self.made, Losses(self.made)
         graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
         train_step = graphs or run.method.train_step
 
         def call() -> Tensor:
             run.model.train()
-            descent.start(self.batch)
+            descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, self.batch.ids))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), execution:
                 return train_step(model, self.batch, self.key, run.state, descent)[0]
 

@@ -117,12 +117,12 @@ def test_the_average_is_of_weights_without_awps_perturbation() -> None:
 
 
 def test_a_skipped_batch_is_not_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = engine.require_finite
+    add = engine.Losses.add
 
-    def fail_at_two(run: Run, step: int, batch: Any, metrics: dict[str, Tensor]) -> None:
-        check(run, step, batch, metrics | {"loss": metrics["loss"] / (0 if step == 2 else 1)})
+    def fail_at_two(losses: engine.Losses, ids: Tensor, loss: Tensor, metrics: Any) -> None:
+        add(losses, ids, loss / (0 if losses._run.step == 2 else 1), metrics)
 
-    monkeypatch.setattr(engine, "require_finite", fail_at_two)
+    monkeypatch.setattr(engine.Losses, "add", fail_at_two)
     run, seen = trained(dataclasses.replace(config("ema", epochs=1), on_nonfinite="skip"))
     assert run.skipped == 1 and len(seen) == 3
 

@@ -16,7 +16,7 @@ import pytest
 from atlas_train import cli, flags, methods, progress
 from atlas_train import compare as comparing
 from atlas_train.config import TrainConfig
-from atlas_train.run import usable_device
+from atlas_train.machine import usable_device
 
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")

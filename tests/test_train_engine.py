@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.attacks import FGSM, PGD
-from atlas_train import checkpoint, engine, methods, progress, report, schedules, watch
+from atlas_train import checkpoint, engine, methods, progress, report, saving, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
 from atlas_train.config import RETIRED, TrainConfig, from_dict, from_file, resolved, to_dict
@@ -75,15 +75,15 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     whole = engine.train(config, splits=splits(), model=dropping(), folder=tmp_path / "whole")
 
     folder = tmp_path / "killed"
-    step = engine.OptimizerSteps.step
+    rate = runs.Run.rate
 
-    def killed(descent: engine.OptimizerSteps) -> None:
-        if descent.run.step == 10:  # in the middle of the third epoch
+    def killed(run: runs.Run, update: int) -> float:
+        if run.step == 10:  # in the middle of the third epoch
             raise KeyboardInterrupt
-        step(descent)
+        return rate(run, update)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine.OptimizerSteps, "step", killed)
+        patch.setattr(runs.Run, "rate", killed)
         engine.train(config, splits=splits(), model=dropping(), folder=folder)
     assert checkpoint.load(folder)["epoch"] == 2
     torch.manual_seed(123)  # another process has another random state
@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     drop = ("seconds", "images_per_s")
     strip = [[{k: v for k, v in row.items() if k not in drop} for row in run.history] for run in (resumed, whole)]
     assert strip[0] == strip[1]
-    rows = list(csv.DictReader((folder / runs.LOG).open()))
+    rows = list(csv.DictReader((folder / saving.LOG).open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
 
 
@@ -289,13 +289,13 @@ def test_threads_are_those_of_the_run_while_it_lasts(monkeypatch: pytest.MonkeyP
 
 def test_the_learning_rate_of_the_step_reaches_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
-    step = engine.OptimizerSteps.step
+    step = engine.OptimizerDescent.step
 
-    def spied(descent: engine.OptimizerSteps) -> None:
+    def spied(descent: engine.OptimizerDescent) -> None:
         step(descent)
-        rates.extend(group["lr"] for group in descent.run.optimizer.param_groups)
+        rates.extend(group["lr"] for group in descent._optimizer.param_groups)
 
-    monkeypatch.setattr(engine.OptimizerSteps, "step", spied)
+    monkeypatch.setattr(engine.OptimizerDescent, "step", spied)
     engine.train(TrainConfig(**TINY), splits=splits())
     assert rates == [schedules.learning_rate("cyclic", 5e-3, step, 16, 0.4) for step in range(16)]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_train import checkpoint, engine, methods, progress
+from atlas_train import checkpoint, engine, methods, nonfinite, progress
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Method
+from atlas_train.nonfinite import Losses
 from atlas_train.run import Run
 from tiny_runs import TINY, same, splits, weights
 
@@ -125,6 +127,83 @@ def test_an_epoch_without_any_batch_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(engine.NonFiniteLoss, match="not finite at step 7") as caught:
         engine.train(config(), splits=splits(), folder=tmp_path)
     assert caught.value.checkpoint == tmp_path / "last.pt"
+
+
+class Road(Losses):
+    """Losses of a run on a device whose name says whether one waits for it."""
+
+    def __init__(self, device: str, policy: str = "stop", folder: Path | None = None) -> None:
+        self.run = SimpleNamespace(
+            step=0, device=torch.device(device), config=config(on_nonfinite=policy), folder=folder
+        )
+        super().__init__(self.run)  # type: ignore[arg-type]
+        self.reads = 0
+
+    def drive(self, losses: Sequence[float], each: int = 1) -> None:
+        """Steps with ``each`` such losses."""
+        for loss in losses:
+            for _ in range(each):
+                self.add(torch.tensor([self.run.step]), torch.tensor(loss), {"adv": torch.tensor(0.5)})
+            self.run.step += 1
+
+    def read(self) -> None:
+        self.reads += 1
+        super().read()
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_losses_on_cuda_are_read_a_few_steps_together(each: int, tmp_path: Path) -> None:
+    road = Road("cuda")
+    road.drive([1.0] * 3 * nonfinite.STEPS, each)
+    assert road.reads == 3
+    late = Road("cuda", folder=tmp_path)
+    late.drive([1.0, float("inf"), float("nan")] + [1.0] * (nonfinite.STEPS - 4), each)
+    with pytest.raises(engine.NonFiniteLoss, match=r"at step 1 \(loss inf, adv 0.5\)") as caught:
+        late.drive([1.0], each)
+    assert (caught.value.step, caught.value.ids, caught.value.checkpoint) == (1, [1], tmp_path / "last.pt")
+    late.read()  # it has been told
+
+
+def test_losses_at_the_end_of_an_epoch_are_read() -> None:
+    road = Road("cuda")
+    road.drive([1.0, float("nan")])
+    with pytest.raises(engine.NonFiniteLoss, match="at step 1"):
+        road.read()
+
+
+@pytest.mark.parametrize(("device", "policy"), [("cpu", "stop"), ("cpu", "skip"), ("cuda", "skip")])
+def test_elsewhere_a_loss_is_read_before_its_backward(device: str, policy: str) -> None:
+    road = Road(device, policy)
+    road.drive([1.0, 2.0])
+    assert road.reads == 2
+    with pytest.raises(engine.NonFiniteLoss, match="at step 2"):
+        road.drive([float("nan")])
+
+
+def test_a_loss_that_is_read_late_names_its_step_and_the_state_from_before_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: the third loss of the second epoch's four is infinite, and is read with the fourth."""
+
+    class Late(Losses):
+        def __init__(self, run: Run) -> None:
+            super().__init__(run)
+            self._steps = nonfinite.STEPS
+
+    ids: list[list[int]] = []
+    backward = engine.OptimizerDescent.backward
+
+    def noted(descent: engine.OptimizerDescent, loss: Tensor, metrics: Any = None) -> None:
+        ids.append(descent.look.args[0].tolist())  # type: ignore[attr-defined]
+        backward(descent, loss, metrics)
+
+    BAD.add(6)
+    monkeypatch.setattr(engine, "Losses", Late)
+    monkeypatch.setattr(engine.OptimizerDescent, "backward", noted)
+    with pytest.raises(engine.NonFiniteLoss, match="at step 6") as caught:
+        engine.train(config(on_nonfinite="stop"), splits=splits(), folder=tmp_path)
+    assert len(ids) == 8 and caught.value.ids == ids[6]
+    assert checkpoint.load(tmp_path)["epoch"] == 1
 
 
 def test_skipped_batches_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from atlas_kernels import memory, noise_key
 from atlas_kernels.attacks.execution import current_execution
-from atlas_train import checkpoint, engine, methods, models, progress
+from atlas_train import checkpoint, engine, methods, models, optimizers, progress
 from atlas_train import run as runs
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.methods import Batch, State
@@ -149,6 +149,7 @@ def test_a_run_has_one_execution_and_it_ends_with_the_step(monkeypatch: pytest.M
 def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Settings of a run that takes itself to be on CUDA, and is prepared on the CPU."""
     monkeypatch.setattr(runs, "usable_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(optimizers, "fusible", lambda weight: True)
     return {"device": "cuda"}
 
 
@@ -163,9 +164,9 @@ def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_writ
     as_if_cuda: dict[str, str], tmp_path: Path
 ) -> None:
     run = runs.prepare(config(cuda_graphs="step", **as_if_cuda), splits(), None, None)
-    assert isinstance(engine.train_step(run, progress.Silent()), StepGraph)
+    assert isinstance(engine.make_train_step(run, progress.Silent()), StepGraph)
     run = runs.prepare(config(cuda_graphs="attack", **as_if_cuda), splits(), None, None)
-    assert engine.train_step(run, progress.Silent()) == run.method.train_step
+    assert engine.make_train_step(run, progress.Silent()) == run.method.train_step
     for method, settings in (("mma", {}), ("adv", {"on_nonfinite": "skip"})):
         chosen = config(method, cuda_graphs="step", **settings, **as_if_cuda)
         with pytest.raises(ValueError, match="cuda_graphs='attack'"):

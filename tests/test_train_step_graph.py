@@ -7,6 +7,7 @@ and raises at what would wait for the device.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.capture import Capture, cuda_graph
-from atlas_train import checkpoint, engine, methods, step_graph
+from atlas_train import checkpoint, engine, methods, optimizers
 from atlas_train.config import TrainConfig
 from atlas_train.methods import AWP, MMA, Method
 from atlas_train.run import Run
@@ -66,13 +67,23 @@ def net(dropout: float = 0.0) -> Net:
     return made
 
 
+def fused(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.1, fused=True)
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimisers of CUDA, on every device."""
+    monkeypatch.setattr(optimizers, "fusible", lambda weight: True)
+
+
 class Graphs:
     """Trains with graphs, and counts recordings, replays and what is said."""
 
     def __init__(self, patch: pytest.MonkeyPatch, device: torch.device) -> None:
         self.recordings, self.replays, self.said = 0, 0, []
         self.recorder = cuda_graph if device.type == "cuda" else recorded
-        patch.setattr(engine, "train_step", self.step)
+        patch.setattr(engine, "make_train_step", self.step)
         replay = Capture.__call__
 
         def counted(capture: Capture[Any], *inputs: Tensor) -> Any:
@@ -215,13 +226,13 @@ def test_each_shape_has_its_graph(method: str, device: torch.device, monkeypatch
     def steps(run: Run, step: Any) -> None:
         """Batches of 16 and of 7, by turns, the smaller first."""
         run.model.train()
-        descent = engine.OptimizerSteps(run)
+        losses = engine.Losses(run)
         for number, batch in enumerate(list(run.batches) * 3):
             batch = methods.Batch(*(t[: 16 if number % 2 else 7] for t in batch))
-            descent.start(batch)
+            descent = engine.OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
             step(run.model, batch, torch.tensor([number, 0], device=device), run.state, descent)
             run.step += 1
-        descent.finish()
+        losses.read()
 
     eager, graphed = (engine.prepare(config(device, method=method), splits(), net(), None) for _ in range(2))
     steps(eager, eager.method.train_step)
@@ -279,16 +290,47 @@ def test_what_cannot_be_recorded_is_said_once_and_trained_eagerly(
     assert len(graphs.said) == 1 and "goes on without" in graphs.said[0] and ".item()" in graphs.said[0]
 
 
+class Growing(Net):
+    """A layer joins in from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.forwards = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        logits = super().forward(x)
+        return logits if self.forwards == 1 else self.late(logits)
+
+
+@pytest.mark.parametrize(("how", "replays"), [({"optimizer": "adam"}, 0), (SGD, 11)], ids=["adam", "sgd"])
+def test_an_optimiser_makes_no_memory_in_a_graph(
+    how: dict[str, Any], replays: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam begins with a weight when that has its first gradient; SGD has begun with all of them."""
+
+    def growing() -> nn.Module:
+        torch.manual_seed(5)
+        return Growing()
+
+    settings = config(device, method="standard", **how)
+    eager = trained(settings, growing())
+    graphs = Graphs(monkeypatch, device)
+    assert_same(trained(settings, growing()), eager)
+    assert graphs.replays == replays and len(graphs.said) == (replays == 0)
+    assert all("moves a weight for the first time" in text for text in graphs.said)
+
+
 def test_a_loss_that_is_not_finite_is_found_behind_the_graph(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Graphs(monkeypatch, device)
-    look = engine.OptimizerSteps.look_at
+    add = engine.Losses.add
 
-    def spoiled(descent: engine.OptimizerSteps, loss: Tensor, metrics: Any = None) -> None:
-        look(descent, loss * (float("nan") if descent.run.step == 6 else 1.0), metrics)
+    def spoiled(losses: engine.Losses, ids: Tensor, loss: Tensor, metrics: Any) -> None:
+        add(losses, ids, loss * (float("nan") if losses._run.step == 6 else 1.0), metrics)
 
-    monkeypatch.setattr(engine.OptimizerSteps, "look_at", spoiled)
+    monkeypatch.setattr(engine.Losses, "add", spoiled)
     with pytest.raises(engine.NonFiniteLoss, match=r"at step 6 \(loss nan, adv") as caught:
         trained(config(device, method="adv"), folder=tmp_path)
     assert len(caught.value.ids) == 16 and checkpoint.load(tmp_path)["epoch"] == 1
@@ -304,22 +346,25 @@ def test_a_loss_that_is_not_finite_is_found_behind_the_graph(
 )
 def test_what_can_never_be_recorded_is_refused(method: Method, policy: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        require_recordable(method, policy)
+        require_recordable(method, fused(net()), policy)
 
 
 @pytest.mark.parametrize(
     "made",
     [
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda p: torch.optim.Adam(p, 0.1),
+        lambda p: torch.optim.Adam(p, 0.1, fused=True),
         lambda p: torch.optim.AdamW(p, 0.1),
         lambda p: torch.optim.RMSprop(p, 0.1),
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
         lambda p: torch.optim.Adam(p, 0.1, amsgrad=True),
         lambda p: torch.optim.SGD([{"params": [w]} for w in p], 0.1),
     ],
-    ids=["adamw", "rmsprop", "nesterov", "amsgrad", "groups"],
+    ids=["sgd", "adam", "adam that is not capturable", "adamw", "rmsprop", "nesterov", "amsgrad", "groups"],
 )
 def test_other_optimisers_are_refused(made: Any) -> None:
-    with pytest.raises(ValueError, match="plain SGD and Adam with one parameter group.*cuda_graphs='attack'"):
-        step_graph.StepGraph(methods.ADV(0.1), made(list(net().parameters())), print)
+    with pytest.raises(ValueError, match="reads its learning rate on the device.*is not fused.*cuda_graphs='attack'"):
+        StepGraph(methods.ADV(0.1), made(list(net().parameters())), print)
     with pytest.raises(ValueError, match="cannot be had with mma"):
-        step_graph.StepGraph(MMA(0.1), torch.optim.SGD(net().parameters(), 0.1), print)
+        StepGraph(MMA(0.1), fused(net()), print)

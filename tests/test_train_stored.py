@@ -409,15 +409,15 @@ def test_a_comparison_goes_on_as_a_whole(tmp_path: Path) -> None:
     whole = quiet(config(str(tmp_path / "whole")))
     root = tmp_path / "stopped"
     said: list[str] = []
-    step = engine.OptimizerSteps.step
+    rate = engine.Run.rate
 
-    def stopped(descent: engine.OptimizerSteps) -> None:
-        if descent.run.config.method == "standard" and descent.run.step == 6:  # in the second epoch of the second
+    def stopped(run: engine.Run, update: int) -> float:
+        if run.config.method == "standard" and run.step == 6:  # in the second epoch of the second
             raise KeyboardInterrupt
-        step(descent)
+        return rate(run, update)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine.OptimizerSteps, "step", stopped)
+        patch.setattr(engine.Run, "rate", stopped)
         quiet(config(str(root)), say=said.append)
     call = (
         said[-1]

@@ -27,8 +27,6 @@ from .writing import builtin, write_atomically
 
 FORMAT = 1
 LAST = "last.pt"
-#: What an optimiser keeps of each parameter.
-_KEPT = {"SGD": {"momentum_buffer"}, "Adam": {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -147,31 +145,6 @@ def _finite(value: Tensor) -> bool:
     if not (value.is_floating_point() or value.is_complex()):
         return True
     return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:
-    """The optimiser's memory (momentum and the like); its settings stay those that it was made with.
-
-    Raises ValueError, naming ``source``, where it is not that of these parameters.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = _KEPT[type(optimizer).__name__]
-    for number, state in saved["state"].items():
-        is_complex = number < len(parameters) and parameters[number].is_complex()
-        fits = (
-            number < len(parameters)
-            and (not state or state.keys() == kept)
-            and all(
-                value.shape == (() if name == "step" else parameters[number].shape)
-                and (value.is_complex() if is_complex and name != "step" else value.is_floating_point())
-                if value is not None
-                else name == "momentum_buffer"  # before the first step
-                for name, value in state.items()
-            )
-        )
-        if not fits:
-            raise ValueError(f"{plain(source)}: the optimiser's state of parameter {number} does not fit the network")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def versions() -> dict[str, str]:

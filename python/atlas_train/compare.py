@@ -21,11 +21,12 @@ from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
 from .imported import is_import_path, without_place
 from .interrupts import Terminated, terminable
+from .machine import on_host
 from .options import plain
 from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, commit, environment, markdown, table
-from .run import Run, on_host
+from .run import Run
 from .writing import write_json, write_text
 
 Results = dict[str, Result]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, models, progress
-from .arrivals import Arrivals
 from .config import TrainConfig
 from .data import DataSplits, identity
+from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
 from .interrupts import terminable
+from .machine import on_host
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
+from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, shown
 from .report import TensorBoard
-from .resuming import as_normalized, require_network, restore
-from .run import Run, discard, export, on_host, prepare, save
-from .schedules import learning_rate
+from .run import Run, prepare
+from .saving import as_normalized, discard, export, require_network, restore, save
 from .step_graph import StepGraph
 from .watch import watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
-TrainStep = Callable[[nn.Module, Batch, Tensor, State, "OptimizerSteps"], tuple[Tensor, Metrics]]
-#: Steps that the CPU may be ahead of the last loss it has looked at: enough to keep CUDA's queue full.
-LAG = 2
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite at ``step``, for the images ``ids``; ``checkpoint`` is the state from before."""
-
-    def __init__(self, step: int, ids: Tensor, metrics: dict[str, float], saved: Path | None) -> None:
-        self.step, self.ids, self.checkpoint = step, ids.tolist(), saved
-        shown = ", ".join(str(i) for i in self.ids[:8]) + (", ..." if len(self.ids) > 8 else "")
-        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        kept = f"the state from before is in {saved}" if saved else "no checkpoint was asked for"
-        super().__init__(
-            f"the loss is not finite at step {step} ({values}); training images {shown}; {kept}. "
-            "Try a smaller lr or weights of the terms, or train_precision fp32"
-        )
-
-
-class NonFiniteWeights(NonFiniteLoss):
-    """Every loss was finite, and the last update of an epoch left NaN or infinity in ``names`` of the network."""
-
-    def __init__(self, run: Run, names: Sequence[str]) -> None:
-        self.step, self.ids, self.checkpoint = run.step, [], run.folder / checkpoint.LAST if run.folder else None
-        kept = f"the state from before is in {self.checkpoint}" if run.folder else "no checkpoint was asked for"
-        RuntimeError.__init__(
-            self,
-            f"the network holds NaN or infinity after epoch {run.epoch}, in {plain(names[0])} for one; {kept}. "
-            "Try a smaller lr or weights of the terms, or train_precision fp32",
-        )
+TrainStep = Callable[[nn.Module, Batch, Tensor, State, OptimizerDescent], tuple[Tensor, Metrics]]
 
 
 def train(
@@ -199,7 +171,7 @@ def load_splits(
 
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
-    step = train_step(run, display)
+    step = make_train_step(run, display)
     masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs:
         row = train_epoch(run, display, step)
@@ -217,7 +189,7 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             return
 
 
-def train_step(run: Run, display: progress.Display) -> TrainStep:
+def make_train_step(run: Run, display: progress.Display) -> TrainStep:
     """What trains on a batch: the method itself, or graphs of its step."""
     if run.config.cuda_graphs == "step":
         return StepGraph(run.method, run.optimizer, display.say)
@@ -231,10 +203,11 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     run.model.train()
     keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
     steps: list[dict[str, Tensor]] = []
-    descent = OptimizerSteps(run)
+    losses, skipped = Losses(run), 0
     started, images = time.perf_counter(), 0
     for batch, key in zip(run.batches, keys, strict=True):
-        descent.start(batch)
+        buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
+        descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
         try:
             with run.training():
                 loss, metrics = train_step(run.network, batch, key, run.state, descent)
@@ -242,107 +215,42 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
             if run.average:
                 run.average.after_batch(run.model)
         except NonFiniteLoss:
-            if config.on_nonfinite == "stop" or descent.skipped + 1 == len(keys):
+            skipped += 1
+            if config.on_nonfinite == "stop" or skipped == len(keys):
                 raise
-            descent.undo()
+            with torch.no_grad():
+                for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
         run.step += 1
         images += len(batch.y)
         if display.wants_step() and steps:
             seconds = time.perf_counter() - started
-            display.step(_row(run, run.epoch + 1, steps[-1:], descent, images / seconds, run.seconds + seconds))
-    descent.finish()
+            display.step(_row(run, run.epoch + 1, steps[-1:], skipped, images / seconds, run.seconds + seconds))
+    losses.read()
     seconds = time.perf_counter() - started
     run.epoch += 1
     run.seconds += seconds
-    return _row(run, run.epoch, steps, descent, images / seconds, run.seconds)
-
-
-class OptimizerSteps:
-    """The ``Descent`` that methods are given: backward, outside autocast, and steps at the schedule's rate.
-
-    A loss that is not finite stops the run, or leaves the batch out, before it reaches the weights. On CUDA a loss that
-    would stop the run is looked at when it has arrived, at the latest ``LAG`` steps later, so that nothing waits for
-    the device; the checkpoint is from before in any case.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.lr, self.skipped = run, 0.0, 0
-        self._skips = run.config.on_nonfinite == "skip"
-        self._losses = Arrivals(self._look, LAG if run.device.type == "cuda" and not self._skips else 0)
-
-    def start(self, batch: Batch) -> None:
-        """A new batch: no gradients, no updates yet."""
-        self._batch, self._update = batch, 0
-        self._buffers = [buffer.clone() for buffer in self.run.model.buffers()] if self._skips else []
-        self.run.optimizer.zero_grad(set_to_none=True)
-
-    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        self.look_at(loss, metrics)
-        with torch.autocast(self.run.device.type, enabled=False):
-            loss.backward()
-
-    def look_at(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        """Has the loss of this batch checked; ``metrics`` explain it if it is not finite."""
-        self._losses.add(self.run.step, loss.detach(), (self._batch, metrics or {}))
-
-    def rate(self) -> float:
-        """The learning rate of the batch's next update, which is then the optimiser's."""
-        run = self.run
-        update = run.step * run.method.updates + self._update
-        total = run.total_steps * run.method.updates
-        self.lr = learning_rate(run.config.schedule, run.config.lr, update, total, run.config.cyclic_peak)
-        for group in run.optimizer.param_groups:
-            group["lr"] = self.lr
-        self._update += 1
-        return self.lr
-
-    def step(self) -> None:
-        self.rate()
-        self.run.optimizer.step()
-        self.run.optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # a method that goes on with this batch must not see the old weights in 16 bits
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """The batch is left out: BatchNorm's statistics are as before it."""
-        self.skipped += 1
-        for buffer, before in zip(self.run.model.buffers(), self._buffers, strict=True):
-            buffer.copy_(before)
-
-    def finish(self) -> None:
-        """The end of an epoch: every loss has been looked at."""
-        self._losses.finish()
-
-    def _look(self, step: int, loss: Tensor, about: tuple[Batch, Mapping[str, Tensor]]) -> None:
-        batch, metrics = about
-        require_finite(self.run, step, batch, {"loss": loss, **metrics})
-
-
-def require_finite(run: Run, step: int, batch: Batch, metrics: dict[str, Tensor]) -> None:
-    """Stops the run if this step's loss is NaN or infinite."""
-    if not math.isfinite(metrics["loss"].item()):
-        values = {name: value.item() for name, value in metrics.items()}
-        raise NonFiniteLoss(step, batch.ids, values, run.folder / checkpoint.LAST if run.folder else None)
+    return _row(run, run.epoch, steps, skipped, images / seconds, run.seconds)
 
 
 def _row(
     run: Run,
     epoch: int,
     steps: Sequence[dict[str, Tensor]],
-    descent: OptimizerSteps,
+    skipped: int,
     images_per_s: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """The numbers of a step or an epoch; the one place that waits for the device."""
+    """The numbers of a step or an epoch; waits for the device, as only a look at the losses does besides."""
     names = list(steps[0])
     means = torch.stack([torch.stack([step[name].float() for step in steps]).mean() for name in names]).tolist()
     return {
         "epoch": epoch,
         "epochs": run.config.epochs,
         "step": run.step,
-        "lr": descent.lr,
+        "lr": run.optimizer.param_groups[0]["lr"],
         **dict(zip(names, means, strict=True)),
-        **({"skipped": descent.skipped} if run.config.on_nonfinite == "skip" else {}),
+        **({"skipped": skipped} if run.config.on_nonfinite == "skip" else {}),
         "images_per_s": images_per_s,
         "seconds": seconds,
         "eta": seconds / run.step * (run.total_steps - run.step),

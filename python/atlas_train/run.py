@@ -1,8 +1,7 @@
-"""A training run: what it is made of, and how it is written to its folder."""
+"""A training run: what it is made of, and how it is built."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,21 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import Execution, keep_memory
-from atlas_kernels.checks import whole
+from atlas_kernels import Execution
 
-from . import answers, averaging, checkpoint, data, models
-from .config import MOST_THREADS, TrainConfig, recorded, resolved
+from . import averaging, models, optimizers
+from .config import TrainConfig, resolved
 from .data import Batches, DataSplits
 from .imported import without_place
+from .machine import autocast, usable_device
 from .methods import Method, State
-from .options import one_line, plain, shown
+from .options import plain
 from .recompute import Recomputed, blocks
-from .report import write_csv
+from .schedules import learning_rate
 from .step_graph import require_recordable
-from .writing import builtin
-
-LOG = "log.csv"
 
 
 @dataclass
@@ -48,6 +44,7 @@ class Run:
     device: torch.device
     folder: Path | None
     arch: dict[str, Any]
+    total_steps: int
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -64,19 +61,9 @@ class Run:
         return self.model if average is None else average
 
     @property
-    def answers(self) -> list[list[float]] | None:
-        """What a network of the user's own says to fixed images; one of ours is known by its name."""
-        ours = self.arch["by_name"] and not models.is_import_path(self.arch["name"])
-        return None if ours else answers.answers(self.final_model, self.splits.train.shape)
-
-    @property
     def hyper(self) -> dict[str, Any]:
         """The method's hyper-parameters as used."""
         return self.method.in_use()
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * len(self.batches)
 
     @property
     def skipped(self) -> int:
@@ -87,6 +74,14 @@ class Run:
     def state(self) -> State:
         """What a method may know of the run."""
         return State(self.step, self.total_steps, self.epoch, self.config.epochs, len(self.splits.train), self.memory)
+
+    def rate(self, update: int) -> float:
+        """The learning rate of an update, from 0, of the batch that comes next."""
+        c, updates = self.config, self.method.updates
+        total = self.total_steps * updates
+        rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak)
+        # A graph reads it on the device, in float32: eager steps are to be the same.
+        return torch.tensor(rate).item() if self.optimizer.param_groups[0]["fused"] else rate
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -99,12 +94,9 @@ class Run:
         return Recomputed(model) if self.config.checkpoint_activations else nullcontext()
 
 
-def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | None, folder: Path | None) -> Run:
-    """Data, network, optimiser and method as the configuration says, before the first step."""
-    splits = splits or data.load(config.dataset, config.data_dir, config.download)
+def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, folder: Path | None) -> Run:
+    """Network, optimiser and method as the configuration says, before the first step."""
     config = resolved(config, splits, own_model=model is not None)
-    if folder is None and config.resume:
-        folder = checkpoint.locate(config.resume).parent
     device = usable_device(config.device)
     if config.train_size is not None:
         splits = replace(splits, train=splits.train.subset(config.train_size, config.seed))
@@ -145,32 +137,25 @@ def prepare(config: TrainConfig, splits: DataSplits | None, model: nn.Module | N
     method.require(model)
     if config.checkpoint_activations:
         require_recomputable(method, model)
-    if config.cuda_graphs == "step":
-        require_recordable(method, config.on_nonfinite)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
-    optimizer = _optimizer(config, model)
-    run = Run(config, method, model, network, _execution(config), optimizer, batches, splits, device, folder, arch)
-    run.average = averaging.make(config, model)
-    return run
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device of that name; None: cuda where there is one. Raises ValueError for a CUDA device that is not there."""
-    known = "write cpu, cuda or cuda:N"
-    try:
-        device = torch.device(name.lower() if name else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:  # with a list of all that torch has a word for
-        raise ValueError(f"device {shown(name)} cannot be used: {known}") from error
-    try:
-        if device.type != "cuda":
-            torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {shown(name)} cannot be used ({one_line(error)}): {known}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {shown(name)} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
-    return device
+    optimizer = optimizers.make(config, model)
+    if config.cuda_graphs == "step":
+        require_recordable(method, optimizer, config.on_nonfinite)
+    return Run(
+        config=config,
+        method=method,
+        model=model,
+        network=network,
+        execution=_execution(config),
+        optimizer=optimizer,
+        batches=batches,
+        splits=splits,
+        device=device,
+        folder=folder,
+        arch=arch,
+        total_steps=config.epochs * len(batches),
+        average=averaging.make(config, model),
+    )
 
 
 def require_recomputable(method: Method, model: nn.Module) -> None:
@@ -186,69 +171,3 @@ def require_recomputable(method: Method, model: nn.Module) -> None:
 def _execution(config: TrainConfig) -> Execution:
     precision = config.attack_precision or config.train_precision
     return Execution(precision, fold_batchnorm=config.fold_batchnorm, cuda_graphs=config.cuda_graphs == "attack")
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The network in "fp32" or "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
-
-
-@contextmanager
-def on_host(threads: int | None) -> Iterator[None]:
-    """torch with so many CPU threads (None: as it is) and with freed memory kept, and then as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else whole("threads", threads, 1, MOST_THREADS))
-    try:
-        with keep_memory():
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def save(run: Run) -> None:
-    """last.pt and log.csv in the run's folder."""
-    assert run.folder
-    state = {
-        "config": recorded(run.config),
-        "data": run.data,
-        "hyper": run.hyper,
-        "changes": run.changes,
-        "versions": checkpoint.versions(),
-        "arch": run.arch,
-        "answers": run.answers,
-        "epoch": run.epoch,
-        "step": run.step,
-        "seconds": run.seconds,
-        "history": run.history,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "memory": run.memory,
-        "average": run.average and run.average.state_dict(),
-        "rng": checkpoint.rng_state(),
-    }
-    checkpoint.save(run.folder / checkpoint.LAST, state)
-    write_csv(run.folder / LOG, run.history)
-
-
-def discard(folder: Path) -> None:
-    """Takes away what ``save`` and TensorBoard wrote, for a run of which nothing came, into an empty folder."""
-    for path in (folder / checkpoint.LAST, folder / LOG, *folder.glob("events.out.tfevents.*")):
-        path.unlink(missing_ok=True)
-
-
-def export(run: Run) -> Path:
-    """The bare weights of ``final_model``, for others to load; returns the file."""
-    assert run.folder
-    path = run.folder / checkpoint.export_name()
-    own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": run.answers}
-    description = json.dumps(builtin(own))
-    checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
-    return path

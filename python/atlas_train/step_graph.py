@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels.capture import Capture, CaptureFailed, Recorder, cuda_graph
+from atlas_kernels.capture import Capture, CaptureFailed, Recorder, capturing, cuda_graph
 
-from .methods import Batch, Descent, Method, Metrics, State
-from .updates import Updates
+from .descent import OptimizerDescent
+from .methods import Batch, Method, Metrics, State
 
 Outcome = tuple[Tensor, Metrics]
-
-
-class Schedule(Descent, Protocol):
-    """What a graph needs of the engine's ``OptimizerSteps``."""
-
-    def start(self, batch: Batch) -> None:
-        """Begins a batch: no gradients, no updates yet."""
-
-    def rate(self) -> float:
-        """The learning rate of the batch's next update."""
-
-    def look_at(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Has the loss of the batch checked."""
 
 
 class StepGraph:
@@ -36,14 +22,18 @@ class StepGraph:
     compiled code) outside of the graph's memory, and has its values checked, which a graph does not. A recording trains
     nothing: weights, statistics, memory and random state are as before it.
 
-    The weights are those of eager steps, but for this: on CUDA, Adam rounds one product otherwise (see ``Updates``);
-    under autocast each use of a weight casts it anew, so that their gradients add up in float32; and random layers in
-    attacks that run in train mode draw from the device's generator, not by the step's key. Hooks of the network run in
-    recordings alone. The average of the weights and the look at the loss stay outside.
+    The weights are those of eager steps, but for this: under autocast each use of a weight casts it anew, so that their
+    gradients add up in float32; and random layers in attacks that run in train mode draw from the device's generator,
+    not by the step's key. Hooks of the network run in recordings alone. The average of the weights and the look at the
+    loss stay outside.
+
+    Gradients are made and freed inside the graph, in memory that they share with the rest of the step; static ones
+    would hold theirs all the time, and cost kernels that zero them and add to them.
 
     Args:
         method: what trains.
-        optimizer: SGD or Adam, of the weights and with the state that an eager step moves.
+        optimizer: of the weights, with the state that an eager step moves. It reads its learning rate on the device:
+            torch's fused SGD and Adam do.
         say: told once if a step cannot be recorded; all further ones are then eager.
         recorder: ``cuda_graph``, or in tests what stands in for it.
 
@@ -57,14 +47,14 @@ class StepGraph:
         say: Callable[[str], None],
         recorder: Recorder = cuda_graph,
     ) -> None:
-        require_recordable(method)
-        self._method, self._say, self._recorder = method, say, recorder
-        self._updates = Updates(optimizer)
+        require_recordable(method, optimizer)
+        self._method, self._say, self._recorder, self._optimizer = method, say, recorder, optimizer
+        optimizer.register_step_pre_hook(_require_state)
         self._phase: Hashable = None
         self._captures: dict[Hashable, Capture[Outcome] | None] = {}  # None: seen once, not yet recorded
         self._works = True
 
-    def __call__(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Schedule) -> Outcome:
+    def __call__(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: OptimizerDescent) -> Outcome:
         """As ``method.train_step``, for the same network at every call."""
         method, phase = self._method, self._method.phase(state)
         here = phase, *map(id, state.memory.values())
@@ -75,53 +65,47 @@ class StepGraph:
         if phase is None or not self._works or kind not in self._captures:
             self._captures[kind] = None
             return method.train_step(model, batch, key, state, descent)
+        rates = [descent.rate(update) for update in range(method.updates)]
         try:
-            numbers = self._updates.numbers([descent.rate() for _ in range(method.updates)])
-            inputs = (*batch, key, numbers.to(key.device, non_blocking=True))
+            given = torch.tensor(rates, pin_memory=key.is_cuda).to(key.device, non_blocking=True)
+            inputs = (*batch, key, given)
             capture = self._captures[kind] = self._captures[kind] or self._record(model, state, inputs)
         except CaptureFailed as failure:
             self._works = False
             self._say(f"cuda_graphs='step' cannot be had here, and the run goes on without: {failure}")
-            descent.start(batch)
+            self._optimizer.zero_grad(set_to_none=True)
             return method.train_step(model, batch, key, state, descent)
         loss, metrics = capture(*inputs)
-        self._updates.count(len(numbers))
-        descent.look_at(loss, metrics)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates[-1]
+        descent.look(loss, metrics)
         return loss, metrics
 
     def _record(self, model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> Capture[Outcome]:
-        def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, numbers: Tensor) -> Outcome:
+        def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, rates: Tensor) -> Outcome:
+            descent = OptimizerDescent(self._optimizer, rates.unbind().__getitem__, lambda loss, metrics: None)
             device = x.device.type
             dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
             # No cache: a cast weight that it kept would be the graph's memory in eager code, or the other way round.
             with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
-                return self._method.train_step(model, Batch(x, y, ids), key, state, _Recorded(self._updates, numbers))
+                return self._method.train_step(model, Batch(x, y, ids), key, state, descent)
 
-        written = [*model.parameters(), *model.buffers(), *self._updates.state, *state.memory.values()]
+        moved = [value for kept in self._optimizer.state.values() for value in kept.values()]
+        written = [*model.parameters(), *model.buffers(), *moved, *state.memory.values()]
         shared = next(filter(None, self._captures.values()), None)
         # One run before, the rehearsal: the step before was an ordinary one.
         return Capture(step, inputs, warmup=1, restore=written, share=shared, recorder=self._recorder)
 
 
-class _Recorded:
-    """The ``Descent`` of a recording.
-
-    Gradients are made and freed inside the graph, in memory that they share with the rest of the step; static ones
-    would hold theirs all the time, and cost kernels that zero them and add to them.
-    """
-
-    def __init__(self, updates: Updates, numbers: Tensor) -> None:
-        self._updates, self._numbers = updates, list(numbers.unbind())
-
-    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
-
-    def step(self) -> None:
-        self._updates.step(self._numbers.pop(0))
+def _require_state(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """State that is made while a graph is recorded would begin anew at every replay."""
+    if capturing(cuda=False) and optimizer.state:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        if not all(optimizer.state.get(weight) for weight in weights):
+            raise RuntimeError("the optimiser moves a weight for the first time")
 
 
-def require_recordable(method: Method, on_nonfinite: str = "stop") -> None:
+def require_recordable(method: Method, optimizer: torch.optim.Optimizer, on_nonfinite: str = "stop") -> None:
     """Raises ValueError for settings with which a step cannot be one graph, naming what to do."""
     if method.no_graph:
         raise ValueError(f"cuda_graphs='step' cannot be had with {method.no_graph}; set cuda_graphs='attack'")
@@ -129,4 +113,10 @@ def require_recordable(method: Method, on_nonfinite: str = "stop") -> None:
         raise ValueError(
             "on_nonfinite='skip' looks at every loss before the update, which a graph of the whole step cannot: set "
             "on_nonfinite='stop', or cuda_graphs='attack'"
+        )
+    if not all(group.get("fused") and group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(
+            f"cuda_graphs='step' needs an optimiser that reads its learning rate on the device, and this "
+            f"{type(optimizer).__name__} is not fused: torch's fused SGD and Adam take weights of real numbers that "
+            "are dense in memory; change the others, or set cuda_graphs='attack'"
         )

@@ -21,9 +21,10 @@ from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
 from .imported import require_trusted, same_code
+from .machine import on_host, usable_device
 from .options import plain
 from .results import Result
-from .run import Run, on_host, usable_device
+from .run import Run
 
 Path = str | os.PathLike[str]
 

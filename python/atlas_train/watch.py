@@ -10,8 +10,9 @@ from atlas_kernels.attacks import PGD
 from . import progress
 from .data import Batches
 from .evaluate import evaluate, evaluating, predict
+from .machine import autocast
 from .noise import noise_keys
-from .run import Run, autocast
+from .run import Run
 
 VAL_SIZE, VAL_STEPS, PROBE_STEPS = 500, 10, 5
 PROBE_DROP, PROBE_WINDOW, PROBE_GAP = 0.2, 5, 0.4

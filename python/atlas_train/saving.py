@@ -1,25 +1,75 @@
-"""A run that goes on from its checkpoint: what must be the same, what may change, and what is said about it."""
+"""A run in its folder: saved, exported, and gone on with: what must be the same then, and what is said of changes."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import answers, checkpoint, models
-from .config import PLACES, TrainConfig, from_dict
+from . import answers, checkpoint, models, optimizers
+from .config import PLACES, TrainConfig, from_dict, recorded
 from .imported import without_place
 from .options import plain, shown
+from .report import write_csv
 from .run import Run
-from .schedules import learning_rate
+from .writing import builtin
 
+LOG = "log.csv"
 FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging")
 _CHECKED = (*FIXED, "dataset", "model", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
+
+
+def save(run: Run) -> None:
+    """last.pt and log.csv in the run's folder."""
+    assert run.folder
+    state = {
+        "config": recorded(run.config),
+        "data": run.data,
+        "hyper": run.hyper,
+        "changes": run.changes,
+        "versions": checkpoint.versions(),
+        "arch": run.arch,
+        "answers": _answers(run),
+        "epoch": run.epoch,
+        "step": run.step,
+        "seconds": run.seconds,
+        "history": run.history,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "memory": run.memory,
+        "average": run.average and run.average.state_dict(),
+        "rng": checkpoint.rng_state(),
+    }
+    checkpoint.save(run.folder / checkpoint.LAST, state)
+    write_csv(run.folder / LOG, run.history)
+
+
+def discard(folder: Path) -> None:
+    """Takes away what ``save`` and TensorBoard wrote, for a run of which nothing came, into an empty folder."""
+    for path in (folder / checkpoint.LAST, folder / LOG, *folder.glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)
+
+
+def export(run: Run) -> Path:
+    """The bare weights of ``final_model``, for others to load; returns the file."""
+    assert run.folder
+    path = run.folder / checkpoint.export_name()
+    own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": _answers(run)}
+    description = json.dumps(builtin(own))
+    checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
+    return path
+
+
+def _answers(run: Run) -> list[list[float]] | None:
+    """What a network of the user's own says to fixed images; one of ours is known by its name."""
+    ours = run.arch["by_name"] and not models.is_import_path(run.arch["name"])
+    return None if ours else answers.answers(run.final_model, run.splits.train.shape)
 
 
 def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str | None, source: Path) -> None:
@@ -49,7 +99,7 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     old = from_dict(state["config"], plain(source))
     require_same(run, old, state, source)
     checkpoint.load_weights(run.model, state["model"], source)
-    checkpoint.load_optimizer(run.optimizer, state["optimizer"], source)
+    optimizers.load(run.optimizer, state["optimizer"], source)
     if run.average:
         run.average.load_state_dict(state.get("average"), source)
     answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
@@ -141,7 +191,5 @@ def _stretched(run: Run, old: TrainConfig) -> str | None:
         return None
     text = f"schedules are stretched over {new.epochs} epochs, of which {run.epoch} are done"
     if new.schedule != "constant" and run.history:
-        total, updates = run.total_steps * run.method.updates, run.step * run.method.updates
-        lr = learning_rate(new.schedule, new.lr, updates, total, new.cyclic_peak)
-        text += f": the {new.schedule} learning rate goes on at {lr:.3g}, after {run.history[-1]['lr']:.3g}"
+        text += f": the {new.schedule} learning rate goes on at {run.rate(0):.3g}, after {run.history[-1]['lr']:.3g}"
     return text
