@@ -20,7 +20,7 @@ import torch
 
 from atlas_train import data, writing
 from atlas_train.config import TrainConfig
-from atlas_train.data import Batches, Images, cifar10, files, mnist, safe_pickle
+from atlas_train.data import Batches, Images, cifar10, files, mnist
 
 
 def md5(content: bytes) -> str:
@@ -319,26 +319,6 @@ def test_batches_of_both_pythons_are_read(tmp_path: Path):
     (tmp_path / "a").write_bytes(half[:-1])
     with pytest.raises(ValueError, match="/a .*damaged.*: md5 found .*, expected .*--download"):
         cifar10.read_batches(tmp_path, ("a",), sums)
-    with pytest.raises(ValueError, match="/a was refused"):
-        cifar10.read_batches(tmp_path, ("a",), None)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"found data \(2, 3072\) and labels \(1,\)"),
-        ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, r"found data \(2, 3071\)"),
-        ({b"data": np.zeros((2, 3072), np.float32), b"labels": [1, 2]}, "expected a uint8 array"),
-        ({b"data": np.zeros((3072, 2), np.uint8).T, b"labels": [1, 2]}, "C order"),
-        ({b"data": np.zeros((2, 3072), np.uint8)}, "no CIFAR-10 batch.*b'labels'"),
-        ({b"data": b"1234", b"labels": [1, 2]}, "expected an array, found bytes"),
-        ([1, 2], "no CIFAR-10 batch"),
-    ],
-)
-def test_other_pickles_are_no_batch(tmp_path: Path, content: object, message: str):
-    (tmp_path / "a").write_bytes(pickle.dumps(content, protocol=3))
-    with pytest.raises(ValueError, match=message):
-        cifar10.read_batches(tmp_path, ("a",), None)
 
 
 class Calls:
@@ -353,21 +333,12 @@ class Calls:
 
 def test_malicious_pickles_are_refused_and_not_run(tmp_path: Path):
     mark = tmp_path / "ran"
-    write = f"open({str(mark)!r}, 'w').close()"
-    attempts = [Calls(os.mkdir, str(mark)), Calls(eval, write), Calls(exec, write), Calls(np.save, str(mark), 0)]
-    attempts += [Calls(getattr, "a", "upper"), Calls(np.array, [1]), Calls(bytearray, b"1")]
-    for protocol in (2, 3, 4, 5):
-        for attempt in attempts:
-            for content in (attempt, {b"data": attempt, b"labels": [1]}):
-                (tmp_path / "a").write_bytes(pickle.dumps(content, protocol=protocol))
-                with pytest.raises(ValueError, match="/a was refused: .*asks for"):
-                    cifar10.read_batches(tmp_path, ("a",), None)
-    assert not list(tmp_path.glob("ran*"))
-    # the names that are allowed do not lead to NumPy either
-    array = safe_pickle.loads(pickle.dumps(np.zeros(3, object), protocol=3), "here")
-    assert not isinstance(array, np.ndarray)
-    with pytest.raises(ValueError, match="uint8"):
-        safe_pickle.as_uint8(array)
+    for attempt in (Calls(os.mkdir, str(mark)), Calls(exec, f"open({str(mark)!r}, 'w').close()")):
+        for content in (attempt, {b"data": attempt, b"labels": [1]}):
+            (tmp_path / "data_batch_1").write_bytes(pickle.dumps(content))
+            with pytest.raises(ValueError, match="/data_batch_1 .*md5 found"):
+                cifar10.read_batches(tmp_path, cifar10.TRAIN)
+    assert not mark.exists()
 
 
 # ---- where files are looked for -------------------------------------------------------------------------------------
@@ -436,38 +407,21 @@ def test_missing_files_say_where_and_how(tmp_path: Path, nowhere: Path, monkeypa
 # ---- download -------------------------------------------------------------------------------------------------------
 
 
-def cifar_archive(path: Path, content: dict[str, bytes | str]) -> None:
-    """A tar.gz; bytes become a regular file, a string a symbolic link to it."""
+def cifar_archive(path: Path) -> None:
+    """An archive as published, in which each file holds its name."""
     with tarfile.open(path, "w:gz") as tar:
-        for name, value in content.items():
-            member = tarfile.TarInfo(name)
-            if isinstance(value, str):
-                member.type, member.linkname = tarfile.SYMTYPE, value
-                tar.addfile(member)
-            else:
-                member.size = len(value)
-                tar.addfile(member, io.BytesIO(value))
+        for name in (*cifar10.MD5, "readme.html"):
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
 
 
 def test_unpack_takes_the_known_members_only(tmp_path: Path):
     archive, folder = tmp_path / "a.tar.gz", tmp_path / "in" / "folder"
-    good = {f"cifar-10-batches-py/{name}": name.encode() for name in cifar10.MD5}
-    sums = {name: md5(name.encode()) for name in cifar10.MD5}
-    cifar_archive(archive, {**good, "cifar-10-batches-py/../../evil": b"1", "/evil-atlas": b"1", "readme": b"1"})
-    cifar10.unpack(archive, folder, sums)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in sums}
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*sums, "a.tar.gz"])
-
-    first = "cifar-10-batches-py/data_batch_1"
-    for change, message in (
-        ({first: "/etc/hostname"}, "data_batch_1 is no regular file"),
-        ({first: b"other"}, "data_batch_1 .*md5 found"),
-        ({first: None}, "holds no cifar-10-batches-py/data_batch_1"),
-    ):
-        cifar_archive(archive, {k: v for k, v in {**good, **change}.items() if v is not None})
-        with pytest.raises(ValueError, match=message):
-            cifar10.unpack(archive, tmp_path / "refused", sums)
-    assert not (tmp_path / "refused").exists()
+    cifar_archive(archive)
+    cifar10.unpack(archive, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in cifar10.MD5}
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*cifar10.MD5, "a.tar.gz"])
 
 
 def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
@@ -486,7 +440,7 @@ def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypa
     assert len(asked) == 8 and len(list((nowhere / "mnist").iterdir())) == 4
     assert (mnist.MIRRORS[1] + "t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c") in asked
 
-    cifar_archive(tmp_path / "archive", {f"cifar-10-batches-py/{name}": b"" for name in cifar10.MD5})
+    cifar_archive(tmp_path / "archive")
 
     def retrieve_archive(url: str, known_hash: str, fname: str, path: Path) -> None:
         assert (url, known_hash) == (cifar10.URLS[0], "md5:c58f30108f718f92721af3b95e74349a")
@@ -617,20 +571,6 @@ def test_memory_formats_hold_the_same_values():
             assert a.x.is_contiguous() and b.x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ranks_share_the_batches_of_one_process():
-    full = images(41, channels=3)
-    whole = epoch(Batches(full, 8, shuffle=True, seed=4, augment=True, device="cpu"), 2)
-    for world_size in (2, 3):
-        ranks = [
-            epoch(Batches(full, 8, shuffle=True, seed=4, augment=True, device="cpu", rank=r, world_size=world_size), 2)
-            for r in range(world_size)
-        ]
-        assert {len(rank) for rank in ranks} == {len(whole)}
-        for number, batch in enumerate(whole):
-            for r, rank in enumerate(ranks):
-                assert same([data.Batch(*(t[r::world_size] for t in batch))], [rank[number]])
-
-
 def test_batches_refuse_what_cannot_work():
     full = images(5)
 
@@ -640,10 +580,8 @@ def test_batches_refuse_what_cannot_work():
     for changed, message in (
         ({"dtype": torch.int32}, "dtype must be a floating-point type"),
         ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1 .*got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 6, "drop_last": True}, "batch_size 6 exceeds the set's 5 images"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
-        ({"batch_size": 2, "world_size": 3}, "at least 1 per rank"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**changed)

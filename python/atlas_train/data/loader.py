@@ -32,12 +32,9 @@ class Batches:
     drawn before: a run resumed at an epoch sees the batches that an uninterrupted run sees, on every kind of device.
     Call `set_epoch` before each epoch, or every epoch is the same.
 
-    batch_size: samples per batch over all ranks. shuffle: a new order per epoch, else the set's own.
+    batch_size: samples per batch. shuffle: a new order per epoch, else the set's own.
     augment: crop (padding 4) and horizontal flip. dtype: of x; u/255 is rounded once, to float32 (float64 for
     float64), then cast. channels_last: memory format of x. drop_last: leave out a last, smaller batch.
-    rank, world_size: under data parallelism, every rank takes its rows (rank::world_size) of the same batches, so that
-    `len` is equal on all ranks and training does not depend on their number. Without drop_last, ranks' shares of the
-    last batch may differ by one sample.
     """
 
     def __init__(
@@ -52,17 +49,13 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}; images are in [0, 1]")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..world_size-1, got rank {rank} of world_size {world_size}")
-        if batch_size < world_size:
-            raise ValueError(f"batch_size must be at least 1 per rank ({world_size} in all), got {batch_size}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none; check the subset or split")
         if drop_last and batch_size > len(images):
@@ -72,7 +65,6 @@ class Batches:
             )
         self.batch_size, self.shuffle, self.seed, self.augment = batch_size, shuffle, seed, augment
         self.dtype, self.drop_last = dtype, drop_last
-        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -96,7 +88,7 @@ class Batches:
         for batch in range(len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
-            yield self._batch(ids[self.rank :: self.world_size], epoch)
+            yield self._batch(ids, epoch)
 
     def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
         x = ak.augment(
