@@ -6,7 +6,6 @@ flag, checked and documented, without a line here.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import io
@@ -146,10 +145,8 @@ def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
     from .compare import compare, is_comparison, settings_of
 
-    early = argparse.ArgumentParser(prog="atlas train", add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--method", "--dataset", "--model"):
-        early.add_argument(flag)
-    first, _ = early.parse_known_args(argv)
+    names = ("config", "resume", "method", "dataset", "model")  # on which the defaults of the others depend
+    first = flags.parse([flags.text_flag(name, "") for name in names], "train", "", argv, all_known=False)
     if first.config and first.resume:
         raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
     base, kept = TrainConfig(), None

@@ -13,11 +13,15 @@ AUTO, NONE = "auto", "none"
 Flag = tuple[str, Any, Any]
 
 
-def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[str]) -> Any:
-    """The flags as one flat object. On an error or --help tyro explains itself and exits (status 2 or 0)."""
+def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[str], *, all_known: bool = True) -> Any:
+    """The flags as one flat object. On an error or --help tyro explains itself and exits (status 2 or 0).
+
+    all_known: else flags that are not among these, --help too, are passed over.
+    """
     tyro = require_tyro()
     cls = dataclasses.make_dataclass(command, [(name, kind, dataclasses.field(default=d)) for name, kind, d in flags])
-    return tyro.cli(cls, prog=f"atlas {command}", description=description, args=list(argv))
+    how = {"prog": f"atlas {command}", "description": description, "args": list(argv)}
+    return tyro.cli(cls, **how) if all_known else tyro.cli(cls, **how, add_help=False, return_unknown_args=True)[0]
 
 
 def declared(cls: type, values: Mapping[str, Any], group: str = "") -> list[Flag]:
