@@ -37,10 +37,10 @@ def answers(model: nn.Module, shape: Sequence[int]) -> list[list[float]] | None:
 
 def require_same(model: nn.Module, recorded: list[list[float]] | None, shape: Sequence[int], source: object) -> None:
     """Raises ValueError if the network, with the weights of ``source``, says other things than what was recorded."""
-    if recorded is None or (now := answers(model, shape)) is None:
+    if recorded is None or (given := answers(model, shape)) is None:
         return
-    then, found = torch.tensor(recorded), torch.tensor(now)
-    if then.shape != found.shape or (then - found).abs().max() > _TOLERANCE * then.abs().max():
+    then, now = torch.tensor(recorded), torch.tensor(given)
+    if then.shape != now.shape or (then - now).abs().max() > _TOLERANCE * then.abs().max():
         raise ValueError(
             f"{plain(source)} was made with another {type(model).__name__}: its weights fit this one, and the same "
             "images get other logits. Build it as it was for the run: normalisation, activations and the like"

@@ -79,11 +79,11 @@ def autoattack(
         attack = package.AutoAttack(InRows(model), device=device, eps=eps, norm="Linf", seed=seed, **attacks)
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
-        adv, found = attack.run_standard_evaluation(x, y, batch_size=batch_size)
+        adv, predicted = attack.run_standard_evaluation(x, y, batch_size=batch_size)
         # The package takes NaN for the largest logit, which is right for some labels.
-        found = torch.where(torch.cat([predict(model, part) for part in adv.split(batch_size)]) < 0, -1, found)
+        predicted = torch.where(torch.cat([predict(model, part) for part in adv.split(batch_size)]) < 0, -1, predicted)
     seconds = time.perf_counter() - started
-    return AutoAttacked((found == y).double().mean().item(), len(y), version, seconds, seed, instead)
+    return AutoAttacked((predicted == y).double().mean().item(), len(y), version, seconds, seed, instead)
 
 
 class InRows(nn.Module):

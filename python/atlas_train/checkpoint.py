@@ -46,14 +46,14 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises FileNotFoundError with what was looked for.
     """
     given = Path(path)
-    found = given / LAST if given.is_dir() else given
-    if not found.is_file():
+    file = given / LAST if given.is_dir() else given
+    if not file.is_file():
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
         if len(runs) == 1:
             return Path(runs[0], LAST)
         hint = f"; it holds the runs {', '.join(map(plain, runs))}: name one of them" if runs else ""
-        raise FileNotFoundError(f"no checkpoint {plain(found)}{hint}")
-    return found
+        raise FileNotFoundError(f"no checkpoint {plain(file)}{hint}")
+    return file
 
 
 def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, Any]:
@@ -61,24 +61,24 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
-    found = locate(path)
+    file = locate(path)
     try:
-        _require_stored(found)
-        state = torch.load(found, map_location="cpu", weights_only=True)
+        _require_stored(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except _Damaged as error:
-        raise ValueError(f"{plain(found)} is damaged: {error}") from error
+        raise ValueError(f"{plain(file)} is damaged: {error}") from error
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
-            f"{plain(found)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
+            f"{plain(file)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by atlas"
         ) from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError(
-            f"{plain(found)} is no checkpoint of atlas: a bare state_dict is loaded with model.load_state_dict"
+            f"{plain(file)} is no checkpoint of atlas: a bare state_dict is loaded with model.load_state_dict"
         )
     if type(state["format"]) is not int or state["format"] != FORMAT:
         written = schema.described(state["format"])
-        raise ValueError(f"{plain(found)} has checkpoint format {written}, this version reads {FORMAT}")
-    schema.require_checkpoint(state, plain(found), needed)
+        raise ValueError(f"{plain(file)} has checkpoint format {written}, this version reads {FORMAT}")
+    schema.require_checkpoint(state, plain(file), needed)
     return state
 
 
@@ -240,26 +240,26 @@ def load_network(
     path: str | os.PathLike[str], model: nn.Module | str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data."""
-    found = locate(path)
-    state = _read_safetensors(found) if found.suffix == ".safetensors" else load(found, ("arch", "config"))
+    file = locate(path)
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
     kept = ("arch", "config", "data", "answers")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
-    description["config"] = to_dict(from_dict(state["config"], plain(found)))
+    description["config"] = to_dict(from_dict(state["config"], plain(file)))
     arch, weights = state["arch"], final_weights(state)
     if model is None:
-        require_trusted("model", arch["name"], found)
+        require_trusted("model", arch["name"], file)
         if not arch["by_name"]:
             raise ValueError(
-                f"{plain(found)} holds a {plain(arch['name'])} of your own: build it yourself and load its weights "
+                f"{plain(file)} holds a {plain(arch['name'])} of your own: build it yourself and load its weights "
                 "into it, or say how it is built, --model package.module:factory"
             )
-    built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, found)
-    if found.suffix == ".safetensors":  # which holds tensors alone
+    built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, file)
+    if file.suffix == ".safetensors":  # which holds tensors alone
         weights = weights | {name: own for name, own in built.state_dict().items() if not isinstance(own, Tensor)}
-    load_weights(built, weights, found)
+    load_weights(built, weights, file)
     if description.get("answers"):
-        schema.require_keys(description, ("data",), plain(found))
-        answers.require_same(built, description["answers"], description["data"]["test"]["shape"], found)
+        schema.require_keys(description, ("data",), plain(file))
+        answers.require_same(built, description["answers"], description["data"]["test"]["shape"], file)
     return built.eval(), description
 
 

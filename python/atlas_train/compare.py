@@ -136,11 +136,11 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
 def _load(config: TrainConfig, folders: Mapping[str, Path]) -> DataSplits:
     """The data of the configuration, or of the runs that are there."""
     starts = [start for name, folder in folders.items() if (start := _start(config, name, folder))]
-    found = checkpoint.locate(starts[0]) if starts else None
-    state = checkpoint.load(found) if found else None
+    source = checkpoint.locate(starts[0]) if starts else None
+    state = checkpoint.load(source) if source else None
     if config.resume and is_comparison(config.resume):
         return load_splits(config, state, config.resume, "resume_compare")
-    return load_splits(config, state, found)
+    return load_splits(config, state, source)
 
 
 def _start(config: TrainConfig, name: str, folder: Path) -> str | None:
@@ -236,8 +236,8 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
     with on_host(c.threads):
-        found = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
-        result = Result(found, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
+        accuracies = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        result = Result(accuracies, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
         if c.autoattack:
             how: dict[str, Any] = {"version": c.autoattack_version, "say": say}
             result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))

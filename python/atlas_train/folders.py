@@ -114,8 +114,8 @@ def _owner(descriptor: int) -> str:
 def _remove_leftovers(folder: Path) -> None:
     """The temporary files (``writing.write_atomically``) of processes that are no more."""
     for path in folder.glob(".*.tmp"):
-        found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-        if found and not _runs(int(found[1])):
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if match and not _runs(int(match[1])):
             path.unlink(missing_ok=True)
 
 

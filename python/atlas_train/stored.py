@@ -1,4 +1,4 @@
-"""Runs that lie in their folders, from Python: evaluated, or gone on with, on data and networks that you give."""
+"""Runs in their folders, from Python: resumed or evaluated, also on data and networks of your own."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def resume(
     on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> Run:
-    """Goes on with a run where it stopped, with its own settings: ``resume("runs/digits-1/atlas", epochs=60)``.
+    """Resumes a run after its last epoch, with its own settings: ``resume("runs/digits-1/atlas", epochs=60)``.
 
     Args:
-        path: run folder or last.pt.
-        splits: the data, if they are not of a name that ``atlas train --dataset`` knows: those of the run, or
+        path: folder of the run, or its last.pt.
+        splits: the data. They are needed if the run was trained on data of your own, and must be the same, or
             ValueError.
-        model: a network as it was built for the run, if it was given to ``train``, or its import path; default: the
-            run's, if it is one of ours.
+        model: the network. It is needed if the run's is of your own: a module, built as for the run, or its import
+            path.
         display, on_epoch: as for ``train``.
-        changes: settings of ``TrainConfig`` that are to be others from now on, e.g. epochs.
+        changes: settings of ``TrainConfig`` to change from now on, such as epochs.
     """
     state = checkpoint.load(path, ("arch", "config"))
     config = alone(from_dict(state["config"], plain(path)))
@@ -64,13 +64,13 @@ def resume(
 def resume_compare(
     path: Path, *, splits: DataSplits | None = None, show: str = "auto", say: Say = print, **changes: Any
 ) -> Results:
-    """``atlas train --resume`` from Python: goes on with a comparison or a run, evaluates it and prints the table.
+    """``atlas train --resume`` from Python: resumes a comparison or a run, evaluates it and prints the table.
 
     Args:
-        path: folder of a comparison or of a run, or last.pt.
+        path: folder of a comparison or of a run, or its last.pt.
         splits: as for ``resume``.
         show, say: as for ``compare``.
-        changes: settings of ``TrainConfig`` that are to be others from now on; ``beside`` adds methods.
+        changes: settings of ``TrainConfig`` to change from now on; ``beside`` adds methods.
     """
     path = os.fspath(path)
     config = settings_of(path)
@@ -106,18 +106,18 @@ def evaluate_checkpoint(
     """Clean, FGSM and PGD accuracy of a checkpoint's network on its test images, by the name of its method.
 
     Args:
-        path: run folder, last.pt or model.safetensors.
-        splits: the data, if they are not of a name that ``atlas train --dataset`` knows: their test images must be
-            those of the run, or ValueError.
-        model: a network as it was built for the run, which takes the weights, or a name or import path; default: the
-            run's, if it is one of ours.
-        dataset: a data set to evaluate on instead of the run's, or the run's where that is code of your own: then it
-            must still give the test images of the run. data_dir, download: as for ``data.load``.
-        other_data: ``splits``, or what ``dataset`` gives, may be others than the run's.
-        eps, size, threads: default: the run's. device: default: cuda where there is one.
+        path: folder of the run, its last.pt or model.safetensors.
+        splits: the data. They are needed if the run was trained on data of your own. Their test images must be those
+            of the run, or ValueError.
+        model: the network. It is needed if the run's is of your own: a module, built as for the run, that takes the
+            weights, or a name or an import path.
+        dataset: a data set to evaluate on instead of the run's. If the run's is code of your own, its import path: then
+            it must give the test images of the run. data_dir, download: as for ``data.load``.
+        other_data: True allows ``splits``, or what ``dataset`` gives, to be other data than the run's.
+        eps, size, threads: as for ``evaluate``; default: the run's. device: default: cuda where there is one.
         autoattack: so many images for AutoAttack too.
         say: told what is going on.
-        pgd: steps, step_size and restarts of ``evaluate``.
+        pgd: steps, step_size and restarts, as for ``evaluate``.
     """
     if whole("autoattack", autoattack, 0):
         require_autoattack()
@@ -144,8 +144,8 @@ def evaluate_checkpoint(
         raise ValueError(f"{plain(path)} does not say what eps is: give it (--eps), for example 8/255")
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "say": say}
     with on_host(run.get("threads") if threads is None else threads):
-        found = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
-        result = Result(found, data=images)
+        accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
+        result = Result(accuracies, data=images)
         if autoattack:
             attacked = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
             result = replace(result, autoattack=attacked)
@@ -179,7 +179,7 @@ def opened(
 
 
 def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path, other: bool) -> list[str]:
-    """What is to be said of the data. Raises ValueError where they are not the run's, and nobody asked for others."""
+    """What to say of the data. Raises ValueError if they are not the run's, unless ``other`` data were asked for."""
     classes = description["arch"]["num_classes"]
     if images["num_classes"] > classes:
         raise ValueError(

@@ -74,7 +74,7 @@ class Method(ABC):
         check(self, self.name)
 
     def in_use(self) -> dict[str, Any]:
-        """All hyper-parameters; of one that is None, what it stands for: the property of its name with a _ before."""
+        """All hyper-parameters with the values in use: for one that is None, say ``name``, the property ``_name``."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "eps"}
         return {name: getattr(self, f"_{name}", None) if value is None else value for name, value in given.items()}
 

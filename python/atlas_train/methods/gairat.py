@@ -78,10 +78,10 @@ class GAIRAT(Method):
             attack_mode=self.attack_mode,
         )  # fmt: skip
         start = near_start(batch, key) if trades else None
-        found = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
-        assert found.kappa is not None
-        weights = self.weights(found.kappa, compute_dtype(batch.x.dtype)) if self._burnt_in(state) else None
-        return Given(found.adv, weights)
+        attacked = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
+        assert attacked.kappa is not None
+        weights = self.weights(attacked.kappa, compute_dtype(batch.x.dtype)) if self._burnt_in(state) else None
+        return Given(attacked.adv, weights)
 
     def _burnt_in(self, state: State) -> bool:
         return (state.epoch + 1) / state.epochs >= self.burn_in

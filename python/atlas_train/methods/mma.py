@@ -133,8 +133,8 @@ class MMA(Method):
         if len(rows):
             sure = Batch(*(part[rows] for part in batch))
             network = never_alone(model, batch.x) if len(rows) == 1 else model
-            adv, found = self._attack(network, sure, table[sure.ids].clamp(min=self._min_eps), key)
-            images, margins = images.index_copy(0, rows, adv), margins.index_copy(0, rows, found)
+            adv, reached = self._attack(network, sure, table[sure.ids].clamp(min=self._min_eps), key)
+            images, margins = images.index_copy(0, rows, adv), margins.index_copy(0, rows, reached)
         table[batch.ids] = margins
         return Boundary(images, (margins < self._d_max).to(margins.dtype), margins)
 
