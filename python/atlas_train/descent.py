@@ -13,6 +13,10 @@ from .methods import Metrics
 Look = Callable[[Tensor, Metrics], None]
 
 
+def nobody(loss: Tensor, metrics: Metrics) -> None:
+    """Takes a loss as it is."""
+
+
 class OptimizerDescent:
     """The ``Descent`` of one batch, for eager steps and for those that a graph records.
 
@@ -22,7 +26,9 @@ class OptimizerDescent:
         look: is shown a loss, and the metrics that explain it, before its backward; raises where it is not finite.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rate: Callable[[int], float | Tensor], look: Look) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rate: Callable[[int], float | Tensor], look: Look = nobody
+    ) -> None:
         self.rate, self.look, self._optimizer = rate, look, optimizer
         self._updates: Iterator[int] = count()
         optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .descent import OptimizerDescent
 from .evaluate import eval_mode
 from .noise import noise_keys
 from .run import Run
@@ -113,20 +114,7 @@ def passes_per_step(run: Run) -> float | None:
     batch = next(iter(run.batches))
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        step = _NoUpdates(network)
+        descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)
         with run.recomputed(network):
-            passes = count_passes(network, batch.x, lambda: run.method.train_step(network, batch, key, last, step))
+            passes = count_passes(network, batch.x, lambda: run.method.train_step(network, batch, key, last, descent))
     return None if math.isnan(passes) else passes
-
-
-class _NoUpdates:
-    """A ``Descent`` that takes gradients and leaves the weights where they are."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor] | None = None) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        self._model.zero_grad(set_to_none=True)

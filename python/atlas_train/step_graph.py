@@ -83,7 +83,7 @@ class StepGraph:
 
     def _record(self, model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> Capture[Outcome]:
         def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, rates: Tensor) -> Outcome:
-            descent = OptimizerDescent(self._optimizer, rates.unbind().__getitem__, lambda loss, metrics: None)
+            descent = OptimizerDescent(self._optimizer, rates.unbind().__getitem__)
             device = x.device.type
             dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
             # No cache: a cast weight that it kept would be the graph's memory in eager code, or the other way round.
