@@ -138,6 +138,8 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     if config.checkpoint_activations:
         require_recomputable(method, model)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
+    precision = config.attack_precision or config.train_precision
+    execution = Execution(precision, fold_batchnorm=config.fold_batchnorm, cuda_graphs=config.cuda_graphs == "attack")
     optimizer = optimizers.make(config, model)
     if config.cuda_graphs == "step":
         require_recordable(method, optimizer, config.on_nonfinite)
@@ -146,7 +148,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         method=method,
         model=model,
         network=network,
-        execution=_execution(config),
+        execution=execution,
         optimizer=optimizer,
         batches=batches,
         splits=splits,
@@ -166,8 +168,3 @@ def require_recomputable(method: Method, model: nn.Module) -> None:
             "run again in the backward; set checkpoint_activations=False"
         )
     blocks(model)
-
-
-def _execution(config: TrainConfig) -> Execution:
-    precision = config.attack_precision or config.train_precision
-    return Execution(precision, fold_batchnorm=config.fold_batchnorm, cuda_graphs=config.cuda_graphs == "attack")

@@ -31,7 +31,7 @@ def save(run: Run) -> None:
     state = {
         "config": recorded(run.config),
         "data": run.data,
-        "hyper": run.hyper,
+        "hyper": run.method.in_use(),
         "changes": run.changes,
         "versions": checkpoint.versions(),
         "arch": run.arch,
@@ -167,7 +167,7 @@ def _used(old: TrainConfig, state: Mapping[str, Any], run: Run) -> tuple[dict[st
     """The hyper-parameters that differ, with what defaults stood for when the checkpoint was written."""
     then, now = ({key: getattr(c, key) for key in ("eps", "awp", "awp_warmup")} for c in (old, run.config))
     then |= state["hyper"] if "hyper" in state else old.build_method().in_use()
-    now |= run.hyper
+    now |= run.method.in_use()
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return {name: then.get(name) for name in names}, {name: now.get(name) for name in names}
 
