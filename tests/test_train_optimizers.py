@@ -87,3 +87,17 @@ def test_memory_is_loaded_into_another_layout_and_another_kind(
         for weight, kept in second.state.items():
             tensors = [value for name, value in kept.items() if name != "step" and isinstance(value, Tensor)]
             assert all(value.stride() == weight.stride() for value in tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", OPTIMIZERS, ids=str)
+@pytest.mark.filterwarnings("error")
+def test_eager_steps_on_cuda_are_fused_and_warn_of_nothing(how: dict[str, Any]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    (model,) = networks(1)
+    optimizer = optimizers.make(config(**how), model.cuda())
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"]

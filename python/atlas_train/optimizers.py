@@ -30,6 +30,7 @@ def make(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.Adam(
             weights, config.lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
         )
+        vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # torch would warn of every run without graphs
     _complete(optimizer)
     return optimizer
 
