@@ -161,7 +161,7 @@ def test_what_the_execution_is_told(as_if_cuda: dict[str, str]) -> None:
 
 
 def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_written(
-    as_if_cuda: dict[str, str], tmp_path: Path
+    as_if_cuda: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs.prepare(config(cuda_graphs="step", **as_if_cuda), splits(), None, None)
     assert isinstance(engine.make_train_step(run, progress.Silent()), StepGraph)
@@ -171,6 +171,9 @@ def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_writ
         chosen = config(method, cuda_graphs="step", **settings, **as_if_cuda)
         with pytest.raises(ValueError, match="cuda_graphs='attack'"):
             engine.train(chosen, splits=splits(), folder=tmp_path / "run")
+    monkeypatch.setattr(optimizers, "fusible", lambda weight: weight.dim() > 1)
+    with pytest.raises(ValueError, match="this Adam is not fused.*dense in memory.*cuda_graphs='attack'"):
+        engine.train(config(cuda_graphs="step", **as_if_cuda), splits=splits(), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
