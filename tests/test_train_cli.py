@@ -127,7 +127,7 @@ def test_retired_flags_are_dropped_and_one_line_says_so(
     monkeypatch.setitem(cli.RETIRED, "old_setting", "it made nothing faster")
     assert config_of(monkeypatch, "--lr", "0.1", *flag.split(), "--epochs", "2") == TrainConfig(lr=0.1, epochs=2)
     said = capsys.readouterr().err
-    assert said == "atlas: the setting old_setting is ignored, for it is no more: it made nothing faster\n"
+    assert said == "atlas: the setting old_setting no longer exists and is ignored: it made nothing faster\n"
     Path("c.json").write_text(json.dumps({"old_setting": 1}))
     assert config_of(monkeypatch, *flag.split(), "--config", "c.json") == TrainConfig()
     assert capsys.readouterr().err == said

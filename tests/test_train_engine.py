@@ -529,7 +529,7 @@ def test_retired_settings_are_dropped_and_one_line_says_so(tmp_path: Path, monke
         lambda: from_dict(to_dict(config) | {"momentous": False}),
         lambda: from_file(tmp_path / "c.json"),
     ):
-        with pytest.warns(UserWarning, match="momentous is ignored, for it is no more: nothing came of it") as told:
+        with pytest.warns(UserWarning, match="momentous no longer exists and is ignored: nothing came of it") as told:
             assert made() == config
         assert len(told) == 1
     with pytest.raises(TypeError, match="momentary"):

@@ -23,8 +23,8 @@ from .options import canonical, check, option, plain, shown, suggestion
 MOST_THREADS = 1024
 #: Settings that say where on this machine things are, and nothing about the results.
 PLACES = ("data_dir", "out_dir", "resume")
-#: Settings of earlier versions that are no more: what a user should know of each. Files, flags and calls that have one
-#: still work: it is dropped, whatever its value, and one warning says so.
+#: Settings of earlier versions that no longer exist, and why. Files, flags and calls that have one still work: it is
+#: ignored, whatever its value, and a warning of one line says so.
 RETIRED: dict[str, str] = {}
 _AUTO = "default: by data set"
 AUTOATTACK = (
@@ -37,7 +37,7 @@ AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the fir
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by name, without those that are ``RETIRED``; warns of these."""
     for name in settings.keys() & RETIRED.keys():
-        warnings.warn(f"the setting {name} is ignored, for it is no more: {RETIRED[name]}", stacklevel=1)  # said once
+        warnings.warn(f"the setting {name} no longer exists and is ignored: {RETIRED[name]}", stacklevel=1)  # said once
     return {name: value for name, value in settings.items() if name not in RETIRED}
 
 

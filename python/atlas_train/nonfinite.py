@@ -1,4 +1,4 @@
-"""Losses that are NaN or infinite: a run stops, or leaves the batch out, before more comes of them."""
+"""Losses that are NaN or infinite: the run stops, or leaves the batch out."""
 
 from __future__ import annotations
 
