@@ -319,7 +319,7 @@ def measure(bench: Bench, name: str, say: Callable[[str], None] = lambda line: N
 
 def one_pass(bench: Bench, rounds: int = 7) -> dict[str, str]:
     """What the unit of the table takes: medians and, in brackets, their intervals."""
-    run, found = bench.run("standard", {}), {}
+    run, rows = bench.run("standard", {}), {}
     x = next(iter(run.batches)).x
     for dtype in ("fp32", "bf16"):
         bare = Bare(run.model, x, dtype == "bf16")
@@ -328,8 +328,8 @@ def one_pass(bench: Bench, rounds: int = 7) -> dict[str, str]:
             times = [bare.one_pass() for _ in range(rounds)]
         for what, values in zip(("forward", "backward to the input"), zip(*times, strict=True), strict=True):
             low, high, _ = median_interval([1e3 * t for t in values])
-            found[f"{what}, {dtype}"] = f"{1e3 * statistics.median(values):.1f} ms ({low:.1f} to {high:.1f})"
-    return found
+            rows[f"{what}, {dtype}"] = f"{1e3 * statistics.median(values):.1f} ms ({low:.1f} to {high:.1f})"
+    return rows
 
 
 def facts_of(bench: Bench) -> dict[str, Any]:
@@ -381,11 +381,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say = partial(print, file=sys.stderr, flush=True)
     bench, command = Bench(Settings(**options)), command_line(__file__, arguments)
     facts = facts_of(bench)
-    found = {row.step: row for row in (read(results, facts) if keep else [])}
+    measured = {row.step: row for row in (read(results, facts) if keep else [])}
     for name in names:
         made = replace(measure(bench, name, say), command=command, commit=str(environment()["commit"]))
-        found[name] = made
-        rows = [found[step] for step in STEPS if step in found]
+        measured[name] = made
+        rows = [measured[step] for step in STEPS if step in measured]
         if results:
             report(results, command, facts, rows)
     print("\n".join([*NOTES, *listed({"environment": environment(), **facts}), "", aligned(table(rows))]))

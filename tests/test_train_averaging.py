@@ -95,7 +95,7 @@ def test_averaging_changes_nothing_in_training() -> None:
 
 def test_evaluation_and_exports_are_the_average_and_the_checkpoint_has_both(tmp_path: Path) -> None:
     settings = config("ema", ema_decay=0.97, epochs=2, out_dir=str(tmp_path))
-    found = compare(settings, splits=splits(), show="silent", say=lambda text: None)["standard"].evaluation
+    reported = compare(settings, splits=splits(), show="silent", say=lambda text: None)["standard"].evaluation
     folder = tmp_path / "standard"
     state = checkpoint.load(folder)
     assert not same(state["model"], state["average"]["model"])
@@ -106,8 +106,8 @@ def test_evaluation_and_exports_are_the_average_and_the_checkpoint_has_both(tmp_
     of_average = evaluate(model, splits().test, EPS)
     model.load_state_dict(state["model"])
     of_network = evaluate(model, splits().test, EPS)
-    assert (of_average.clean, of_average.pgd) == (found.clean, found.pgd)
-    assert (of_network.clean, of_network.pgd) != (found.clean, found.pgd)
+    assert (of_average.clean, of_average.pgd) == (reported.clean, reported.pgd)
+    assert (of_network.clean, of_network.pgd) != (reported.clean, reported.pgd)
 
 
 def test_the_average_is_of_weights_without_awps_perturbation() -> None:

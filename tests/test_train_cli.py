@@ -98,8 +98,8 @@ def test_names_are_known_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
         "MNIST",
     )
     config = config_of(monkeypatch, *flags)
-    found = (config.optimizer, config.schedule, config.averaging, config.device, config.dataset)
-    assert found == ("sgd", "cosine", "ema", "cpu", "mnist")
+    chosen = (config.optimizer, config.schedule, config.averaging, config.device, config.dataset)
+    assert chosen == ("sgd", "cosine", "ema", "cpu", "mnist")
     assert usable_device("CPU").type == "cpu"
 
 

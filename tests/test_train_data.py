@@ -209,9 +209,9 @@ def test_digits_are_a_fixed_stratified_split():
     original = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
     both = torch.cat([digits.train.images, digits.test.images]).numpy()[:, 0]
     labels = torch.cat([digits.train.labels, digits.test.labels]).tolist()
-    found = sorted((image.tobytes(), label) for image, label in zip(both, labels, strict=True))
+    ours = sorted((image.tobytes(), label) for image, label in zip(both, labels, strict=True))
     target = load_digits().target.tolist()
-    assert found == sorted((image.tobytes(), label) for image, label in zip(original, target, strict=True))
+    assert ours == sorted((image.tobytes(), label) for image, label in zip(original, target, strict=True))
     assert digits.train.images.max() == 255
     # the split is part of every reported number: it must never change
     assert md5(digits.test.labels.numpy().tobytes() + digits.test.images.numpy().tobytes()) == DIGITS_TEST_MD5
@@ -358,8 +358,8 @@ def test_the_files_of_another_data_set_are_named(tmp_path: Path, nowhere: Path, 
     with pytest.raises(ValueError, match="another data set's, point --data-dir") as error:
         data.load("mnist", tmp_path)
     assert "delete" not in str(error.value)
-    found = md5((tmp_path / "mnist" / "train-images-idx3-ubyte.gz").read_bytes())
-    monkeypatch.setitem(files.OTHERS, "Fashion-MNIST", {found})
+    other = md5((tmp_path / "mnist" / "train-images-idx3-ubyte.gz").read_bytes())
+    monkeypatch.setitem(files.OTHERS, "Fashion-MNIST", {other})
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz \(\d+ bytes\) belongs to Fashion-MNIST") as error:
         data.load("mnist", tmp_path)
     assert "damaged" not in str(error.value) and "--data-dir" in str(error.value)
@@ -555,8 +555,8 @@ def test_augmentation_is_fresh_per_sample_and_in_every_epoch():
     padded = torch.nn.functional.pad(full.images[0], (4,) * 4)
     crops = [padded[:, i : i + 12, j : j + 12] for i in range(9) for j in range(9)]
     plain, mirrored = ({c.numpy().tobytes() for c in some} for some in (crops, [c.flip(2) for c in crops]))
-    found = {(x * 255).round().byte().numpy().tobytes() for x in seen[0]}
-    assert found <= plain | mirrored and found & plain and found & mirrored
+    crops = {(x * 255).round().byte().numpy().tobytes() for x in seen[0]}
+    assert crops <= plain | mirrored and crops & plain and crops & mirrored
 
 
 def test_memory_formats_hold_the_same_values():

@@ -110,10 +110,10 @@ def go_on(path: Path, epochs: int) -> None:
         engine.start(config, splits(), None, None)
 
 
-def sample(found: Iterator[tuple[Where, Any]], count: int) -> list[tuple[Where, Any]]:
+def sample(edits: Iterator[tuple[Where, Any]], count: int) -> list[tuple[Where, Any]]:
     """Some of the edits, of each part of a file alike: there are many tensors and few numbers."""
     parts: dict[Where, list[tuple[Where, Any]]] = {}
-    for where, new in found:
+    for where, new in edits:
         parts.setdefault(tuple("" if isinstance(key, int) else key for key in where[:2]), []).append((where, new))
     dice = random.Random(0)
     for part in parts.values():

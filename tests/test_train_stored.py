@@ -511,13 +511,13 @@ def test_the_command_line_goes_on_with_a_comparison(
     assert cli.main(["train", "--resume", "runs/digits-1"]) == 0
     rows = capsys.readouterr().out.split("method ")[1].splitlines()
     assert [row.split()[0] for row in rows[2:5]] == ["standard", "one_step_adv", "atlas"]
-    found = json.loads(Path("runs/digits-1/results.json").read_text())
-    assert found["command"] == "atlas train --resume runs/digits-1"
-    assert found["config"]["beside"] == ["standard", "one_step_adv"] and found["config"]["train_size"] == 64
+    results = json.loads(Path("runs/digits-1/results.json").read_text())
+    assert results["command"] == "atlas train --resume runs/digits-1"
+    assert results["config"]["beside"] == ["standard", "one_step_adv"] and results["config"]["train_size"] == 64
     assert cli.main(["train", "--resume", "runs/digits-1", "--beside", "standard", "n_fgsm"]) == 0
     for file in ("results.json", "config.json"):
-        found = json.loads(Path("runs/digits-1", file).read_text())
-        assert found.get("config", found)["beside"] == ["standard", "one_step_adv", "n_fgsm"]
+        written = json.loads(Path("runs/digits-1", file).read_text())
+        assert written.get("config", written)["beside"] == ["standard", "one_step_adv", "n_fgsm"]
     rows = capsys.readouterr().out.split("method ")[1].splitlines()
     assert [row.split()[0] for row in rows[2:6]] == ["standard", "one_step_adv", "n_fgsm", "atlas"]
 
@@ -739,10 +739,10 @@ def _umask() -> int:
 
 
 def test_the_commit_is_that_of_the_source_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = commit()
-    assert found is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found)
+    before = commit()
+    assert before is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", before)
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
-    assert commit() == found
+    assert commit() == before
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert commit() is None
 

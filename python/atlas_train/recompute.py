@@ -27,8 +27,8 @@ def blocks(model: nn.Module) -> list[Block]:
     if stages := getattr(model, "stages", ()):
         return [(model, name) for name in stages]
     rows = [module for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    found = [child for row in rows for child in row if any(child.children()) and any(True for _ in child.parameters())]
-    inner = [child for child in found if not any(other is not child and other in found for other in child.modules())]
+    parts = [child for row in rows for child in row if any(child.children()) and any(True for _ in child.parameters())]
+    inner = [child for child in parts if not any(other is not child and other in parts for other in child.modules())]
     if not inner:
         raise ValueError(
             f"checkpoint_activations: {type(model).__name__} has no blocks; put modules of several layers each into an "

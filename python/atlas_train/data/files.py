@@ -42,13 +42,13 @@ def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
     Falling through to the next is safe, since a set counts only when its checksums are right.
     """
     given = {"data_dir": data_dir, "ATLAS_DATA": os.environ.get("ATLAS_DATA") or None}
-    found = []
+    folders = []
     for name, path in given.items():
         try:
-            found += [] if path is None else [Path(path).expanduser()]
+            folders += [] if path is None else [Path(path).expanduser()]
         except (RuntimeError, TypeError) as error:  # ~somebody
             raise ValueError(f"{name} must name a folder, got {shown(path)} ({error})") from error
-    return [*found, default_dir()]
+    return [*folders, default_dir()]
 
 
 def find(
@@ -90,16 +90,16 @@ def read_checked(path: Path, md5: str | None) -> bytes:
 
 def check_md5(data: bytes, md5: str, path: Path) -> None:
     """Raises ValueError, naming `path`, when the md5 of `data` is not `md5`."""
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
+    given = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if given != md5:
         name = f"{plain(path)} ({len(data)} bytes)"
-        if other := next((other for other, sums in OTHERS.items() if found in sums), None):
+        if other := next((other for other, sums in OTHERS.items() if given in sums), None):
             raise ValueError(
                 f"{name} belongs to {other}, whose files have the same names: point --data-dir (data_dir) at a folder "
                 "of the data set that you asked for"
             )
         raise ValueError(
-            f"{name} is damaged, or is no such file but another data set's: md5 found {found}, expected {md5}; {REMEDY}"
+            f"{name} is damaged, or is no such file but another data set's: md5 found {given}, expected {md5}; {REMEDY}"
         )
 
 
