@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import Execution, keep_memory
+from atlas_kernels import keep_memory
 from atlas_kernels.attacks.held import put_back
 from atlas_kernels.capture import Capture, CaptureFailed, Recorder, cuda_graph
 from atlas_train import data, methods, models
@@ -38,7 +38,7 @@ from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
 from harness import Call, environment, median_interval, peak_memory, seconds
-from network_passes import Attack, Bare, Learn, Pass
+from network_passes import Bare, Learn, Pass
 from step_table import KINDS, NOTES, StepRow, listed, read, report, table
 from steps import STEPS, Published, Step
 from tables import aligned, command_line
@@ -65,7 +65,6 @@ class Settings:
     steps: int = 10
     rounds: int = 5
     row_seconds: float = 40.0
-    fold: bool = False
     compile: bool = False
     graphs: bool = False
     device: str = "cpu"
@@ -100,7 +99,7 @@ class Bench:
         """The same in double precision, where both sides differ by rounding alone and that does not grow."""
         made = copy.copy(self)
         made.model = copy.deepcopy(self.model).double()
-        made.settings = replace(self.settings, fold=False, compile=False, graphs=False)
+        made.settings = replace(self.settings, compile=False, graphs=False)
         return made
 
     def run(self, method: str, hyper: dict[str, Any]) -> Run:
@@ -178,8 +177,6 @@ class Contest:
         self.key = noise_keys(0, 0, 1)[0].to(bench.device)
         self.passes = {dtype: self._passes(dtype == "bf16") for dtype in ("fp32", "bf16")}
         self.kinds = {"": self.made.model}
-        if bench.settings.fold and any(isinstance(p, Attack) and p.mode == "eval" for p in self.passes["fp32"]):
-            self.kinds[" folded"] = self.made.model
         if bench.settings.compile:
             torch._dynamo.reset()  # else networks of earlier rows count as recompilations, of which there may be few
             self.kinds[" compiled"] = torch.compile(self.made.model, dynamic=False)  # type: ignore[assignment]
@@ -188,8 +185,7 @@ class Contest:
         self.calls = {f"published {project}".strip(): self._published(bench, p) for project, p in self._ways}
         for (kind, model), dtype in itertools.product(self.kinds.items(), ("fp32", "bf16")):
             recorder = bench.recorder if kind == " graphs" else None
-            execution = Execution(fold_batchnorm=kind == " folded")
-            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", execution, recorder)
+            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", recorder)
             self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder)
 
     @property
@@ -243,7 +239,7 @@ class Contest:
         losses: list[Any] = []
         if name.endswith(KINDS):
             for _ in range(2):
-                call()  # sees what folds, or compiles; of a graph, the eager step and the one that is recorded
+                call()  # compiles; of a graph, the eager step and the one that is recorded
             self.row.memory[name] = peak_memory(lambda: losses.append(call()), self.device)
         else:
             model, x = self.made.model, self.batch.x
@@ -264,7 +260,7 @@ class Contest:
         algorithm, start, how = published(self.made.method, batch, self.key)
         return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how)[1]
 
-    def _ours(self, model: nn.Module, bf16: bool, execution: Execution, recorder: Recorder | None) -> Call:
+    def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None) -> Call:
         """A step as the engine makes it."""
         run, losses = self.made, Losses(self.made)
         graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
@@ -273,7 +269,7 @@ class Contest:
         def call() -> Tensor:
             run.model.train()
             descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, self.batch.ids))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), execution:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 return train_step(model, self.batch, self.key, run.state, descent)[0]
 
         return call
@@ -357,7 +353,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Settings.row_seconds,
         help=f"after {LEAST_ROUNDS} rounds a row ends once it has taken so long; default: %(default)s",
     )
-    parser.add_argument("--fold", action="store_true", help="also ours with BatchNorm folded in eval-mode attacks")
     parser.add_argument(
         "--compile", action="store_true", help="also ours and its passes with torch.compile of the network"
     )

@@ -1,4 +1,4 @@
-"""What each choice gains, one after the other: layout, memory, BatchNorm, precision, graphs, compilation.
+"""What each choice gains, one after the other: layout, memory, precision, graphs, compilation.
 
     python benchmarks/choices.py [--network NAME] [--results FILE.json] [--compile]
 
@@ -39,11 +39,10 @@ CHOICES = (
     Choice("as found: float32, NCHW", {"channels_last": False}, keep=False),
     Choice("channels_last", {"channels_last": True}, keep=False),
     Choice("keep_memory", {}),
-    Choice("fold_batchnorm, in the attack", {"fold_batchnorm": True}),
     Choice("bf16, in the attack", {"attack_precision": "bf16"}),
     Choice("bf16, in training too", {"precision": "bf16"}),
     Choice("cuda_graphs, of the attack", {"cuda_graphs": True}),
-    Choice("compile, in place of folding and graphs", {"compile": True, "fold_batchnorm": False, "cuda_graphs": False}),
+    Choice("compile, in place of graphs", {"compile": True, "cuda_graphs": False}),
 )
 
 
@@ -68,7 +67,7 @@ def measure(found: dict[Choice, Setting], steps: int, rounds: int) -> list[dict[
         for (choice, own), row in zip(calls.items(), rows, strict=True):
             with keep_memory() if choice.keep else nullcontext():
                 for work, call in own.items():
-                    call()  # compiles, folds, and fills the memory that is kept
+                    call()  # compiles, and fills the memory that is kept
                     row[work].append(seconds(call, torch.device(row["device"])))
     return rows
 

@@ -34,7 +34,6 @@ class Setting:
     precision: str = "fp32"
     attack_precision: str = "keep"
     channels_last: bool = True
-    fold_batchnorm: bool = False
     cuda_graphs: bool = False
     compile: bool = False
     threads: int = 1
@@ -79,7 +78,7 @@ def _channels(s: Setting) -> int:
 
 
 def _execution(s: Setting) -> Execution:
-    return Execution(s.attack_precision, fold_batchnorm=s.fold_batchnorm, cuda_graphs=s.cuda_graphs)
+    return Execution(s.attack_precision, cuda_graphs=s.cuda_graphs)
 
 
 def bare_passes(s: Setting, passes: Sequence[Pass]) -> Call:

@@ -580,7 +580,7 @@ def test_a_module_that_attacks_whenever_its_mode_is_set(x: Tensor, y: Tensor) ->
     assert modes == [[True] * 4, [False] * 4, [True] * 4]
 
 
-@pytest.mark.parametrize("execution", [Execution(), Execution("bf16", fold_batchnorm=True)])
+@pytest.mark.parametrize("execution", [Execution(), Execution("bf16")])
 def test_ctrl_c_leaves_no_trace_wherever_it_comes(
     model: Net, x: Tensor, y: Tensor, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -768,7 +768,7 @@ def test_threads_may_attack_in_the_mode_that_each_has_set_around_its_attacks(mod
 
 
 @contextlib.contextmanager
-def attack_of_another_thread(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[RemovableHandle]:
+def attack_of_another_thread(model: nn.Module, x: Tensor, y: Tensor, mode: str = "eval") -> Iterator[RemovableHandle]:
     """Inside, it is in its forward."""
     inside, done = threading.Event(), threading.Event()
 
@@ -777,7 +777,7 @@ def attack_of_another_thread(model: nn.Module, x: Tensor, y: Tensor) -> Iterator
         done.wait(5)
 
     hook = model.register_forward_pre_hook(stay)
-    thread = threading.Thread(target=lambda: PGD(EPS, steps=1)(model, x, y))
+    thread = threading.Thread(target=lambda: PGD(EPS, steps=1, attack_mode=mode)(model, x, y))
     thread.start()
     assert inside.wait(5)
     try:
@@ -787,13 +787,22 @@ def attack_of_another_thread(model: nn.Module, x: Tensor, y: Tensor) -> Iterator
         thread.join()
 
 
-@pytest.mark.parametrize("clash", [{"attack_mode": "train"}, {"attack_mode": "keep"}, "fold_batchnorm"])
-def test_threads_that_want_one_model_in_different_modes_are_told(model: Net, x: Tensor, y: Tensor, clash: Any) -> None:
-    before, folds = Snapshot(model), clash == "fold_batchnorm"
-    with attack_of_another_thread(model, x, y):
+@pytest.mark.parametrize(
+    "mode, clash",
+    [
+        ("eval", {"attack_mode": "train"}),
+        ("eval", {"attack_mode": "keep"}),
+        ("train", {"attack_mode": "train", "update_buffers": True}),
+    ],
+)
+def test_threads_that_want_one_model_in_different_ways_are_told(
+    model: Net, x: Tensor, y: Tensor, mode: str, clash: dict[str, Any]
+) -> None:
+    before = Snapshot(model)
+    with attack_of_another_thread(model, x, y, mode):
         told = pytest.raises(RuntimeError, match="another thread attacks this Net just now.*take turns")
-        with told, Execution(fold_batchnorm=folds):
-            PGD(EPS, **({} if folds else clash))(model, x, y)
+        with told:
+            PGD(EPS, **clash)(model, x, y)
     before.check()
 
 

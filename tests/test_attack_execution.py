@@ -96,13 +96,13 @@ def test_unknown_precision_is_refused() -> None:
 
 def test_pickle_and_copy_take_the_settings_alone(case) -> None:
     model, x, y = case
-    for execution in (Execution("bf16", fold_batchnorm=True), Execution(cuda_graphs=True)):
+    for execution in (Execution("bf16"), Execution(cuda_graphs=True)):
         with execution, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             PGD(EPS, steps=1)(model, x, y)
         for made in (pickle.loads(pickle.dumps(execution)), copy.deepcopy(execution), copy.copy(execution)):
             assert repr(made) == repr(execution) and made is not execution
-            assert (made.graphs is None) == (execution.graphs is None) and not len(made._preparations._networks)
+            assert (made.graphs is None) == (execution.graphs is None)
             assert made.graphs is None or made.graphs is not execution.graphs
 
 

@@ -88,7 +88,6 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
         (TypeError, "x must be a strided tensor, got nested", lambda: step(x=nested(X))),
         (TypeError, "active must be a strided tensor, got nested", lambda: step(active=nested(Y > 1))),
         (ValueError, r"clip_max has 3 values.*\[4, 8, 8, 3\]\); make images with the channels last", lambda: ak.random_start(X.permute(0, 2, 3, 1), 0.1, clip_max=[1.0, 1.0, 1.0])),
-        (TypeError, "fold_batchnorm must be True or False, got 1", lambda: ak.Execution(fold_batchnorm=1)),
         (TypeError, "cuda_graphs must be True or False, got 'no'", lambda: ak.Execution(cuda_graphs="no")),
         (TypeError, "base must be an integer, got 0.5", lambda: ak.noise_key(base=0.5)),
         (ValueError, "base must be an integer of at most 9223372036854775807", lambda: ak.noise_key(base=2**63)),

@@ -218,15 +218,13 @@ def test_the_interval_is_that_of_order_statistics() -> None:
 
 def test_other_kinds_of_ours(small: bench.Bench) -> None:
     made = copy.copy(small)
-    made.settings, made.recorder = dataclasses.replace(small.settings, fold=True, graphs=True), recorded
+    made.settings, made.recorder = dataclasses.replace(small.settings, graphs=True), recorded
     row = bench.measure(made, "trades")
     assert row.problem is None
-    for kind in (" folded", " graphs"):
-        assert {f"{side} {dtype}{kind}" for side in ("ours", "bare") for dtype in ("fp32", "bf16")} < set(row.seconds)
-    assert [line[0] for line in row.lines()] == ["trades", "trades folded", "trades graphs"]
-    assert set(bench.Contest(made, "standard").kinds) == {"", " graphs"}, "there is no attack in eval mode"
+    assert {f"{side} {dtype} graphs" for side in ("ours", "bare") for dtype in ("fp32", "bf16")} < set(row.seconds)
+    assert [line[0] for line in row.lines()] == ["trades", "trades graphs"]
     assert not row.missing
-    assert set(bench.Contest(made, "mma").kinds) == {"", " folded"}, "a step of MMA cannot be a graph"
+    assert set(bench.Contest(made, "mma").kinds) == {""}, "a step of MMA cannot be a graph"
 
 
 def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:

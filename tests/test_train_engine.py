@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -532,6 +533,8 @@ def test_retired_settings_are_dropped_and_one_line_says_so(tmp_path: Path, monke
         with pytest.warns(UserWarning, match="momentous no longer exists and is ignored: nothing came of it") as told:
             assert made() == config
         assert len(told) == 1
+    with pytest.warns(UserWarning, match="fold_batchnorm no longer exists"):
+        assert from_dict(to_dict(config) | {"fold_batchnorm": False}) == config
     with pytest.raises(TypeError, match="momentary"):
         TrainConfig(momentary=True)  # type: ignore[call-arg]
 

@@ -154,10 +154,9 @@ def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_what_the_execution_is_told(as_if_cuda: dict[str, str]) -> None:
-    for settings in ({}, {"fold_batchnorm": True}, {"cuda_graphs": "attack"}, {"cuda_graphs": "step"}):
+    for settings in ({}, {"cuda_graphs": "attack"}, {"cuda_graphs": "step"}):
         made = runs.prepare(config(**settings, **as_if_cuda), splits(), None, None).execution
         assert made.cuda_graphs == (settings.get("cuda_graphs") == "attack")
-        assert made.fold_batchnorm == ("fold_batchnorm" in settings)
 
 
 def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_written(
@@ -405,7 +404,6 @@ def test_freed_memory_is_kept_while_a_run_lasts() -> None:
             {"cuda_graphs": "step", "checkpoint_activations": True},
             "cuda_graphs='step' and checkpoint_activations do not",
         ),
-        ({"compile": True, "fold_batchnorm": True}, "compile and fold_batchnorm do not go together"),
         ({"compile": True, "checkpoint_activations": True}, "compile and checkpoint_activations do not go together"),
         ({"cuda_graphs": "always"}, "cuda_graphs must be one of 'none', 'attack', 'step', got 'always'"),
         ({"attack_precision": "fp16"}, "attack_precision must be one of 'fp32', 'bf16', got 'fp16'"),

@@ -65,7 +65,7 @@ def leave_no_trace(
             copy_buffers=True,
             update_buffers=update_buffers,
             seeds={} if key is None else _seeds(model, key, training),
-            alone=(update_buffers and training) or execution.fold_batchnorm,
+            alone=update_buffers and training,
         ),
         execution.around(model, device_of(model, key)),
     ):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import flag, require_choice
+from .cast_weights import cast_once
 from .graphs import Graphs
 from .held import at_the_end
-from .prepared import Preparations
 
 if TYPE_CHECKING:
     from .objective import Model
@@ -31,7 +31,7 @@ PRECISIONS = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16
 class Execution:
     """Settings for every attack inside ``with Execution(...):``, those of drop-ins and training methods too.
 
-    Make one and enter it around each step; it may own what it has prepared, which goes when it goes. Nested contexts:
+    Make one and enter it around each step; it owns the graphs it has recorded, which go when it goes. Nested contexts:
     the inner one counts alone. It is in force in the thread or asyncio task that enters it; others may enter it too.
 
     Args:
@@ -41,10 +41,6 @@ class Execution:
             it by up to 6 % of eps (see ``perturb``). In 16 bits weights are cast once per attack. "fp16" also runs in
             float32, a second time, those samples whose gradient it loses; on CUDA the host waits in every step to know
             (see ``float16.py``, also for CUDA graphs). "bf16" has the range of float32 and loses none.
-        fold_batchnorm: in eval mode, run a convolution or linear layer and the BatchNorm that alone reads its output as
-            one layer; equal to rounding. What folds is seen in one forward, made before the first attack on a network;
-            where nothing does, or the network is compiled, a warning says so. A network that later runs another way
-            raises RuntimeError; weights that change within an attack are heeded.
         cuda_graphs: record each kind of attack on CUDA tensors as one CUDA graph and replay that (see ``graphs.py``:
             what it remembers, what it costs in memory, and which attacks run as ever, with a warning that says why).
 
@@ -52,19 +48,16 @@ class Execution:
     """
 
     precision: str = "keep"
-    fold_batchnorm: bool = False
     cuda_graphs: bool = False
     graphs: Graphs | None = field(default=None, init=False, repr=False)
-    _preparations: Preparations = field(default_factory=Preparations, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, tuple(PRECISIONS))
-        flag("fold_batchnorm", self.fold_batchnorm)
         flag("cuda_graphs", self.cuda_graphs)
         self.graphs = Graphs() if self.cuda_graphs else None
 
     def __reduce__(self) -> tuple[type[Execution], tuple[object, ...]]:
-        """For pickle and copy: the settings alone, since what it has prepared belongs to the networks of here."""
+        """For pickle and copy: the settings alone, since its graphs belong to the networks of here."""
         return type(self), self._settings()
 
     def _settings(self) -> tuple[object, ...]:
@@ -105,7 +98,7 @@ class Execution:
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:
         """What an attack on ``model``, its weights frozen and its modes set, runs in."""
-        with self._autocast(device.type), self._preparations.around(model, device, self.fold_batchnorm):
+        with self._autocast(device.type), cast_once(model, device.type):
             yield
 
     @contextmanager

@@ -145,8 +145,8 @@ class _Held:
                 if self.alone or other.alone or mode != module.training:
                     raise RuntimeError(
                         f"another thread attacks this {type(self.modules[0]).__name__} just now, in another mode, or "
-                        "one of the two has update_buffers=True or fold_batchnorm=True: let the threads take turns (a "
-                        "threading.Lock around the attack), or give each its own copy of the model (copy.deepcopy)"
+                        "one of the two has update_buffers=True: let the threads take turns (a threading.Lock around "
+                        "the attack), or give each its own copy of the model (copy.deepcopy)"
                     )
 
     def change(self, wanted: Modes, seeds: Mapping[torch.Generator, int | None]) -> None:

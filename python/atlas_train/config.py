@@ -25,7 +25,7 @@ MOST_THREADS = 1024
 PLACES = ("data_dir", "out_dir", "resume")
 #: Settings of earlier versions that no longer exist, and why. Files, flags and calls that have one still work: it is
 #: ignored, whatever its value, and a warning of one line says so.
-RETIRED: dict[str, str] = {}
+RETIRED: dict[str, str] = {"fold_batchnorm": "it made attacks no faster"}
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
@@ -119,7 +119,6 @@ class TrainConfig(metaclass=_Lenient):
         None, "of the network in attacks, the probe's too; images and steps stay fp32. Default: as train_precision"
     )
     channels_last: bool = option(False, "images and weights in channels_last")
-    fold_batchnorm: bool = option(False, "attacks in eval mode fold BatchNorm into the convolutions beside it")
     compile: bool = option(
         False,
         "torch.compile of the network in attacks and training. Methods that look inside the network or differentiate "
@@ -234,10 +233,7 @@ def label(method: str, awp: float) -> str:
 
 
 #: Two settings that are not to be had together, and why.
-_CLASHES = (
-    ("compile", "fold_batchnorm", "compiled code fuses BatchNorm by itself"),
-    ("compile", "checkpoint_activations", "compiled code decides by itself what to compute again"),
-)
+_CLASHES = (("compile", "checkpoint_activations", "compiled code decides by itself what to compute again"),)
 
 
 def _require_compatible(config: TrainConfig) -> None:

@@ -139,7 +139,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         require_recomputable(method, model)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
     precision = config.attack_precision or config.train_precision
-    execution = Execution(precision, fold_batchnorm=config.fold_batchnorm, cuda_graphs=config.cuda_graphs == "attack")
+    execution = Execution(precision, cuda_graphs=config.cuda_graphs == "attack")
     optimizer = optimizers.make(config, model)
     if config.cuda_graphs == "step":
         require_recordable(method, optimizer, config.on_nonfinite)

@@ -69,7 +69,7 @@ def attacked(draw: Draw) -> str | None:
     before = [(t, t.clone(), t.requires_grad, t._version) for t in (*network.parameters(), *network.buffers())]
     modes = [module.training for module in network.modules()]
     torch.manual_seed(1)
-    with ak.Execution(precision, fold_batchnorm=False):
+    with ak.Execution(precision):
         result = attack.run(network, x, y)
         state = torch.random.get_rng_state()
         again = attack.run(network, x, y, key=result.key)
