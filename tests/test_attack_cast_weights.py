@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atlas_kernels import PGD, Execution
-from atlas_kernels.attacks import leave_no_trace
+from atlas_kernels.attacks import attacking
 from atlas_kernels.compat.awp import AdvWeightPerturb
 from atlas_train.models import build
 from test_attack_contract import Snapshot
@@ -77,7 +77,7 @@ class Calls(TorchDispatchMode):
 
 def passes(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and an input gradient, in an attack in bfloat16."""
-    with Execution("bf16"), leave_no_trace(model, "keep", None):
+    with Execution("bf16"), attacking(model, "keep", None):
         leaf = x.clone().requires_grad_()
         z = model(leaf)
         return z.detach(), torch.autograd.grad(z.square().sum(), leaf)[0]
@@ -156,7 +156,7 @@ def test_logits_and_gradients_are_the_bits_of_autocast(name: str, device: torch.
     x = images(shape, device)
     model = ready(make, x)
     check_equal(model, x)
-    with Execution("bf16"), leave_no_trace(model, "keep", None), Calls(model) as calls:
+    with Execution("bf16"), attacking(model, "keep", None), Calls(model) as calls:
         model(x)
     assert calls.casts == casts
 
@@ -185,7 +185,7 @@ def test_weights_that_need_no_cast_are_run_as_they_are(dtype: torch.dtype, x: Te
     model = ready(NETWORKS["by keyword"][0], x).to(dtype)
     x = x.to(dtype)
     check_equal(model, x)
-    with Execution("bf16"), leave_no_trace(model, "keep", None):
+    with Execution("bf16"), attacking(model, "keep", None):
         assert ("forward" in vars(model.conv)) == (dtype == torch.float16)
 
 
@@ -193,7 +193,7 @@ def test_weights_keep_their_layout(x: Tensor) -> None:
     model = ready(NETWORKS["bias"][0], x)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=memory_format)
-        with Execution("bf16"), leave_no_trace(model, "eval", None):
+        with Execution("bf16"), attacking(model, "eval", None):
             assert vars(model.conv)["forward"].__self__._weight.stride() == model.conv.weight.stride()
 
 
@@ -221,13 +221,13 @@ def another_autocast(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def an_attack_within(model: nn.Module, x: Tensor) -> Tensor:
-    with leave_no_trace(model, "eval", None):
+    with attacking(model, "eval", None):
         model(x)
     return model(x)
 
 
 def a_train_mode_attack(model: nn.Module, x: Tensor) -> Tensor:
-    with leave_no_trace(model, "train", None, update_buffers=True):
+    with attacking(model, "train", None, update_buffers=True):
         return model(x)
 
 
@@ -251,7 +251,7 @@ def test_changes_within_an_attack_are_seen(meanwhile: Callable[..., Tensor], x: 
     found = []
     for bare in (False, True):
         model = ready(NETWORKS["bias"][0], x)
-        with Execution("bf16"), leave_no_trace((lambda v: model(v)) if bare else model, "keep", None):  # noqa: B023
+        with Execution("bf16"), attacking((lambda v: model(v)) if bare else model, "keep", None):  # noqa: B023
             model(x)
             found.append(meanwhile(model, x))
         assert not any("forward" in vars(module) for module in model.modules())
@@ -275,7 +275,7 @@ def test_a_hook_that_makes_the_weights_is_heeded(x: Tensor) -> None:
     model.conv.register_forward_pre_hook(turn)
     found = []
     for network in (model, lambda v: model(v)):
-        with Execution("bf16"), leave_no_trace(network, "keep", None):
+        with Execution("bf16"), attacking(network, "keep", None):
             found.append(torch.stack([network(x), network(x)]))
     assert torch.equal(*found) and not torch.equal(*found[0])
 
@@ -295,7 +295,7 @@ def test_autocast_that_is_switched_within_the_network(x: Tensor) -> None:
 def test_compiled_code_is_left_alone(make: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
     model = ready(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(216, 5)), x)
     made = make(model)
-    with Execution("bf16"), leave_no_trace(made, "keep", None):
+    with Execution("bf16"), attacking(made, "keep", None):
         assert not any("forward" in vars(module) for module in model)
     assert all(map(torch.equal, passes(made, x), passes(model, x)))
 
@@ -305,7 +305,7 @@ def test_the_network_is_not_kept_alive(make: Callable[[], nn.Module]) -> None:
     execution, model, x = Execution("bf16"), make(), torch.rand(IMAGES)
     x = x.flatten(1) if isinstance(model, nn.Linear) else x
     model(x)
-    with execution, leave_no_trace(model, "eval", None):
+    with execution, attacking(model, "eval", None):
         model(x)
     gone = weakref.ref(model)
     del model

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from .attack import Attack
+from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
-from .execution import Execution
+from .execution import Execution, attacking
 from .fgsm import FGSM
+from .mifgsm import MIFGSM
 from .objective import Model
-from .pgd import PGD, AttackResult, LastStep
+from .pgd import PGD
 
-__all__ = ["FGSM", "PGD", "AttackResult", "Execution", "LastStep", "Model", "leave_no_trace"]
+__all__ = [
+    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "attacking",
+    "leave_no_trace",
+]  # fmt: skip

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import capturing
-from .execution import current_execution, device_of
 from .held import generators, modes_of, modules_of, put_back
 
 ATTACK_MODES = ("eval", "train", "keep")
@@ -26,7 +25,7 @@ ATTACK_MODES = ("eval", "train", "keep")
 def leave_no_trace(
     model: Callable[[Tensor], Any], attack_mode: str, key: Tensor | None, *, update_buffers: bool = False
 ) -> Iterator[None]:
-    """Run an attack on ``model`` inside this context.
+    """Run an attack on ``model`` inside this context; inside ``attacking`` as the ``Execution`` around says, too.
 
     attack_mode: "eval" puts every module in eval mode, "train" puts every module in train mode (a frozen BatchNorm
     too), "keep" leaves each as it is. Only the flags change: ``train()`` and ``eval()`` are not called, so an
@@ -41,8 +40,6 @@ def leave_no_trace(
     update_buffers: let modules in train mode write their own buffers, so that BatchNorm's running statistics see every
     forward of the attack, as in some published code: the one trace that can be asked for.
 
-    How the network is run inside, its precision for one, is up to the ``Execution`` around the call.
-
     A bare function can be attacked with attack_mode "keep" alone; its modules' buffers are kept as far as they can be
     found (see ``modules_of``), its weights are not frozen. Raises TypeError for it with another mode, ValueError for a
     network that is not initialised yet, and RuntimeError where another thread attacks the same modules in another mode.
@@ -53,7 +50,6 @@ def leave_no_trace(
             "applied to it; pass the module itself (outputs with .logits, tuples and dicts are taken as they are), or "
             "put what the function does into the forward of a torch.nn.Module that holds the network"
         )
-    execution = current_execution()
     training = attack_mode == "train" or (attack_mode == "keep" and any(modes_of(modules_of(model)).values()))
     with (
         torch.inference_mode(False),
@@ -67,7 +63,6 @@ def leave_no_trace(
             seeds={} if key is None else _seeds(model, key, training),
             alone=update_buffers and training,
         ),
-        execution.around(model, device_of(model, key)),
     ):
         yield
 

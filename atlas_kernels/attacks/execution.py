@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import flag, require_choice
+from .batch import Batch
 from .cast_weights import cast_once
+from .contract import leave_no_trace
 from .graphs import Graphs
 from .held import at_the_end
-
-if TYPE_CHECKING:
-    from .objective import Model
-    from .pgd import PGD, Batch
+from .objective import Model
 
 Result = TypeVar("Result")
 
@@ -89,12 +88,6 @@ class Execution:
         last = len(entered) - 1 - entered[::-1].index(self)  # not always the innermost: generators end in any order
         _ENTERED.set(entered[:last] + entered[last + 1 :])
 
-    def run(self, attack: PGD, loop: Callable[[PGD, Model, Batch], Result], model: Model, batch: Batch) -> Result:
-        """``loop(attack, model, batch)``: the one door to the loops of ``PGD``."""
-        if self.graphs is None:
-            return loop(attack, model, batch)
-        return self.graphs.run(attack, loop, model, batch, self._settings())
-
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:
         """What an attack on ``model``, its weights frozen and its modes set, runs in."""
@@ -114,6 +107,48 @@ class Execution:
             yield
 
 
+@contextmanager
+def attacking(
+    model: Callable[[Tensor], Any], attack_mode: str, key: Tensor | None, *, update_buffers: bool = False
+) -> Iterator[None]:
+    """What any attack runs in: ``leave_no_trace``, where the arguments are explained, and how the ``Execution`` around
+    has the network run."""
+    with (
+        leave_no_trace(model, attack_mode, key, update_buffers=update_buffers),
+        current_execution().around(model, _device_of(model, key)),
+    ):
+        yield
+
+
+def run(
+    loop: Callable[[Model, Batch], Result],
+    model: Model,
+    batch: Batch,
+    attack_mode: str,
+    update_buffers: bool = False,
+    *,
+    constant: Hashable,
+    no_graph: str | None = None,
+) -> Result:
+    """``loop(model, batch)`` while ``attacking``, by a CUDA graph where the ``Execution`` around asks for it.
+
+    constant: what else than model and batch ``loop`` goes by, its name included: each value has a graph of its own.
+    no_graph: why there can be none, if so.
+    """
+
+    def call(batch: Batch, again: bool = False) -> Result:
+        with attacking(
+            model, attack_mode, batch.key if batch.seeded else None, update_buffers=update_buffers and not again
+        ):
+            return loop(model, batch)
+
+    execution = current_execution()
+    if execution.graphs is None:
+        return call(batch)
+    kind = constant, update_buffers, execution._settings()
+    return execution.graphs.run(call, model, batch, kind, attack_mode, no_graph)
+
+
 #: In this thread or task, the outermost first.
 _ENTERED: ContextVar[tuple[Execution, ...]] = ContextVar("atlas_executions", default=())
 _DEFAULT = Execution()
@@ -125,7 +160,7 @@ def current_execution() -> Execution:
     return entered[-1] if entered else _DEFAULT
 
 
-def device_of(model: Callable[[Tensor], Tensor], key: Tensor | None) -> torch.device:
+def _device_of(model: Callable[[Tensor], Tensor], key: Tensor | None) -> torch.device:
     """Where an attack on ``model`` runs."""
     if key is not None:
         return key.device

@@ -1,7 +1,7 @@
 """Whole attacks as CUDA graphs: each kind of call is recorded at its first use and replayed after.
 
-A kind is: the attack's settings, the model, the shapes, dtypes and strides of what is given, the modes of the modules
-(for ``attack_mode="keep"``), autocast, backend and the settings of the ``Execution``. Images, labels, logits, start,
+A kind is: what the caller says is constant (an attack's settings), the model, the shapes, dtypes and strides of what is
+given, the modes of the modules (for ``attack_mode="keep"``), autocast and backend. Images, labels, logits, start,
 noise key, ids and per-sample or per-channel numbers are inputs of the graph; the noise is that of the call's own key.
 Weights and buffers are read anew at every replay, so an optimiser that writes in place is seen; weights that are
 replaced (``.to()``, ``load_state_dict(assign=True)``) are noticed, and recorded anew.
@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,12 +34,10 @@ from torch import Tensor, nn
 from ..backends import forced_backend
 from ..capture import Capture, CaptureFailed, Recorder, capturing, cuda_graph
 from ..checks import class_indices
+from .batch import Batch
+from .objective import Model
 
-if TYPE_CHECKING:
-    from .objective import Model
-    from .pgd import PGD, Batch
-
-Result = TypeVar("Result")
+Result = TypeVar("Result", covariant=True)
 
 #: Graphs per model. A training makes two per attack (the last batch of an epoch may be smaller), an evaluation too.
 LIMIT = 16
@@ -49,7 +47,12 @@ _TOO_MANY = (
     "too many of its calls are of a kind not seen before, each of which takes a recording; keep shapes and settings (a "
     "radius that changes: give it as a tensor [B]), keep the model, and write its weights in place"
 )
-_IN_BATCH = {"eps", "step_size", "clip_min", "clip_max"}  # settings of PGD that the batch holds, checked
+
+
+class Call(Protocol[Result]):
+    """An attack on a batch. again: after a replay, which has moved the running statistics that it may move."""
+
+    def __call__(self, batch: Batch, again: bool = False) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -78,39 +81,32 @@ class Graphs:
         self._functions = _OfModel()
 
     def run(
-        self,
-        attack: PGD,
-        loop: Callable[[PGD, Model, Batch], Result],
-        model: Model,
-        batch: Batch,
-        settings: Hashable,
+        self, call: Call[Result], model: Model, batch: Batch, constant: Hashable, attack_mode: str, no_graph: str | None
     ) -> Result:
-        """``loop(attack, model, batch)``, by a graph where one can be had."""
+        """``call(batch)``, an attack on ``model``, by a graph where one can be had.
+
+        constant: what else than these ``call`` goes by. no_graph: why there can be none, if so.
+        """
         if not len(batch.x) or capturing(batch.x.is_cuda):
-            return loop(attack, model, batch)
+            return call(batch)
         with self._lock:
             self.calls += 1
-            found = self._find(attack, loop, model, batch, settings)
+            found = no_graph or self._find(call, model, batch, constant, attack_mode)
             if isinstance(found, _Graph):
                 if batch.goal.labels is not None and found.classes is not None:
                     class_indices("y", batch.goal.labels, batch.x, found.classes, attack=True)
                 made: Result
-                made, lost = found.capture(*_tensors(batch))
+                made, lost = found.capture(*batch.tensors())
                 if lost is None or not bool(lost):
                     return made
-                attack = replace(attack, update_buffers=False)  # in the replay running statistics have moved already
             else:
                 self._say_once(model, found)
-        return loop(attack, model, batch)
+        return call(batch, again=isinstance(found, _Graph))
 
-    def _find(
-        self, attack: PGD, loop: Callable[..., Any], model: Model, batch: Batch, settings: Hashable
-    ) -> _Graph | str:
+    def _find(self, call: Call[Any], model: Model, batch: Batch, constant: Hashable, attack_mode: str) -> _Graph | str:
         """The graph for this call, made if need be, or why there is none."""
         if batch.x.device.type != self._device_type:
             return f"x is on {batch.x.device}; put model and images on a CUDA device, or leave cuda_graphs out"
-        if attack.compact:
-            return "compact=True waits for the device at every step; set compact=False"
         if not isinstance(model, nn.Module):
             return f"the weights of a {type(model).__name__} cannot be found; pass the torch.nn.Module itself"
         state = _state(model)
@@ -120,34 +116,34 @@ class Graphs:
         if of.tensors != tensors:
             of.kinds.clear()
             of.tensors = tensors
-        kind = _kind(attack, loop, batch), settings, modes if attack.attack_mode == "keep" else None
+        kind = constant, attack_mode, modes if attack_mode == "keep" else None, *_kind(batch)
         if kind in of.kinds:
             found = of.kinds.pop(kind)
         elif self.recordings >= LIMIT and self.recordings * CALLS_PER_RECORDING > self.calls:
             return _TOO_MANY
         else:
-            found = self._record(attack, loop, model, batch)
+            found = self._record(call, model, batch)
         of.kinds[kind] = found  # the last used one is the last
         if len(of.kinds) > LIMIT:
             del of.kinds[next(iter(of.kinds))]
         return found
 
-    def _record(self, attack: PGD, loop: Callable[..., Any], model: nn.Module, batch: Batch) -> _Graph | str:
+    def _record(self, call: Call[Any], model: nn.Module, batch: Batch) -> _Graph | str:
         self.recordings += 1
         classes: int | None = None
 
-        def call(*tensors: Tensor) -> Any:
+        def recorded(*tensors: Tensor) -> Any:
             nonlocal classes
             held = batch.holding(tensors)
             held.goal.watched = True
-            result = loop(attack, model, held)
+            result = call(held)
             classes = held.goal.classes
             return result, held.goal.lost
 
         share = next(self._captures(batch.x.device), None)
         try:
             # The buffers: where update_buffers lets BatchNorm's move, one call is to move them once.
-            capture = Capture(call, _tensors(batch), restore=model.buffers(), share=share, recorder=self._recorder)
+            capture = Capture(recorded, batch.tensors(), restore=model.buffers(), share=share, recorder=self._recorder)
         except CaptureFailed as error:
             return f"{type(model).__name__}: {error}"
         return _Graph(capture, classes)
@@ -160,21 +156,15 @@ class Graphs:
         of = self._models.setdefault(model, _OfModel()) if isinstance(model, nn.Module) else self._functions
         if reason not in of.told:
             of.told.add(reason)
-            warnings.warn(f"cuda_graphs: an attack runs without: {reason}", stacklevel=6)
+            warnings.warn(f"cuda_graphs: an attack runs without: {reason}", stacklevel=7)
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [value for value in batch.values() if isinstance(value, Tensor)]
-
-
-def _kind(attack: PGD, loop: Callable[..., Any], batch: Batch) -> Hashable:
-    """What is constant in a graph, the model apart."""
+def _kind(batch: Batch) -> tuple[Hashable, ...]:
+    """What is constant in a graph for such a batch, the model and what is done with it apart."""
     device = batch.x.device
-    settings = (getattr(attack, f.name) for f in fields(attack) if f.name not in _IN_BATCH)
     given = ((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in batch.values())
     return (
-        device, type(attack), loop, batch.first_step, *settings, *given,
-        torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), forced_backend(),
+        device, *given, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), forced_backend()
     )  # fmt: skip
 
 

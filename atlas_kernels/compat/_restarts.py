@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.arguments import require_count
-from ..attacks.contract import leave_no_trace
+from ..attacks.execution import attacking
 from ..attacks.float16 import are_coupled
 from ..attacks.objective import Model, Objective
 from ..outputs import predicted
@@ -33,7 +33,7 @@ def strongest_delta(
     coupled = are_coupled(model)
     climb = _climb_until_misclassified if freeze else _climb
     delta, best = torch.zeros_like(x), torch.zeros((), device=x.device)
-    with leave_no_trace(model, "keep", None, update_buffers=True):
+    with attacking(model, "keep", None, update_buffers=True):
         for _ in range(restarts):
             adv = climb(forward, start(), y, goal, step, attack_iters, coupled)
             if restarts == 1 and not coupled:

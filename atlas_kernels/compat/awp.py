@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from .. import losses
-from ..attacks import float16, leave_no_trace
+from ..attacks import attacking, float16
 from ..attacks.weights import weight_directions
 from ..checks import require_choice
 from ..outputs import logits_of
@@ -55,7 +55,7 @@ class _WeightPerturbation:
     def _directions(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
         """``||w|| g / ||g||`` per weight, g the gradient of the loss in train mode; BatchNorm's statistics rest."""
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        with leave_no_trace(self.model, "train", None):
+        with attacking(self.model, "train", None):
             for _, weight in named:
                 weight.requires_grad_(True)  # here the weights are what is attacked
             value = loss()

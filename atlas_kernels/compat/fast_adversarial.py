@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import leave_no_trace
+from ..attacks import attacking
 from ..attacks.arguments import require_radius
 from ..attacks.objective import Objective
 from ..checks import class_indices
@@ -111,7 +111,7 @@ def _attack_normalised(
 
 def attack_fgsm(model: nn.Module, X: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """``epsilon * sign(gradient at X)``, in the mode that the model is in; as published not clipped to the images."""
-    with leave_no_trace(model, "keep", None, update_buffers=True):
+    with attacking(model, "keep", None, update_buffers=True):
         _, grad = Objective(class_indices("y", y, X)).gradient(model, X, sized=False)
     return epsilon * grad.sign().to(X.dtype)
 

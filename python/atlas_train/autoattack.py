@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
-from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.attacks import attacking
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
 from .data import Batches, Images
@@ -66,7 +66,7 @@ def autoattack(
         say(f"AutoAttack ({version}) on {len(y):,} images at eps {fraction(eps)}")
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
-    with torch.random.fork_rng(range(torch.cuda.device_count())), leave_no_trace(model, "eval", key):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), attacking(model, "eval", key):
         first = logits_of(model(x[:1]))
         require_rows_of_logits(first, x[:1])
         classes = first.shape[1]

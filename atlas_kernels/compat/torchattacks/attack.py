@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks.contract import leave_no_trace
+from ...attacks.execution import attacking
 from ...attacks.held import modes_of, put_back
 from ...attacks.objective import Objective
 from ...checks import class_indices, flag, require_float_images, whole
@@ -247,10 +247,10 @@ class Attack(Kin):
         return self._judge(inputs, "eval")
 
     def _judge(self, inputs: Tensor, mode: str) -> Tensor:
-        """The logits without gradients, in ``mode`` of ``leave_no_trace``."""
+        """The logits without gradients, in ``mode`` of ``attacking``."""
         network = self._through()
         key = None if self._is_overridden() else next_key(inputs.device)
-        with leave_no_trace(network, mode, key):
+        with attacking(network, mode, key):
             return Objective().predict(network, inputs)
 
     def _is_overridden(self) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from atlas_kernels import attack_cotangent, pgd_step, trades_loss
-from atlas_kernels.attacks import PGD, leave_no_trace
+from atlas_kernels.attacks import PGD, attacking
 from atlas_kernels.attacks.float16 import pull_back
 from atlas_kernels.outputs import logits_of
 
@@ -47,7 +47,7 @@ class BackwardSmoothing(Method):
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         x, _, ids = batch
         step_size = self._step_size
-        with leave_no_trace(model, "eval", key):
+        with attacking(model, "eval", key):
             leaf = x.detach().requires_grad_()
             logits = logits_of(model(leaf))
             clean = wide(logits.detach())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import attack_cotangent, cross_entropy
-from atlas_kernels.attacks import leave_no_trace
+from atlas_kernels.attacks import attacking
 from atlas_kernels.attacks.float16 import pull_back
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
@@ -84,7 +84,7 @@ class LLR(Method):
         return radius if radius == self.eps else None
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        with leave_no_trace(model, "keep", key):
+        with attacking(model, "keep", key):
             return self._search(model, batch, key, state, self._clean(model, batch))
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
@@ -114,7 +114,7 @@ class LLR(Method):
         losses, grad = clean.losses.detach(), clean.grad.detach()
         d = _project(radius * uniform(x, key, batch.ids, 0), x, radius)
         mean, square = torch.zeros_like(x), torch.zeros_like(x)
-        with self._normalised(network, constant(clean.statistics)), leave_no_trace(network, "keep", key):
+        with self._normalised(network, constant(clean.statistics)), attacking(network, "keep", key):
             for step in range(1, self.steps + 1):
                 leaf = (x + d).requires_grad_()
                 logits = logits_of(network(leaf))

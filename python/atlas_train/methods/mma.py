@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
-from atlas_kernels.attacks import PGD
-from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.attacks import PGD, attacking
 from atlas_kernels.attacks.objective import Model, never_alone
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
@@ -142,7 +141,7 @@ class MMA(Method):
         attack = PGD(eps, 2.5 * eps / self.steps, self.steps)
         adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
         way = (adv - batch.x) / column(eps + 1e-12, adv)
-        with leave_no_trace(model, "keep", key, update_buffers=self.bn_compat), torch.no_grad():
+        with attacking(model, "keep", key, update_buffers=self.bn_compat), torch.no_grad():
             margins = self._search(model, batch, adv, way, eps)
         return batch.x + column(margins, way) * way, margins
 

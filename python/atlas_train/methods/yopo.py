@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from atlas_kernels import cross_entropy, pgd_step, random_start
-from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.attacks import attacking
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
@@ -106,7 +106,7 @@ class YOPO(Method):
         return pgd_step(adv, grad, x, self.eps, (self.inner - from_start) * self._sigma)
 
     def _inner_steps(self, first: FirstLayer, adv: Tensor, cotangent: Tensor, x: Tensor, key: Tensor) -> Tensor:
-        with leave_no_trace(first.model, "keep", key):
+        with attacking(first.model, "keep", key):
             for _ in range(self.inner):
                 leaf = adv.requires_grad_()
                 (grad,) = torch.autograd.grad(first(leaf.clamp(0, 1)), leaf, cotangent)
