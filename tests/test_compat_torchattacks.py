@@ -282,8 +282,9 @@ def test_16_bit(name, model, images, labels):
 
 
 def test_mifgsm_goes_on_after_a_gradient_of_zero(model, images, labels):
-    direction, _ = ours.MIFGSM(model, decay=0.5)._direction(torch.zeros_like(images), images)
-    assert torch.equal(direction, images / 2)
+    attack = ours.MIFGSM(model, decay=0.5)._attack()
+    _, momentum = attack.step(attack.batch(images, labels), images, torch.zeros_like(images), images, 0.0)
+    assert torch.equal(momentum, images / 2)
     nn.init.zeros_(model.linear.weight)
     assert torch.equal(ours.MIFGSM(model)(images, labels), images)
 

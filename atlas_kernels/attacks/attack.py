@@ -1,4 +1,4 @@
-"""The kit that attacks are written with: one class has the arguments, the checks and the loop; an attack adds its step."""
+"""The kit that attacks are written with: this class has arguments, checks and the loop, and an attack adds its step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Attack:
     Args:
         eps: radius, a number or a tensor [B], in the unit of the images (8/255 for images in [0, 1]; on CIFAR-10 the
             usual l2 radius is 128/255, the usual l1 radius 12).
-        step_size: a number or a tensor [B]. Default: the attack's own, see there.
+        step_size: a number or a tensor [B]. Default: 2.5 eps / steps, or what the attack says.
         norm: of the ball: "linf", "l2" or "l1"; steps, starts and projections as in ``atlas_kernels.perturb``.
         steps: gradient steps; 0 leaves the random start.
         restarts: independent random starts, of which the strongest wins per sample: fooled beats not fooled, then the
@@ -147,9 +147,7 @@ class Attack:
     @property
     def effective_step_size(self) -> float | Tensor:
         """``step_size``, or its default; where steps become shorter, the last one."""
-        if self.step_size is None:
-            raise NotImplementedError(f"{type(self).__name__} has no effective_step_size: define it, or give step_size")
-        return self.step_size
+        return self.eps * 2.5 / max(1, self.steps) if self.step_size is None else self.step_size
 
     @property
     def judged(self) -> bool:
@@ -160,18 +158,7 @@ class Attack:
         """The adversaries alone; arguments as in ``run``."""
         return self.run(model, x, y, **options).adv
 
-    def run(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        reference_logits: Tensor | None = None,
-        start: Tensor | None = None,
-        key: Tensor | None = None,
-        ids: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> AttackResult:
+    def run(self, model: Model, x: Tensor, y: Tensor | None = None, **options: Unpack[Options]) -> AttackResult:
         """Attack the images x [B, ...] (float, in [clip_min, clip_max]) with the labels y (integers [B]).
 
         reference_logits: [B, C], for objective "kl". start: like x, the first iterate in place of a random one or x,
@@ -179,12 +166,13 @@ class Attack:
         it; by default one is drawn from ``generator`` (default: the global one of x's device). ids: int64[B], the
         samples' numbers in the noise instead of their rows, so that a sample gets the same noise in whatever batch.
         """
-        return self.on(model, self.batch(x, y, reference_logits, start, key, ids, generator))
+        return self.on(model, self.batch(x, y, **options))
 
     def batch(
         self,
         x: Tensor,
         y: Tensor | None = None,
+        *,
         reference_logits: Tensor | None = None,
         start: Tensor | None = None,
         key: Tensor | None = None,
@@ -256,8 +244,8 @@ class Attack:
         return Standing(batch, self.start(batch, draw))
 
     def climb(self, model: Model, at: Standing, *, sized: bool = False) -> Iterator[int]:
-        """Takes all steps, ``at`` being where it stands. Before each of them it says how many are left after it; whoever
-        looks on may take samples out, or stop there."""
+        """Takes all steps; ``at`` is where it stands. Before a step it says how many are left after that one; whoever
+        looks on may then take samples out, or stop."""
         for left in reversed(range(self.steps)):
             at.logits, at.grad = at.batch.goal.gradient(model, at.adv, sized=sized or self.sized)
             yield left

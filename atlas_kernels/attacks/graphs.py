@@ -21,7 +21,7 @@ attacks of one ``Execution`` belong on one stream; those of several threads take
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import RLock

@@ -44,13 +44,11 @@ class PGD(Attack):
 
     @property
     def effective_step_size(self) -> float | Tensor:
-        if self.step_size is not None:
-            return self.step_size
-        if self.steps <= 1:
+        if self.step_size is None and self.steps <= 1:
             return self.eps * 1.25 if self.random_start else self.eps
-        if self.norm == L1:
+        if self.step_size is None and self.norm == L1:
             return self.eps * _L1_LAST
-        return self.eps * 2.5 / self.steps
+        return super().effective_step_size
 
     def step(self, batch: Batch, adv: Tensor, grad: Tensor, carried: Any, left: float) -> tuple[Tensor, Any]:
         size = batch.step_size

@@ -4,18 +4,17 @@ Geometry-aware-Instance-reweighted-Adversarial-Training)."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import losses
-from ..attacks import leave_no_trace
+from ..attacks import PGD
 from ..attacks.arguments import require_count, require_radius
 from ..attacks.objective import Objective
 from ..checks import class_indices, flag, require_choice, require_images
-from ..perturb import pgd_step
 from ._evaluation import evaluate
 from ._missing import refuse
 from .trades import noise_near
@@ -60,18 +59,16 @@ def GA_PGD(
     require_count("num_steps", num_steps, 0)
     require_radius("epsilon", epsilon, clip_min=0, clip_max=1)
     require_images(data)
-    data, kind = data.detach(), _OBJECTIVES[loss_fn]
-    kappa = torch.zeros(len(data), dtype=torch.int64, device=data.device)
-    goal = (_Margin if loss_fn == "cw" else Objective)(class_indices("target", target, data), kind=kind, kappa=kappa)
+    data, target = data.detach(), class_indices("target", target, data)
+    attack = PGD(epsilon, step_size, num_steps, objective=_OBJECTIVES[loss_fn], count_correct=True)
     model.eval()
-    x_adv = _start(data, epsilon, category) if rand_init else data.clone()
-    with leave_no_trace(model, "eval", None):
-        if loss_fn == "kl":
-            goal.reference = goal.predict(model, data)
-        for _ in range(num_steps):
-            _, grad = goal.gradient(model, x_adv, sized=False)
-            x_adv = pgd_step(x_adv, grad, data, epsilon, step_size)
-    return x_adv, kappa.to(torch.get_default_dtype())
+    start = _start(data, epsilon, category) if rand_init else data
+    batch = attack.batch(data, target, start=start, seeded=False)
+    if loss_fn == "cw":
+        batch = replace(batch, goal=_Margin(batch.goal.labels, kind="margin"))
+    found = attack.on(model, batch)
+    assert found.kappa is not None
+    return found.adv, found.kappa.to(torch.get_default_dtype())
 
 
 def cwloss(output: Tensor, target: Tensor, confidence: float = 50, num_classes: int = 10) -> Tensor:

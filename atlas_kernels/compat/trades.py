@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import losses
-from ..attacks import PGD, leave_no_trace
+from ..attacks import PGD, Attack, Batch
 from ..attacks.arguments import require_count
-from ..attacks.objective import Objective
-from ..checks import flag, require_choice, require_images
+from ..attacks.batch import per_row
+from ..capture import capturing
+from ..checks import flag, require_choice
 from ..outputs import logits_of
 
 DISTANCES = ("l_inf", "l_2")
@@ -80,7 +83,9 @@ def kl_adversary(
     if distance == "l_inf":
         adv = linf_adversary(PGD(epsilon, step_size, steps, objective="kl"), model, x, None, noise)
     else:
-        adv = _l2_adversary(model, x, noise.to(x.dtype), epsilon, steps)
+        require_count("perturb_steps", steps, 0)
+        attack = _L2(epsilon, epsilon / max(1, steps) * 2, steps, norm="l2", objective="kl")
+        adv = attack.on(model, attack.batch(x, start=noise.to(x.dtype), seeded=False)).adv
     return adv.clamp_(0.0, 1.0)
 
 
@@ -90,19 +95,24 @@ def linf_adversary(attack: PGD, model: nn.Module, x: Tensor, y: Tensor | None, n
     return attack(model, x, y, start=(x + noise).to(x.dtype), key=key)
 
 
-def _l2_adversary(model: nn.Module, x: Tensor, delta: Tensor, epsilon: float, steps: int) -> Tensor:
-    require_images(x)
-    require_count("perturb_steps", steps, 0)
-    x, goal = x.detach(), Objective(kind="kl")
-    with leave_no_trace(model, "eval", None):
-        goal.reference = goal.predict(model, x)
-        for _ in range(steps):
-            _, grad = goal.gradient(model, x + delta, sized=False)
-            norms = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # no square underflows
-            direction = (grad / norms.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
-            still = norms == 0
-            if still.any():
-                direction[still] = -torch.randn_like(direction[still])
-            delta = (delta + epsilon / steps * 2 * direction + x).clamp(0, 1) - x
-            delta = delta.renorm(2, 0, epsilon)
-    return x + delta
+@dataclass(frozen=True)
+class _L2(Attack):
+    """The published steps in l2, from x + the start that is given. They carry x' - x, which is not rounded as x' is."""
+
+    def start(self, batch: Batch, draw: int) -> Tensor:
+        return batch.x + batch.start(draw)
+
+    def step(
+        self, batch: Batch, adv: Tensor, grad: Tensor, carried: Tensor | None, left: float
+    ) -> tuple[Tensor, Tensor]:
+        x, delta = batch.x, batch.start(0) if carried is None else carried
+        norms = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # no square underflows
+        direction = (grad / per_row(norms, grad)).to(x.dtype)
+        still = norms == 0
+        if capturing(x.is_cuda):
+            direction = torch.where(per_row(still, grad), -torch.randn_like(direction), direction)
+        else:
+            direction[still] = -torch.randn_like(direction[still])
+        delta = (delta + batch.step_size * direction + x).clamp(0, 1) - x
+        delta = delta.renorm(2, 0, float(batch.eps))
+        return x + delta, delta

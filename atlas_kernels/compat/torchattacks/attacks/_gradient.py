@@ -1,4 +1,4 @@
-"""The loop that the attacks share: steps along the gradient of the cross-entropy, or of a KL."""
+"""What the attacks share: from torchattacks' settings to an ``Attack`` along the gradient of cross-entropy or a KL."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD
+from .... import attacks
 from ....attacks.arguments import require_radius
-from ....attacks.contract import leave_no_trace
+from ....attacks.batch import per_row
 from ....attacks.held import modes_of
-from ....attacks.objective import Objective
-from ....checks import class_indices, per_sample, require_float_images, require_images
-from ....perturb import pgd_step
+from ....checks import per_sample, require_float_images, require_images
 from ..attack import Attack, next_key
 
 
@@ -55,27 +53,27 @@ class GradientAttack(Attack):
             raise ValueError(f"labels is missing: {self.attack} needs the class of every image")
         labels = labels if self._needs_labels else None
         if not self._is_overridden():
-            return self._run(attack, self._network(x), x, labels, self._start(x, attack.eps))
+            return attack(self._network(x), x, labels, start=self._start(x, attack.eps), key=next_key(x.device))
         # What is overridden may draw random numbers of its own: in torchattacks' order, and from the global state.
         reference = self._judge(x, "keep") if attack.objective == "kl" else None
         start = self._start(x, attack.eps)
-        return self._climb(attack, self._through(), x, Objective(labels, reference, kind=attack.objective), start, None)
+        batch = attack.batch(x, labels, reference_logits=reference, start=start, seeded=False)
+        return attack.on(self._through(), batch).adv
 
-    def _attack(self) -> PGD:
+    def _attack(self) -> attacks.Attack:
         """The attack with the settings as they are now; checks them."""
         raise NotImplementedError
 
-    def _pgd(self, step_size: float | Tensor, steps: int, **options: Any) -> PGD:
+    def _made(
+        self, step_size: float | Tensor, steps: int, kind: type[attacks.Attack] = attacks.PGD, **options: Any
+    ) -> attacks.Attack:
         eps, alpha = radius("eps", self.eps), radius("alpha", step_size)
         mode = "keep" if any(modes_of(self.model.modules()).values()) else "eval"
-        return PGD(eps, alpha, steps, random_start=False, targeted=self.targeted, attack_mode=mode, **options)
+        return kind(eps, alpha, steps, random_start=False, targeted=self.targeted, attack_mode=mode, **options)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
         """The first iterate; None for x itself."""
         return None
-
-    def _run(self, attack: PGD, network: nn.Module, x: Tensor, labels: Tensor | None, start: Tensor | None) -> Tensor:
-        return attack(network, x, labels, start=start, key=next_key(x.device))
 
     def _network(self, x: Tensor) -> nn.Module:
         """From images like ``x`` to logits, where nothing is overridden."""
@@ -85,31 +83,6 @@ class GradientAttack(Attack):
         if self._normalized is None or not self._normalized.holds(self.model, *values):
             self._normalized = Normalized(self.model, *values)
         return self._normalized
-
-    def _climb(
-        self, attack: PGD, network: nn.Module, x: Tensor, goal: Objective, start: Tensor | None, key: Tensor | None
-    ) -> Tensor:
-        """The loop, step by step."""
-        if goal.labels is not None:
-            goal.labels = class_indices("y", goal.labels, x)
-        with leave_no_trace(network, attack.attack_mode, key):
-            adv, direction = (x if start is None else start).clone(), None
-            for _ in range(attack.steps):
-                _, grad = goal.gradient(network, adv)
-                direction, step_size = self._direction(grad, direction)
-                adv = pgd_step(adv, direction, x, attack.eps, step_size, norm=attack.norm, descend=attack.targeted)
-            return adv
-
-    def _direction(self, grad: Tensor, before: Tensor | None) -> tuple[Tensor, float | Tensor]:
-        """Where to and how far, from the gradient of the sum of the losses and the direction before."""
-        return grad, self._attack().effective_step_size
-
-
-class DirectedAttack(GradientAttack):
-    """An attack whose step goes by more than the gradient."""
-
-    def _run(self, attack: PGD, network: nn.Module, x: Tensor, labels: Tensor | None, start: Tensor | None) -> Tensor:
-        return self._climb(attack, network, x, Objective(labels), start, next_key(x.device))
 
 
 class Normalized(nn.Module):
@@ -169,7 +142,7 @@ def radius(name: str, value: float | Tensor) -> float | Tensor:
 
 def spread(values: float | Tensor, like: Tensor) -> float | Tensor:
     """A value per sample in the shape of the images."""
-    return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values
+    return per_row(values, like) if isinstance(values, Tensor) else values
 
 
 def _without_rounding(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD
+from ....attacks import Attack
 from ._gradient import GradientAttack, around, uniform
 
 
@@ -18,8 +18,8 @@ class FFGSM(GradientAttack):
         self.alpha = alpha
         self._attack()
 
-    def _attack(self) -> PGD:
-        return self._pgd(self.alpha, 1)
+    def _attack(self) -> Attack:
+        return self._made(self.alpha, 1)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor:
         # torchattacks draws normal numbers first and overwrites them; they are drawn here for the same random state.

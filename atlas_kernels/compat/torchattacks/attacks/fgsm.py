@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ....attacks import PGD
+from ....attacks import Attack
 from ._gradient import GradientAttack
 
 
@@ -16,5 +16,5 @@ class FGSM(GradientAttack):
         self.eps = eps
         self._attack()
 
-    def _attack(self) -> PGD:
-        return self._pgd(self.eps, 1)
+    def _attack(self) -> Attack:
+        return self._made(self.eps, 1)

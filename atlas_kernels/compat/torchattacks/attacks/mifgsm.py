@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD
-from ._gradient import DirectedAttack, radius, spread
+from .... import attacks
+from ._gradient import GradientAttack
 
 
-class MIFGSM(DirectedAttack):
+class MIFGSM(GradientAttack):
     """Signed steps along a sum of gradients, each over its mean absolute value, that forgets by the factor ``decay`` a
     step (Dong et al. 2018, arXiv 1710.06081)."""
 
@@ -28,11 +27,5 @@ class MIFGSM(DirectedAttack):
         self.decay = decay
         self._attack()
 
-    def _attack(self) -> PGD:
-        return self._pgd(self.alpha, self.steps)
-
-    def _direction(self, grad: Tensor, before: Tensor | None) -> tuple[Tensor, float | Tensor]:
-        size = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
-        grad = grad / spread(size, grad)
-        grad = grad if before is None else grad.add_(before, alpha=self.decay)
-        return grad, radius("alpha", self.alpha)
+    def _attack(self) -> attacks.Attack:
+        return self._made(self.alpha, self.steps, attacks.MIFGSM, decay=self.decay)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .... import attacks
+from ....attacks import Attack
 from ....checks import flag
 from ._gradient import GradientAttack, around, uniform
 
@@ -28,9 +28,9 @@ class PGD(GradientAttack):
         self.random_start = random_start
         self._attack()
 
-    def _attack(self) -> attacks.PGD:
+    def _attack(self) -> Attack:
         flag("random_start", self.random_start)
-        return self._pgd(self.alpha, self.steps)
+        return self._made(self.alpha, self.steps)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
         return around(x, uniform(torch.empty_like(x), eps)) if self.random_start else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD
+from .... import attacks
 from ....checks import flag
 from ....layout import compute_dtype
-from ._gradient import DirectedAttack, around, radius, spread
+from ._gradient import GradientAttack, around, spread
 
 
-class PGDL2(DirectedAttack):
+class PGDL2(GradientAttack):
     """Gradient steps in the l2 ball, from a random direction at a uniform radius (Madry et al. 2018, arXiv 1706.06083).
 
     A step has length ``alpha n / (n + eps_for_division)``, n the norm of a sample's gradient of the mean loss: where
@@ -35,9 +38,9 @@ class PGDL2(DirectedAttack):
         self.eps_for_division = eps_for_division
         self._attack()
 
-    def _attack(self) -> PGD:
+    def _attack(self) -> attacks.Attack:
         flag("random_start", self.random_start)
-        return self._pgd(self.alpha, self.steps, norm="l2")
+        return self._made(self.alpha, self.steps, _Shortened, norm="l2", eps_for_division=self.eps_for_division)
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor | None:
         if not self.random_start:
@@ -47,7 +50,16 @@ class PGDL2(DirectedAttack):
         share = torch.zeros_like(length).uniform_(0, 1)
         return around(x, noise.mul_(spread(share / length * eps, x)))
 
-    def _direction(self, grad: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class _Shortened(attacks.Attack):
+    """Its l2 steps are shorter where the gradient of the mean loss is small."""
+
+    sized: ClassVar[bool] = True
+    _: KW_ONLY
+    eps_for_division: float = 1e-10
+
+    def step(self, batch: attacks.Batch, adv: Tensor, grad: Tensor, carried: None, left: float) -> tuple[Tensor, None]:
         length = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # float32 has no square of 1e-23
         share = length / (length + self.eps_for_division * len(grad))
-        return grad, radius("alpha", self.alpha) * share.nan_to_num(0.0).to(compute_dtype(grad.dtype))
+        return batch.step(adv, grad, batch.step_size * share.nan_to_num(0.0).to(compute_dtype(grad.dtype))), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD
+from ....attacks import Attack
 from ._gradient import GradientAttack, around
 
 
@@ -30,8 +30,8 @@ class TPGD(GradientAttack):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._perturbed(images, labels)
 
-    def _attack(self) -> PGD:
-        return self._pgd(self.alpha, self.steps, objective="kl")
+    def _attack(self) -> Attack:
+        return self._made(self.alpha, self.steps, objective="kl")
 
     def _start(self, x: Tensor, eps: float | Tensor) -> Tensor:
         return around(x, torch.randn_like(x).mul_(0.001))
