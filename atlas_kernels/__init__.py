@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import FGSM, PGD, AttackResult, Execution, LastStep
+from .attacks import FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .losses import (
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FGSM",
+    "MIFGSM",
     "PGD",
     "AttackResult",
     "BackendUnavailable",

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..perturb import pgd_step, random_start
+from ..perturb import pgd_step, project, random_start
 from .objective import Objective
 
 Held = TypeVar("Held")
+Number = TypeVar("Number", float, Tensor, float | Tensor)
 
 
 class AttackResult(NamedTuple):
@@ -80,6 +81,11 @@ class Batch:
             clip_min=self.clip_min, clip_max=self.clip_max, descend=self.goal.targeted, **options,
         )  # fmt: skip
 
+    def inside(self, points: Tensor) -> Tensor:
+        """``points`` brought into ball and range."""
+        points = points.to(self.x.dtype)
+        return project(points, self.x, self.eps, norm=self.norm, clip_min=self.clip_min, clip_max=self.clip_max)
+
     def every_row(self) -> Tensor:
         return torch.arange(len(self.x), device=self.x.device)
 
@@ -131,6 +137,6 @@ def _holding(holder: Held, tensors: Iterator[Tensor]) -> Held:
     return replace(holder, **new)  # type: ignore[type-var]
 
 
-def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """A value per sample, [B], in as many dimensions as ``like`` has."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+def per_row(values: Number, like: Tensor) -> Number:
+    """A value per sample, [B], in as many dimensions as ``like`` has; a number as it is."""
+    return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values

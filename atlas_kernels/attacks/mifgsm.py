@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import number_in
+from ..layout import compute_dtype
 from ..schema import L2, LINF
 from .arguments import require_choice
 from .attack import Attack
@@ -42,6 +43,7 @@ class MIFGSM(Attack):
     def step(
         self, batch: Batch, adv: Tensor, grad: Tensor, carried: Tensor | None, left: float
     ) -> tuple[Tensor, Tensor]:
+        grad = grad.to(compute_dtype(grad.dtype))
         size = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
         momentum = grad / per_row(size, grad)
         if carried is not None:

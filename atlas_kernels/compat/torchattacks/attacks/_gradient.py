@@ -115,7 +115,7 @@ class Normalized(nn.Module):
 def uniform(noise: Tensor, eps: float | Tensor) -> Tensor:
     """Uniform in [-eps, eps], in noise's memory."""
     if isinstance(eps, Tensor):
-        return noise.uniform_(-1, 1).mul_(spread(eps, noise))
+        return noise.uniform_(-1, 1).mul_(per_row(eps, noise))
     return noise.uniform_(-eps, eps)
 
 
@@ -138,11 +138,6 @@ def radius(name: str, value: float | Tensor) -> float | Tensor:
             value = value.detach().flatten()
     require_radius(name, value)
     return value
-
-
-def spread(values: float | Tensor, like: Tensor) -> float | Tensor:
-    """A value per sample in the shape of the images."""
-    return per_row(values, like) if isinstance(values, Tensor) else values
 
 
 def _without_rounding(x: Tensor) -> Tensor:
