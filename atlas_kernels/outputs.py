@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+#: Images to logits, or to what ``logits_of`` finds them in.
+Model = Callable[[Tensor], Any]
 
 _told: set[tuple[type, int]] = set()
 

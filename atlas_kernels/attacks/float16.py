@@ -21,13 +21,11 @@ bfloat16 has the range of float32, but for the smallest denormal numbers, for wh
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import chain
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -40,12 +38,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture import capturing
 from ..layout import compute_dtype
+from ..outputs import Model
 from .held import generators, modes_of, modules_of, put_back
-
-if TYPE_CHECKING:
-    from .objective import Model, Objective
-
-Made = tuple[Tensor, ...]
 
 #: Networks that ran in float16 by themselves when last attacked; and of networks, whether their closed nodes hold it.
 _seen: WeakSet[Any] = WeakSet()
@@ -108,7 +102,7 @@ def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled:
     coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
     """
     if is_used(model, x, z):
-        grad, unit, _ = _pulled_back(z, x, cotangent, coupled)
+        grad, unit, _ = pulled_back(z, x, cotangent, coupled)
         return grad * unit
     return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
 
@@ -116,35 +110,6 @@ def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled:
 def unit_of(cotangent: Tensor, *, coupled: bool = False) -> Tensor:
     """Powers of two, [B, 1] or if coupled [1, 1], over which the rows of ``cotangent`` are of size 1 to 2."""
     return _power_of_two(_largest(cotangent, coupled))
-
-
-def gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
-    """``Objective.gradient``, z being the logits of the leaf x in float16."""
-    goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
-    grad, unit, lost = _pulled_back(
-        z, x, replace(goal, kappa=None).cotangent(goal.bounded(model, _wide(z), sized)), goal.coupled
-    )
-    z, grad = _mended(goal, model, x, lost, (z.detach(), grad * unit if sized else grad), _gradient)
-    if goal.kappa is not None:
-        goal.count(z)
-    return z, grad
-
-
-def bfloat16_gradient(goal: Objective, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
-    """``Objective.gradient``, z being the logits of the leaf x in bfloat16."""
-    (grad,) = torch.autograd.grad(z, x, (goal.cotangent(goal.bounded(model, _wide(z), sized)) * LIFT).to(z.dtype))
-    return z, grad / LIFT if sized else grad
-
-
-def logits(goal: Objective, model: Model, x: Tensor, z: Tensor) -> Tensor:
-    """z, the logits of x in float16, with those that are not finite computed again."""
-    goal.coupled = are_coupled(model) if goal.coupled is None else goal.coupled
-    return _mended(goal, model, x, ~z.isfinite().all(1), (z,), lambda goal, *case: (goal.logits(*case),))[0]
-
-
-def unwatched(goal: Objective, model: Model, x: Tensor) -> bool:
-    """Whether what is lost in float16 would never be found."""
-    return capturing(x.is_cuda) and not goal.watched and is_asked_for(model, x)
 
 
 @contextmanager
@@ -169,52 +134,15 @@ def in_float32(model: Model, x: Tensor) -> Iterator[Model]:
         yield network
 
 
-def _gradient(goal: Objective, model: Model, x: Tensor) -> Made:
-    leaf, z = goal.traced(model, x)
-    grad, unit, _ = _pulled_back(z, leaf, goal.cotangent(_wide(z)), bool(goal.coupled))
-    return z.detach(), grad * unit
-
-
-def _mended(
-    goal: Objective, model: Model, x: Tensor, lost: Tensor, made: Made, make: Callable[[Objective, Model, Tensor], Made]
-) -> Made:
-    """``made`` of float16, with what was lost in the rows ``lost`` (bool [B]) made in float32."""
-    if capturing(x.is_cuda):
-        goal.lost = lost.any() if goal.lost is None else goal.lost | lost.any()
-        return made
-    rows = lost.nonzero()[:, 0].to(x.device)
-    if not len(rows):
-        return made
-    x, goal = _wide(x), replace(goal, kappa=None)
-    if goal.coupled:
-        rows = torch.arange(len(x), device=x.device)
-    else:
-        x, goal = x[rows], goal.rows(rows)
-    try:
-        with _leaving_state(model, x, bool(goal.coupled)), in_float32(model, x) as network:
-            found = make(goal, network, x)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        warnings.warn(
-            f"{len(rows)} images lost their gradient or logits in float16, and the model does not run in float32, in "
-            f"which they would be kept ({error}): attack it in bfloat16 or float32",
-            stacklevel=2,
-        )
-        return made
-    wide = map(_wide, made)
-    return tuple(old.index_copy(0, rows, new.to(old.dtype)) for old, new in zip(wide, found, strict=True))
-
-
 @contextmanager
-def _leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
+def leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
     """What a second forward would move, it leaves: the random state and the buffers of modules in train mode."""
     seeds = dict.fromkeys(generators([x.device.index] if x.is_cuda else []))
     with put_back(model, copy_buffers=True, seeds=seeds) if coupled else nullcontext():
         yield
 
 
-def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient over ``unit``, the unit, and bool [B]: whether a row is lost, 0 for a cotangent that is not, or not
     finite."""
     largest = _largest(cotangent, coupled)
@@ -223,7 +151,7 @@ def _pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tupl
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait
-    return _wide(grad), unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
+    return wide(grad), unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
 
 
 def _largest(cotangent: Tensor, coupled: bool) -> Tensor:
@@ -267,7 +195,7 @@ def _is_closed_in(model: Model, x: Tensor, closed: set[type]) -> bool:
 def _is_watched(model: Model, x: Tensor) -> bool:
     """Whether an operation of a forward has a result of float16, or the forward fails."""
     try:
-        with _leaving_state(model, x, True), torch.no_grad(), _not_compiled(), _Watch() as watch:
+        with leaving_state(model, x, True), torch.no_grad(), _not_compiled(), _Watch() as watch:
             model(x)
     except Exception:
         return True
@@ -310,5 +238,5 @@ def _not_compiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
     return t.detach().to(compute_dtype(t.dtype))

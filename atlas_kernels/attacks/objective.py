@@ -6,6 +6,7 @@ cotangent: no loss, no loss graph, no mean over the batch. What underflows in fl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..capture import capturing
 from ..checks import class_indices
 from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
+from ..outputs import Model as Model
 from ..outputs import logits_of, require_rows_of_logits
 from . import float16
 from .held import modules_of
 
-#: Images to logits, or to what ``logits_of`` finds them in.
-Model = Callable[[Tensor], Any]
+Made = tuple[Tensor, ...]
 
 
 @dataclass
@@ -113,8 +115,8 @@ class Objective:
         """
         if not len(x):
             return self.logits(model, x), torch.zeros_like(x)
-        if float16.unwatched(self, model, x):
-            self.coupled = float16.are_coupled(model) if self.coupled is None else self.coupled
+        if self._is_unwatched(model, x):
+            self._is_coupled(model)
             with float16.in_float32(model, x) as network:
                 return self._gradient(network, x.to(compute_dtype(x.dtype)), sized)
         return self._gradient(model, x, sized)
@@ -135,10 +137,66 @@ class Objective:
         if self.in_float16 is None:
             self.in_float16 = float16.is_used(model, leaf, z)
         if self.in_float16:
-            return float16.gradient(self, model, leaf, z, sized)
+            return self._gradient_of_float16(model, leaf, z, sized)
         if z.dtype == torch.bfloat16:
-            return float16.bfloat16_gradient(self, model, leaf, z, sized)
+            cotangent = self.cotangent(self.bounded(model, float16.wide(z), sized)) * float16.LIFT
+            (grad,) = torch.autograd.grad(z, leaf, cotangent.to(z.dtype))
+            return z, grad / float16.LIFT if sized else grad
         return z, torch.autograd.grad(z, leaf, self.cotangent(self.bounded(model, z.detach(), sized)))[0]
+
+    def _gradient_of_float16(self, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
+        """``gradient``, z being the logits of the leaf x in float16."""
+        coupled = self._is_coupled(model)
+        cotangent = replace(self, kappa=None).cotangent(self.bounded(model, float16.wide(z), sized))
+        grad, unit, lost = float16.pulled_back(z, x, cotangent, coupled)
+        z, grad = self._mended(model, x, lost, (z.detach(), grad * unit if sized else grad), Objective._plain_gradient)
+        if self.kappa is not None:
+            self.count(z)
+        return z, grad
+
+    def _plain_gradient(self, model: Model, x: Tensor) -> Made:
+        leaf, z = self.traced(model, x)
+        grad, unit, _ = float16.pulled_back(z, leaf, self.cotangent(float16.wide(z)), bool(self.coupled))
+        return z.detach(), grad * unit
+
+    def _mended(
+        self, model: Model, x: Tensor, lost: Tensor, made: Made, make: Callable[[Objective, Model, Tensor], Made]
+    ) -> Made:
+        """``made`` of float16, with what was lost in the rows ``lost`` (bool [B]) made in float32."""
+        if capturing(x.is_cuda):
+            self.lost = lost.any() if self.lost is None else self.lost | lost.any()
+            return made
+        rows = lost.nonzero()[:, 0].to(x.device)
+        if not len(rows):
+            return made
+        x, goal = float16.wide(x), replace(self, kappa=None)
+        if goal.coupled:
+            rows = torch.arange(len(x), device=x.device)
+        else:
+            x, goal = x[rows], goal.rows(rows)
+        try:
+            with float16.leaving_state(model, x, bool(goal.coupled)), float16.in_float32(model, x) as network:
+                found = make(goal, network, x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            warnings.warn(
+                f"{len(rows)} images lost their gradient or logits in float16, and the model does not run in float32, "
+                f"in which they would be kept ({error}): attack it in bfloat16 or float32",
+                stacklevel=2,
+            )
+            return made
+        wide = map(float16.wide, made)
+        return tuple(old.index_copy(0, rows, new.to(old.dtype)) for old, new in zip(wide, found, strict=True))
+
+    def _is_coupled(self, model: Model) -> bool:
+        """Whether samples depend on each other; looked for once."""
+        self.coupled = float16.are_coupled(model) if self.coupled is None else self.coupled
+        return self.coupled
+
+    def _is_unwatched(self, model: Model, x: Tensor) -> bool:
+        """Whether what is lost in float16 would never be found."""
+        return capturing(x.is_cuda) and not self.watched and float16.is_asked_for(model, x)
 
     def bounded(self, model: Model, z: Tensor, sized: bool) -> Tensor:
         """The logits with that of the label at most 40 above all others, which keeps CE's cotangent from underflow.
@@ -148,8 +206,7 @@ class Objective:
         """
         if sized or self.kind != "ce" or self.labels is None:
             return z
-        self.coupled = float16.are_coupled(model) if self.coupled is None else self.coupled
-        if self.coupled:
+        if self._is_coupled(model):
             return z
         label = self.labels[:, None]
         others = z.scatter(1, label, -torch.inf).amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
@@ -165,12 +222,15 @@ class Objective:
         if not len(x):
             return self.logits(model, x)
         x = x.clone()  # without a graph a network may write into its input, which is the caller's
-        if float16.unwatched(self, model, x):
+        if self._is_unwatched(model, x):
             with float16.in_float32(model, x) as network:
                 return self.logits(network, x)
         z = self.logits(model, x)
         low = float16.is_used(model, x, z) if self.in_float16 is None else self.in_float16
-        return float16.logits(self, model, x, z) if low else z
+        if not low:
+            return z
+        self._is_coupled(model)
+        return self._mended(model, x, ~z.isfinite().all(1), (z,), lambda goal, *case: (goal.logits(*case),))[0]
 
 
 def never_alone(model: Model, x: Tensor) -> Model:
