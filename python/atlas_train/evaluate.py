@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
-from atlas_kernels.attacks import FGSM, PGD
+from atlas_kernels.attacks import FGSM, PGD, Attack
 from atlas_kernels.attacks.held import generators, put_back
 from atlas_kernels.checks import whole
 from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
@@ -24,6 +24,8 @@ from .options import fraction
 Say = Callable[[str], None]
 CPU_SIZE = 1000
 SUBSET_SEED = 0  # one fixed draw, so that every model sees the same images
+#: The accuracies of an ``Evaluation``, and what tables call them.
+ACCURACIES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD-{pgd_steps}"}
 
 
 @dataclass(frozen=True)
@@ -87,42 +89,45 @@ def evaluate(
     if size < len(images):
         images = images.subset(size, SUBSET_SEED)
     steps, seed = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1)
-    attacks: list[PGD | FGSM] = [FGSM(eps)]
+    attacks: dict[str, Attack] = {"fgsm": FGSM(eps)}
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    attacks.append(PGD(eps, step_size, steps, restarts=restarts))
+    attacks["pgd"] = PGD(eps, step_size, steps, restarts=restarts)
     batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     if say:
-        say(f"evaluating {len(images):,} images at eps {fraction(eps)}: clean, FGSM, PGD-{steps}")
+        names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
+        say(f"evaluating {len(images):,} images at eps {fraction(eps)}: {names}")
 
     started = time.perf_counter()
-    correct = torch.zeros(3, dtype=torch.int64, device=where)
+    correct = torch.zeros(len(ACCURACIES), dtype=torch.int64, device=where)
     with evaluating(model):
         for number, (x, y, ids) in enumerate(batches):
-            correct += torch.stack([right.sum() for right in _survivors(model, attacks, x, y, ids, key)])
+            rights = _survivors(model, attacks, x, y, ids, key)
+            correct += torch.stack([rights[name].sum() for name in ACCURACIES])
             if number == 0 and len(batches) > 1 and say:
                 _synchronize(where)
                 say(f"  about {(time.perf_counter() - started) * len(batches):.0f} s in all")
-    clean, fgsm, pgd = (correct.double() / len(images)).tolist()
+    shares = dict(zip(ACCURACIES, (correct.double() / len(images)).tolist(), strict=True))
     seconds = time.perf_counter() - started
     return Evaluation(
-        clean, fgsm, pgd, len(images), eps, steps, step_size, restarts, seconds=seconds, device=str(where), seed=seed
-    )
+        **shares, images=len(images), eps=eps, pgd_steps=steps, pgd_step_size=step_size, pgd_restarts=restarts,
+        seconds=seconds, device=str(where), seed=seed,
+    )  # fmt: skip
 
 
 def _survivors(
-    model: nn.Module, attacks: list[PGD | FGSM], x: Tensor, y: Tensor, ids: Tensor, key: Tensor
-) -> list[Tensor]:
+    model: nn.Module, attacks: Mapping[str, Attack], x: Tensor, y: Tensor, ids: Tensor, key: Tensor
+) -> dict[str, Tensor]:
     """Which rows are right: clean, and then under each attack. bool [B] each."""
     clean = predict(model, x) == y
-    rights = [clean]
+    rights = {"clean": clean}
     rows = clean.nonzero().squeeze(1)
-    for attack in attacks:
+    for name, attack in attacks.items():
         right = torch.zeros_like(clean)
         if len(rows):
             adv = attack(model, x[rows], y[rows], key=key, ids=ids[rows])
             right[rows] = predict(model, adv) == y[rows]
-        rights.append(right)
+        rights[name] = right
     return rights
 
 

@@ -16,7 +16,7 @@ import torch
 from . import tables
 from .autoattack import AutoAttacked
 from .checkpoint import versions
-from .evaluate import Evaluation
+from .evaluate import ACCURACIES, Evaluation
 from .options import fraction
 
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
@@ -114,9 +114,10 @@ def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
     first = rows[0].evaluation
     columns = [
         ("method", list(results)),
-        ("clean", [_percent(row.evaluation.clean) for row in rows]),
-        ("FGSM", [_percent(row.evaluation.fgsm) for row in rows]),
-        (f"PGD-{first.pgd_steps}", [_percent(row.evaluation.pgd) for row in rows]),
+        *(
+            (header.format(**asdict(first)), [_percent(getattr(row.evaluation, name)) for row in rows])
+            for name, header in ACCURACIES.items()
+        ),
         (_autoattack_header(rows), [_percent(row.autoattack.accuracy if row.autoattack else None) for row in rows]),
         ("passes/step", [_decimal(row.passes) for row in rows]),
         ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .evaluate import ACCURACIES
 from .options import plain, shown
 
 #: More than any run comes to, and less than what arithmetic on it would overflow for.
@@ -216,7 +217,7 @@ CHECKPOINT = {
 NEEDED = ("config", "arch", "epoch", "step", "seconds", "history", "model", "optimizer", "rng")
 #: What an evaluation that was written before has to say to be taken again.
 EVALUATION = {
-    **dict.fromkeys(("clean", "fgsm", "pgd"), Entry("a share", _share)),
+    **dict.fromkeys(ACCURACIES, Entry("a share", _share)),
     **dict.fromkeys(("images", "pgd_steps", "pgd_restarts"), Entry("an integer >= 1", _size)),
     **dict.fromkeys(("eps", "pgd_step_size", "seconds"), Entry("a number", _number)),
     "device": Entry("a text", _text),
