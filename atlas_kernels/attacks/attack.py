@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, TypeVar
 
@@ -180,7 +180,7 @@ class Attack:
         generator: torch.Generator | None = None,
         seeded: bool = True,
     ) -> Batch:
-        """Check what can be checked before the first forward, and draw the key.
+        """Check what can be checked before the first forward, and draw the key. A batch serves one attack.
 
         seeded: False for drop-ins that bring their start: random layers draw from the global state itself, and no key
         is drawn from it.
@@ -232,12 +232,12 @@ class Attack:
                 goal.reference = goal.predict(model, batch.x)
             return body(self, model, batch)
 
-        own = (getattr(self, f.name) for f in fields(self) if f.name not in _IN_BATCH)
-        return run(
-            whole, model, batch, self.attack_mode, self.update_buffers,
-            constant=(type(self), body, self.step_size is None, *own),
-            no_graph="compact=True waits for the device at every step; set compact=False" if self.compact else None,
-        )  # fmt: skip
+        def constant() -> Hashable:
+            own = (getattr(self, f.name) for f in fields(self) if f.name not in _IN_BATCH)
+            return type(self), body, self.step_size is None, *own
+
+        no_graph = "compact=True waits for the device at every step; set compact=False" if self.compact else None
+        return run(whole, model, batch, self.attack_mode, self.update_buffers, constant=constant, no_graph=no_graph)
 
     def begin(self, batch: Batch, draw: int = 0) -> Standing:
         """Where a restart begins."""
@@ -311,9 +311,9 @@ class Standing:
 
     def leave(self, rows: Tensor) -> None:
         """Of the samples these alone go on."""
-        self.batch = self.batch.rows(rows)
-        of = self.adv, self.grad, self.carried
-        self.adv, self.grad, self.carried = tree_map_only(Tensor, lambda t: t[rows], of)
+        self.batch, self.adv, self.grad = self.batch.rows(rows), self.adv[rows], self.grad[rows]
+        if self.carried is not None:
+            self.carried = tree_map_only(Tensor, lambda t: t[rows], self.carried)
 
 
 class _Found(NamedTuple):

@@ -127,13 +127,13 @@ def run(
     attack_mode: str,
     update_buffers: bool = False,
     *,
-    constant: Hashable,
+    constant: Callable[[], Hashable],
     no_graph: str | None = None,
 ) -> Result:
     """``loop(model, batch)`` while ``attacking``, by a CUDA graph where the ``Execution`` around asks for it.
 
-    constant: what else than model and batch ``loop`` goes by, its name included: each value has a graph of its own.
-    no_graph: why there can be none, if so.
+    constant: gives what else than model and batch ``loop`` goes by, its name included: each value has a graph of its
+    own. no_graph: why there can be none, if so.
     """
 
     def call(batch: Batch, again: bool = False) -> Result:
@@ -145,7 +145,7 @@ def run(
     execution = current_execution()
     if execution.graphs is None:
         return call(batch)
-    kind = constant, update_buffers, execution._settings()
+    kind = constant(), update_buffers, execution._settings()
     return execution.graphs.run(call, model, batch, kind, attack_mode, no_graph)
 
 

@@ -156,7 +156,7 @@ class Graphs:
         of = self._models.setdefault(model, _OfModel()) if isinstance(model, nn.Module) else self._functions
         if reason not in of.told:
             of.told.add(reason)
-            warnings.warn(f"cuda_graphs: an attack runs without: {reason}", stacklevel=7)
+            warnings.warn(f"cuda_graphs: an attack runs without: {reason}", stacklevel=8)
 
 
 def _kind(batch: Batch) -> tuple[Hashable, ...]:
