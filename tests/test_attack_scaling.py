@@ -19,7 +19,7 @@ import choices
 import profile_step
 import scaling
 import subjects
-from atlas_kernels.attacks import objective, pgd
+from atlas_kernels.attacks import batch, objective
 from atlas_train.config import from_file
 from scaling import ATTACK, METHODS, Point, operations, operators_of, passes_of, points, product_of, row, study, work_of
 from scaling_report import AXES, PRECISIONS, draw, tables
@@ -68,7 +68,7 @@ def test_operators_are_those_of_the_attack(monkeypatch: pytest.MonkeyPatch) -> N
             call()
         return found
 
-    attack = {"random_start": pgd, "pgd_step": pgd, "attack_cotangent": objective}
+    attack = {"random_start": batch, "pgd_step": batch, "attack_cotangent": objective}
     found = counts(subjects.attack(SMALL, 3), attack)
     assert found == counts(subjects.attack_operators(SMALL, 3), dict.fromkeys(attack, subjects))
     assert set(found) == set(attack)
