@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .transforms import is_wrapped
 
+Number = TypeVar("Number", float, Tensor, float | Tensor)
 # No memory of a process lies lower, but offsets from an address that is null do.
 LOW = 1 << 40
 
@@ -28,9 +30,9 @@ def plane_shape(shape: torch.Size) -> tuple[int, int, int]:
     return shape[0], 1, shape[1] if len(shape) == 2 else 1
 
 
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, [B], as [B, 1, ..., 1]: ready to broadcast against ``like``."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+def column(values: Number, like: Tensor) -> Number:
+    """One value per sample, [B], as [B, 1, ..., 1]: ready to broadcast against ``like``. A number as it is."""
+    return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values
 
 
 def is_channels_last(t: Tensor) -> bool:

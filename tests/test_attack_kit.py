@@ -15,7 +15,7 @@ from atlas_kernels import Execution, noise_key
 from atlas_kernels.attacks import MIFGSM, Attack, Batch, attacking, leave_no_trace
 from atlas_kernels.attacks.graphs import Graphs
 from atlas_kernels.attacks.objective import Objective
-from recorded import recorded
+from fake_graph import recorded
 from test_attack_contract import Snapshot
 from test_attack_graphs import Net
 from test_attacks import CLASSES, Log, Rowwise

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import atlas_kernels.compat.torchattacks as ours
 from atlas_kernels import Execution
 from atlas_kernels.attacks.graphs import Graphs
-from recorded import recorded
+from fake_graph import recorded
 
 try:
     import torchattacks as theirs

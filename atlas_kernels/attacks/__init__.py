@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attack import Attack
-from .batch import AttackResult, Batch, LastStep, per_row
+from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .execution import Execution, attacking
 from .fgsm import FGSM
@@ -13,5 +13,5 @@ from .pgd import PGD
 
 __all__ = [
     "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "attacking",
-    "leave_no_trace", "per_row",
+    "leave_no_trace",
 ]  # fmt: skip

@@ -20,11 +20,11 @@ from ..checks import (
     require_like,
     require_noise,
 )
-from ..layout import compute_dtype
+from ..layout import column, compute_dtype
 from ..noise import noise_key
 from ..schema import LINF, NORMS
 from .arguments import require_choice, require_count, require_radius
-from .batch import AttackResult, Batch, per_row
+from .batch import AttackResult, Batch
 from .contract import ATTACK_MODES
 from .execution import run
 from .objective import Model, Objective, never_alone
@@ -331,7 +331,7 @@ class _Found(NamedTuple):
     def put(self, rows: Tensor, found: _Found, where: Tensor) -> None:
         """Take over what was found for ``rows``, where that is wanted."""
         for mine, theirs in zip(self, found, strict=True):
-            mine[rows] = torch.where(per_row(where, mine), theirs.to(mine.dtype), mine[rows])
+            mine[rows] = torch.where(column(where, mine), theirs.to(mine.dtype), mine[rows])
 
 
 #: Fields that the batch holds, checked.

@@ -13,7 +13,6 @@ from ..perturb import pgd_step, project, random_start
 from .objective import Objective
 
 Held = TypeVar("Held")
-Number = TypeVar("Number", float, Tensor, float | Tensor)
 
 
 class AttackResult(NamedTuple):
@@ -135,8 +134,3 @@ def _holding(holder: Held, tensors: Iterator[Tensor]) -> Held:
         elif is_dataclass(value):
             new[f.name] = _holding(value, tensors)
     return replace(holder, **new)  # type: ignore[type-var]
-
-
-def per_row(values: Number, like: Tensor) -> Number:
-    """A value per sample, [B], in as many dimensions as ``like`` has; a number as it is."""
-    return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..capture import capturing
-from ..layout import compute_dtype
+from ..layout import column, compute_dtype
 from ..outputs import Model
 from .held import generators, modes_of, modules_of, put_back
 
@@ -151,7 +151,7 @@ def pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait
-    return wide(grad), unit.view(-1, *[1] * (x.ndim - 1)), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
+    return wide(grad), column(unit, x), ((kept == 0) & (asked != 0)) | ~kept.isfinite()
 
 
 def _largest(cotangent: Tensor, coupled: bool) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checks import number_in
-from ..layout import compute_dtype
+from ..layout import column, compute_dtype
 from ..schema import L2, LINF
 from .arguments import require_choice
 from .attack import Attack
-from .batch import Batch, per_row
+from .batch import Batch
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MIFGSM(Attack):
     ) -> tuple[Tensor, Tensor]:
         grad = grad.to(compute_dtype(grad.dtype))
         size = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
-        momentum = grad / per_row(size, grad)
+        momentum = grad / column(size, grad)
         if carried is not None:
             momentum.add_(carried, alpha=self.decay)
         return batch.step(adv, momentum), momentum

@@ -11,6 +11,7 @@ from ..attacks.arguments import require_count
 from ..attacks.execution import attacking
 from ..attacks.float16 import are_coupled
 from ..attacks.objective import Model, Objective
+from ..layout import column
 from ..outputs import predicted
 
 Rows = Tensor | slice
@@ -39,7 +40,7 @@ def strongest_delta(
             if restarts == 1 and not coupled:
                 return adv - x  # nothing hangs on what a judging forward would say
             loss, _ = goal.judge(goal.predict(forward, adv))
-            stronger = (loss >= best).view(-1, *[1] * (x.ndim - 1))
+            stronger = column(loss >= best, x)
             delta = torch.where(stronger, adv - x, delta)
             best = torch.maximum(loss, best)
     return delta

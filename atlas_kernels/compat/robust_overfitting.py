@@ -17,6 +17,7 @@ from ..attacks.arguments import require_radius
 from ..attacks.held import modes_of
 from ..attacks.objective import Objective
 from ..checks import class_indices, flag, require_choice
+from ..layout import column
 from ..perturb import pgd_step
 from ._missing import refuse
 from ._restarts import Rows, Step, strongest_delta
@@ -112,12 +113,12 @@ def _linf(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor]
 def _l2(X: Tensor, epsilon: float, alpha: float) -> tuple[Callable[[], Tensor], Step]:
     def start() -> Tensor:
         delta = torch.zeros_like(X).normal_()
-        norms = delta.flatten(1).norm(dim=1).view(-1, *[1] * (X.ndim - 1))
+        norms = column(delta.flatten(1).norm(dim=1), X)
         delta *= torch.zeros_like(norms).uniform_(0, 1) / norms * epsilon
         return (X + delta).clamp_(lower_limit, upper_limit)
 
     def step(adv: Tensor, grad: Tensor, rows: Rows) -> Tensor:
-        norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (X.ndim - 1))
+        norms = column(grad.flatten(1).norm(dim=1), X)
         norms += 1e-10 * len(X)  # as published, whose gradient is that of the mean loss
         delta = (adv - X[rows] + grad / norms * alpha).flatten(1).renorm(2, 0, epsilon).view_as(adv)
         return (X[rows] + delta).clamp_(lower_limit, upper_limit).to(adv.dtype)

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from .. import losses
 from ..attacks import PGD, Attack, Batch
 from ..attacks.arguments import require_count
-from ..attacks.batch import per_row
 from ..capture import capturing
 from ..checks import flag, require_choice
+from ..layout import column
 from ..outputs import logits_of
 
 DISTANCES = ("l_inf", "l_2")
@@ -107,10 +107,10 @@ class _L2(Attack):
     ) -> tuple[Tensor, Tensor]:
         x, delta = batch.x, batch.start(0) if carried is None else carried
         norms = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)  # no square underflows
-        direction = (grad / per_row(norms, grad)).to(x.dtype)
+        direction = (grad / column(norms, grad)).to(x.dtype)
         still = norms == 0
         if capturing(x.is_cuda):
-            direction = torch.where(per_row(still, grad), -torch.randn_like(direction), direction)
+            direction = torch.where(column(still, grad), -torch.randn_like(direction), direction)
         else:
             direction[still] = -torch.randn_like(direction[still])
         delta = (delta + batch.step_size * direction + x).clamp(0, 1) - x

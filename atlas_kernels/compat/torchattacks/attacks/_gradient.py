@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .... import attacks
 from ....attacks.arguments import require_radius
-from ....attacks.batch import per_row
 from ....attacks.held import modes_of
 from ....checks import per_sample, require_float_images, require_images
+from ....layout import column
 from ..attack import Attack, next_key
 
 
@@ -115,7 +115,7 @@ class Normalized(nn.Module):
 def uniform(noise: Tensor, eps: float | Tensor) -> Tensor:
     """Uniform in [-eps, eps], in noise's memory."""
     if isinstance(eps, Tensor):
-        return noise.uniform_(-1, 1).mul_(per_row(eps, noise))
+        return noise.uniform_(-1, 1).mul_(column(eps, noise))
     return noise.uniform_(-eps, eps)
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .... import attacks
-from ....attacks.batch import per_row
 from ....checks import flag
-from ....layout import compute_dtype
+from ....layout import column, compute_dtype
 from ._gradient import GradientAttack, around
 
 
@@ -49,7 +48,7 @@ class PGDL2(GradientAttack):
         noise = torch.empty_like(x).normal_()
         length = torch.linalg.vector_norm(noise.flatten(1), dim=1)
         share = torch.zeros_like(length).uniform_(0, 1)
-        return around(x, noise.mul_(per_row(share / length * eps, x)))
+        return around(x, noise.mul_(column(share / length * eps, x)))
 
 
 @dataclass(frozen=True)
