@@ -114,9 +114,10 @@ def hooked(register: str, hook: Callable[..., Any]) -> Callable[[], nn.Module]:
 
 IMAGES, SIGNAL, VOLUME = (4, 3, 8, 8), (4, 3, 9), (4, 3, 4, 4, 4)
 CONV, BN = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+COLOUR = {"num_classes": 5, "in_channels": 3, "width": 4, "normalize": ((0.5,) * 3, (0.25,) * 3)}
 #: Network, shape of its images, casts of weights in a forward.
 NETWORKS = {
-    "preact_resnet18": (lambda: build("preact_resnet18", num_classes=5, in_channels=3, width=4), IMAGES, 0),
+    "preact_resnet18": (lambda: build("preact_resnet18", **COLOUR), IMAGES, 0),
     "bias": (conv_bn(CONV), IMAGES, 0),
     "no bias": (conv_bn(nn.Conv2d(3, 6, 3, bias=False)), IMAGES, 0),
     "groups": (conv_bn(nn.Conv2d(3, 6, 3, groups=3)), IMAGES, 0),
