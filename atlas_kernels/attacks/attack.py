@@ -218,7 +218,7 @@ class Attack:
         return Batch(x.detach(), start, goal, key, ids, seeded, self.norm, self.random_start, *radii, *clips)
 
     def on(self, model: Model, batch: Batch) -> AttackResult:
-        """``run`` on what ``batch`` has made, and somebody may have changed."""
+        """``run`` on a batch that ``batch`` has made, and that the caller may have changed."""
         return self.loop(Attack._to_the_end, model, batch)
 
     def loop(self, body: Callable[[Any, Model, Batch], Result], model: Model, batch: Batch) -> Result:

@@ -50,7 +50,7 @@ _TOO_MANY = (
 
 
 class Call(Protocol[Result]):
-    """An attack on a batch. again: after a replay, which has moved the running statistics that it may move."""
+    """An attack on a batch. again: it comes after a replay, which has moved BatchNorm's running statistics already."""
 
     def __call__(self, batch: Batch, again: bool = False) -> Result: ...
 
