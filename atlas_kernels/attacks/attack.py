@@ -284,7 +284,7 @@ class Attack:
                 if self.compact:
                     going = (~found.fooled).nonzero()[:, 0]
                     rows = rows[going]
-                    at.leave(going)
+                    at.keep_only(going)
         found = _Found(at.adv, best.objective[rows], best.fooled[rows])
         if self.judged:
             found = _Found(at.adv, *at.batch.goal.judge(at.batch.goal.predict(model, at.adv)))
@@ -309,8 +309,8 @@ class Standing:
     grad: Tensor = field(init=False)
     carried: Any = None
 
-    def leave(self, rows: Tensor) -> None:
-        """Of the samples these alone go on."""
+    def keep_only(self, rows: Tensor) -> None:
+        """Take all other samples out of the attack."""
         self.batch, self.adv, self.grad = self.batch.rows(rows), self.adv[rows], self.grad[rows]
         if self.carried is not None:
             self.carried = tree_map_only(Tensor, lambda t: t[rows], self.carried)

@@ -63,7 +63,8 @@ class _Graph:
 
 @dataclass
 class _OfModel:
-    """kinds: graphs, or why there is none. tensors: where and what weights and buffers were. told: reasons given."""
+    """kinds: graphs, or why there is none. tensors: addresses, dtypes and shapes of weights and buffers at recording
+    time, by which replaced ones are noticed. told: reasons that a warning has given."""
 
     kinds: dict[Hashable, _Graph | str] = field(default_factory=dict)
     tensors: list[Hashable] = field(default_factory=list)
