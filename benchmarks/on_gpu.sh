@@ -2,7 +2,7 @@
 # Everything that wants a CUDA device. Run from anywhere; the package must be installed. Writes to benchmarks/results/, the
 # GPU's name in front. Without a part all of them run, in this order; each can also run alone:
 #   --tests      the tests, and compute-sanitizer over a part of them where it is installed
-#   --operators  every operator beside its floor
+#   --operators  every operator beside its floor, and what a call costs the host
 #   --attacks    PGD beside other libraries, and whether bf16 attacks are as strong
 #   --steps      whole training steps of every method, the published way and ours; what each choice gains; a profile
 #   --scaling    cost per image against sizes, with figures
@@ -40,6 +40,7 @@ run_tests() {
 run_operators() {
   pytest --benchmark-only -q benchmarks/bench_{augment,losses,objectives,pairwise,perturb,perturb_norms}.py \
     --results "$results.json"
+  python benchmarks/host_time.py
 }
 
 run_attacks() {
