@@ -69,6 +69,12 @@ def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def alike(*images: torch.Tensor) -> bool:
+    """True, quickly, if these are plain dense float tensors of one shape and device, the first two of one type; False
+    may mean that it was not looked at."""
+    return not torch.compiler.is_compiling() and problem() is None and core().alike(*images)
+
+
 def first_outside(indices: torch.Tensor, classes: int) -> int:
     """Row of the first index that is not in [0, classes), or their number; contiguous int64 indices."""
     if indices.is_cpu and type(indices) is torch.Tensor and not indices.is_neg() and problem() is None:

@@ -42,6 +42,7 @@ from .checks import (
     whole,
 )
 from .layout import compute_dtype, require_memory
+from .schema import TERMS
 from .transforms import followed, is_wrapped
 
 _NAMES = (
@@ -51,7 +52,6 @@ _NAMES = (
 _KERNELS = {name: backends.caller(name) for name in _NAMES}
 _gairat_weights = backends.caller("gairat_weights")
 _REDUCTIONS = ("mean", "sum", "none")
-_TERMS = ("kl", "ce", "logit", "none")
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
@@ -201,14 +201,14 @@ def atlas_loss(
     Returns the loss, or (loss, terms).
     """
     logits = dense_logits("logits", logits)
-    require_choice("local", local, _TERMS)
-    require_choice("global_term", global_term, _TERMS)
+    require_choice("local", local, TERMS)
+    require_choice("global_term", global_term, TERMS)
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
     labels = class_indices("labels", labels, logits, logits.shape[1], batch=batch)
     _require_whole_batches(logits, batch, local, global_term)
     numbers = (
-        _TERMS.index(local) if local != "none" else 0, _factor("local_weight", local_weight, logits),
-        _TERMS.index(global_term), _factor("global_weight", global_weight, logits),
+        TERMS.index(local) if local != "none" else 0, _factor("local_weight", local_weight, logits),
+        TERMS.index(global_term), _factor("global_weight", global_weight, logits),
     )  # fmt: skip
     flag("return_terms", return_terms)
     loss, terms = _loss("atlas_loss", logits, None, (labels,), numbers, weights, reduction)

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from .checks import whole
 
-# Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
-STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
-
 
 def noise_key(device: torch.device | str = "cpu", *, generator: torch.Generator | None = None, base: int = 0) -> Tensor:
     """Draw a fresh noise key: int64 ``[2]`` tensor ``(seed, base)`` on ``device``.

@@ -15,11 +15,10 @@ from . import backends
 from .checks import class_indices, dense_logits, flag, kind_of, require_choice, require_strided
 from .layout import compute_dtype
 from .losses import dlr_targets
+from .schema import OBJECTIVES
 from .transforms import followed, refuse_derivatives
 
 _attack_cotangent = backends.caller("attack_cotangent")
-
-OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # in the order of csrc/api.h
 
 
 class Cotangent(NamedTuple):

@@ -44,10 +44,10 @@ from .checks import (
     value_checks_enabled,
     whole,
 )
-from .core import advise_huge_pages
+from .core import advise_huge_pages, alike
 from .layout import column, compute_dtype, contiguous, dense, is_channels_last, require_memory
-from .noise import STREAM_START, noise_key
-from .schema import L1, LINF, NORMS
+from .noise import noise_key
+from .schema import L1, LINF, NORMS, STREAM_START
 from .transforms import followed
 
 _random_start = backends.caller("random_start")
@@ -157,10 +157,7 @@ def pgd_step(
 
     Returns a tensor of adv's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
     """
-    require_float_images("adv", adv)
-    require_like("x", x, "adv", adv, dtype=True)
-    require_like("grad", grad, "adv", adv, dtype=False)
-    adv, grad, x = dense(adv), dense(grad), dense(x)
+    adv, x, grad = _stepping(adv, x, grad)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
     descend = flag("descend", descend)
@@ -216,9 +213,10 @@ def project(
 
     Returns a tensor of v's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
     """
-    require_float_images("v", v)
-    require_like("x", x, "v", v, dtype=True)
-    v, x = dense(v), dense(x)
+    if not alike(v, x):
+        require_float_images("v", v)
+        require_like("x", x, "v", v, dtype=True)
+        v, x = dense(v), dense(x)
     ball = per_sample("eps", eps, v)
     bounds = (*per_channel("clip_min", clip_min, v), *per_channel("clip_max", clip_max, v))
     number = _number_of(norm)
@@ -321,13 +319,10 @@ def pgd_step_neighbours(
     Returns the batch, in adv's dtype and layout unless ``out`` says otherwise. Raises ``TypeError`` and ``ValueError``
     that name the argument.
     """
-    require_float_images("adv", adv)
-    require_like("x", x, "adv", adv, dtype=True)
-    require_like("grad", grad, "adv", adv, dtype=False)
+    adv, x, grad = _stepping(adv, x, grad)
     count = whole("count", count, 0, _MOST_NEIGHBOURS)
     project, include_x = flag("project", project), flag("include_x", include_x)
     descend = flag("descend", descend)
-    adv, grad, x = dense(adv), dense(grad), dense(x)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     local = per_sample("radius", radius, adv)
     inputs = adv, x, ball[1], step[1], local[1]
@@ -352,6 +347,16 @@ def pgd_step_neighbours(
         adv, grad, x, *ball, *step, *local, count, project, include_x, *limits, descend, active, *noise, out
     )
     return out
+
+
+def _stepping(adv: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The images of a step, checked, as the kernels can address them."""
+    if alike(adv, x, grad):
+        return adv, x, grad
+    require_float_images("adv", adv)
+    require_like("x", x, "adv", adv, dtype=True)
+    require_like("grad", grad, "adv", adv, dtype=False)
+    return dense(adv), dense(x), dense(grad)
 
 
 def _noise(like: Tensor, key: Tensor | None, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor | None, int]:

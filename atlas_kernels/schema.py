@@ -1,11 +1,14 @@
-"""Every torch.library operator of the project in one table: schema and fake.
+"""Every torch.library operator of the project in one table: what it takes, in the words of ``Argument``.
 
-Operators write into ``out`` tensors and return nothing: the public functions allocate, the backends fill. A parameter
-that may be one number or one number per row travels as a pair, ``float eps, Tensor? eps_rows`` (rows win).
+Operators write into ``out`` tensors and return nothing: the public functions allocate, the backends fill. The schema of
+torch.library, the fake, what is asked of a call before it runs, and what the kernels get by which name: all is made of
+this table.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -13,83 +16,145 @@ import torch
 
 NAMESPACE = "atlas_kernels"
 NORMS = LINF, L2, L1 = "linf", "l2", "l1"  # numbered as in csrc/core/perturb_norms.h
+OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # numbered as in csrc/api.h, as are the terms of atlas_loss
+TERMS = ("kl", "ce", "logit", "none")
+# Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
+STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
 
-_EPS = "float eps, Tensor? eps_rows"
-_STEP = "float step_size, Tensor? step_rows"
-_RADIUS = "float radius, Tensor? radius_rows"
-_CLIP = "float clip_min, Tensor? clip_min_rows, float clip_max, Tensor? clip_max_rows"
-_NOISE = "Tensor key, Tensor? ids, int draw"
-_REDUCED = "Tensor? weights, float scale, Tensor(a!) value, Tensor(b!)? total"
+_CLIP = "number[channels] clip_min, number[channels] clip_max"
+_NOISE = "int64[2] key, int64[batch]? ids, int draw"
+_STEP = "images[batch] adv, images[batch] grad, images[batch] x"
+_LOGITS, _ADV = "same[batch, classes] logits", "same[batch, classes] adv_logits"
+_LABELS = "int64[batch] labels"
+_REDUCED = "wide[batch]? weights, float scale, wide[batch]! value, wide[]!? total"
+_GRAD, _ADV_GRAD = "same[batch, classes]!? grad", "same[batch, classes]!? adv_grad"
 
 # stem -> operator -> arguments
 OPERATORS: dict[str, dict[str, str]] = {
     "perturb": {
-        "random_start": f"Tensor x, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
-        "pgd_step": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_CLIP}, bool descend, Tensor? active, "
-        "Tensor(a!) out, Tensor(b!)? cast",
-        "sample_neighbours": f"Tensor adv, {_RADIUS}, int count, Tensor? x, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
-        "pgd_step_neighbours": f"Tensor adv, Tensor grad, Tensor x, {_EPS}, {_STEP}, {_RADIUS}, int count, "
-        f"bool project, bool include_x, {_CLIP}, bool descend, Tensor? active, {_NOISE}, Tensor(a!) out",
+        "random_start": f"images[batch] x=adv, number[batch] eps=radius, {_CLIP}, {_NOISE}, images[rows]! out",
+        "pgd_step": f"{_STEP}, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, bool[batch]? active, "
+        "images[rows]! out, images[batch]!? cast",
+        "sample_neighbours": f"images[batch] adv, number[batch] radius, int count, images[batch]? x, "
+        f"number[batch] eps, {_CLIP}, {_NOISE}, images[rows]! out",
+        "pgd_step_neighbours": f"{_STEP}, number[batch] eps, number[batch] step_size, number[batch] radius, int count, "
+        f"bool project, bool include_x, {_CLIP}, bool descend, bool[batch]? active, {_NOISE}, images[rows]! out",
     },
     "augment": {
-        "augment": "Tensor images, Tensor index, int padding, bool flip, float mean, Tensor? mean_rows, float std, "
-        "Tensor? std_rows, Tensor? key, Tensor? ids, int draw, Tensor(a!) out",
+        "augment": "bytes[count, channels, height, width] images, int64[batch] index, int padding, bool flip, "
+        "number[channels] mean, number[channels] std, int64[2]? key, int64[batch]? ids, int draw, "
+        "images[batch, channels, crop_height, crop_width]! out",
     },
     # value[i] = factor * loss of adversary i; total = sum of value; grads = d(total)/d(h, h_adv).
     "pairwise": {
-        "compactness": "Tensor h, Tensor h_adv, Tensor labels, float scale, bool squared, float factor, "
-        "Tensor(a!)? value, Tensor(b!)? total, Tensor(c!)? grad, Tensor(d!)? adv_grad",
+        "compactness": f"same[batch, features] h, same[batch, features] h_adv, {_LABELS}, float scale, bool squared, "
+        "float factor, wide[batch]!? value, wide[]!? total, wide[batch, features]!? grad, "
+        "wide[batch, features]!? adv_grad",
     },
     # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
     "perturb_norms": {
-        "random_start_norm": f"Tensor x, int norm, {_EPS}, {_CLIP}, {_NOISE}, Tensor(a!) out",
-        "pgd_step_norm": f"Tensor adv, Tensor grad, Tensor x, int norm, {_EPS}, {_STEP}, {_CLIP}, bool descend, "
-        "Tensor? active, Tensor(a!) out, Tensor(b!)? cast, int largest",
-        "project": f"Tensor v, Tensor x, int norm, {_EPS}, {_CLIP}, Tensor(a!) out",
+        "random_start_norm": f"images[batch] x=adv, int norm, number[batch] eps, {_CLIP}, {_NOISE}, images[batch]! out",
+        "pgd_step_norm": f"{_STEP}, int norm, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, "
+        "bool[batch]? active, images[batch]! out, images[batch]!? cast, int largest",
+        "project": f"images[batch] v=adv, images[batch] x, int norm, number[batch] eps, {_CLIP}, images[batch]! out",
     },
     "objectives": {
-        "attack_cotangent": "Tensor logits, Tensor? labels, Tensor? targets, Tensor? reference, int objective, "
-        "bool descend, Tensor(a!)? cotangent, Tensor(b!)? correct, Tensor(c!)? kappa, Tensor(d!)? value",
+        "attack_cotangent": f"{_LOGITS}, int64[batch]? labels, int64[batch]? targets, same[batch, classes]? reference, "
+        "int objective, bool descend, same[batch, classes]!? cotangent, bool[batch]!? correct, int64[batch]!? kappa, "
+        "wide[batch]!? value",
     },
     # value[i] = weights[i] * loss_i; total = scale * sum of value; grad = scale * d(sum of value)/d(logits).
     "losses": {
-        "cross_entropy": f"Tensor logits, Tensor labels, float label_smoothing, {_REDUCED}, Tensor(c!)? grad",
-        "kl_div": f"Tensor p_logits, Tensor q_logits, {_REDUCED}, Tensor(c!)? p_grad, Tensor(d!)? q_grad",
-        "trades_loss": f"Tensor logits, Tensor adv_logits, Tensor labels, float beta, {_REDUCED}, Tensor(c!)? grad, "
-        "Tensor(d!)? adv_grad",
-        "mart_loss": f"Tensor logits, Tensor adv_logits, Tensor labels, float beta, {_REDUCED}, Tensor(c!)? grad, "
-        "Tensor(d!)? adv_grad",
-        "entropy": f"Tensor logits, {_REDUCED}, Tensor(c!)? grad",
-        "margin_loss": f"Tensor logits, Tensor labels, {_REDUCED}, Tensor(c!)? grad",
-        "dlr_loss": f"Tensor logits, Tensor labels, Tensor? targets, {_REDUCED}, Tensor(c!)? grad",
-        "logit_pairing": f"Tensor logits, Tensor adv_logits, {_REDUCED}, Tensor(c!)? grad, Tensor(d!)? adv_grad",
-        # logits [x; adv; z_1; ..; z_n] one batch after another, x where global_term is not none. terms: float[3, B].
-        "atlas_loss": "Tensor logits, Tensor labels, int local, float local_weight, int global_term, "
-        f"float global_weight, {_REDUCED}, Tensor(c!)? grad, Tensor(d!)? terms",
-        "gairat_weights": "Tensor kappa, int steps, float lam, Tensor(a!) out",
+        "cross_entropy": f"{_LOGITS}, {_LABELS}, float label_smoothing=parameter, {_REDUCED}, {_GRAD}",
+        "kl_div": "same[batch, classes] p_logits=logits, same[batch, classes] q_logits=adv_logits, "
+        f"{_REDUCED}, same[batch, classes]!? p_grad=grad, same[batch, classes]!? q_grad=adv_grad",
+        "trades_loss": f"{_LOGITS}, {_ADV}, {_LABELS}, float beta=parameter, {_REDUCED}, {_GRAD}, {_ADV_GRAD}",
+        "mart_loss": f"{_LOGITS}, {_ADV}, {_LABELS}, float beta=parameter, {_REDUCED}, {_GRAD}, {_ADV_GRAD}",
+        "entropy": f"{_LOGITS}, {_REDUCED}, {_GRAD}",
+        "margin_loss": f"{_LOGITS}, {_LABELS}, {_REDUCED}, {_GRAD}",
+        "dlr_loss": f"{_LOGITS}, {_LABELS}, int64[batch]? targets, {_REDUCED}, {_GRAD}",
+        "logit_pairing": f"{_LOGITS}, {_ADV}, {_REDUCED}, {_GRAD}, {_ADV_GRAD}",
+        # logits [x; adv; z_1; ..; z_n] one batch after another, x where global_term is not none.
+        "atlas_loss": f"same[rows, classes] logits, {_LABELS}, int local, float local_weight, int global_term, "
+        f"float global_weight, {_REDUCED}, same[rows, classes]!? grad, wide[3, batch]!? terms",
+        "gairat_weights": "int64[batch] kappa, int steps, float lam, float32[batch]! out",
     },
+}
+# What the kernels get besides, where an operator has no argument for it.
+FIXED: dict[str, Mapping[str, int]] = {
+    "random_start": {"count": 1, "stream": STREAM_START},
+    "sample_neighbours": {"stream": STREAM_NEIGHBOUR},
+    "pgd_step_neighbours": {"stream": STREAM_NEIGHBOUR},
+    "augment": {"stream": STREAM_AUGMENT},
+    "random_start_norm": {"stream": STREAM_START},
 }
 
 
 class Argument(NamedTuple):
-    """Of an operator: its name in the schema, what users call it, and what it may be."""
+    """Of an operator, written ``kind name`` in the table, or ``kind name=field`` where the kernels call it otherwise.
+
+    Kinds: int, float and bool; ``number[d]``, one number or one for each of d, which travels as a pair, ``float eps,
+    Tensor? eps_rows`` (rows win); and tensors, ``type[sides]``, with ``!`` where they are written and ``?`` where they
+    may be None. A side is a number, or a name that stands for one number in the whole call.
+
+    Types, contiguous but for the first two: ``images``, of any float type, contiguous or channels_last (with one side
+    alone, the others are those of the first images); ``bytes``, uint8 that lies so; ``same``, the float type of the
+    first images or the first ``same``; ``wide``, what that is computed in; int64, bool, float32 and float64.
+    """
 
     name: str
-    told: str
-    is_tensor: bool
-    optional: bool
-    written: bool
+    told: str  # what users call it
+    field: str  # what the kernels call it
+    type: str
+    sides: tuple[str, ...]
+    optional: bool = False
+    written: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        return bool(self.sides) or self.type not in ("int", "float", "bool")
+
+    @property
+    def shown(self) -> str:
+        """As messages say what it must be."""
+        return f"{self.type}[{', '.join(self.sides)}]"
+
+
+_DECLARED = re.compile(r"(\w+(?:\[[^]]*\])?[!?]*) (\w+)(?:=(\w+))?(?:, |$)")
+
+
+def parse(declared: str) -> tuple[Argument, ...]:
+    """The arguments that a line of the table declares; the pair of a number is two."""
+    found: list[Argument] = []
+    for kind, name, field in _DECLARED.findall(declared):
+        field = field or name
+        type, _, rest = kind.partition("[")
+        inside, _, marks = rest.partition("]")
+        sides = tuple(inside.split(", ")) if inside else ()
+        if type == "number":
+            found.append(Argument(name, name, field, "float", ()))
+            found.append(Argument(f"{name}_rows", name, f"{field}_rows", "wide", sides, optional=True))
+        else:
+            found.append(Argument(name, name, field, type, sides, "?" in marks, "!" in marks))
+    return tuple(found)
 
 
 @cache
-def arguments_of(operator: str) -> list[Argument]:
+def arguments_of(operator: str) -> tuple[Argument, ...]:
     """What the operator takes, in order."""
-    found: list[Argument] = []
     (declared,) = (operators[operator] for operators in OPERATORS.values() if operator in operators)
-    for kind, name in (argument.split() for argument in declared.split(",")):
-        told = found[-1].name if name.endswith("_rows") else name  # the pair of a number
-        found.append(Argument(name, told, kind.startswith("Tensor"), kind.endswith("?"), "!" in kind))
-    return found
+    return parse(declared)
+
+
+def _torch_schema(operator: str) -> str:
+    """As torch.library writes it."""
+    letters, words = iter("abcdefgh"), []
+    for a in arguments_of(operator):
+        kind = a.type
+        if a.is_tensor:
+            kind = f"Tensor({next(letters)}!)" if a.written else "Tensor"
+        words.append(f"{kind}{'?' * a.optional} {a.name}")
+    return f"{operator}({', '.join(words)}) -> ()"
 
 
 def require_given(operator: str, args: tuple[Any, ...]) -> None:
@@ -110,6 +175,6 @@ def _fake(operator: str, *args: object) -> None:
 def define(library: torch.library.Library) -> None:
     """Define every operator of the table in ``library`` and register its fake."""
     for operators in OPERATORS.values():
-        for name, arguments in operators.items():
-            library.define(f"{name}({arguments}) -> ()")
+        for name in operators:
+            library.define(_torch_schema(name))
             torch.library.register_fake(f"{NAMESPACE}::{name}", partial(_fake, name), lib=library)

@@ -87,18 +87,18 @@ def image_rows(size: tuple[int, ...]) -> Iterator[Row]:
     yield (
         "pgd_step", name, lambda: ak.pgd_step(adv, grad, x, EPS, STEP),
         lambda: images.step_delta(adv, grad, x),
-        partial(implementation["pgd_step"], adv, grad, x, *ball, *step, *bounds, False, None, out, None),
+        partial(implementation["pgd_step"], (adv, grad, x, *ball, *step, *bounds, False, None, out, None)),
     )  # fmt: skip
     yield (
         "random_start", name, lambda: ak.random_start(x, EPS, key=key), lambda: images.start_plain(x),
-        partial(implementation["random_start"], x, *ball, *bounds, *noise, out),
+        partial(implementation["random_start"], (x, *ball, *bounds, *noise, out)),
     )  # fmt: skip
     yield (
         f"pgd_step_neighbours n={COUNT}", name,
         lambda: ak.pgd_step_neighbours(adv, grad, x, EPS, STEP, RADIUS, COUNT, key=key),
         partial(images.step_neighbours_plain(images.step_delta), adv, grad, x),
-        partial(implementation["pgd_step_neighbours"], adv, grad, x, *ball, *step, *near, COUNT, False, True, *bounds,
-                False, None, *noise, many),
+        partial(implementation["pgd_step_neighbours"], (adv, grad, x, *ball, *step, *near, COUNT, False, True, *bounds,
+                                                        False, None, *noise, many)),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def loss_rows(size: tuple[int, int]) -> Iterator[Row]:
     leaf, value, total = z.clone().requires_grad_(), z.new_empty(size[0]), z.new_empty(())
     yield (
         "cross_entropy", name, lambda: ak.cross_entropy(z, y), lambda: F.cross_entropy(z, y),
-        partial(backends._implementations["cross_entropy"], z, y, 0.0, None, 1.0, value, total, None),
+        partial(backends._implementations["cross_entropy"], (z, y, 0.0, None, 1.0, value, total, None)),
     )  # fmt: skip
     ours, plain = (with_backward(loss, (leaf, y)) for loss in (ak.cross_entropy, F.cross_entropy))
     yield "cross_entropy, forward and backward", name, ours, plain, None

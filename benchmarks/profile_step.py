@@ -10,19 +10,20 @@ the profiler's own time among it, is the last row.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from atlas_kernels import keep_memory
-from atlas_kernels.schema import NAMESPACE, OPERATORS
+from atlas_kernels.backends import native
+from atlas_kernels.schema import NAMESPACE
 from bench_training_step import NETWORKS, Bench, Contest, Settings
 from harness import Call, seconds
 from steps import STEPS
@@ -51,10 +52,12 @@ def announce_operators() -> None:
 
     Has to come before the first of them is called.
     """
-    for stem, operators in OPERATORS.items():
-        module = importlib.import_module(f"atlas_kernels.backends.native.{stem}")
-        for name in operators:
-            setattr(module, name, record_function(f"{NAMESPACE}::{name}")(getattr(module, name)))
+    made = native.implementation
+
+    def announced(stem: str, name: str) -> Callable[[tuple[Any, ...]], None]:
+        return record_function(f"{NAMESPACE}::{name}")(made(stem, name))
+
+    native.implementation = announced
 
 
 def profiled(call: Call, device: torch.device) -> Counter[str]:

@@ -1,6 +1,6 @@
 // The surface that both libraries (CPU, CUDA) export: one params struct and one function per stem. Raw pointers, sizes,
-// a device and a stream in; a status out. The core never allocates and never synchronises. Everything is checked
-// before it gets here, in atlas_kernels/backends/door.py.
+// a device and a stream in; a status out. The core never allocates and never synchronises. The door (bindings.cpp) checks
+// every tensor before its address gets here; whether arguments fit each other, the functions themselves ask.
 #pragma once
 #include <stdint.h>
 
@@ -13,7 +13,8 @@
 extern "C" {
 
 // 0: done. > 0: a CUDA error code. < 0: one of these.
-enum AtlasStatus { ATLAS_OK = 0, ATLAS_BAD_DTYPE = -1, ATLAS_BAD_SIZE = -2, ATLAS_NO_CUDA = -3 };
+// ATLAS_REFUSED: arguments do not fit each other; backends/guard.py says which.
+enum AtlasStatus { ATLAS_OK = 0, ATLAS_BAD_DTYPE = -1, ATLAS_BAD_SIZE = -2, ATLAS_NO_CUDA = -3, ATLAS_REFUSED = -4 };
 
 struct AtlasWhere {
   int32_t device;   // CUDA device index; -1: CPU
@@ -33,67 +34,59 @@ struct AtlasScalar {
   const void* per_row;  // null: `value` for all
 };
 
+// A params struct lists its fields once, as F(type, name). The door (bindings.cpp) fills them by name: what the table in
+// atlas_kernels/schema.py declares, arguments and sides of tensors; what it does not name stays 0.
+#define ATLAS_FIELD(type, name) type name;
+
 // The four l_inf ops are one pass with parts left out:
 //   adv' = clip(project(adv + step sign(grad)))        where grad is given, and the sample is active
-//   out_x = x;  out_adv = cast = adv'                   where given
-//   out_z[k] = clip([project](adv' + radius noise_k))   for k < count
-struct AtlasPerturb {
-  int64_t batch, channels, pixels;
-  AtlasImages adv, grad, x;
-  AtlasImages out_x, out_adv, cast, out_z;  // out_z: `count` batches one after another
-  AtlasScalar eps, step_size, radius;       // per sample
-  AtlasScalar clip_min, clip_max;           // per channel
-  const uint8_t* active;                    // per sample; null: all
-  const int64_t* key;                       // (seed, base), in the memory of the device
-  const int64_t* ids;                       // per sample; null: base + row
-  int64_t count;
-  int32_t descend, project;
-  uint32_t stream, draw;
-};
+//   z_k = clip([project](adv' + radius noise_k))       for k < count; projected if `project`, or x is there without grad
+//   out = [x;] [adv';] z_0; z_1; ...                   x if `include_x`, adv' if there is a grad; cast = adv'
+// Per sample: eps, step_size, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
+// (seed, base), in the memory of the device. rows: of out.
+#define ATLAS_PERTURB(F) \
+  F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) F(int64_t, rows) \
+  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) F(AtlasImages, cast) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, radius) \
+  F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
+  F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) \
+  F(int64_t, count) F(int32_t, descend) F(int32_t, project) F(int32_t, include_x) \
+  F(uint32_t, stream) F(uint32_t, draw)
+struct AtlasPerturb { ATLAS_PERTURB(ATLAS_FIELD) };
 
 // Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right
 // as the key and its number (ids[b], else index[b]) say: out = (u / 255 - mean) / std. NaN where no such image is.
-struct AtlasAugment {
-  int64_t count, channels, height, width;  // of the set
-  int64_t batch, crop_height, crop_width, padding;
-  const uint8_t* images;
-  AtlasImages out;
-  AtlasScalar mean, std;  // per channel, in the compute type: fp64 if out is fp64, else fp32
-  const int64_t* index;   // per sample
-  const int64_t* key;     // (seed, base); null: the crop lies at the top left, and nothing is mirrored
-  const int64_t* ids;     // per sample, or null
-  int32_t channels_last;  // of the set
-  int32_t flip;
-  uint32_t stream, draw;
-};
+// count, channels, height, width: of the set. Without a key the crop lies at the top left, and nothing is mirrored.
+#define ATLAS_AUGMENT(F) \
+  F(int64_t, count) F(int64_t, channels) F(int64_t, height) F(int64_t, width) \
+  F(int64_t, batch) F(int64_t, crop_height) F(int64_t, crop_width) F(int64_t, padding) \
+  F(AtlasImages, images) F(AtlasImages, out) F(AtlasScalar, mean) F(AtlasScalar, std) \
+  F(const int64_t*, index) F(const int64_t*, key) F(const int64_t*, ids) \
+  F(int32_t, flip) F(uint32_t, stream) F(uint32_t, draw)
+struct AtlasAugment { ATLAS_AUGMENT(ATLAS_FIELD) };
 
-// sum_j w_ij ||h_adv_i - h_j|| of every adversary i, times `factor`; w_ij = 1 for labels that are equal, else `other`.
-struct AtlasPairwise {
-  int64_t batch, features;
-  const void *h, *h_adv;   // dense [batch, features], both of `dtype`
-  const int64_t* labels;
-  void *value, *total;     // per adversary, and their sum, in the compute type (fp64 if h is, else fp32); null: not wanted
-  void *grad, *adv_grad;   // of the total by h and by h_adv, in the compute type; null: not wanted
-  double* partial;         // workspace [ceil(features / 32), batch]
-  double other, factor;
-  int32_t dtype, squared;  // squared: the squared l2 distance, else l1
-};
+// sum_j w_ij ||h_adv_i - h_j|| of every adversary i, times `factor`; w_ij = 1 for labels that are equal, else
+// other = 1 - 1/scale. h, h_adv: dense [batch, features], of `dtype`. value: per adversary, total: their sum, grad and
+// adv_grad: of the total by h and by h_adv; in the compute type, null: not wanted. squared: the squared l2 distance, else
+// l1. partial: workspace [blocks, batch], blocks = ceil(features / 32) or more.
+#define ATLAS_PAIRWISE(F) \
+  F(int64_t, batch) F(int64_t, features) F(int64_t, blocks) F(const void*, h) F(const void*, h_adv) \
+  F(const int64_t*, labels) F(void*, value) F(void*, total) F(void*, grad) F(void*, adv_grad) \
+  F(double*, partial) F(double, scale) F(double, other) F(double, factor) \
+  F(int32_t, dtype) F(int32_t, squared)
+struct AtlasPairwise { ATLAS_PAIRWISE(ATLAS_FIELD) };
 
 // The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
 //   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad; l1 with `largest` > 0: along
 //                                                       the sign of that many of the largest entries instead
 //   adv' = clip(x + eps U^(1/D) z / ||z||)              where key is given; z normal (l2) or Laplace (l1); adv is x
-struct AtlasPerturbNorm {
-  int64_t batch, channels, pixels;
-  AtlasImages adv, grad, x, out, cast;
-  AtlasScalar eps, step_size;      // per sample
-  AtlasScalar clip_min, clip_max;  // per channel
-  const uint8_t* active;           // per sample; null: all
-  const int64_t *key, *ids;        // as in AtlasPerturb
-  int64_t largest;
-  int32_t norm, descend;
-  uint32_t stream, draw;
-};
+#define ATLAS_PERTURB_NORMS(F) \
+  F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) \
+  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) F(AtlasImages, cast) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
+  F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) F(int64_t, largest) \
+  F(int32_t, norm) F(int32_t, descend) F(uint32_t, stream) F(uint32_t, draw)
+struct AtlasPerturbNorms { ATLAS_PERTURB_NORMS(ATLAS_FIELD) };
 
 // Logits and what is shaped like them: dense [batch, classes], all of one call in one dtype.
 enum AtlasObjective {
@@ -105,63 +98,52 @@ enum AtlasObjective {
 };
 
 // Per sample: cotangent = d(objective)/d(logits) and value = objective, both negated if `descend`; correct = whether the
-// prediction is the label; kappa += correct. Null: not wanted, or, for an input, absent.
-struct AtlasObjectives {
-  int64_t batch, classes;
-  const void *logits, *reference;
-  const int64_t *labels, *targets;
-  void* cotangent;
-  uint8_t* correct;
-  int64_t* kappa;
-  void* value;  // in the compute type: fp64 if the logits are fp64, else fp32
-  int32_t dtype, objective, descend;
-};
+// prediction is the label; kappa += correct. Null: not wanted, or, for an input, absent. value: in the compute type, fp64
+// if the logits are fp64, else fp32.
+#define ATLAS_OBJECTIVES(F) \
+  F(int64_t, batch) F(int64_t, classes) F(const void*, logits) F(const void*, reference) \
+  F(const int64_t*, labels) F(const int64_t*, targets) \
+  F(void*, cotangent) F(uint8_t*, correct) F(int64_t*, kappa) F(void*, value) \
+  F(int32_t, dtype) F(int32_t, objective) F(int32_t, descend)
+struct AtlasObjectives { ATLAS_OBJECTIVES(ATLAS_FIELD) };
 
-enum AtlasLoss {
-  ATLAS_LOSS_CROSS_ENTROPY = 0,  // parameter: label smoothing
-  ATLAS_LOSS_KL_DIV = 1,         // KL(softmax(logits) || softmax(adv_logits))
-  ATLAS_LOSS_TRADES = 2,         // parameter: beta
-  ATLAS_LOSS_MART = 3,           // parameter: beta
-  ATLAS_LOSS_ENTROPY = 4,
-  ATLAS_LOSS_MARGIN = 5,
-  ATLAS_LOSS_DLR = 6,
-  ATLAS_LOSS_LOGIT_PAIRING = 7,
-  ATLAS_LOSS_ATLAS = 8,
-};
+// The losses by the names of their operators; each numbers itself. parameter: label smoothing or beta. kl_div:
+// KL(softmax(logits) || softmax(adv_logits)).
+#define ATLAS_LOSS_NAMES(F) \
+  F(cross_entropy) F(kl_div) F(trades_loss) F(mart_loss) F(entropy) F(margin_loss) F(dlr_loss) \
+  F(logit_pairing) F(atlas_loss)
+#define ATLAS_LOSS(name) ATLAS_LOSS_##name,
+enum AtlasLoss { ATLAS_LOSS_NAMES(ATLAS_LOSS) };
 
 // The terms that atlas_loss is made of: kl, ce, logit; none.
 enum AtlasTerm { ATLAS_TERM_KL = 0, ATLAS_TERM_CE = 1, ATLAS_TERM_LOGIT = 2, ATLAS_TERM_NONE = 3 };
 
 // value[i] = weights[i] * loss_i;  total = scale * sum of value;  grads = scale * d(sum of value)/d(logits).
-struct AtlasLosses {
-  int64_t batch, classes;
-  const void *logits, *adv_logits;  // atlas_loss: logits = [x; adv; z_1; ..; z_n] in one, x unless global is none
-  const int64_t *labels, *targets;
-  const void* weights;              // in the compute type; null: 1
-  void *value, *total;              // in the compute type; total may be null
-  void *grad, *adv_grad;            // null: not wanted
-  void* terms;                      // atlas_loss: [3, batch] CE, LOCAL, GLOBAL in the compute type, or null
-  double parameter, scale, local_weight, global_weight;
-  int64_t neighbours;
-  int32_t dtype, loss, local, global;
-};
+// atlas_loss: logits = [x; adv; z_1; ..; z_n] in one, x unless global_term is none; `rows` in all; terms: [3, batch] CE,
+// LOCAL, GLOBAL. weights (null: 1), value, total and terms are in the compute type; null: not wanted.
+#define ATLAS_LOSSES(F) \
+  F(int64_t, batch) F(int64_t, classes) F(int64_t, rows) \
+  F(const void*, logits) F(const void*, adv_logits) \
+  F(const int64_t*, labels) F(const int64_t*, targets) F(const void*, weights) \
+  F(void*, value) F(void*, total) F(void*, grad) F(void*, adv_grad) F(void*, terms) \
+  F(double, parameter) F(double, scale) F(double, local_weight) F(double, global_weight) \
+  F(int64_t, neighbours) F(int32_t, dtype) F(int32_t, loss) F(int32_t, local) F(int32_t, global_term)
+struct AtlasLosses { ATLAS_LOSSES(ATLAS_FIELD) };
 
 // out[i] = sigmoid(2 lam + 10/h (h - kappa[i])), h = steps / 2 rounded down, divided by the mean over the batch.
-struct AtlasGairatWeights {
-  int64_t batch, steps;
-  const int64_t* kappa;
-  float* out;
-  double lam;
-};
+#define ATLAS_GAIRAT_WEIGHTS(F) \
+  F(int64_t, batch) F(int64_t, steps) F(const int64_t*, kappa) F(float*, out) F(double, lam)
+struct AtlasGairatWeights { ATLAS_GAIRAT_WEIGHTS(ATLAS_FIELD) };
 
 // The CUDA library only. Version numbers as CUDA writes them (13000); driver and devices are 0 where there are none.
 ATLAS_EXPORT int atlas_cuda_runtime(int* built, int* driver, int* devices);
 ATLAS_EXPORT const char* atlas_cuda_error(int status);
 
+// One for each stem, and for an operator that has a struct of its own.
 ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
-ATLAS_EXPORT int atlas_perturb_norm(const AtlasPerturbNorm* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_losses(const AtlasLosses* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere* where);

@@ -1,15 +1,23 @@
-// pybind11 over api.h and nothing else. Pointers arrive as integers from backends/door.py, which has checked them.
+// The one door to the core: a Plan is made of an operator's line in atlas_kernels/schema.py, and takes the operator's
+// arguments as they are. It reads what each tensor is, asks whether that is what the line declares, packs the params
+// struct of api.h by the names of its fields, and calls the core. What looks wrong is left to Python, which says why.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
-#include <initializer_list>
+#include <cctype>
+#include <cstddef>
+#include <cstring>
+#include <map>
 #include <string>
-#include <utility>
+#include <vector>
 
 #include "api.h"
+#include "core/platform.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "dlpack.h"
 
 #ifndef ATLAS_BUILD_NOTES
 #define ATLAS_BUILD_NOTES ""
@@ -19,37 +27,74 @@ namespace py = pybind11;
 
 namespace {
 
-// What the CUDA library exports, found by name when it is loaded.
-struct CudaLibrary {
-  decltype(&atlas_perturb) perturb = nullptr;
-  decltype(&atlas_augment) augment = nullptr;
-  decltype(&atlas_pairwise) pairwise = nullptr;
-  decltype(&atlas_perturb_norm) perturb_norm = nullptr;
-  decltype(&atlas_objectives) objectives = nullptr;
-  decltype(&atlas_losses) losses = nullptr;
-  decltype(&atlas_gairat_weights) gairat_weights = nullptr;
+// --- params structs, by the names of their fields -------------------------------------------------------------------
+
+enum class Field { integer, word, low_word, number, images, scalar, address };
+constexpr Field field_of(const int64_t*) { return Field::integer; }
+constexpr Field field_of(const int32_t*) { return Field::word; }
+constexpr Field field_of(const uint32_t*) { return Field::low_word; }
+constexpr Field field_of(const double*) { return Field::number; }
+constexpr Field field_of(const AtlasImages*) { return Field::images; }
+constexpr Field field_of(const AtlasScalar*) { return Field::scalar; }
+template <class T> constexpr Field field_of(T* const*) { return Field::address; }
+
+struct Slot {
+  Field field;
+  size_t offset;
+};
+
+using Function = int (*)(const void* params, const AtlasWhere* where);
+
+// What runs a stem, or an operator that has a struct of its own.
+struct Entry {
+  size_t size;
+  std::map<std::string, Slot> fields;
+  Function cpu, cuda;
+};
+
+template <class Params> Entry entry(int (*cpu)(const Params*, const AtlasWhere*), std::map<std::string, Slot> fields) {
+  return {sizeof(Params), std::move(fields), reinterpret_cast<Function>(cpu), nullptr};
+}
+
+#define ATLAS_SLOT(type, name) {#name, {field_of(static_cast<type*>(nullptr)), offsetof(Params, name)}},
+#define ATLAS_ENTRY(name, Struct, FIELDS) \
+  {#name, [] { \
+     using Params = Struct; \
+     return entry<Params>(&atlas_##name, {FIELDS(ATLAS_SLOT)}); \
+   }()}
+
+std::map<std::string, Entry> entries = {
+    ATLAS_ENTRY(perturb, AtlasPerturb, ATLAS_PERTURB),
+    ATLAS_ENTRY(augment, AtlasAugment, ATLAS_AUGMENT),
+    ATLAS_ENTRY(pairwise, AtlasPairwise, ATLAS_PAIRWISE),
+    ATLAS_ENTRY(perturb_norms, AtlasPerturbNorms, ATLAS_PERTURB_NORMS),
+    ATLAS_ENTRY(objectives, AtlasObjectives, ATLAS_OBJECTIVES),
+    ATLAS_ENTRY(losses, AtlasLosses, ATLAS_LOSSES),
+    ATLAS_ENTRY(gairat_weights, AtlasGairatWeights, ATLAS_GAIRAT_WEIGHTS),
+};
+
+#define ATLAS_NAME(name) #name,
+const std::vector<std::string> losses = {ATLAS_LOSS_NAMES(ATLAS_NAME)};
+
+// --- the CUDA library -----------------------------------------------------------------------------------------------
+
+struct {
   decltype(&atlas_cuda_runtime) runtime = nullptr;
   decltype(&atlas_cuda_error) error = nullptr;
 } cuda;
 
-template <class Function> void find(void* library, const char* name, Function& function) {
-  function = reinterpret_cast<Function>(dlsym(library, name));
-  if (!function) throw std::runtime_error(std::string("the CUDA library has no symbol ") + name);
+template <class T> void find(void* library, const std::string& name, T& function) {
+  function = reinterpret_cast<T>(dlsym(library, name.c_str()));
+  if (!function) throw std::runtime_error("the CUDA library has no symbol " + name);
 }
 
 void load_cuda(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
-  CudaLibrary found;
+  auto found = cuda;
   find(library, "atlas_cuda_runtime", found.runtime);
   find(library, "atlas_cuda_error", found.error);
-  find(library, "atlas_perturb", found.perturb);
-  find(library, "atlas_augment", found.augment);
-  find(library, "atlas_pairwise", found.pairwise);
-  find(library, "atlas_perturb_norm", found.perturb_norm);
-  find(library, "atlas_objectives", found.objectives);
-  find(library, "atlas_losses", found.losses);
-  find(library, "atlas_gairat_weights", found.gairat_weights);
+  for (auto& [name, entry] : entries) find(library, "atlas_" + name, entry.cuda);
   cuda = found;
 }
 
@@ -70,128 +115,365 @@ std::string explain(int status) {
   }
 }
 
-// What a call with that many elements cannot do without is there, by name.
-void require(int64_t elements, std::initializer_list<std::pair<const char*, bool>> there) {
-  for (const auto& [name, given] : there)
-    if (elements > 0 && !given) throw std::invalid_argument(std::string("the address of ") + name + " is null");
+// --- tensors --------------------------------------------------------------------------------------------------------
+
+struct Torch {
+  py::object tensor, is_neg = py::str("is_neg");
+  DLPackExchangeAPI* api = nullptr;
+
+  Torch() {
+    tensor = py::module_::import("torch").attr("Tensor");
+    for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"})
+      if (!api && py::hasattr(tensor, name))
+        api = py::reinterpret_borrow<py::capsule>(tensor.attr(name)).get_pointer<DLPackExchangeAPI>();
+    if (!api || api->version.major != 1 || !api->dltensor_from_py_object_no_sync)
+      throw std::runtime_error("this PyTorch has no DLPack 1 exchange functions: install 2.10 or later");
+  }
+};
+
+// Made by who holds Python's lock, and never freed: Python is gone before it would be.
+const Torch& torch() {
+  static Torch* found = nullptr;
+  if (!found) found = new Torch();
+  return *found;
 }
 
-// Runs the CPU's function or, for a CUDA device, the library's; Python's lock is released meanwhile.
-template <class Params>
-void call(const char* name, int (*cpu)(const Params*, const AtlasWhere*), int (*gpu)(const Params*, const AtlasWhere*),
-          const Params& params, int device, int threads, uintptr_t stream) {
-  const AtlasWhere where = {device, threads, reinterpret_cast<void*>(stream)};
-  int status;
-  {
-    py::gil_scoped_release released;
-    status = device < 0 ? cpu(&params, &where) : gpu ? gpu(&params, &where) : ATLAS_NO_CUDA;
+// Beside atlas::Dtype: other types; and what a tensor may be that is declared as one of several (schema.Argument).
+enum : int { kBytes = 4, kInt64, kBool, kOther, kAnyFloat, kSame, kWide };
+const std::map<std::string, int> types = {
+    {"images", kAnyFloat}, {"bytes", kBytes}, {"same", kSame}, {"wide", kWide},
+    {"int64", kInt64}, {"bool", kBool}, {"float32", atlas::kFloat32}, {"float64", atlas::kFloat64},
+};
+
+int dtype_of(const DLTensor& t) {
+  if (t.dtype.lanes != 1) return kOther;
+  switch (t.dtype.code << 8 | t.dtype.bits) {
+    case kDLFloat << 8 | 32: return atlas::kFloat32;
+    case kDLFloat << 8 | 64: return atlas::kFloat64;
+    case kDLFloat << 8 | 16: return atlas::kFloat16;
+    case kDLBfloat << 8 | 16: return atlas::kBFloat16;
+    case kDLUInt << 8 | 8: return kBytes;
+    case kDLInt << 8 | 64: return kInt64;
+    case kDLBool << 8 | 8: return kBool;
+    default: return kOther;
   }
-  if (status != ATLAS_OK) throw std::runtime_error(std::string(name) + ": " + explain(status));
 }
+
+int64_t numel_of(const DLTensor& t) {
+  int64_t found = 1;
+  for (int i = 0; i < t.ndim; ++i) found *= t.shape[i];
+  return found;
+}
+
+// Whether the sides lie in memory in this order, the last one innermost.
+template <class Order> bool is_dense(const DLTensor& t, Order side) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    const int at = side(i);
+    if (t.shape[at] != 1 && t.strides[at] != stride) return false;
+    stride *= t.shape[at];
+  }
+  return true;
+}
+
+bool is_contiguous(const DLTensor& t) {
+  return numel_of(t) == 0 || is_dense(t, [](int i) { return i; });
+}
+
+bool is_channels_last(const DLTensor& t) {
+  if (t.ndim != 4 && t.ndim != 5) return false;
+  return is_dense(t, [&](int i) { return i == t.ndim - 1 ? 1 : i ? i + 1 : 0; });
+}
+
+struct Tensor : DLTensor {
+  PyObject* object = nullptr;  // null: None
+  int dtype = kOther;
+  bool channels_last = false;
+
+  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
+  uintptr_t end() const { return begin() + uintptr_t(numel_of(*this)) * (DLTensor::dtype.bits / 8); }
+  bool is_float() const { return dtype >= atlas::kFloat32 && dtype <= atlas::kBFloat16; }
+
+  // False: it is no plain memory, or none that is known without a closer look.
+  bool read(PyObject* from, bool looked_at) {
+    object = from;
+    if (!PyObject_TypeCheck(from, reinterpret_cast<PyTypeObject*>(torch().tensor.ptr()))) return false;
+    if (torch().api->dltensor_from_py_object_no_sync(from, this)) {
+      PyErr_Clear();
+      return false;
+    }
+    data = static_cast<char*>(data) + byte_offset;
+    dtype = dtype_of(*this);
+    if (looked_at) return true;
+    constexpr uintptr_t kLow = uintptr_t(1) << 40;  // LOW of atlas_kernels/layout.py
+    if (begin() < kLow) return false;
+    if (!is_float()) return true;
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(from, torch().is_neg.ptr()));
+    if (!negated) throw py::error_already_set();
+    return negated.ptr() == Py_False;
+  }
+};
+
+// Whether these are plain images, float and dense, of one shape and device, the first two of one type.
+bool alike(const py::args& tensors) {
+  Tensor first, t;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* const object = PyTuple_GET_ITEM(tensors.ptr(), i);
+    if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch().tensor.ptr()) || !t.read(object, true)) return false;
+    if (t.ndim == 0 || !t.is_float() || !(is_contiguous(t) || is_channels_last(t))) return false;
+    if (i == 0) first = t;
+    if (t.ndim != first.ndim || !std::equal(t.shape, t.shape + t.ndim, first.shape)) return false;
+    if (memcmp(&t.device, &first.device, sizeof(DLDevice)) || (i == 1 && t.dtype != first.dtype)) return false;
+  }
+  return true;
+}
+
+// --- plans ----------------------------------------------------------------------------------------------------------
+
+int on_cuda = -1;  // the device that CPU tensors are taken to be on; -1: the CPU
+
+struct Argument {
+  Slot slot;  // of its field
+  bool is_tensor, optional, written, in_place;
+  int type;
+  std::vector<int> sides;  // >= 0: which name; < 0: ~size
+
+  bool is_images() const { return type == kAnyFloat || type == kBytes; }
+};
+
+class Plan {
+ public:
+  // What a call returns, if not the number of the argument that is not as declared.
+  enum : int { kDone = -1, kLook = -2, kRefused = -3 };
+
+  Plan(const std::string& stem, const std::string& name, const py::list& arguments, const py::dict& fixed)
+      : entry_(entries.at(entries.count(name) ? name : stem)), function_(entries.count(name) ? name : stem),
+        blank_(entry_.size, 0) {
+    if (entry_.size > kMostBytes || arguments.size() > kMost) throw std::invalid_argument(name + " takes too much");
+    for (const py::handle each : arguments) add(each, name);
+    for (const auto& [field, value] : fixed) put(&blank_[0], slot(py::str(field)), value.cast<int64_t>());
+    const auto loss = std::find(losses.begin(), losses.end(), name);
+    if (loss != losses.end()) put(&blank_[0], slot("loss"), loss - losses.begin());
+    has_dtype_ = entry_.fields.count("dtype");
+    if (has_dtype_) dtype_ = slot("dtype");
+    if (lead_ >= 0 && follows(arguments_[lead_])) channels_ = side("channels"), pixels_ = side("pixels");
+  }
+
+  // Whether the arguments are as declared, and what is written shares its memory with no other.
+  int check(const py::tuple& args, bool looked_at) const {
+    Read read;
+    return check(args, looked_at, read);
+  }
+
+  int call(const py::tuple& args, int threads, bool looked_at) const {
+    Read read;
+    if (const int told = check(args, looked_at, read); told != kDone) return told;
+    alignas(16) char params[kMostBytes];
+    memcpy(params, blank_.data(), blank_.size());
+    for (int i = 0; i < int(arguments_.size()); ++i) {
+      const Argument& a = arguments_[i];
+      if (a.is_tensor) {
+        put(params, a.slot, read.tensors[i]);
+      } else if (a.slot.field == Field::number) {
+        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(args.ptr(), i));
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        memcpy(params + a.slot.offset, &value, sizeof(value));
+      } else {
+        const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(args.ptr(), i));
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        if (a.slot.field == Field::word && value != int32_t(value)) return looked_at ? i : kLook;
+        put(params, a.slot, value);
+      }
+    }
+    for (const auto& [side, to] : wanted_)
+      if (read.sizes[side] >= 0) put(params, to, read.sizes[side]);
+    if (has_dtype_) put(params, dtype_, read.tensors[lead_].dtype);
+    return run(params, read.tensors[read.first].device, threads, looked_at);
+  }
+
+ private:
+  static constexpr int kMost = 32;
+  static constexpr size_t kMostBytes = 512;
+
+  struct Read {
+    Tensor tensors[kMost];
+    int64_t sizes[kMost];  // of the sides, by their numbers
+    int first = -1;        // tensor
+
+    Read() { std::fill_n(sizes, kMost, int64_t(-1)); }
+  };
+
+  int check(const py::tuple& args, bool looked_at, Read& read) const {
+    const int count = int(arguments_.size());
+    if (int(args.size()) != count) throw std::invalid_argument(function_ + " got another number of arguments");
+    Tensor* const tensors = read.tensors;
+    int& first = read.first;
+    for (int i = 0; i < count; ++i) {
+      const Argument& a = arguments_[i];
+      PyObject* const object = PyTuple_GET_ITEM(args.ptr(), i);
+      if (!a.is_tensor || (object == Py_None && a.optional)) continue;
+      if (object == Py_None) return kLook;
+      if (!tensors[i].read(object, looked_at)) return looked_at ? i : kLook;
+      if (first < 0) first = i;
+      if (tensors[i].begin() == 0 && numel_of(tensors[i])) return i;
+    }
+    if (lead_ >= 0 && !fits(lead_, tensors, read.sizes)) return lead_;
+    for (int i = 0; i < count; ++i) {
+      if (!tensors[i].object) continue;
+      if (i != lead_ && !fits(i, tensors, read.sizes)) return i;
+      if (memcmp(&tensors[i].device, &tensors[first].device, sizeof(DLDevice))) return i;
+    }
+    return !looked_at && overlap(tensors) ? kLook : kDone;
+  }
+
+  const Entry& entry_;
+  std::string function_;
+  std::vector<Argument> arguments_;
+  std::vector<std::string> sides_;            // names, by their numbers
+  std::vector<std::pair<int, Slot>> wanted_;  // sides that have a field
+  std::vector<char> blank_;                   // params with what is fixed
+  Slot dtype_ = {};
+  bool has_dtype_ = false;
+  int lead_ = -1, channels_ = -1, pixels_ = -1;  // lead_: the first tensor of a float type, which others go by
+
+  // (field, type, sides, optional, written, in_place); of a number sides is None.
+  void add(const py::handle& declared, const std::string& name) {
+    const auto words = declared.cast<py::tuple>();
+    Argument a = {slot(words[0].cast<std::string>()), !words[2].is_none(), words[3].cast<bool>(),
+                  words[4].cast<bool>(), words[5].cast<bool>(), kOther, {}};
+    if (a.is_tensor) {
+      a.type = types.at(words[1].cast<std::string>());
+      for (const auto& word : words[2].cast<std::vector<std::string>>())
+        a.sides.push_back(isdigit(word[0]) ? ~std::stoi(word) : side(word));
+      if (lead_ < 0 && (a.type == kAnyFloat || a.type == kSame)) lead_ = int(arguments_.size());
+      if (a.slot.field != (a.is_images() ? Field::images : Field::address))
+        throw std::invalid_argument(name + ": field " + words[0].cast<std::string>() + " is of another type");
+    }
+    arguments_.push_back(std::move(a));
+  }
+
+  // Where a field lies. "eps" of a pair is its number, "eps_rows" its address.
+  Slot slot(std::string field) const {
+    const auto& fields = entry_.fields;
+    if (const auto found = fields.find(field); found != fields.end()) {
+      if (found->second.field != Field::scalar) return found->second;
+      return {Field::number, found->second.offset + offsetof(AtlasScalar, value)};
+    }
+    const std::string pair = field.substr(0, field.rfind("_rows"));
+    if (const auto found = fields.find(pair); pair != field && found != fields.end())
+      if (found->second.field == Field::scalar)
+        return {Field::address, found->second.offset + offsetof(AtlasScalar, per_row)};
+    throw std::invalid_argument("csrc/api.h: what " + function_ + " takes has no field " + field);
+  }
+
+  int side(const std::string& name) {
+    const int number = int(std::find(sides_.begin(), sides_.end(), name) - sides_.begin());
+    if (number < int(sides_.size())) return number;
+    sides_.push_back(name);
+    if (entry_.fields.count(name)) wanted_.push_back({number, slot(name)});
+    return number;
+  }
+
+  static void put(char* params, const Slot& to, int64_t value) {
+    const uint32_t word = uint32_t(value);
+    if (to.field == Field::integer) memcpy(params + to.offset, &value, sizeof(value));
+    else memcpy(params + to.offset, &word, sizeof(word));
+  }
+
+  static void put(char* params, const Slot& to, const Tensor& t) {
+    if (!t.object) return;
+    if (to.field == Field::address) {
+      memcpy(params + to.offset, &t.data, sizeof(t.data));
+    } else {
+      const AtlasImages images = {t.data, t.dtype, t.channels_last};
+      memcpy(params + to.offset, &images, sizeof(images));
+    }
+  }
+
+  // Images of which the first side alone is named: the others are those of the lead.
+  static bool follows(const Argument& a) { return a.type == kAnyFloat && a.sides.size() == 1; }
+
+  bool fits(int number, Tensor* tensors, int64_t* sizes) const {
+    const Argument& a = arguments_[number];
+    Tensor& t = tensors[number];
+    if (!has_type(a.type, t, tensors) || t.ndim < int(a.sides.size())) return false;
+    if (follows(a)) {
+      const Tensor& lead = tensors[lead_];
+      if (t.ndim != lead.ndim || !std::equal(t.shape + 1, t.shape + t.ndim, lead.shape + 1)) return false;
+      if (number == lead_) {
+        sizes[channels_] = t.ndim > 2 ? t.shape[1] : 1;
+        sizes[pixels_] = 1;
+        for (int i = t.ndim > 2 ? 2 : 1; i < t.ndim; ++i) sizes[pixels_] *= t.shape[i];
+      }
+    } else if (t.ndim != int(a.sides.size())) {
+      return false;
+    }
+    for (size_t i = 0; i < a.sides.size(); ++i) {
+      int64_t fixed = ~int64_t(a.sides[i]);
+      int64_t& size = a.sides[i] < 0 ? fixed : sizes[a.sides[i]];
+      if (size < 0) size = t.shape[i];
+      if (size != t.shape[i]) return false;
+    }
+    if (is_contiguous(t)) return true;
+    t.channels_last = a.is_images() && is_channels_last(t);
+    return t.channels_last;
+  }
+
+  bool has_type(int type, const Tensor& t, const Tensor* tensors) const {
+    const int lead = lead_ < 0 ? atlas::kFloat32 : tensors[lead_].dtype;
+    if (type == kAnyFloat) return t.is_float();
+    if (type == kSame) return t.is_float() && t.dtype == lead;
+    if (type == kWide) return t.dtype == (lead == atlas::kFloat64 ? atlas::kFloat64 : atlas::kFloat32);
+    return t.dtype == type;
+  }
+
+  // Does anything that is written share memory with another argument? An input that is `out` itself may.
+  bool overlap(const Tensor* tensors) const {
+    const int count = int(arguments_.size());
+    for (int i = 0; i < count; ++i) {
+      if (!arguments_[i].written || !tensors[i].object) continue;
+      const uintptr_t begin = tensors[i].begin(), end = tensors[i].end();
+      for (int j = 0; j < count; ++j) {
+        if (j == i || !tensors[j].object || tensors[j].begin() >= end || begin >= tensors[j].end()) continue;
+        const bool in_place = arguments_[i].in_place && arguments_[j].in_place;
+        if (!in_place || tensors[j].object != tensors[i].object) return true;
+      }
+    }
+    return false;
+  }
+
+  // On the CPU or, for a CUDA device, by the library; Python's lock is released meanwhile.
+  int run(const char* params, DLDevice device, int threads, bool looked_at) const {
+    AtlasWhere where = {on_cuda, threads, nullptr};
+    if (device.device_type == kDLCUDA) {
+      where.device = device.device_id;
+      if (torch().api->current_work_stream(kDLCUDA, device.device_id, &where.stream)) throw py::error_already_set();
+    } else if (device.device_type != kDLCPU) {
+      return kRefused;
+    }
+    int status;
+    {
+      py::gil_scoped_release released;
+      const Function function = where.device < 0 ? entry_.cpu : entry_.cuda;
+      status = function ? function(params, &where) : int(ATLAS_NO_CUDA);
+    }
+    if (status == ATLAS_OK) return kDone;
+    if (status == ATLAS_REFUSED) return looked_at ? kRefused : kLook;
+    throw std::runtime_error("atlas_" + function_ + ": " + explain(status));
+  }
+};
+
+// --- the rest -------------------------------------------------------------------------------------------------------
 
 // The lowest page is no memory: what points into it is an offset from null.
-template <class T = void> T* at(uintptr_t address) {
+const int64_t* integers(uintptr_t address) {
   if (address && address < 4096) throw std::invalid_argument("there is no memory at address " + std::to_string(address));
-  return reinterpret_cast<T*>(address);
-}
-const int64_t* integers(uintptr_t address) { return at<const int64_t>(address); }
-AtlasImages images(uintptr_t data, int format) { return {at(data), format & 3, format >> 2}; }
-AtlasScalar scalar(double value, uintptr_t rows) { return {value, at(rows)}; }
-
-void perturb(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format, uintptr_t out_x,
-             int out_x_format, uintptr_t out_adv, int out_adv_format, uintptr_t cast, int cast_format, uintptr_t out_z,
-             int out_z_format, int64_t batch, int64_t channels, int64_t pixels, double eps, uintptr_t eps_rows,
-             double step_size, uintptr_t step_rows, double radius, uintptr_t radius_rows, double clip_min,
-             uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active, uintptr_t key,
-             uintptr_t ids, int64_t count, bool descend, bool project, uint32_t noise, uint32_t draw, int device,
-             int threads, uintptr_t stream) {
-  const AtlasPerturb params = {
-      batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
-      images(out_x, out_x_format), images(out_adv, out_adv_format), images(cast, cast_format),
-      images(out_z, out_z_format), scalar(eps, eps_rows), scalar(step_size, step_rows), scalar(radius, radius_rows),
-      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), at<const uint8_t>(active), integers(key),
-      integers(ids), count, descend, project, noise, draw};
-  require(batch * channels * pixels, {{"adv", adv}, {"x", x || !(grad || project || out_x)},
-                                      {"out_adv", out_adv || !grad}, {"out_z", out_z || count <= 0}});
-  call("atlas_perturb", atlas_perturb, cuda.perturb, params, device, threads, stream);
-}
-
-void perturb_norm(uintptr_t adv, int adv_format, uintptr_t grad, int grad_format, uintptr_t x, int x_format,
-                  uintptr_t out, int out_format, uintptr_t cast, int cast_format, int64_t batch, int64_t channels,
-                  int64_t pixels, double eps, uintptr_t eps_rows, double step_size, uintptr_t step_rows,
-                  double clip_min, uintptr_t clip_min_rows, double clip_max, uintptr_t clip_max_rows, uintptr_t active,
-                  uintptr_t key, uintptr_t ids, int64_t largest, int norm, bool descend, uint32_t noise, uint32_t draw,
-                  int device, int threads, uintptr_t stream) {
-  const AtlasPerturbNorm params = {
-      batch, channels, pixels, images(adv, adv_format), images(grad, grad_format), images(x, x_format),
-      images(out, out_format), images(cast, cast_format), scalar(eps, eps_rows), scalar(step_size, step_rows),
-      scalar(clip_min, clip_min_rows), scalar(clip_max, clip_max_rows), at<const uint8_t>(active), integers(key),
-      integers(ids), largest, norm, descend, noise, draw};
-  require(batch * channels * pixels, {{"adv", adv}, {"x", x}, {"out", out}});
-  call("atlas_perturb_norm", atlas_perturb_norm, cuda.perturb_norm, params, device, threads, stream);
-}
-
-void augment(uintptr_t set, bool channels_last, int64_t count, int64_t channels, int64_t height, int64_t width,
-             uintptr_t out, int out_format, int64_t batch, int64_t crop_height, int64_t crop_width, int64_t padding,
-             bool flip, double mean, uintptr_t mean_rows, double std, uintptr_t std_rows, uintptr_t index,
-             uintptr_t key, uintptr_t ids, uint32_t noise, uint32_t draw, int device, int threads, uintptr_t stream) {
-  const AtlasAugment params = {
-      count, channels, height, width, batch, crop_height, crop_width, padding, at<const uint8_t>(set),
-      images(out, out_format), scalar(mean, mean_rows), scalar(std, std_rows), integers(index), integers(key),
-      integers(ids), channels_last, flip, noise, draw};
-  require(batch * channels * crop_height * crop_width,
-          {{"images", set || count * height * width <= 0}, {"out", out}, {"index", index}});
-  call("atlas_augment", atlas_augment, cuda.augment, params, device, threads, stream);
-}
-
-void pairwise(uintptr_t h, int dtype, uintptr_t h_adv, uintptr_t labels, uintptr_t value, uintptr_t total,
-              uintptr_t grad, uintptr_t adv_grad, uintptr_t partial, int64_t batch, int64_t features, double other,
-              double factor, bool squared, int device, int threads, uintptr_t stream) {
-  const AtlasPairwise params = {
-      batch, features, at(h), at(h_adv), integers(labels), at(value), at(total), at(grad), at(adv_grad),
-      at<double>(partial), other, factor, dtype, squared};
-  require(batch * features, {{"h", h}, {"h_adv", h_adv}, {"labels", labels}, {"partial", partial}});
-  call("atlas_pairwise", atlas_pairwise, cuda.pairwise, params, device, threads, stream);
-}
-
-void objectives(int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t reference, uintptr_t labels,
-                uintptr_t targets, int objective, bool descend, uintptr_t cotangent, uintptr_t correct, uintptr_t kappa,
-                uintptr_t value, int device, int threads, uintptr_t stream) {
-  const AtlasObjectives params = {
-      batch, classes, at(logits), at(reference), integers(labels), integers(targets), at(cotangent),
-      at<uint8_t>(correct), at<int64_t>(kappa), at(value), dtype, objective, descend};
-  const bool kl = objective == ATLAS_OBJECTIVE_KL;
-  require(batch * classes,
-          {{"logits", logits}, {"reference", reference || !kl}, {"labels", labels || (kl && !correct && !kappa)},
-           {"targets", targets || (objective >= ATLAS_OBJECTIVE_CE && objective < ATLAS_OBJECTIVE_DLR_TARGETED)}});
-  call("atlas_objectives", atlas_objectives, cuda.objectives, params, device, threads, stream);
-}
-
-void losses(int loss, int64_t batch, int64_t classes, int dtype, uintptr_t logits, uintptr_t adv_logits,
-            uintptr_t labels, uintptr_t targets, uintptr_t weights, double parameter, double scale, uintptr_t value,
-            uintptr_t total, uintptr_t grad, uintptr_t adv_grad, int64_t neighbours, int local, double local_weight,
-            int global, double global_weight, uintptr_t terms, int device, int threads, uintptr_t stream) {
-  const AtlasLosses params = {
-      batch, classes, at(logits), at(adv_logits), integers(labels), integers(targets), at(weights),
-      at(value), at(total), at(grad), at(adv_grad), at(terms), parameter, scale, local_weight, global_weight,
-      neighbours, dtype, loss, local, global};
-  const bool pair = loss == ATLAS_LOSS_KL_DIV || loss == ATLAS_LOSS_LOGIT_PAIRING, one = loss == ATLAS_LOSS_ENTROPY;
-  const bool both = pair || loss == ATLAS_LOSS_TRADES || loss == ATLAS_LOSS_MART;
-  require(batch * classes, {{"logits", logits}, {"adv_logits", adv_logits || !both}, {"labels", labels || pair || one},
-                            {"value", value}});
-  call("atlas_losses", atlas_losses, cuda.losses, params, device, threads, stream);
-}
-
-void gairat_weights(int64_t batch, int64_t steps, uintptr_t kappa, double lam, uintptr_t out, int device, int threads,
-                    uintptr_t stream) {
-  const AtlasGairatWeights params = {batch, steps, integers(kappa), at<float>(out), lam};
-  require(batch, {{"kappa", kappa}, {"out", out}});
-  call("atlas_gairat_weights", atlas_gairat_weights, cuda.gairat_weights, params, device, threads, stream);
+  return reinterpret_cast<const int64_t*>(address);
 }
 
 // The first of `count` class indices that is not in [0, classes); `count` if all are.
 int64_t first_outside(uintptr_t indices, int64_t count, int64_t classes) {
-  require(count, {{"indices", indices}});
+  if (count > 0 && !indices) throw std::invalid_argument("the address of indices is null");
   if (count < 0) throw std::invalid_argument("count is negative");
   return std::find_if(integers(indices), integers(indices) + count, [&](int64_t c) { return c < 0 || c >= classes; }) -
          integers(indices);
@@ -200,13 +482,14 @@ int64_t first_outside(uintptr_t indices, int64_t count, int64_t classes) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("perturb", &perturb);
-  m.def("augment", &augment);
-  m.def("pairwise", &pairwise);
-  m.def("perturb_norm", &perturb_norm);
-  m.def("objectives", &objectives);
-  m.def("losses", &losses);
-  m.def("gairat_weights", &gairat_weights);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&>())
+      .def("__call__", &Plan::call)
+      .def("check", py::overload_cast<const py::tuple&, bool>(&Plan::check, py::const_));
+  m.attr("DONE") = int(Plan::kDone);
+  m.attr("LOOK") = int(Plan::kLook);
+  m.def("alike", &alike);
+  m.def("on_cuda", [](int device) { on_cuda = device; });  // tests run the CUDA kernels on the host
   m.def("first_outside", &first_outside);
   m.def("advise_huge_pages", &atlas::cpu::advise_huge_pages);
   m.def("load_cuda", &load_cuda);

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from atlas_kernels.backends.native import perturb
+import atlas_kernels as ak
+from atlas_kernels import backends
+from atlas_kernels.schema import arguments_of
 from fuzz.draws import Draw
 from fuzz.plays import PLAYS, into_outputs, into_overlap, legal
 
@@ -35,14 +38,15 @@ def finds(play: Callable[[Draw], str | None], what: str) -> bool:
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]) -> None:
     """After each native l_inf step, what ``fault(adv, out)`` does."""
-    right = perturb._pass
+    ak.pgd_step(*[torch.rand(2, 2)] * 3, 0.1, 0.1)
+    here = "pgd_step", None, torch.device("cpu")
+    right, names = backends.chosen[here], [a.name for a in arguments_of("pgd_step")]
 
-    def faulty(adv: Tensor, grad: Tensor, x: Tensor, out_x: Tensor, out: Tensor, *rest: object) -> None:
-        right(adv, grad, x, out_x, out, *rest)
-        if out is not None:
-            fault(adv, out)
+    def faulty(args: tuple[Any, ...]) -> None:
+        right(args)
+        fault(args[names.index("adv")], args[names.index("out")])
 
-    monkeypatch.setattr(perturb, "_pass", faulty)
+    monkeypatch.setitem(backends.chosen, here, faulty)
 
 
 def test_wrong_values_are_found(monkeypatch):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BACKENDS
+from atlas_kernels.backends.door import plan_of
 from atlas_kernels.backends.guard import _IN_PLACE
 from atlas_kernels.core import core
 from atlas_kernels.schema import OPERATORS, arguments_of
@@ -198,10 +199,19 @@ def test_the_core_refuses_what_is_no_address():
         core().first_outside(0, 1, 1)
     with pytest.raises(ValueError, match="count is negative"):
         core().first_outside(0, -1, 1)
-    for name, first, rest in (
-        ("perturb", "adv", [0] * 14 + [1, 1, 1] + [0.0, 0] * 5 + [0, 0, 0, 0, False, False, 0, 0]),
-        ("losses", "logits", [0, 1, 1, 0] + [0] * 5 + [0.0, 1.0] + [0] * 6 + [0.0, 0, 0.0, 0]),
-        ("gairat_weights", "kappa", [1, 10, 0, -1.0, 0]),
-    ):
-        with pytest.raises(ValueError, match=f"the address of {first} is null"):
-            getattr(core(), name)(*rest, -1, 1, 0)
+
+
+@pytest.mark.parametrize("stem", OPERATORS)
+def test_a_plan_of_the_core_takes_no_tensor_that_has_no_memory(stem):
+    """Even where the caller says that the arguments were looked at."""
+    for operator in OPERATORS[stem]:
+        plan, extra = plan_of(stem, operator), [torch.empty(1, 4, dtype=torch.float64)] * (operator == "compactness")
+        given = valid_call(operator)
+        assert plan((*given.values(), *extra), 1, True) == core().DONE
+        for i, a in enumerate(arguments_of(operator)):
+            if not a.is_tensor or given[a.name] is None:
+                continue
+            t = given[a.name]
+            for none in (torch._efficientzerotensor(t.shape, dtype=t.dtype), t.to("meta"), t.to_sparse(), "a tensor"):
+                told = plan((*(given | {a.name: none}).values(), *extra), 1, True)
+                assert told == i, a.name

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.backends.door import DoorError
-from atlas_kernels.core import available_isas, core, force_isa
+from atlas_kernels.core import alike, available_isas, core, force_isa
 from operator_cases import problem, same_bits
 
 OPS = torch.ops.atlas_kernels
@@ -45,6 +45,17 @@ def test_nothing_wrong_passes_the_door(data):
     with pytest.raises((DoorError, ValueError, RuntimeError, NotImplementedError)):
         OPS.pgd_step_neighbours(*args.values())
     assert (out == 7.0).all()
+
+
+def test_alike_is_said_of_plain_images_alone():
+    x = torch.rand(2, 3, 4, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert alike(x, last) and alike(x, x, x.half()) and alike(x.double().requires_grad_(), x.double(), x)
+    for other in (
+        x.half(), x[:1], x[..., :2], x[..., ::2], x.int(), x.to("meta"), x.to_sparse(), torch.nn.Parameter(x),
+        x.expand(2, 2, 3, 4, 4)[0, :, :, :1].expand(2, 3, 4, 4), None, "x",
+    ):  # fmt: skip
+        assert not alike(x, other), other
 
 
 def test_isas_are_listed_and_checked():

@@ -380,7 +380,7 @@ def test_the_door():
         ):
             with pytest.raises(DoorError, match=message):
                 ce(*arguments)
-        with pytest.raises(DoorError, match="adv_logits is"):
+        with pytest.raises(DoorError, match="q_logits is"):
             kl(z, adv[:, :5].contiguous(), None, 1.0, value, total, grad, None)
         with pytest.raises(ValueError, match="grad shares memory with logits"):
             ce(z, labels, 0.0, None, 1.0, value, total, z)

@@ -22,9 +22,9 @@ import torch
 from torch.autograd import forward_ad
 
 from ..environment import CHOICES, did_you_mean, setting
-from ..schema import NAMESPACE, OPERATORS, arguments_of, define
+from ..schema import NAMESPACE, OPERATORS, arguments_of, define, require_given
 from ..transforms import kernel_under_transforms, refuse_derivatives
-from .guard import guard, materialised
+from .guard import require_plain
 
 BACKENDS = CHOICES["ATLAS_BACKEND"]
 
@@ -87,7 +87,7 @@ def default_for(device_type: str) -> str:
 
 def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     name = forced or default_for(device_type)
-    known = importlib.util.find_spec(f"{__name__}.{name}.{stem}") is not None
+    known = name == "native" or importlib.util.find_spec(f"{__name__}.{name}.{stem}") is not None
     if forced and not known:
         raise BackendUnavailable(
             f'the {name} backend has no {stem} kernels: use backend("native") or backend("reference")'
@@ -99,7 +99,7 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     if name == "reference" and forced is None:
         kernels = "kernels" if known else f"{stem} kernels"
         warnings.warn(f"no {kernels} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
-    return importlib.import_module(f"{__name__}.{name}.{stem}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def _differentiable(name: str) -> dict[int, str]:
@@ -108,33 +108,35 @@ def _differentiable(name: str) -> dict[int, str]:
     return {i: a.name for i, a in tensors.items() if a.name != "grad"}
 
 
-def _implementation(stem: str, name: str) -> Callable[..., None]:
+def _implementation(stem: str, name: str) -> Callable[[tuple[Any, ...]], None]:
     written = [i for i, argument in enumerate(arguments_of(name)) if argument.written]
-    differentiable = _differentiable(name)
-    chosen: dict[tuple[str | None, torch.device], Callable[..., None]] = {}
-    check = guard(name)
+    differentiable, bump_version = _differentiable(name), torch.autograd.graph.increment_version
 
-    def run(*args: Any) -> None:
+    def run(args: tuple[Any, ...]) -> None:
         if forward_ad._current_level >= 0:
             by = {argument: args[i] for i, argument in differentiable.items()}
             refuse_derivatives(f"{NAMESPACE}::{name}", by, tangents_only=True)
-        if not check(args):
-            args = materialised(name, args)
-            check(args)
-        here = forced_backend(), args[0].device
+        if args[0] is None:
+            require_given(name, args)
+        here = name, forced_backend(), args[0].device
         function = chosen.get(here)
         if function is None:
-            function = chosen[here] = getattr(_choose(here[0], stem, here[1].type), name)
-        function(*args)
-        _bump_versions([out for i in written if (out := args[i]) is not None and not out.is_inference()])
+            require_plain(name, args)  # whether a backend is there is asked last
+            function = chosen[here] = _choose(here[1], stem, here[2].type).implementation(stem, name)
+        function(args)
+        for i in written:
+            out = args[i]
+            if out is not None and not out.is_inference():
+                bump_version((out,))
 
     return run
 
 
-_bump_versions = torch.autograd.graph.increment_version
+# (operator, forced backend, device) -> what runs it
+chosen: dict[tuple[str, str | None, torch.device], Callable[[tuple[Any, ...]], None]] = {}
 _functorch_level = torch._C._functorch.maybe_current_level
 _library = torch.library.Library(NAMESPACE, "DEF")  # the operators live as long as this does
-_implementations: dict[str, Callable[..., None]] = {}
+_implementations: dict[str, Callable[[tuple[Any, ...]], None]] = {}
 
 
 def _register() -> None:
@@ -142,9 +144,9 @@ def _register() -> None:
     define(_library)
     for stem, operators in OPERATORS.items():
         for name in operators:
-            _implementations[name] = _implementation(stem, name)
+            _implementations[name] = run = _implementation(stem, name)
             for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
-                _library.impl(name, _implementations[name], key)
+                _library.impl(name, lambda *args, run=run: run(args), key)
             transformed = kernel_under_transforms(f"{NAMESPACE}::{name}", _operator(name), _differentiable(name))
             _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
 
@@ -166,7 +168,7 @@ def caller(name: str) -> Callable[..., None]:
         if compiling() or modes() or level() is not None or not plain(map(type, args)):
             operator(*args)
         else:
-            implementation(*args)
+            implementation(args)
 
     return call
 

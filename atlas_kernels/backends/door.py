@@ -1,82 +1,74 @@
-"""The one checked door to the native core, which takes raw pointers and trusts them.
+"""The way of an operator's arguments to the native core, which takes raw pointers and trusts them.
 
-Whoever calls an operator, by whatever way, passes here: dtype, device, density, shape and size of every tensor
-are checked before its address is taken (that it is there and overlaps no other: ``backends/guard.py``). The messages
-are for developers; users meet the checks of the public functions.
+Whoever calls an operator, by whatever way, passes here. A ``Plan`` of the core is made of the operator's line in
+``schema.py``: it reads every tensor once, and what is there as declared it hands on. What is not, or may not be, is
+looked at again in Python, by ``backends/guard.py``, which says what is wrong. The messages of this file are for
+developers; users meet the checks of the public functions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..layout import is_channels_last
+from ..core import core
+from ..schema import FIXED, Argument, arguments_of, parse
+from .guard import DoorError, require_plain, takes_in_place
 
-_FORMATS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_CHANNELS_LAST = 4
-_CPU = torch.device("cpu")
-ABSENT = (0, 0)
-
-
-class DoorError(RuntimeError):
-    """A tensor must not be handed to the native core."""
-
-
-def images(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
-    """(address, format) of a dense float tensor of exactly this shape and device."""
-    code = _FORMATS.get(t.dtype)
-    if code is not None and t.shape == shape and t.device == device:
-        if t.is_contiguous():
-            return t.data_ptr(), code
-        if is_channels_last(t):
-            return t.data_ptr(), code | _CHANNELS_LAST
-    raise DoorError(
-        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}, expected a float tensor "
-        f"{list(shape)} on {device}, contiguous or channels_last"
+_COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
+# What a kernel needs besides, and how it is made of the operator's arguments: the core never allocates.
+_WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "compactness": (
+        "float64[blocks, batch]! partial",
+        lambda h, *_: torch.empty((-(-h.shape[-1:].numel() // _COLUMNS), *h.shape[:1]), dtype=torch.float64,
+                                  device=h.device),
     )
+}  # fmt: skip
 
 
-def byte_images(name: str, t: Tensor) -> tuple[int, bool, torch.Size]:
-    """(address, whether channels_last, shape) of a dense uint8 tensor [N, C, H, W]."""
-    if t.dtype == torch.uint8 and t.ndim == 4 and (t.is_contiguous() or is_channels_last(t)):
-        return t.data_ptr(), is_channels_last(t), t.shape
+def plan_of(stem: str, operator: str) -> Any:
+    """The core's plan of the operator, with its workspace as a last argument."""
+    arguments = arguments_of(operator)
+    if operator in _WORKSPACES:
+        arguments = (*arguments, *parse(_WORKSPACES[operator][0]))
+    words = [_words(operator, a) for a in arguments]
+    return core().Plan(stem, operator, words, dict(FIXED.get(operator, {})))
+
+
+def _words(operator: str, a: Argument) -> tuple[Any, ...]:
+    sides = list(a.sides) if a.is_tensor else None
+    return a.field, a.type, sides, a.optional, a.written, takes_in_place(operator, a.told)
+
+
+def implementation(stem: str, operator: str) -> Callable[[tuple[Any, ...]], None]:
+    """What runs the operator on CPU and CUDA tensors, of its arguments as one tuple."""
+    plan, done, threads = plan_of(stem, operator), core().DONE, torch.get_num_threads
+    workspace = _WORKSPACES[operator][1] if operator in _WORKSPACES else None
+
+    def run(args: tuple[Any, ...]) -> None:
+        given = args if workspace is None else (*args, workspace(*args))
+        if plan(given, threads(), False) != done:
+            args = require_plain(operator, args)
+            given = args if workspace is None else (*args, workspace(*args))
+            require_declared(operator, args, plan(given, threads(), True))
+
+    return run
+
+
+def require_declared(operator: str, args: tuple[Any, ...], told: int) -> None:
+    """Raise for the argument that is not as declared, by its number."""
+    if told == core().DONE:
+        return
+    if not 0 <= told < len(args):
+        raise DoorError(f"{operator}: the arguments do not fit each other, or their device is none of the core")
+    a, t = arguments_of(operator)[told], args[told]
+    if not isinstance(t, Tensor):
+        raise DoorError(f"{operator}: {a.told} is {t!r}, expected {a.shown}")
+    shape, strides = (list(t.shape), t.stride()) if t.layout == torch.strided else (list(t.shape), t.layout)
     raise DoorError(
-        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()}, expected uint8 [N, C, H, W], contiguous or "
-        "channels_last"
+        f"{operator}: {a.told} is {t.dtype} {shape} with strides {strides} on {t.device}, expected {a.shown} on "
+        f"{args[0].device}, see schema.Argument"
     )
-
-
-def vector(name: str, t: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Address of a contiguous vector of exactly this size, dtype and device."""
-    if t.numel() == size and t.dtype == dtype and t.device == device and t.is_contiguous():
-        return t.data_ptr()
-    raise DoorError(
-        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}, expected contiguous {dtype} "
-        f"[{size}] on {device}"
-    )
-
-
-def rows(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Address of contiguous rows of exactly this shape, dtype and device."""
-    if t.shape == shape and t.dtype == dtype and t.device == device and t.is_contiguous():
-        return t.data_ptr()
-    raise DoorError(
-        f"{name} is {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}, expected contiguous {dtype} "
-        f"{list(shape)} on {device}"
-    )
-
-
-def float_code(name: str, t: Tensor) -> int:
-    """The native number of a float dtype."""
-    code = _FORMATS.get(t.dtype)
-    if code is None:
-        raise DoorError(f"{name} is {t.dtype}, expected float32, float64, float16 or bfloat16")
-    return code
-
-
-def where(device: torch.device) -> tuple[int, int, int]:
-    """(CUDA device index or -1, CPU threads, CUDA stream)."""
-    if device == _CPU:
-        return -1, torch.get_num_threads(), 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, 1, torch.cuda.current_stream(index).cuda_stream

@@ -1,20 +1,26 @@
 """What is asked of every call of an operator, whatever backend runs it: tensors that are needed are there, and have
-memory; none that is written shares memory with another argument; numbers that stand for a choice are known.
+memory; none that is written shares memory with another argument; numbers are known, and fit each other.
 
-What the kernels of a backend ask besides (dtype, shape, layout) they check themselves.
+What a tensor must be (dtype, shape, layout) is in the operator's line of ``schema.py``. The native core asks all of
+this by itself, and comes here for what it is not sure of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import LOW, has_memory
-from ..schema import arguments_of, require_given
-from .door import DoorError
+from ..schema import NORMS, arguments_of, require_given
+
+
+class DoorError(RuntimeError):
+    """An argument must not be handed to a kernel."""
+
 
 # Least and largest value, by name: what a kernel would take for another choice, or count beyond its words.
 _RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "count": (0, 2**24 - 1),
@@ -31,6 +37,21 @@ _IN_PLACE = {
 }
 
 
+def takes_in_place(operator: str, told: str) -> bool:
+    """Whether this is ``out``, or an input that may be ``out`` itself whatever the other arguments are."""
+    return not operator.endswith("neighbours") and told in ("out", *_IN_PLACE.get(operator, ()))
+
+
+def require_plain(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, checked, with plain memory in place of lazy tensors."""
+    check = guard(operator)
+    if not check(args):
+        args = materialised(operator, args)
+        check(args)
+    return args
+
+
+@cache
 def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
     """A check of a call's arguments, made before anything is written. It raises ``TypeError`` and ``ValueError`` that
     name the argument, and is False where a tensor is lazy: ``materialised`` then makes plain memory of it."""
@@ -38,8 +59,8 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
     inputs = [i for i, a in enumerate(arguments) if a.is_tensor and not a.written]
     outputs = [i for i, a in enumerate(arguments) if a.written]
     required = {i for i, a in enumerate(arguments) if not a.optional}
-    ranges = [(i, *_RANGES[a.name]) for i, a in enumerate(arguments) if a.name in _RANGES]
-    also = _require_parts if operator == "attack_cotangent" else None
+    numbers = [(i, *_RANGES[a.name]) for i, a in enumerate(arguments) if a.name in _RANGES]
+    complaint, names = _COMPLAINTS.get(operator), [a.name for a in arguments]
     key = next((i for i, a in enumerate(arguments) if a.name == "key"), None)
 
     def check(args: tuple[Any, ...]) -> bool:
@@ -69,14 +90,14 @@ def guard(operator: str) -> Callable[[tuple[Any, ...]], bool]:
                         _require_in_place(operator, out, i, args)
             elif i in required:
                 require_given(operator, args)
-        for i, least, largest in ranges:
+        for i, least, largest in numbers:
             if not least <= args[i] <= largest:
                 name = arguments[i].name
                 raise DoorError(f"{operator}: {name} is {args[i]}, which is unknown: expected {least} to {largest}")
         if key is not None and args[key] is not None and args[key].shape != (2,):
             raise DoorError(f"{operator}: key is {list(args[key].shape)}, expected [2]: seed and base")
-        if also is not None:
-            also(*args)
+        if complaint is not None and (wrong := complaint(dict(zip(names, args, strict=True)))):
+            raise DoorError(f"{operator}: {wrong}")
         return True
 
     return check
@@ -94,17 +115,67 @@ def materialised(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def _require_parts(logits, labels, targets, reference, objective, descend, cotangent, correct, kappa, value):  # type: ignore[no-untyped-def]
+_Given = Mapping[str, Any]
+
+
+def _wrong_rows(given: _Given) -> str | None:
+    """Results of the l_inf operators: [x;] [adv';] z_0; z_1; ..."""
+    first = given["adv"] if "adv" in given else given["x"]
+    slices = given.get("include_x", 0) + ("grad" in given) + given.get("count", "grad" not in given)
+    rows, expected = given["out"].shape[:1].numel(), slices * first.shape[:1].numel()
+    return None if rows == expected else f"out is {list(given['out'].shape)}, expected {expected} rows"
+
+
+def _wrong_norm(given: _Given) -> str | None:
+    if ("grad" in given or "key" in given) and given["norm"] == 0:
+        return f"norm is 0, expected an index of {NORMS}, of linf for project alone"
+    entries, largest = given.get("adv", given["x"]).shape[1:].numel(), given.get("largest", 0)
+    if 0 <= largest <= entries:
+        return None
+    return f"largest is {largest}, expected 0 to {entries}, the entries of a sample"
+
+
+def _lacks_a_key(given: _Given) -> str | None:
+    whole = [side + 2 * given["padding"] for side in given["images"].shape[2:]]
+    needed = given["flip"] or list(given["out"].shape[2:]) != whole
+    return "noise needs a key" if needed and given["key"] is None else None
+
+
+def _wrong_scale(given: _Given) -> str | None:
+    return None if given["scale"] else "scale is 0, which pairs are divided by"
+
+
+def _lacks_a_part(given: _Given) -> str | None:
     """An objective has what it looks at."""
-    lacks = None
-    if labels is None and (objective != 1 or correct is not None or kappa is not None):
+    lacks, objective = None, given["objective"]
+    predicts = given["correct"] is not None or given["kappa"] is not None
+    if given["labels"] is None and (objective != 1 or predicts):
         lacks = "labels"
-    elif reference is None and objective == 1:
+    elif given["reference"] is None and objective == 1:
         lacks = "reference"
-    elif targets is None and objective == 4:
+    elif given["targets"] is None and objective == 4:
         lacks = "targets"
-    if lacks is not None:
-        raise DoorError(f"attack_cotangent: objective {objective} needs {lacks}, got None")
+    return lacks and f"objective {objective} needs {lacks}, got None"
+
+
+def _wrong_batches(given: _Given) -> str | None:
+    """Joint logits: [x;] adv; z_1; ..; z_n, x where there is a global term, z where there is a local one."""
+    rows, batch, first = len(given["logits"]), len(given["labels"]), 1 if given["global_term"] == 3 else 2
+    parts, rest = divmod(rows, batch) if batch else (first, rows)
+    if rest or parts < first or (given["local"] == 3 and parts > first):
+        return f"logits have {rows} rows, which is not [x; adv; z_1; ..; z_n] of {batch} labels"
+    return None
+
+
+# What numbers and tensors must be beside each other: in words, what is wrong.
+_COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
+    **dict.fromkeys(("random_start", "pgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
+    **dict.fromkeys(("random_start_norm", "pgd_step_norm", "project"), _wrong_norm),
+    "augment": _lacks_a_key,
+    "compactness": _wrong_scale,
+    "attack_cotangent": _lacks_a_part,
+    "atlas_loss": _wrong_batches,
+}
 
 
 def _require_in_place(operator: str, written: int, other: int, args: tuple[Any, ...]) -> None:

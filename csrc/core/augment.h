@@ -47,15 +47,18 @@ ATLAS_HD Window draw_window(const AtlasAugment& p, int64_t seed, int64_t sample)
   return at;
 }
 
-// Sizes that fit each other and the counter's words.
-inline bool is_valid(const AtlasAugment& p) {
+// Sizes that fit each other and the counter's words; and a key, unless there is but one crop.
+inline int status_of(const AtlasAugment& p) {
   for (int64_t size : {p.count, p.channels, p.height, p.width, p.batch, p.crop_height, p.crop_width, p.padding})
-    if (size < 0) return false;
-  if (p.padding > INT32_MAX) return false;
+    if (size < 0) return ATLAS_BAD_SIZE;
+  if (p.padding > INT32_MAX) return ATLAS_BAD_SIZE;
   const int64_t rows = positions(p.height, p.padding, p.crop_height);
   const int64_t columns = positions(p.width, p.padding, p.crop_width);
-  return rows >= 1 && columns >= 1 && rows <= UINT32_MAX && columns <= UINT32_MAX;
+  if (rows < 1 || columns < 1 || rows > UINT32_MAX || columns > UINT32_MAX) return ATLAS_BAD_SIZE;
+  return p.key || (!p.flip && rows == 1 && columns == 1) ? ATLAS_OK : ATLAS_REFUSED;
 }
+
+ATLAS_HD const uint8_t* bytes_of(const AtlasImages& images) { return static_cast<const uint8_t*>(images.data); }
 
 // What is written where there is no such image: kernels never read beyond the set, whatever the index says.
 template <class T> ATLAS_HD T no_image() { return T(bit_cast<float>(0x7fc00000u)); }

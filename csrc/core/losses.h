@@ -252,6 +252,21 @@ struct AtlasTerms {
   double local_weight, global_weight;
 };
 
+// The batches that the logits hold, in `neighbours` those beside [x;] adv. REFUSED: they are no whole ones.
+ATLAS_HD int count_parts(AtlasLosses& p, int& parts) {
+  parts = 1;
+  if (p.batch < 0 || p.classes < 1) return ATLAS_BAD_SIZE;
+  if (p.dtype < kFloat32 || p.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
+  if (p.loss != ATLAS_LOSS_atlas_loss) return ATLAS_OK;
+  const int64_t least = p.global_term == ATLAS_TERM_NONE ? 1 : 2, batches = p.batch ? p.rows / p.batch : least;
+  p.neighbours = batches - least;
+  parts = int(batches);
+  if (p.local < ATLAS_TERM_KL || p.local > ATLAS_TERM_NONE) return ATLAS_REFUSED;
+  if (p.global_term < ATLAS_TERM_KL || p.global_term > ATLAS_TERM_NONE) return ATLAS_REFUSED;
+  const bool whole = batches >= least && batches <= INT32_MAX && batches * p.batch == p.rows;
+  return whole && (p.local != ATLAS_TERM_NONE || p.neighbours == 0) ? ATLAS_OK : ATLAS_REFUSED;
+}
+
 template <class Row> struct AtlasParts { typename Row::V adv, local, global; };
 
 template <class Row>
@@ -325,18 +340,18 @@ template <class Row> ATLAS_HD AtlasParts<Row> loss_of(Row& row, const AtlasLosse
   using V = typename Row::V;
   const V scale = row.weight() * scalar_of<V>(p.scale);
   switch (p.loss) {
-    case ATLAS_LOSS_CROSS_ENTROPY: return alone<Row>(cross_entropy(row, row.label(), p.parameter, scale));
-    case ATLAS_LOSS_KL_DIV: return alone<Row>(kl_div(row, 0, 1, scale));
-    case ATLAS_LOSS_TRADES: return alone<Row>(trades(row, row.label(), p.parameter, scale));
-    case ATLAS_LOSS_MART: return alone<Row>(mart(row, row.label(), p.parameter, scale));
-    case ATLAS_LOSS_ENTROPY: return alone<Row>(entropy(row, scale));
-    case ATLAS_LOSS_MARGIN: return alone<Row>(margin(row, row.label(), scale));
-    case ATLAS_LOSS_DLR:
+    case ATLAS_LOSS_cross_entropy: return alone<Row>(cross_entropy(row, row.label(), p.parameter, scale));
+    case ATLAS_LOSS_kl_div: return alone<Row>(kl_div(row, 0, 1, scale));
+    case ATLAS_LOSS_trades_loss: return alone<Row>(trades(row, row.label(), p.parameter, scale));
+    case ATLAS_LOSS_mart_loss: return alone<Row>(mart(row, row.label(), p.parameter, scale));
+    case ATLAS_LOSS_entropy: return alone<Row>(entropy(row, scale));
+    case ATLAS_LOSS_margin_loss: return alone<Row>(margin(row, row.label(), scale));
+    case ATLAS_LOSS_dlr_loss:
       return alone<Row>(p.targets ? dlr<true>(row, row.label(), row.target(), scale)
                                   : dlr<false>(row, row.label(), row.label(), scale));
-    case ATLAS_LOSS_LOGIT_PAIRING: return alone<Row>(logit_pairing(row, scale));
+    case ATLAS_LOSS_logit_pairing: return alone<Row>(logit_pairing(row, scale));
     default:
-      return atlas_loss(row, row.label(), {p.local, p.global, p.neighbours, p.local_weight, p.global_weight}, scale);
+      return atlas_loss(row, row.label(), {p.local, p.global_term, p.neighbours, p.local_weight, p.global_weight}, scale);
   }
 }
 
@@ -345,7 +360,7 @@ template <class Row>
 ATLAS_HD typename Row::V value_of(const Row& row, const AtlasLosses& p, const AtlasParts<Row>& parts) {
   using V = typename Row::V;
   using T = scalar_of<V>;
-  if (p.loss != ATLAS_LOSS_ATLAS) return times(row.weight(), parts.adv);
+  if (p.loss != ATLAS_LOSS_atlas_loss) return times(row.weight(), parts.adv);
   const V local = times(all<V>(T(p.local_weight)), parts.local);
   return times(row.weight(), parts.adv + local + times(all<V>(T(p.global_weight)), parts.global));
 }

@@ -4,6 +4,17 @@
 
 namespace atlas {
 
+// Whether the objective has what it looks at.
+ATLAS_HD int status_of(const AtlasObjectives& p) {
+  if (p.batch < 0 || p.classes < 1) return ATLAS_BAD_SIZE;
+  if (p.dtype < kFloat32 || p.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
+  if (p.objective < ATLAS_OBJECTIVE_CE || p.objective > ATLAS_OBJECTIVE_DLR_TARGETED) return ATLAS_REFUSED;
+  const bool kl = p.objective == ATLAS_OBJECTIVE_KL, predicts = p.correct || p.kappa;
+  const bool there = (p.labels || (kl && !predicts)) && (p.reference || !kl) &&
+                     (p.targets || p.objective != ATLAS_OBJECTIVE_DLR_TARGETED);
+  return there || !p.batch ? ATLAS_OK : ATLAS_REFUSED;
+}
+
 template <class Row> struct Objective {
   typename Row::V value;
   typename Row::I prediction;  // of a row without a NaN

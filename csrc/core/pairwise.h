@@ -1,11 +1,23 @@
 // The weighted distance of ONE pair of features and its gradient. V is a number on the GPU and a vector of numbers on
 // the CPU; I is what counts in the same width. See atlas_kernels/pairwise.py for the operator.
 #pragma once
+#include "../api.h"
 #include "platform.h"
 
 namespace atlas {
 
 constexpr int64_t kPairColumns = 32;  // the fewest columns that one partial sum of the workspace covers
+
+// With the weight of pairs of different classes, which is that of the scale.
+inline AtlasPairwise with_other(AtlasPairwise p) {
+  p.other = 1.0 - 1.0 / p.scale;
+  return p;
+}
+
+inline int status_of(const AtlasPairwise& p) {
+  if (p.batch < 0 || p.features < 0) return ATLAS_BAD_SIZE;
+  return p.scale != 0 && p.blocks * kPairColumns >= p.features ? ATLAS_OK : ATLAS_REFUSED;
+}
 
 template <class T> struct count_of;
 template <> struct count_of<float> { using type = int32_t; };

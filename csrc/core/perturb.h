@@ -1,8 +1,35 @@
 // The l_inf perturbation of ONE pixel: ascent step, projection, neighbour. See atlas_kernels/perturb.py for the ops.
 #pragma once
+#include "../api.h"
 #include "platform.h"
 
 namespace atlas {
+
+// The operators as one pass: `out` part by part; out_z: `count` batches one after another.
+struct Pass : AtlasPerturb { AtlasImages out_x, out_adv, out_z; };
+
+inline Pass pass_of(const AtlasPerturb& p) {
+  Pass pass = {p, {}, {}, {}};
+  pass.project = p.project || (p.x.data && !p.grad.data);
+  const int64_t bytes = p.batch * p.channels * p.pixels * size_of(p.out.dtype);
+  AtlasImages next = p.out;
+  const auto take = [&](bool wanted, int64_t batches, AtlasImages& to) {
+    if (!wanted || !batches) return;
+    to = next;
+    next.data = static_cast<char*>(next.data) + batches * bytes;
+  };
+  take(p.include_x, 1, pass.out_x);
+  take(p.grad.data, 1, pass.out_adv);
+  take(true, p.count, pass.out_z);
+  return pass;
+}
+
+inline int status_of(const AtlasPerturb& p) {
+  if (p.adv.dtype < kFloat32 || p.adv.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
+  if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
+  if (p.count < 0 || p.count >= 1 << 24) return ATLAS_REFUSED;
+  return p.rows == ((p.include_x != 0) + (p.grad.data != nullptr) + p.count) * p.batch ? ATLAS_OK : ATLAS_REFUSED;
+}
 
 // As torch.sign: 0 for zeros and for NaN, so a pixel without a gradient does not move.
 template <class T, class G> ATLAS_HD T sign(G g) { return T(g > G(0)) - T(g < G(0)); }

@@ -3,11 +3,25 @@
 #pragma once
 #include <cmath>
 
+#include "../api.h"
 #include "platform.h"
 
 namespace atlas {
 
 enum Norm : int32_t { kLinf = 0, kL2 = 1, kL1 = 2 };
+
+// A start is around its own images.
+inline AtlasPerturbNorms with_centre(AtlasPerturbNorms p) {
+  if (!p.x.data) p.x = p.adv;
+  return p;
+}
+
+inline int status_of(const AtlasPerturbNorms& p) {
+  if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
+  const bool moves = p.grad.data || p.key;  // which has no linear form here
+  const bool known = p.norm >= (moves ? kL2 : kLinf) && p.norm <= kL1;
+  return known && p.largest >= 0 && p.largest <= p.channels * p.pixels ? ATLAS_OK : ATLAS_REFUSED;
+}
 
 enum Sweep : int32_t { kGradient, kSelect, kDistance, kSearch, kWrite };
 

@@ -21,6 +21,8 @@ enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 }
 struct half_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };
 
+ATLAS_HD int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat64 ? 8 : 2; }
+
 template <class T> struct dtype_of;
 template <> struct dtype_of<float> { static constexpr Dtype value = kFloat32; };
 template <> struct dtype_of<double> { static constexpr Dtype value = kFloat64; };

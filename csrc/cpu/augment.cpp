@@ -101,10 +101,10 @@ ATLAS_HD void fetch(uint8_t* bytes, const AtlasAugment& p, const Block& b, const
   const int64_t row = most(-at.top, b.row), count = least(p.height - at.top, b.row + b.rows) - row;
   if (pixels <= 0 || count <= 0) return;
 
-  const int64_t step = p.channels_last ? p.channels : 1, plane = p.channels_last ? 1 : p.height * p.width;
+  const int64_t step = p.images.channels_last ? p.channels : 1, plane = p.images.channels_last ? 1 : p.height * p.width;
   const int64_t leftmost = at.column(at.mirrored ? column + pixels - 1 : column, p.crop_width);
   const Rows rows = {bytes + ((row - b.row) * b.columns + column - b.column) * b.channels,
-                     p.images + image * p.height * p.width * p.channels + b.channel * plane +
+                     bytes_of(p.images) + image * p.height * p.width * p.channels + b.channel * plane +
                          (at.row(row) * p.width + leftmost) * step,
                      b.columns * b.channels, p.width * step, count, pixels};
   const bool same_order = b.channels == step;
@@ -124,7 +124,7 @@ ATLAS_HD void prefetch_next(const Job& job, int64_t unit) {
   if (image < 0 || image >= p.count) return;
   const int64_t bytes = p.channels * p.height * p.width, part = (bytes + blocks - 1) / blocks;
   const int64_t begin = unit % blocks * part, end = least(begin + part, bytes);
-  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(p.images + image * bytes + i);
+  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(bytes_of(p.images) + image * bytes + i);
 }
 
 template <class T> ATLAS_HD T at_channel(const AtlasScalar& s, int64_t channel) {
@@ -193,7 +193,7 @@ Job plan(const AtlasAugment& p) {
 }
 
 template <class T> int run(const AtlasAugment& p, int threads) {
-  if (!is_valid(p)) return ATLAS_BAD_SIZE;
+  if (const int status = status_of(p)) return status;
   const int64_t numel = p.batch * p.channels * p.crop_height * p.crop_width;
   if (numel == 0) return ATLAS_OK;
   Job job = plan(p);

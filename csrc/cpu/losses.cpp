@@ -1,6 +1,7 @@
 #include "losses.h"
 
 #include "../core/gairat.h"
+#include "../core/losses.h"
 
 namespace atlas::cpu {
 namespace {
@@ -11,8 +12,9 @@ template <class T> void sum_up(const AtlasLosses& p) {
   *static_cast<T*>(p.total) = T(sum * p.scale);
 }
 
-int run(const AtlasLosses& p, int threads) {
-  const int parts = p.loss == ATLAS_LOSS_ATLAS ? int(p.neighbours) + (p.global == ATLAS_TERM_NONE ? 1 : 2) : 1;
+int run(AtlasLosses p, int threads) {
+  int parts;
+  if (const int status = count_parts(p, parts)) return status;
   const LossJob job = {p, {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype}};
   run_rows<LossRange>(job, threads);
   if (p.total) p.dtype == kFloat64 ? sum_up<double>(p) : sum_up<float>(p);
@@ -23,15 +25,13 @@ int run(const AtlasLosses& p, int threads) {
 }  // namespace atlas::cpu
 
 extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) {
-  if (params->batch < 0 || params->classes < 1 || params->neighbours < 0) return ATLAS_BAD_SIZE;
-  if (params->dtype < atlas::kFloat32 || params->dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
   return atlas::cpu::run(*params, where->threads);
 }
 
 // Normalised by the largest before the sum: a batch whose weights all underflow has weights all the same.
 extern "C" int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere*) {
   const AtlasGairatWeights& p = *params;
-  if (p.batch < 0 || p.steps < 2) return ATLAS_BAD_SIZE;
+  if (const int status = atlas::status_of(p)) return status;
   const auto log_weight = [&](int64_t kappa) { return atlas::gairat_log_weight(p, kappa); };
   double largest = -HUGE_VAL, sum = 0;
   for (int64_t i = 0; i < p.batch; ++i) largest = std::fmax(largest, log_weight(p.kappa[i]));

@@ -1,6 +1,5 @@
 #include "../core/pairwise.h"
 
-#include "../api.h"
 #include "isa.h"
 
 namespace atlas::cpu {
@@ -139,7 +138,7 @@ void pass(const Job& job, int64_t units, int64_t grain, int threads) {
 }
 
 template <class T> int run(const AtlasPairwise& p, int threads) {
-  if (p.batch < 0 || p.features < 0) return ATLAS_BAD_SIZE;
+  if (const int status = status_of(p)) return status;
   const Job job = {p, blocks(p.batch, kAnchors), blocks(p.features, kColumns)};
   const int64_t units = job.anchor_blocks * job.column_blocks * (p.grad ? 2 : 1);
   const int64_t grain = 1 + (1 << 19) / (1 + p.batch * kAnchors * kColumns);
@@ -154,6 +153,6 @@ template <class T> int run(const AtlasPairwise& p, int threads) {
 
 extern "C" int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where) {
   if (params->dtype < atlas::kFloat32 || params->dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->dtype == atlas::kFloat64 ? atlas::cpu::run<double>(*params, where->threads)
-                                          : atlas::cpu::run<float>(*params, where->threads);
+  return params->dtype == atlas::kFloat64 ? atlas::cpu::run<double>(atlas::with_other(*params), where->threads)
+                                          : atlas::cpu::run<float>(atlas::with_other(*params), where->threads);
 }

@@ -7,7 +7,7 @@ namespace atlas::cpu {
 namespace {
 
 struct Job {
-  AtlasPerturb p;
+  Pass p;
   PlaneShape shape;
   int64_t tile;       // pixels a unit of work
   int64_t per_plane;  // units a plane
@@ -61,7 +61,7 @@ template <class T> struct Body {
 
   // Few calls of load and store: they are long once inlined for every dtype and order.
   static ATLAS_HD void run_tile(const Job& job, const Place& at) {
-    const AtlasPerturb& p = job.p;
+    const Pass& p = job.p;
     const T step = at_row<T>(p.step_size, at.sample);
     const PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.radius, at.sample),
                                at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)};
@@ -99,7 +99,7 @@ template <class T> struct Body {
 
   static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
                                       const T* adv, const T* x) {
-    const AtlasPerturb& p = job.p;
+    const Pass& p = job.p;
     const int64_t sample = p.ids ? p.ids[at.sample] : wrapping_sum(job.base, at.sample);
     const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
@@ -113,13 +113,13 @@ template <class T> struct Body {
   }
 };
 
-bool per_channel(const AtlasPerturb& p) { return p.clip_min.per_row || p.clip_max.per_row; }
+bool per_channel(const Pass& p) { return p.clip_min.per_row || p.clip_max.per_row; }
 
-bool per_sample(const AtlasPerturb& p) {
+bool per_sample(const Pass& p) {
   return p.active || p.eps.per_row || p.step_size.per_row || p.radius.per_row;
 }
 
-template <class T> Job plan(const AtlasPerturb& p) {
+template <class T> Job plan(const Pass& p) {
   Job job = {};
   job.p = p;
   AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out_x, &job.p.out_adv, &job.p.cast, &job.p.out_z};
@@ -152,8 +152,7 @@ template <class T> Job plan(const AtlasPerturb& p) {
   return job;
 }
 
-template <class T> int run(const AtlasPerturb& p, int threads) {
-  if (p.batch < 0 || p.channels < 0 || p.pixels < 0 || p.count < 0) return ATLAS_BAD_SIZE;
+template <class T> int run(const Pass& p, int threads) {
   const int64_t numel = p.batch * p.channels * p.pixels;
   if (numel == 0) return ATLAS_OK;
   const Job job = plan<T>(p);
@@ -168,7 +167,8 @@ template <class T> int run(const AtlasPerturb& p, int threads) {
 }  // namespace atlas::cpu
 
 extern "C" int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where) {
-  if (params->adv.dtype < atlas::kFloat32 || params->adv.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->adv.dtype == atlas::kFloat64 ? atlas::cpu::run<double>(*params, where->threads)
-                                              : atlas::cpu::run<float>(*params, where->threads);
+  if (const int status = atlas::status_of(*params)) return status;
+  const atlas::Pass pass = atlas::pass_of(*params);
+  return pass.adv.dtype == atlas::kFloat64 ? atlas::cpu::run<double>(pass, where->threads)
+                                           : atlas::cpu::run<float>(pass, where->threads);
 }

@@ -8,7 +8,7 @@ namespace atlas::cpu {
 namespace {
 
 struct Job {
-  AtlasPerturbNorm p;
+  AtlasPerturbNorms p;
   PlaneShape shape;
   int64_t tile;
   int64_t seed, base;
@@ -105,7 +105,7 @@ template <class T> struct Body {
   }
 
   static ATLAS_HD NormStep<T> first_sweep(const Job& job, int64_t sample) {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
     NormStep<T> step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, at_row<T>(p.eps, sample),
                         at_row<T>(p.step_size, sample)};
@@ -120,7 +120,7 @@ template <class T> struct Body {
   }
 
   static ATLAS_HD void sweep_tile(const Job& job, const Place& at, const NormStep<T>& step, Lanes& sums) {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     alignas(64) T buffers[3][kTile];
     const AtlasImages* images[3] = {&p.grad, &p.adv, &p.x};
     const T* tiles[3] = {buffers[0], nullptr, nullptr};
@@ -144,7 +144,7 @@ template <class T> struct Body {
   }
 
   static ATLAS_HD void finish(const Job& job, const Place& at, const Tile<T>& tile, const NormStep<T>& step, T* buffer) {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     const T* done = tile.adv;
     if (!p.active || p.active[at.sample]) {
       T* to = in_place_of(p.out, job.shape, at, buffer, false);
@@ -159,7 +159,7 @@ template <class T> struct Body {
   }
 };
 
-template <class T> Job plan(const AtlasPerturbNorm& p) {
+template <class T> Job plan(const AtlasPerturbNorms& p) {
   Job job = {};
   job.p = p;
   AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out, &job.p.cast};
@@ -182,8 +182,8 @@ template <class T> Job plan(const AtlasPerturbNorm& p) {
   return job;
 }
 
-template <class T> int run(const AtlasPerturbNorm& p, int threads) {
-  if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
+template <class T> int run(const AtlasPerturbNorms& p, int threads) {
+  if (const int status = status_of(p)) return status;
   const int64_t dimensions = p.channels * p.pixels;
   if (p.batch * dimensions == 0) return ATLAS_OK;
   constexpr int64_t kGrain = 16384;  // about what a thread must do to be worth waking
@@ -194,8 +194,8 @@ template <class T> int run(const AtlasPerturbNorm& p, int threads) {
 }  // namespace
 }  // namespace atlas::cpu
 
-extern "C" int atlas_perturb_norm(const AtlasPerturbNorm* params, const AtlasWhere* where) {
+extern "C" int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where) {
   if (params->adv.dtype < atlas::kFloat32 || params->adv.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->adv.dtype == atlas::kFloat64 ? atlas::cpu::run<double>(*params, where->threads)
-                                              : atlas::cpu::run<float>(*params, where->threads);
+  return params->adv.dtype == atlas::kFloat64 ? atlas::cpu::run<double>(atlas::with_centre(*params), where->threads)
+                                              : atlas::cpu::run<float>(atlas::with_centre(*params), where->threads);
 }

@@ -68,7 +68,7 @@ template <class S, int V, bool Normalise> struct Tile {
   __device__ __forceinline__ void read(const Job<S>& job, const Window& window, const uint8_t* image, int64_t vector) {
     const AtlasAugment& p = job.p;
     Cursor at = first = Cursor::at(job, vector * V);
-    const int64_t step = p.channels_last ? p.channels : 1, plane = p.channels_last ? 1 : p.height * p.width;
+    const int64_t step = p.images.channels_last ? p.channels : 1, plane = p.images.channels_last ? 1 : p.height * p.width;
     int64_t row = window.row(at.row), line = row * p.width * step + at.channel * plane;
     for (int v = 0; v < V; ++v) {
       const int64_t column = window.column(at.column, p.crop_width);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(const __grid_constant
   const int64_t sample = block.whole, number = p.index[sample], size = p.channels * p.height * p.width;
   const bool there = number >= 0 && number < p.count;
   Window window = draw_window(p, p.key ? p.key[0] : 0, p.ids ? p.ids[sample] : number);
-  const uint8_t* image = p.images + (there ? number : 0) * size;
+  const uint8_t* image = bytes_of(p.images) + (there ? number : 0) * size;
   if (!there || size == 0) {  // nothing lies inside such a window; byte 0, which is read all the same, may be any
     window.top = p.height;
     image = reinterpret_cast<const uint8_t*>(p.index);
@@ -137,7 +137,7 @@ template <class S, int V> int walk(Job<S>& job, int64_t elements, const AtlasWhe
 
 template <class S> int run(const AtlasAugment& p, const AtlasWhere& where) {
   using T = typename Job<S>::T;
-  if (!is_valid(p)) return ATLAS_BAD_SIZE;
+  if (const int status = status_of(p)) return status;
   const int64_t plane = p.crop_height * p.crop_width, elements = p.channels * plane;
   if (p.batch * elements == 0) return ATLAS_OK;
   Job<S> job = {p, scalar<T>(p.mean), scalar<T>(p.std), 0, {},

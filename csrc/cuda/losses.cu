@@ -46,15 +46,15 @@ template <int Loss> int run(const Job& job, const AtlasWhere& where) {
 
 int run(const Job& job, const AtlasWhere& where) {
   switch (job.p.loss) {
-    case ATLAS_LOSS_CROSS_ENTROPY: return run<ATLAS_LOSS_CROSS_ENTROPY>(job, where);
-    case ATLAS_LOSS_KL_DIV: return run<ATLAS_LOSS_KL_DIV>(job, where);
-    case ATLAS_LOSS_TRADES: return run<ATLAS_LOSS_TRADES>(job, where);
-    case ATLAS_LOSS_MART: return run<ATLAS_LOSS_MART>(job, where);
-    case ATLAS_LOSS_ENTROPY: return run<ATLAS_LOSS_ENTROPY>(job, where);
-    case ATLAS_LOSS_MARGIN: return run<ATLAS_LOSS_MARGIN>(job, where);
-    case ATLAS_LOSS_DLR: return run<ATLAS_LOSS_DLR>(job, where);
-    case ATLAS_LOSS_LOGIT_PAIRING: return run<ATLAS_LOSS_LOGIT_PAIRING>(job, where);
-    default: return run<ATLAS_LOSS_ATLAS>(job, where);
+    case ATLAS_LOSS_cross_entropy: return run<ATLAS_LOSS_cross_entropy>(job, where);
+    case ATLAS_LOSS_kl_div: return run<ATLAS_LOSS_kl_div>(job, where);
+    case ATLAS_LOSS_trades_loss: return run<ATLAS_LOSS_trades_loss>(job, where);
+    case ATLAS_LOSS_mart_loss: return run<ATLAS_LOSS_mart_loss>(job, where);
+    case ATLAS_LOSS_entropy: return run<ATLAS_LOSS_entropy>(job, where);
+    case ATLAS_LOSS_margin_loss: return run<ATLAS_LOSS_margin_loss>(job, where);
+    case ATLAS_LOSS_dlr_loss: return run<ATLAS_LOSS_dlr_loss>(job, where);
+    case ATLAS_LOSS_logit_pairing: return run<ATLAS_LOSS_logit_pairing>(job, where);
+    default: return run<ATLAS_LOSS_atlas_loss>(job, where);
   }
 }
 
@@ -91,20 +91,18 @@ __global__ void __launch_bounds__(kSumThreads) gairat_kernel(const AtlasGairatWe
 
 extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) {
   using namespace atlas::cuda;
-  const AtlasLosses& p = *params;
-  if (p.batch < 0 || p.classes < 1 || p.neighbours < 0) return ATLAS_BAD_SIZE;
-  if (p.dtype < atlas::kFloat32 || p.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  const int parts = p.loss == ATLAS_LOSS_ATLAS ? int(p.neighbours) + (p.global == ATLAS_TERM_NONE ? 1 : 2) : 1;
+  AtlasLosses p = *params;
+  int parts;
+  if (const int status = atlas::count_parts(p, parts)) return status;
   const atlas::RowSlots slots = {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype};
   const Job job = {p, slots, lane_bits(p.classes)};
-  int status = ATLAS_OK;
-  if (p.batch) status = run(job, *where);
+  const int status = p.batch ? run(job, *where) : ATLAS_OK;
   if (status != ATLAS_OK || !p.total) return status;
   return p.dtype == atlas::kFloat64 ? add_up<double>(p, *where) : add_up<float>(p, *where);
 }
 
 extern "C" int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere* where) {
   using namespace atlas::cuda;
-  if (params->batch < 0 || params->steps < 2) return ATLAS_BAD_SIZE;
+  if (const int status = atlas::status_of(*params)) return status;
   return params->batch ? launch(*where, 1, 1, kSumThreads, gairat_kernel, *params) : ATLAS_OK;
 }

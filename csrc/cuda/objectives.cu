@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) objectives_kernel(const __grid
 extern "C" int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where) {
   using namespace atlas::cuda;
   const AtlasObjectives& p = *params;
-  if (p.batch < 0 || p.classes < 1) return ATLAS_BAD_SIZE;
-  if (p.dtype < atlas::kFloat32 || p.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
+  if (const int status = atlas::status_of(p)) return status;
   if (p.batch == 0) return ATLAS_OK;
   const atlas::RowSlots slots = {{p.logits, p.reference}, {p.cotangent, nullptr}, p.batch, p.classes, 1, p.dtype};
   const Job job = {p, slots, lane_bits(p.classes)};

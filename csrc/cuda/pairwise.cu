@@ -95,7 +95,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads) total_kernel(c
 }
 
 template <class T> int run(const AtlasPairwise& p, const AtlasWhere& where) {
-  if (p.batch < 0 || p.features < 0) return ATLAS_BAD_SIZE;
+  if (const int status = status_of(p)) return status;
   const Job job = {p, (p.batch + kAnchors - 1) / kAnchors, (p.features + kColumns - 1) / kColumns};
   const int64_t threads = job.anchor_blocks * job.column_blocks * (p.grad ? 2 : 1) * kThreads;
   const auto kernel = p.squared ? pairwise_kernel<T, SquaredSum> : pairwise_kernel<T, L1Sum>;
@@ -108,6 +108,6 @@ template <class T> int run(const AtlasPairwise& p, const AtlasWhere& where) {
 
 extern "C" int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where) {
   if (params->dtype < atlas::kFloat32 || params->dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->dtype == atlas::kFloat64 ? atlas::cuda::run<double>(*params, *where)
-                                          : atlas::cuda::run<float>(*params, *where);
+  return params->dtype == atlas::kFloat64 ? atlas::cuda::run<double>(atlas::with_other(*params), *where)
+                                          : atlas::cuda::run<float>(atlas::with_other(*params), *where);
 }

@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class T> struct Job {
-  AtlasPerturb p;
+  Pass p;
   Scalar<T> eps, step_size, radius, clip_min, clip_max;
   Walk walk;
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
@@ -38,7 +38,7 @@ template <class Access> struct Tile {
 
   // Issues every load that does not hang on another one.
   __device__ __forceinline__ void read(const Job<T>& job, int64_t unit) {
-    const AtlasPerturb& p = job.p;
+    const Pass& p = job.p;
     at = Access::locate(job.walk, unit);
     Access::template fetch<Rounded>(adv, p.adv, job.walk, at);
     if (p.x.data) Access::template fetch<Rounded>(x, p.x, job.walk, at);
@@ -56,7 +56,7 @@ template <class Access> struct Tile {
   }
 
   template <bool Noise> __device__ __forceinline__ void write(const Job<T>& job, int64_t seed, int64_t base) const {
-    const AtlasPerturb& p = job.p;
+    const Pass& p = job.p;
     Values v, centre = {}, out;
     Access::decode(v, adv, p.adv);
     if (p.x.data) Access::decode(centre, x, p.x);
@@ -125,12 +125,11 @@ template <class Access, int Tiles, bool Noise> int walk(Job<typename Access::T>&
   return launch(where, job.walk.units, Tiles, kThreads, perturb_kernel<Access, Tiles, Noise>, job);
 }
 
-template <class T> int run(const AtlasPerturb& p, const AtlasWhere& where) {
-  if (p.batch < 0 || p.channels < 0 || p.pixels < 0 || p.count < 0 || p.count > INT32_MAX) return ATLAS_BAD_SIZE;
+template <class T> int run(const Pass& p, const AtlasWhere& where) {
   Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.radius), scalar<T>(p.clip_min),
                 scalar<T>(p.clip_max), {}, {}, p.batch * p.channels * p.pixels, 0, false};
   if (job.numel == 0) return ATLAS_OK;
-  AtlasPerturb& q = job.p;
+  Pass& q = job.p;
   AtlasImages* const images[] = {&q.adv, &q.grad, &q.x, &q.out_x, &q.out_adv, &q.cast, &q.out_z};
   bool in_planes = true, channels_last = true;
   for (const AtlasImages* i : images) {
@@ -169,7 +168,8 @@ template <class T> int run(const AtlasPerturb& p, const AtlasWhere& where) {
 }  // namespace atlas::cuda
 
 extern "C" int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where) {
-  if (params->adv.dtype < atlas::kFloat32 || params->adv.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->adv.dtype == atlas::kFloat64 ? atlas::cuda::run<double>(*params, *where)
-                                              : atlas::cuda::run<float>(*params, *where);
+  if (const int status = atlas::status_of(*params)) return status;
+  const atlas::Pass pass = atlas::pass_of(*params);
+  return pass.adv.dtype == atlas::kFloat64 ? atlas::cuda::run<double>(pass, *where)
+                                           : atlas::cuda::run<float>(pass, *where);
 }

@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 512;  // a block, which sweeps over one sample
 
 template <class T> struct Job {
-  AtlasPerturbNorm p;
+  AtlasPerturbNorms p;
   Scalar<T> eps, step_size, clip_min, clip_max;
   Walk walk;
 };
@@ -27,12 +27,12 @@ template <class Access> struct Sample {
   NormStep<T> step;
 
   __device__ __forceinline__ NoiseCounter counter(uint32_t number) const {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     return {p.key[0], p.ids ? p.ids[sample] : wrapping_sum(p.key[1], sample), p.draw, p.stream, number};
   }
 
   __device__ __forceinline__ Sample(const Job<T>& job, int64_t sample) : job(job), sample(sample) {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
     active = !p.active || p.active[sample];
     step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, job.eps.at(sample), job.step_size.at(sample)};
@@ -55,7 +55,7 @@ template <class Access> struct Sample {
   }
 
   __device__ __forceinline__ void visit(int64_t unit, Sums& sums) const {
-    const AtlasPerturbNorm& p = job.p;
+    const AtlasPerturbNorms& p = job.p;
     const Place at = Access::locate(job.walk, unit);
     const AtlasImages* const images[] = {&p.grad, &p.adv, &p.x};
     typename Access::Raw raw[3];
@@ -132,11 +132,11 @@ template <class Access> int walk(Job<typename Access::T>& job, const AtlasWhere&
   return launch(where, job.p.batch * kThreads, 1, kThreads, norms_kernel<Access>, job);
 }
 
-template <class T> int run(const AtlasPerturbNorm& p, const AtlasWhere& where) {
-  if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
+template <class T> int run(const AtlasPerturbNorms& p, const AtlasWhere& where) {
+  if (const int status = status_of(p)) return status;
   if (p.batch * p.channels * p.pixels == 0) return ATLAS_OK;
   Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.clip_min), scalar<T>(p.clip_max), {}};
-  AtlasPerturbNorm& q = job.p;
+  AtlasPerturbNorms& q = job.p;
   AtlasImages* const images[] = {&q.adv, &q.grad, &q.x, &q.out, &q.cast};
   bool in_planes = true, channels_last = true;
   for (const AtlasImages* i : images) {
@@ -163,8 +163,8 @@ template <class T> int run(const AtlasPerturbNorm& p, const AtlasWhere& where) {
 }  // namespace
 }  // namespace atlas::cuda
 
-extern "C" int atlas_perturb_norm(const AtlasPerturbNorm* params, const AtlasWhere* where) {
+extern "C" int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where) {
   if (params->adv.dtype < atlas::kFloat32 || params->adv.dtype > atlas::kBFloat16) return ATLAS_BAD_DTYPE;
-  return params->adv.dtype == atlas::kFloat64 ? atlas::cuda::run<double>(*params, *where)
-                                              : atlas::cuda::run<float>(*params, *where);
+  return params->adv.dtype == atlas::kFloat64 ? atlas::cuda::run<double>(atlas::with_centre(*params), *where)
+                                              : atlas::cuda::run<float>(atlas::with_centre(*params), *where);
 }

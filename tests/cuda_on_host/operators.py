@@ -16,10 +16,6 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 import test_pairwise as pairwise
-from atlas_kernels.backends.native import augment as native_augment
-from atlas_kernels.backends.native import pairwise as native_pairwise
-from atlas_kernels.backends.native import perturb as native_perturb
-from atlas_kernels.backends.native import perturb_norms as native_perturb_norms
 from atlas_kernels.core import core
 from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
 
@@ -28,19 +24,13 @@ LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]
 PATH = os.environ["ATLAS_CUDA_ON_HOST"]
 
 
-STEMS = native_perturb, native_perturb_norms, native_augment, native_pairwise
-
-
 @pytest.fixture(scope="module", autouse=True)
 def library():
     """CPU tensors go to the kernels under test, as if they were on CUDA device 0."""
     core().load_cuda(PATH)
-    original = native_perturb.where
-    for stem in STEMS:
-        stem.where = lambda device: (0, 1, 0)
+    core().on_cuda(0)
     yield ctypes.CDLL(PATH)
-    for stem in STEMS:
-        stem.where = original
+    core().on_cuda(-1)
 
 
 def unaligned(t: torch.Tensor) -> torch.Tensor:
@@ -275,17 +265,19 @@ def test_nothing_is_launched_for_nothing(library):
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_device_of_the_call_and_back(library, monkeypatch, device):
-    monkeypatch.setattr(native_perturb, "where", lambda _: (device, 1, 0))
+def test_device_of_the_call_and_back(library, device):
+    core().on_cuda(device)
     check(*problem((2, 3, 4, 4)), key=KEY)
     assert library.on_host_launched_on() == device and library.on_host_device() == 0
+    core().on_cuda(0)
 
 
-def test_errors_are_reported_and_cleared(library, monkeypatch):
+def test_errors_are_reported_and_cleared(library):
     adv, grad, x = problem((2, 3, 4, 4))
-    monkeypatch.setattr(native_perturb, "where", lambda _: (7, 1, 0))
+    core().on_cuda(7)
     with pytest.raises(RuntimeError, match="invalid device"):
         ak.pgd_step(adv, grad, x, 0.1, 0.03)
+    core().on_cuda(0)
     assert library.on_host_last_error() == 0 and library.on_host_device() == 0
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...core import core, problem
+from ..door import implementation as implementation
 
 CUDA_LIBRARY = Path(__file__).resolve().parents[2] / "libatlas_cuda.so"
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import compute_dtype
-from ...noise import STREAM_AUGMENT
+from ...schema import STREAM_AUGMENT
 from .perturb import rows
 from .philox import below, philox4x32_10
 

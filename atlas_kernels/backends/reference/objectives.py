@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...schema import OBJECTIVES
 from .losses import Softmax, ce_rows, dlr_rows, kl_rows, margin_rows
 
-CE, KL, MARGIN, DLR, DLR_TARGETED = range(5)
+CE, KL, MARGIN, DLR, DLR_TARGETED = range(len(OBJECTIVES))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import column, compute_dtype, plane_shape
-from ...noise import STREAM_NEIGHBOUR, STREAM_START
+from ...schema import STREAM_NEIGHBOUR, STREAM_START
 from .philox import noise
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ...layout import column, compute_dtype, plane_shape
-from ...noise import STREAM_START
-from ...schema import L1, L2, LINF, NORMS
+from ...schema import L1, L2, LINF, NORMS, STREAM_START
 from .perturb import clip, rows
 from .philox import uniform, words
 

@@ -6,11 +6,18 @@ launch without running it, so that every kernel is built and inspected on machin
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...schema import FIXED, arguments_of
+from .. import BackendUnavailable
+from ..door import plan_of, require_declared
+from ..guard import require_plain
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
          torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
@@ -48,6 +55,35 @@ def unavailable_reason(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; install a driver and a CUDA (or ROCm) build of PyTorch"
     return None
+
+
+def bound(kernel: Any, programs: int, values: dict[str, Any]) -> Launch:
+    """A launch with the arguments that the kernel has, by their names in lower case; None for what has no value."""
+    return Launch(kernel, programs, tuple(values.get(name.lower()) for name in kernel.arg_names))
+
+
+def require_single(what: str, t: Tensor) -> None:
+    """Triton computes in 32 bits."""
+    if t.dtype == torch.float64:
+        raise BackendUnavailable(
+            f"the triton backend computes float32, float16 and bfloat16 {what}, got float64: convert them with "
+            '.float(), or use backend("native") or backend("reference")'
+        )
+
+
+def implementation(stem: str, operator: str) -> Callable[[tuple[Any, ...]], None]:
+    """What runs the operator, of its arguments as one tuple: what its stem's ``launches`` makes of them."""
+    launches = importlib.import_module(f"{__name__}.{stem}").launches
+    declared, fields = plan_of(stem, operator), [a.field for a in arguments_of(operator)]
+
+    def run(args: tuple[Any, ...]) -> None:
+        args = require_plain(operator, args)
+        require_declared(operator, args, declared.check(args, True))
+        given = dict(zip(fields, args, strict=True), **FIXED.get(operator, {}))
+        for what in launches(operator, given):
+            launch(what, args[0].device)
+
+    return run
 
 
 def launch(what: Launch, device: torch.device) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..door import DoorError, vector
-from . import Launch, launch
+from ...schema import TERMS, arguments_of
+from . import Launch, bound, require_single
 from .rows import (
     columns,
     difference,
@@ -27,15 +27,10 @@ from .rows import (
     pick,
     power_of_two,
     probability,
-    require_rows,
     softmax,
     store,
     tiling,
 )  # fmt: skip
-
-# As in csrc/api.h.
-CROSS_ENTROPY, KL_DIV, TRADES, MART, ENTROPY, MARGIN, DLR, LOGIT_PAIRING = map(tl.constexpr, range(8))
-KL, CE, LOGIT, NONE = map(tl.constexpr, range(4))
 
 VECTOR = 1024  # elements that a kernel over the batch takes at a time
 
@@ -144,7 +139,7 @@ def _trades(
     kl = _kl(p_at, p_top, p_others, p_log, q_at, q_top, q_log, inside, classes, BLOCK, TILES)
     kl_scale = scale
     loss = kl
-    if LOSS == TRADES:
+    if LOSS == "trades_loss":
         beta = tl.cast(beta, tl.float32)
         kl_scale = scale * beta
         loss = _cross_entropy(p_top, p_log, pick(p_at, inside, y, classes, BLOCK, TILES)) + _scaled(beta, kl)
@@ -154,7 +149,7 @@ def _trades(
             p, q = probability(zp, p_top, p_others), probability(zq, q_top, q_others)
             if p_to is not None:
                 g = _scaled(kl_scale, _to_p(p, _log_ratio(zp, p_top, p_log, zq, q_top, q_log), kl))
-                if LOSS == TRADES:
+                if LOSS == "trades_loss":
                     g += scale * less_one_hot(p, p_others, columns(tile, BLOCK) == y)
                 store(p_to, g, inside, tile, classes, BLOCK)
             if q_to is not None:
@@ -234,7 +229,7 @@ def _margin(
     z_y = pick(at, inside, y, classes, BLOCK, TILES)
     loss = z_other - z_y
     nan = tl.where((z_other == z_other) & (z_y == z_y), 0.0, float("nan"))  # of a row with a NaN
-    if LOSS == DLR:
+    if LOSS == "dlr_loss":
         z1, first = largest(at, inside, classes, -1, -1, -1, BLOCK, TILES)
         _, second = largest(at, inside, classes, first, -1, -1, BLOCK, TILES)
         z3, third = largest(at, inside, classes, first, second, -1, BLOCK, TILES)
@@ -250,7 +245,7 @@ def _margin(
         for tile in range(TILES):
             column = columns(tile, BLOCK)
             g = (column == other).to(tl.float32) - (column == y).to(tl.float32) + nan
-            if LOSS == DLR:
+            if LOSS == "dlr_loss":
                 half = 0.5 * loss
                 down = tl.where(column == third, half, 0.0) + tl.where(column == fourth, half, 0.0)
                 g = 0.5 * tl.div_rn(g - (tl.where(column == first, loss, 0.0) - down), divisor)
@@ -307,17 +302,17 @@ def loss_kernel(
     s = w * tl.cast(scale, tl.float32)
 
     if correct is not None or kappa is not None:
-        attacked = adv_at if LOSS == KL_DIV else at  # KL_DIV: at is the reference
+        attacked = adv_at if LOSS == "kl_div" else at  # there at is the reference
         best, first = largest(attacked, inside, classes, -1, -1, -1, BLOCK, TILES)
         right = (first == y) & (best == best)  # no class is the prediction of a row with a NaN
 
-    if LOSS == CROSS_ENTROPY:
+    if LOSS == "cross_entropy":
         loss = _smoothed_cross_entropy(at, to, inside, y, s, parameter, classes, BLOCK, TILES)
-    elif LOSS == ENTROPY:
+    elif LOSS == "entropy":
         loss = _entropy(at, to, inside, s, classes, BLOCK, TILES)
-    elif LOSS == MART:
+    elif LOSS == "mart_loss":
         loss = _mart(at, adv_at, to, adv_to, inside, y, s, parameter, classes, BLOCK, TILES)
-    elif LOSS == LOGIT_PAIRING:
+    elif LOSS == "logit_pairing":
         loss = _logit_pairing(at, adv_at, to, adv_to, inside, s, classes, BLOCK, TILES)
     elif adv_logits is not None:
         loss = _trades(at, adv_at, to, adv_to, inside, y, s, parameter, classes, LOSS, BLOCK, TILES)
@@ -337,21 +332,21 @@ def _neighbour(
     LOCAL: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The local term of one neighbour, and its gradient there."""
-    if LOCAL == LOGIT:
+    if LOCAL == "logit":
         loss = _squared_distance(z_at, adv_at, inside, classes, BLOCK, TILES)
     else:
         z_top, z_others, z_log = softmax(z_at, inside, classes, BLOCK, TILES)
-        if LOCAL == KL:
+        if LOCAL == "kl":
             loss = _kl(adv_at, top, others, log_sum, z_at, z_top, z_log, inside, classes, BLOCK, TILES)
         else:
             loss = _cross_entropy(z_top, z_log, pick(z_at, inside, y, classes, BLOCK, TILES))
     if z_to is not None:
         for tile in range(TILES):
-            if LOCAL == LOGIT:
+            if LOCAL == "logit":
                 g = _pairing_gradient(z_at, adv_at, inside, scale, tile, classes, BLOCK)
             else:
                 p = probability(load(z_at, inside, tile, classes, BLOCK), z_top, z_others)
-                if LOCAL == KL:
+                if LOCAL == "kl":
                     adv = load(adv_at, inside, tile, classes, BLOCK)
                     g = scale * difference(p, z_others, probability(adv, top, others), others)
                 else:
@@ -363,7 +358,7 @@ def _neighbour(
 @triton.jit
 def atlas_kernel(
     logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch,
-    classes: tl.constexpr, count: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr,
+    classes: tl.constexpr, count: tl.constexpr, LOCAL: tl.constexpr, GLOBAL_TERM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """CE(adv) + local_weight mean_k LOCAL(adv, z_k) + global_weight GLOBAL(x, adv); logits: [x;] adv; z_1; ..; z_count.
@@ -375,7 +370,7 @@ def atlas_kernel(
     offset = row * classes  # of x; then of adv
     x_at = logits + offset
     x_to = None if grad is None else grad + offset
-    if GLOBAL != NONE:
+    if GLOBAL_TERM != "none":
         offset += stride
     adv_at = logits + offset
     y = tl.load(labels + row, mask=inside, other=-1)
@@ -390,13 +385,13 @@ def atlas_kernel(
     top, others, log_sum = softmax(adv_at, inside, classes, BLOCK, TILES)
     ce = _cross_entropy(top, log_sum, pick(adv_at, inside, y, classes, BLOCK, TILES))
     tie = tl.zeros((ROWS, 1), tl.float32)
-    if GLOBAL == KL:
+    if GLOBAL_TERM == "kl":
         x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
         tie = _kl(x_at, x_top, x_others, x_log, adv_at, top, log_sum, inside, classes, BLOCK, TILES)
-    if GLOBAL == CE:
+    if GLOBAL_TERM == "ce":
         x_top, x_others, x_log = softmax(x_at, inside, classes, BLOCK, TILES)
         tie = _cross_entropy(x_top, x_log, pick(x_at, inside, y, classes, BLOCK, TILES))
-    if GLOBAL == LOGIT:
+    if GLOBAL_TERM == "logit":
         tie = _squared_distance(x_at, adv_at, inside, classes, BLOCK, TILES)
 
     if grad is not None:
@@ -405,20 +400,20 @@ def atlas_kernel(
             adv = load(adv_at, inside, tile, classes, BLOCK)
             q = probability(adv, top, others)
             g = s * less_one_hot(q, others, hit)
-            if GLOBAL != NONE:
-                if GLOBAL == LOGIT:
+            if GLOBAL_TERM != "none":
+                if GLOBAL_TERM == "logit":
                     x_g = _pairing_gradient(x_at, adv_at, inside, s_global, tile, classes, BLOCK)
                     g -= x_g
                 else:
                     x = load(x_at, inside, tile, classes, BLOCK)
                     p = probability(x, x_top, x_others)
-                    if GLOBAL == KL:
+                    if GLOBAL_TERM == "kl":
                         x_g = _scaled(s_global, _to_p(p, _log_ratio(x, x_top, x_log, adv, top, log_sum), tie))
                         g += s_global * difference(q, others, p, x_others)
                     else:
                         x_g = s_global * less_one_hot(p, x_others, hit)
                 store(x_to, x_g, inside, tile, classes, BLOCK)
-            if LOCAL == LOGIT:
+            if LOCAL == "logit":
                 for k in range(count):
                     near_at = adv_at + (k + 1) * stride
                     g -= _pairing_gradient(near_at, adv_at, inside, s_local, tile, classes, BLOCK)
@@ -485,180 +480,110 @@ def gairat_kernel(kappa, out, lam, half, batch, BLOCKS: tl.constexpr, BLOCK: tl.
         tl.store(out + i, tl.div_rn(_geometry_weight(k, least, lam, half), mean), mask=i < batch)
 
 
-def loss_plan(
-    logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa, weight, scale, parameter, loss
-) -> Launch:  # fmt: skip
-    """Check every tensor whose address the kernel gets, as for the native core, and choose the tiles."""
-    batch, classes = logits.shape
-    require_rows(batch, classes, logits, adv_logits=adv_logits, grad=grad, adv_grad=adv_grad)
-    require_vectors(
-        logits, ("labels", labels, torch.int64), ("targets", targets, torch.int64), ("weights", weights, torch.float32),
-        ("value", value, torch.float32), ("correct", correct, torch.bool), ("kappa", kappa, torch.int64),
-    )  # fmt: skip
-    tile = tiling(classes)
-    arguments = (
-        logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa,
-        weight, scale, parameter, batch, classes, loss.value, *tile,
-    )  # fmt: skip
-    return Launch(loss_kernel, -(-batch // tile[0]), arguments)
+def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
+    """The kernels of an operator's arguments, by the names of their fields."""
+    if operator == "gairat_weights":
+        return _gairat_launches(given)
+    if operator == "atlas_loss":
+        found = _atlas_launches(given)
+    else:
+        unsmoothed = operator == "cross_entropy" and not given["parameter"]  # None: else 0 times an infinite logit
+        found = loss_launches(operator, {**given, "parameter": None} if unsmoothed else given)
+    value, total = given["value"], given["total"]
+    if total is not None:
+        found.append(_over_the_batch(total_kernel, len(value), given))
+    return found
 
 
-def require_vectors(like: Tensor, *vectors: tuple[str, Tensor | None, torch.dtype]) -> None:
-    """Every vector has as many elements as ``like`` has rows, and is on its device."""
-    for name, t, dtype in vectors:
-        if t is not None:
-            vector(name, t, like.shape[0], dtype, like.device)
+def loss_launches(loss: str, given: dict[str, Any]) -> list[Launch]:
+    """The kernel of a loss of one or two tensors of logits; none for an empty batch."""
+    batch, classes = given["logits"].shape
+    require_single("logits", given["logits"])
+    rows, block, tiles = tiling(classes)
+    values = {"weight": 1.0, **given, "batch": batch, "classes": classes, "loss": loss, "rows": rows, "block": block,
+              "tiles": tiles}  # fmt: skip
+    return [bound(loss_kernel, -(-batch // rows), values)] if batch else []
 
 
-def _total_plan(value, total, scale) -> Launch:
-    vector("total", total, 1, torch.float32, value.device)
-    return Launch(total_kernel, 1, (value, total, scale, len(value), *_blocks(len(value))))
+def _atlas_launches(given: dict[str, Any]) -> list[Launch]:
+    batch, (all_rows, classes) = len(given["labels"]), given["logits"].shape
+    require_single("logits", given["logits"])
+    if not batch:
+        return []
+    rows, block, tiles = tiling(classes)
+    local, global_term = TERMS[given["local"]], TERMS[given["global_term"]]
+    count = all_rows // batch - (1 if global_term == "none" else 2)
+    values = {**given, "batch": batch, "classes": classes, "count": count, "local": local, "global_term": global_term,
+              "rows": rows, "block": block, "tiles": tiles}  # fmt: skip
+    return [bound(atlas_kernel, -(-batch // rows), values)]
 
 
-def _blocks(batch: int) -> tuple[int, int]:
-    """(BLOCKS, VECTOR): a power of two, so that batches of every size are a few kernels."""
-    return power_of_two(-(-batch // VECTOR)), VECTOR
+def _gairat_launches(given: dict[str, Any]) -> list[Launch]:
+    batch, half = len(given["kappa"]), float(given["steps"] // 2)
+    return [_over_the_batch(gairat_kernel, batch, {**given, "half": half})] if batch else []
 
 
-def _run(plan: Launch, value: Tensor, total: Tensor | None, scale: float) -> None:
-    sum_up = None if total is None else _total_plan(value, total, scale)
-    if len(value):
-        launch(plan, value.device)
-    if sum_up is not None:
-        launch(sum_up, value.device)
-
-
-def _loss(
-    loss, logits, adv_logits, labels, targets, parameter, weights, scale, value, total, grad, adv_grad=None
-) -> None:  # fmt: skip
-    plan = loss_plan(
-        logits, adv_logits, labels, targets, weights, value, grad, adv_grad, None, None, 1.0, scale, parameter, loss
-    )  # fmt: skip
-    _run(plan, value, total, scale)
-
-
-def cross_entropy(logits, labels, label_smoothing, weights, scale, value, total, grad):
-    smoothing = label_smoothing or None  # else 0 times an infinite logit
-    _loss(CROSS_ENTROPY, logits, None, labels, None, smoothing, weights, scale, value, total, grad)
-
-
-def kl_div(p_logits, q_logits, weights, scale, value, total, p_grad, q_grad):
-    _loss(KL_DIV, p_logits, q_logits, None, None, None, weights, scale, value, total, p_grad, q_grad)
-
-
-def trades_loss(logits, adv_logits, labels, beta, weights, scale, value, total, grad, adv_grad):
-    _loss(TRADES, logits, adv_logits, labels, None, beta, weights, scale, value, total, grad, adv_grad)
-
-
-def mart_loss(logits, adv_logits, labels, beta, weights, scale, value, total, grad, adv_grad):
-    _loss(MART, logits, adv_logits, labels, None, beta, weights, scale, value, total, grad, adv_grad)
-
-
-def entropy(logits, weights, scale, value, total, grad):
-    _loss(ENTROPY, logits, None, None, None, None, weights, scale, value, total, grad)
-
-
-def margin_loss(logits, labels, weights, scale, value, total, grad):
-    _loss(MARGIN, logits, None, labels, None, None, weights, scale, value, total, grad)
-
-
-def dlr_loss(logits, labels, targets, weights, scale, value, total, grad):
-    _loss(DLR, logits, None, labels, targets, None, weights, scale, value, total, grad)
-
-
-def logit_pairing(logits, adv_logits, weights, scale, value, total, grad, adv_grad):
-    _loss(LOGIT_PAIRING, logits, adv_logits, None, None, None, weights, scale, value, total, grad, adv_grad)
-
-
-def _atlas_plan(
-    logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
-) -> Launch:  # fmt: skip
-    batch, classes = len(labels), logits.shape[1]
-    first = int(global_term != NONE.value)
-    parts = logits.shape[0] // batch if batch else first + 1
-    count = parts - 1 - first
-    if count < 0 or (local == NONE.value and count):
-        raise DoorError(f"logits have {logits.shape[0]} rows, which is not [x; adv; z_1; ..; z_n] of {batch} labels")
-    require_rows(parts * batch, classes, logits, grad=grad)
-    vector("labels", labels, batch, torch.int64, logits.device)
-    require_vectors(labels, ("weights", weights, torch.float32), ("value", value, torch.float32))
-    if terms is not None:
-        vector("terms", terms, 3 * batch, torch.float32, logits.device)
-    tile = tiling(classes)
-    arguments = (
-        logits, labels, weights, value, grad, terms, scale, local_weight, global_weight, batch, classes,
-        count, local, global_term, *tile,
-    )  # fmt: skip
-    return Launch(atlas_kernel, -(-batch // tile[0]), arguments)
-
-
-def atlas_loss(
-    logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, total, grad, terms
-):  # fmt: skip
-    plan = _atlas_plan(
-        logits, labels, local, local_weight, global_term, global_weight, weights, scale, value, grad, terms
-    )
-    _run(plan, value, total, scale)
-
-
-def _gairat_plan(kappa, steps, lam, out) -> Launch:
-    batch = len(kappa)
-    vector("kappa", kappa, batch, torch.int64, kappa.device)
-    vector("out", out, batch, torch.float32, kappa.device)
-    return Launch(gairat_kernel, 1, (kappa, out, lam, float(steps // 2), batch, *_blocks(batch)))
-
-
-def gairat_weights(kappa, steps, lam, out):
-    plan = _gairat_plan(kappa, steps, lam, out)
-    if len(kappa):
-        launch(plan, kappa.device)
+def _over_the_batch(kernel: Any, batch: int, given: dict[str, Any]) -> Launch:
+    """One program; its vectors are a power of two, so that batches of every size are a few kernels."""
+    blocks = power_of_two(-(-batch // VECTOR))
+    return bound(kernel, 1, {**given, "batch": batch, "blocks": blocks, "block": VECTOR})
 
 
 def _example(
-    loss, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10, weighted: bool = False,
+    loss: str, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10, weighted: bool = False,
     parameter: float | None = None, targeted: bool = False,
 ) -> Launch:  # fmt: skip
     """A launch on logits without memory behind them, with every gradient."""
     z, y, v = meta((batch, classes), dtype), meta(batch, torch.int64), meta(batch)
-    pair = z if loss in (KL_DIV, TRADES, MART, LOGIT_PAIRING) else None
-    labels = None if loss in (KL_DIV, ENTROPY, LOGIT_PAIRING) else y
-    return loss_plan(
-        z, pair, labels, y if targeted else None, v if weighted else None, v, z, pair, None, None, 1.0, 0.5, parameter,
-        loss,
-    )  # fmt: skip
+    fields = {a.field for a in arguments_of(loss)}
+    pair, labels = (t if name in fields else None for name, t in (("adv_logits", z), ("labels", y)))
+    given = {
+        "logits": z, "adv_logits": pair, "labels": labels, "targets": y if targeted else None,
+        "weights": v if weighted else None, "value": v, "grad": z, "adv_grad": pair, "scale": 0.5,
+        "parameter": parameter,
+    }  # fmt: skip
+    return loss_launches(loss, given)[0]
 
 
 def _atlas_example(
-    local, global_term, count: int, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10
+    local: str, global_term: str, count: int, dtype: torch.dtype = torch.float32, *, batch: int = 128,
+    classes: int = 10,
 ) -> Launch:  # fmt: skip
-    z = meta(((1 + (global_term is not NONE) + count) * batch, classes), dtype)
+    z = meta(((1 + (global_term != "none") + count) * batch, classes), dtype)
     y, v, terms = meta(batch, torch.int64), meta(batch), meta((3, batch))
-    return _atlas_plan(z, y, local.value, 1.0, global_term.value, 1.0, v, 0.5, v, z, terms)
+    given = {
+        "logits": z, "labels": y, "local": TERMS.index(local), "local_weight": 1.0,
+        "global_term": TERMS.index(global_term), "global_weight": 1.0, "weights": v, "scale": 0.5, "value": v,
+        "grad": z, "terms": terms,
+    }  # fmt: skip
+    return _atlas_launches(given)[0]
 
 
 _EXAMPLES: dict[str, Callable[..., Launch]] = {
-    "cross_entropy": partial(_example, CROSS_ENTROPY),
-    "cross_entropy, smoothed, weighted": partial(_example, CROSS_ENTROPY, parameter=0.1, weighted=True),
-    "kl_div": partial(_example, KL_DIV),
-    "trades_loss": partial(_example, TRADES, parameter=6.0),
-    "mart_loss": partial(_example, MART, parameter=5.0),
-    "entropy": partial(_example, ENTROPY),
-    "margin_loss": partial(_example, MARGIN),
-    "dlr_loss": partial(_example, DLR),
-    "dlr_loss, targeted": partial(_example, DLR, targeted=True),
-    "logit_pairing": partial(_example, LOGIT_PAIRING),
-    "atlas_loss": partial(_atlas_example, KL, KL, 1),
-    "atlas_loss, ce, two neighbours": partial(_atlas_example, CE, CE, 2),
-    "atlas_loss, logit, two neighbours": partial(_atlas_example, LOGIT, LOGIT, 2),
-    "atlas_loss, adversaries only": partial(_atlas_example, NONE, NONE, 0),
+    "cross_entropy": partial(_example, "cross_entropy"),
+    "cross_entropy, smoothed, weighted": partial(_example, "cross_entropy", parameter=0.1, weighted=True),
+    "kl_div": partial(_example, "kl_div"),
+    "trades_loss": partial(_example, "trades_loss", parameter=6.0),
+    "mart_loss": partial(_example, "mart_loss", parameter=5.0),
+    "entropy": partial(_example, "entropy"),
+    "margin_loss": partial(_example, "margin_loss"),
+    "dlr_loss": partial(_example, "dlr_loss"),
+    "dlr_loss, targeted": partial(_example, "dlr_loss", targeted=True),
+    "logit_pairing": partial(_example, "logit_pairing"),
+    "atlas_loss": partial(_atlas_example, "kl", "kl", 1),
+    "atlas_loss, ce, two neighbours": partial(_atlas_example, "ce", "ce", 2),
+    "atlas_loss, logit, two neighbours": partial(_atlas_example, "logit", "logit", 2),
+    "atlas_loss, adversaries only": partial(_atlas_example, "none", "none", 0),
 }
 # What the operators launch for the numbers of classes that training meets, to be compiled ahead of time.
 VARIANTS: dict[str, Callable[[], Launch]] = {
     **_EXAMPLES,
     **{f"{name}, 1000 classes, bf16": partial(f, dtype=torch.bfloat16, classes=1000) for name, f in _EXAMPLES.items()},
-    "mart_loss, 21841 classes, fp16": partial(_example, MART, torch.float16, parameter=5.0, classes=21841),
-    "atlas_loss, one sample": partial(_atlas_example, KL, KL, 1, batch=1),
-    "trades_loss, more than 2**31 logits": partial(_example, TRADES, parameter=6.0, batch=1 << 21, classes=1024),
-    "total": lambda: _total_plan(meta(128), meta(1), 0.5),
-    "gairat_weights": lambda: _gairat_plan(meta(3000, torch.int64), 10, -1.0, meta(3000)),
+    "mart_loss, 21841 classes, fp16": partial(_example, "mart_loss", torch.float16, parameter=5.0, classes=21841),
+    "atlas_loss, one sample": partial(_atlas_example, "kl", "kl", 1, batch=1),
+    "trades_loss, more than 2**31 logits": partial(_example, "trades_loss", parameter=6.0, batch=1 << 21, classes=1024),
+    "total": lambda: _over_the_batch(total_kernel, 128, {"value": meta(128), "total": meta(1), "scale": 0.5}),
+    "gairat_weights": lambda: _gairat_launches(
+        {"kappa": meta(3000, torch.int64), "steps": 10, "lam": -1.0, "out": meta(3000)}
+    )[0],
 }

@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import is_channels_last, plane_shape
-from ...noise import STREAM_NEIGHBOUR, STREAM_START
-from .. import BackendUnavailable
-from ..door import DoorError, images, vector
-from . import Launch, launch
+from ...schema import STREAM_NEIGHBOUR, STREAM_START
+from . import Launch, bound, require_single
 
 # Pixels a program: eight a thread. Never fewer than one a thread: Triton would then let two threads load one pixel, and
 # where the step is made in place the second might find it moved.
@@ -79,8 +77,8 @@ def _uniform(seed, c0, c1, c2, c3):
 @triton.jit(do_not_specialize=["draw"])
 def perturb_kernel(
     adv, grad, x, out, cast,
-    eps, eps_rows, step_size, step_rows, radius, radius_rows, clip_min, min_rows, clip_max, max_rows, active,
-    key, ids, draw, batch, channels, pixels, channel_tiles, pixel_tiles,
+    eps, eps_rows, step_size, step_size_rows, radius, radius_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
+    active, key, ids, draw, batch, channels, pixels, channel_tiles, pixel_tiles,
     count: tl.constexpr,  # else Triton 3.6's interpreter cannot loop up to it under NumPy 2.4
     ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
     CAST_LAST: tl.constexpr, INCLUDE_X: tl.constexpr, DESCEND: tl.constexpr, PROJECT: tl.constexpr,
@@ -97,8 +95,8 @@ def perturb_kernel(
     pixel = tl.max_contiguous(pixel, [1, 4])
     inside = (channel < channels) & (pixel < pixels)
 
-    lo = _row(clip_min, min_rows, channel, channel < channels)
-    hi = _row(clip_max, max_rows, channel, channel < channels)
+    lo = _row(clip_min, clip_min_rows, channel, channel < channels)
+    hi = _row(clip_max, clip_max_rows, channel, channel < channels)
     point = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
     row = sample  # of out
 
@@ -114,7 +112,7 @@ def perturb_kernel(
         if active is not None:
             moving = tl.where(tl.load(active + sample), inside, False)  # not &: Triton 3.9's interpreter makes int32
         g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, moving)
-        step = _row(step_size, step_rows, sample, None)
+        step = _row(step_size, step_size_rows, sample, None)
         if DESCEND:
             step *= -1.0  # not -step: Triton 3.6 makes that 0 - step, which loses the sign of a zero
         moved = point + step * ((g > 0).to(tl.float32) - (g < 0).to(tl.float32))
@@ -140,53 +138,43 @@ def perturb_kernel(
             row += batch
 
 
-def _plan(
-    adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, radius, radius_rows,
-    clip_min, min_rows, clip_max, max_rows, active, key, ids, draw, count, include_x, descend, project, stream,
-) -> Launch:  # fmt: skip
-    """Check every tensor whose address the kernel gets, as for the native core, and choose the tiles."""
-    shape, device = adv.shape, adv.device
-    batch, channels, pixels = plane_shape(shape)
-    if adv.dtype == torch.float64:
-        raise BackendUnavailable(
-            "the triton backend computes float32, float16 and bfloat16 images, got float64: convert them with "
-            '.float(), or use backend("native") or backend("reference")'
-        )
-    if count and key is None:
-        raise DoorError("noise needs a key")
-    last: list[bool | None] = []
-    slices = include_x + (grad is not None) + count
-    for name, t, rows in (
-        ("adv", adv, 1), ("grad", grad, 1), ("x", x, 1), ("out", out, slices), ("cast", cast, 1)
-    ):  # fmt: skip
-        if t is not None:
-            images(name, t, (rows * batch, *shape[1:]), device)
-        last.append(None if t is None else is_channels_last(t))
-    for name, t, size, dtype in (
-        ("eps", eps_rows, batch, torch.float32), ("step_size", step_rows, batch, torch.float32),
-        ("radius", radius_rows, batch, torch.float32), ("clip_min", min_rows, channels, torch.float32),
-        ("clip_max", max_rows, channels, torch.float32), ("active", active, batch, torch.bool),
-        ("key", key, 2, torch.int64), ("ids", ids, batch, torch.int64),
-    ):  # fmt: skip
-        if t is not None:
-            vector(name, t, size, dtype, device)
-
-    same_order = len({order for order in last if order is not None}) == 1
-    if same_order and not count and min_rows is None and max_rows is None:
+def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
+    """The one kernel of an operator's arguments, by the names of their fields, with its tiles; none without images."""
+    adv, out = given["adv"], given["out"]
+    batch, channels, pixels = plane_shape(adv.shape)
+    require_single("images", adv)
+    if not out.numel():
+        return []
+    last, count = lasts(given), given.get("count", 0)
+    placed = count or given.get("clip_min_rows") is not None or given.get("clip_max_rows") is not None
+    if is_one_order(given) and not placed:
         # Without noise and per-channel bounds a pixel's place means nothing: run through memory as it lies.
-        last = [False] * len(last)
+        last = dict.fromkeys(last, False)
         channels, pixels = 1, channels * pixels
-        if active is None and eps_rows is None and step_rows is None:
+        if all(given.get(name) is None for name in ("active", "eps_rows", "step_size_rows")):
             batch, pixels = 1, batch * pixels
-    block_c, block_p = _tile(channels, pixels, any(last))
+    block_c, block_p = _tile(channels, pixels, any(last.values()))
     channel_tiles, pixel_tiles = -(-channels // block_c), -(-pixels // block_p)
-    arguments = (
-        adv, grad, x, out, cast,
-        eps, eps_rows, step_size, step_rows, radius, radius_rows, clip_min, min_rows, clip_max, max_rows, active,
-        key, ids, _signed(draw), batch, channels, pixels, channel_tiles, pixel_tiles, count,
-        *map(bool, last), bool(include_x), bool(descend), bool(project), stream, block_c, block_p // 4,
-    )  # fmt: skip
-    return Launch(perturb_kernel, batch * channel_tiles * pixel_tiles, arguments)
+    values = {
+        **given, **last, "batch": batch, "channels": channels, "pixels": pixels, "channel_tiles": channel_tiles,
+        "pixel_tiles": pixel_tiles, "count": count, "draw": signed(given.get("draw", 0)),
+        "project": bool(given.get("project", given.get("grad") is None and given.get("x") is not None)),
+        "block_c": block_c, "block_g": block_p // 4,
+    }  # fmt: skip
+    return [bound(perturb_kernel, batch * channel_tiles * pixel_tiles, values)]
+
+
+_IMAGES = ("adv", "grad", "x", "out", "cast")
+
+
+def lasts(given: dict[str, Any]) -> dict[str, bool]:
+    """Of each of the images, whether they lie in channels_last: ``adv_last`` and so on."""
+    return {f"{name}_last": (t := given.get(name)) is not None and is_channels_last(t) for name in _IMAGES}
+
+
+def is_one_order(given: dict[str, Any]) -> bool:
+    """Whether all images lie in memory in one order."""
+    return len({is_channels_last(given[name]) for name in _IMAGES if given.get(name) is not None}) == 1
 
 
 def _tile(channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
@@ -201,54 +189,9 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The same 32 bits as an int32, the one type that Triton passes them as."""
     return (word + 2**31) % 2**32 - 2**31
-
-
-def _pass(*arguments: Any) -> None:
-    adv = arguments[0]
-    if adv.numel():
-        launch(_plan(*arguments), adv.device)
-
-
-def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    _pass(
-        x, None, None, out, None, 0.0, None, 0.0, None, eps, eps_rows,
-        clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, 1, False, False, False, STREAM_START,
-    )  # fmt: skip
-
-
-def pgd_step(
-    adv, grad, x, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active, out,
-    cast,
-):  # fmt: skip
-    _pass(
-        adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, 0.0, None,
-        clip_min, min_rows, clip_max, max_rows, active, None, None, 0, 0, False, descend, False, STREAM_NEIGHBOUR,
-    )  # fmt: skip
-
-
-def sample_neighbours(
-    adv, radius, radius_rows, count, x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out
-):
-    if count:
-        _pass(
-            adv, None, x, out, None, eps, eps_rows, 0.0, None, radius, radius_rows,
-            clip_min, min_rows, clip_max, max_rows, None, key, ids, draw, count, False, False, x is not None,
-            STREAM_NEIGHBOUR,
-        )  # fmt: skip
-
-
-def pgd_step_neighbours(
-    adv, grad, x, eps, eps_rows, step_size, step_rows, radius, radius_rows, count, project, include_x,
-    clip_min, min_rows, clip_max, max_rows, descend, active, key, ids, draw, out,
-):  # fmt: skip
-    _pass(
-        adv, grad, x, out, None, eps, eps_rows, step_size, step_rows, radius, radius_rows,
-        clip_min, min_rows, clip_max, max_rows, active, key if count else None, ids if count else None, draw, count,
-        include_x, descend, project, STREAM_NEIGHBOUR,
-    )  # fmt: skip
 
 
 def _example(
@@ -267,14 +210,17 @@ def _example(
     def vector(given: bool, size: int = shape[0], dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(size, dtype=dtype, device="meta") if given else None
 
-    return _plan(
-        meta("adv", dtype), meta("grad", (grad or dtype) if step else None),
-        meta("x", dtype if step or project else None), meta("out", out or dtype, include_x + step + count),
-        meta("cast", cast), 0.03, vector(per_sample), 0.01, vector(per_sample), 0.02, vector(per_sample),
-        0.0, vector(per_channel, shape[1]), 1.0, vector(per_channel, shape[1]), vector(per_sample, dtype=torch.bool),
-        vector(count > 0, 2, torch.int64), vector(per_sample, dtype=torch.int64), 0, count, include_x, False, project,
-        STREAM_NEIGHBOUR if step or count > 1 else STREAM_START,
-    )  # fmt: skip
+    given = {
+        "adv": meta("adv", dtype), "grad": meta("grad", (grad or dtype) if step else None),
+        "x": meta("x", dtype if step or project else None), "out": meta("out", out or dtype, include_x + step + count),
+        "cast": meta("cast", cast), "eps": 0.03, "step_size": 0.01, "radius": 0.02, "clip_min": 0.0, "clip_max": 1.0,
+        **{f"{name}_rows": vector(per_sample) for name in ("eps", "step_size", "radius")},
+        **{f"{name}_rows": vector(per_channel, shape[1]) for name in ("clip_min", "clip_max")},
+        "active": vector(per_sample, dtype=torch.bool), "key": vector(count > 0, 2, torch.int64),
+        "ids": vector(per_sample, dtype=torch.int64), "count": count, "include_x": include_x, "descend": False,
+        "project": project, "stream": STREAM_NEIGHBOUR if step or count > 1 else STREAM_START,
+    }  # fmt: skip
+    return launches("", given)[0]
 
 
 _HALF, _BRAIN, _DOUBLE = torch.float16, torch.bfloat16, torch.float64

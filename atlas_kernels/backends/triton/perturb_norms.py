@@ -12,13 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import is_channels_last, plane_shape
-from ...noise import STREAM_START
-from ...schema import L1, NORMS
-from .. import BackendUnavailable
-from ..door import DoorError, images, vector
-from . import Launch, launch
-from .perturb import _clip, _load, _number, _row, _signed, _store
+from ...layout import plane_shape
+from ...schema import L1, NORMS, STREAM_START
+from ..guard import DoorError
+from . import Launch, bound, require_single
+from .perturb import _clip, _load, _number, _row, _store, is_one_order, lasts, signed
 
 GROUPS = 256  # of four pixels, a tile: never fewer pixels than threads (see TILE in perturb.py)
 NEWTON_SWEEPS, SEARCH_SWEEPS = tl.constexpr(16), tl.constexpr(80)
@@ -172,8 +170,8 @@ def _select(adv, grad, sample, channels, pixels, clip_min, min_rows, clip_max, m
 
 @triton.jit(do_not_specialize=["draw", "largest"])
 def norms_kernel(
-    adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, active,
-    key, ids, draw, largest, channels, pixels,
+    adv, grad, x, out, cast, eps, eps_rows, step_size, step_size_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
+    active, key, ids, draw, largest, channels, pixels,
     TILES: tl.constexpr, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr, CAST_LAST: tl.constexpr, NORM: tl.constexpr, DESCEND: tl.constexpr,
     SPARSE: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
@@ -216,15 +214,15 @@ def norms_kernel(
             u = tl.sum((word.to(tl.float64) + 0.5) * (2.0**-32), 0)
             step = (wide_ball * tl.exp(tl.log(u) / dimensions)).to(tl.float32)
         else:
-            step = _row(step_size, step_rows, sample, None)
+            step = _row(step_size, step_size_rows, sample, None)
             if DESCEND:
                 step *= -1.0
         scale = power.to(tl.float32)
         factor = (step.to(tl.float64) / (length * power)).to(tl.float32)
         if SPARSE:
             share, least, most, part, moves = _select(
-                adv, grad, sample, channels, pixels, clip_min, min_rows, clip_max, max_rows, largest, length, step,
-                moves, TILES, ADV_LAST, GRAD_LAST, DESCEND, GROUPS,
+                adv, grad, sample, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, largest, length,
+                step, moves, TILES, ADV_LAST, GRAD_LAST, DESCEND, GROUPS,
             )  # fmt: skip
 
     projects = sample < 0
@@ -234,8 +232,8 @@ def norms_kernel(
         for tile in range(TILES):
             _, _, inside = _place(tile, channels, pixels, GROUPS)
             v, clean, lo, hi = _points(
-                adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale,
-                factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+                adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, moves,
+                scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
             )  # fmt: skip
             d = v - clean
             m = _magnitude(d)
@@ -264,9 +262,9 @@ def norms_kernel(
                 for tile in range(TILES):
                     _, _, inside = _place(tile, channels, pixels, GROUPS)
                     v, clean, lo, hi = _points(
-                        adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves,
-                        scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
-                    )  # fmt: skip
+                        adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows,
+                        moves, scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE,
+                    GROUPS, )  # fmt: skip
                     d = v - clean
                     c = _room(d, clean, lo, hi).to(tl.float64)
                     left = (_magnitude(d).to(tl.float64) - base.to(tl.float64)) - shrink.to(tl.float64)
@@ -299,8 +297,8 @@ def norms_kernel(
     for tile in range(TILES):
         channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
         v, clean, lo, hi = _points(
-            adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale, factor,
-            share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+            adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, moves,
+            scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
         )  # fmt: skip
         if key is not None:
             g = _direction(seed, number, draw, tile, NORM, STREAM, GROUPS)
@@ -324,70 +322,28 @@ def norms_kernel(
             _store(cast, found, sample, channel, pixel, channels, pixels, CAST_LAST, inside)
 
 
-def _plan(
-    adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows,
-    descend=False, active=None, largest=0, key=None, ids=None, draw=0,
-) -> Launch:  # fmt: skip
-    """Check every tensor whose address the kernel gets, as for the native core."""
-    shape, device = adv.shape, adv.device
-    batch, channels, pixels = plane_shape(shape)
-    if adv.dtype == torch.float64:
-        raise BackendUnavailable(
-            "the triton backend computes float32, float16 and bfloat16 images, got float64: convert them with "
-            '.float(), or use backend("native") or backend("reference")'
-        )
-    if not (grad is not None or key is not None) <= norm < len(NORMS):
-        raise DoorError(f"norm is {norm}, expected an index of {NORMS}, of linf for project alone")
-    if not 0 <= largest <= max(0, channels * pixels):
-        raise DoorError(f"largest is {largest}, expected 0 to {channels * pixels}, the entries of a sample")
-    last: list[bool | None] = []
-    for name, t in (("adv", adv), ("grad", grad), ("x", x), ("out", out), ("cast", cast)):
-        if t is not None:
-            images(name, t, shape, device)
-        last.append(None if t is None else is_channels_last(t))
-    for name, t, size, dtype in (
-        ("eps", eps_rows, batch, torch.float32), ("step_size", step_rows, batch, torch.float32),
-        ("clip_min", min_rows, channels, torch.float32), ("clip_max", max_rows, channels, torch.float32),
-        ("active", active, batch, torch.bool), ("key", key, 2, torch.int64), ("ids", ids, batch, torch.int64),
-    ):  # fmt: skip
-        if t is not None:
-            vector(name, t, size, dtype, device)
-    same_order = len({order for order in last if order is not None}) == 1
-    if same_order and key is None and min_rows is None and max_rows is None:
-        last = [False] * len(last)
+def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
+    """The one kernel of an operator's arguments, by the names of their fields; none without images."""
+    adv, largest = given["adv"], given.get("largest", 0)
+    batch, channels, pixels = plane_shape(adv.shape)
+    require_single("images", adv)
+    if not adv.numel():
+        return []
+    given = {"x": adv, **given}  # a start is around its own images
+    last = lasts(given)
+    placed = any(given.get(name) is not None for name in ("key", "clip_min_rows", "clip_max_rows"))
+    if is_one_order(given) and not placed:
+        last = dict.fromkeys(last, False)
         channels, pixels = 1, channels * pixels
     groups = channels * -(-pixels // 4)
     if 4 * groups + 4 * GROUPS >= 2**31:
-        raise DoorError(f"a sample of shape {list(shape[1:])} is more than 32 bits can number")
-    arguments = (
-        adv, grad, x, out, cast, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, active,
-        key, ids, _signed(draw), largest, channels, pixels, -(-groups // GROUPS), *map(bool, last), norm,
-        bool(descend), norm == NORMS.index(L1) and largest > 0, STREAM_START, GROUPS,
-    )  # fmt: skip
-    return Launch(norms_kernel, batch, arguments)
-
-
-def _pass(*arguments: Any, **options: Any) -> None:
-    adv = arguments[0]
-    if adv.numel():
-        launch(_plan(*arguments, **options), adv.device)
-
-
-def random_start_norm(x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
-    bounds = clip_min, min_rows, clip_max, max_rows
-    _pass(x, None, x, out, None, norm, eps, eps_rows, 0.0, None, *bounds, key=key, ids=ids, draw=draw)
-
-
-def pgd_step_norm(
-    adv, grad, x, norm, eps, eps_rows, step_size, step_rows, clip_min, min_rows, clip_max, max_rows, descend, active,
-    out, cast, largest,
-):  # fmt: skip
-    bounds = clip_min, min_rows, clip_max, max_rows
-    _pass(adv, grad, x, out, cast, norm, eps, eps_rows, step_size, step_rows, *bounds, descend, active, largest)
-
-
-def project(v, x, norm, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, out):
-    _pass(v, None, x, out, None, norm, eps, eps_rows, 0.0, None, clip_min, min_rows, clip_max, max_rows)
+        raise DoorError(f"a sample of shape {list(adv.shape[1:])} is more than 32 bits can number")
+    values = {
+        **given, **last, "largest": largest, "channels": channels, "pixels": pixels, "tiles": -(-groups // GROUPS),
+        "draw": signed(given.get("draw", 0)), "sparse": given["norm"] == NORMS.index(L1) and largest > 0,
+        "groups": GROUPS,
+    }  # fmt: skip
+    return [bound(norms_kernel, batch, values)]
 
 
 def _example(
@@ -403,11 +359,15 @@ def _example(
     def vector(given: bool, size: int = shape[0], dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(size, dtype=dtype, device="meta") if given else None
 
-    return _plan(
-        meta("adv"), meta("grad", step), meta("x"), meta("out"), None, norm, 0.5, vector(rows), 0.1, vector(rows),
-        0.0, vector(rows, shape[1]), 1.0, vector(rows, shape[1]), False, vector(rows, dtype=torch.bool), largest,
-        vector(start, 2, torch.int64), vector(start and rows, dtype=torch.int64),
-    )  # fmt: skip
+    given = {
+        "adv": meta("adv"), "grad": meta("grad", step), "x": meta("x"), "out": meta("out"), "norm": norm, "eps": 0.5,
+        "step_size": 0.1, "clip_min": 0.0, "clip_max": 1.0,
+        **{f"{name}_rows": vector(rows) for name in ("eps", "step_size")},
+        **{f"{name}_rows": vector(rows, shape[1]) for name in ("clip_min", "clip_max")},
+        "active": vector(rows, dtype=torch.bool), "largest": largest,
+        "key": vector(start, 2, torch.int64), "ids": vector(start and rows, dtype=torch.int64), "stream": STREAM_START,
+    }  # fmt: skip
+    return launches("", given)[0]
 
 
 _START = partial(_example, step=False, start=True)

@@ -11,9 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import BackendUnavailable
-from ..door import DoorError, images
-
 TILE = 512  # elements, unless
 WIDEST = 2048  # classes, that still fit the registers with two tensors and their gradients, are a tile
 
@@ -175,20 +172,6 @@ def tiling(classes: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, TILES), of the number of classes alone: so a row's result does not depend on the batch."""
     block = power_of_two(classes) if classes <= WIDEST else TILE
     return max(1, TILE // block), block, -(-classes // block)
-
-
-def require_rows(rows: int, classes: int, logits: Tensor, **others: Tensor | None) -> None:
-    """Every tensor is dense [rows, classes] in the dtype and on the device of ``logits``, and Triton computes it."""
-    if logits.dtype == torch.float64:
-        raise BackendUnavailable(
-            "the triton backend computes float32, float16 and bfloat16 logits, got float64: convert them with "
-            '.float(), or use backend("native") or backend("reference")'
-        )
-    for name, t in {"logits": logits, **others}.items():
-        if t is not None:
-            images(name, t, (rows, classes), logits.device)
-            if t.dtype != logits.dtype:
-                raise DoorError(f"{name} is {t.dtype}, expected {logits.dtype} as the logits")
 
 
 def meta(shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
