@@ -123,9 +123,9 @@ struct Torch {
 
   Torch() {
     tensor = py::module_::import("torch").attr("Tensor");
-    for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"})
-      if (!api && py::hasattr(tensor, name))
-        api = py::reinterpret_borrow<py::capsule>(tensor.attr(name)).get_pointer<DLPackExchangeAPI>();
+    constexpr const char* kName = "__dlpack_c_exchange_api__";
+    if (py::hasattr(tensor, kName))
+      api = py::reinterpret_borrow<py::capsule>(tensor.attr(kName)).get_pointer<DLPackExchangeAPI>();
     if (!api || api->version.major != 1 || !api->dltensor_from_py_object_no_sync)
       throw std::runtime_error("this PyTorch has no DLPack 1 exchange functions: install 2.10 or later");
   }

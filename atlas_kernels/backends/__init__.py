@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from ..environment import CHOICES, did_you_mean, setting
 from ..schema import NAMESPACE, OPERATORS, arguments_of, define, require_given
 from ..transforms import kernel_under_transforms, refuse_derivatives
+from . import native as native
 from .guard import require_plain
 
 BACKENDS = CHOICES["ATLAS_BACKEND"]
