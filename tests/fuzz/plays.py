@@ -282,7 +282,7 @@ _OTHERS = (
     lambda draw, t: t.reshape(-1)[0] if t.numel() else t,
     lambda draw, t: t.detach().to_sparse() if not t.is_neg() else t,
     lambda draw, t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
-    lambda draw, t: t.detach().resolve_neg().numpy() if t.dtype != torch.bfloat16 else None,
+    lambda draw, t: t.detach().resolve_neg().resolve_conj().numpy() if t.dtype != torch.bfloat16 else None,
     lambda draw, t: torch.nn.Parameter(t.clone(), requires_grad=t.is_floating_point()),
     lambda draw, t: torch.complex(t.float(), t.float()).conj() if t.dtype != torch.bfloat16 else t,
     lambda draw, t: torch.nested.nested_tensor([t[i] for i in range(len(t))]) if t.ndim > 1 and len(t) else t,
