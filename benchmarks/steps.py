@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import random_start, sample_neighbours
 from atlas_kernels.attacks import PGD
+from atlas_train import methods
 from atlas_train.methods import Batch
 from atlas_train.methods.terms import near_start
 from atlas_train.noise import normal, uniform
@@ -70,7 +71,8 @@ class Step:
     @property
     def has_steps(self) -> bool:
         """Whether its attack has a number of steps that methods are compared at; ATLAS and BS are made for one."""
-        return self.method in ("adv", "trades", "mart", "gairat", "adr", "mma", "llr")
+        steps = methods.hyper_parameters(methods.get(self.method)).get("steps")
+        return steps is not None and steps.default > 1
 
 
 def pgd(m: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,9 @@ def test_it_is_recorded_as_a_graph(attack: Attack, device: torch.device) -> None
             got = attack(net, x, y, key=key)
         assert torch.equal(got, attack(net, x, y, key=key))
     assert execution.graphs is not None and execution.graphs.recordings == 1
-    with execution:  # a field of its own makes another attack
-        other = replace(attack, **{"decay" if isinstance(attack, MIFGSM) else "beta1": 0.25})
+    with execution:  # fields of its own make another attack
+        own = [f.name for f in fields(attack)[len(fields(Attack)) :] if isinstance(getattr(attack, f.name), float)]
+        other = replace(attack, **{name: getattr(attack, name) / 4 for name in own})
         assert torch.equal(other(net, x, y, key=key), other(net, x, y, key=key))
     assert execution.graphs.recordings == 2 and not torch.equal(other(net, x, y, key=key), got)
 

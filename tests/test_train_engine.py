@@ -19,7 +19,7 @@ from atlas_train import checkpoint, engine, methods, progress, report, saving, s
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
 from atlas_train.config import RETIRED, TrainConfig, from_dict, from_file, resolved, to_dict
-from atlas_train.data import Images, get
+from atlas_train.data import Images, get, names
 from atlas_train.evaluate import evaluate, predict
 from atlas_train.noise import noise_keys
 from tiny_runs import EPS, TINY, Lines, splits
@@ -557,12 +557,12 @@ def test_json_files_and_dicts_say_the_same(tmp_path: Path) -> None:
         from_file(tmp_path / "no.json")
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
+@pytest.mark.parametrize("name", names())
 def test_defaults_are_filled_in_and_never_override(name: str) -> None:
-    data = dataclasses.replace(splits(channels=3 if name == "cifar10" else 1), name=name, eps=0.17)
+    data = dataclasses.replace(splits(channels=3 if get(name).mean else 1), name=name, eps=0.17)
     config = resolved(TrainConfig(dataset=name, epochs=77), data)
     may_be_none = {"attack_precision", "data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
-    may_be_none |= set() if name == "cifar10" else {"mean", "std"}  # grey digits are used as they are
+    may_be_none |= set() if get(name).mean else {"mean", "std"}  # grey digits are used as they are
     assert {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None} <= may_be_none
     assert config.epochs == 77 and config.eps == 0.17 and config.lr == get(name).lr
     assert resolved(config, data) == config

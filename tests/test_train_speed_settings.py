@@ -27,7 +27,7 @@ from beside_published import Steps
 from tiny_runs import EPS, TINY, same, splits, weights
 
 #: Methods whose attacks the hook below does not see: they have none, or one of the first layer or of sure samples.
-UNSEEN = {"standard", "cure", "jacobian", "free", "yopo", "mma"}
+UNSEEN = {name for name in methods.names() if not methods.get(name).adversarial} | {"free", "yopo", "mma"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOTH_WAYS = [("bf16", "fp32"), ("fp32", "bf16")]
 
