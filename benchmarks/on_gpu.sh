@@ -24,6 +24,7 @@ gpu=$(python -c 'import torch; print(torch.cuda.get_device_name(0).replace(" ", 
   echo "torch sees no CUDA device here: this script needs one; \`python -m atlas_kernels\` says why" >&2; exit 1; }
 results=benchmarks/results/$gpu
 data=(${data_dir:+--data-dir "$data_dir"})
+stems=$(python -c 'from atlas_kernels.schema import OPERATORS; print(*OPERATORS)')
 mkdir -p benchmarks/results
 python -m atlas_kernels
 
@@ -31,15 +32,13 @@ run_tests() {
   pytest -q
   if command -v compute-sanitizer >/dev/null; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-      python -m pytest -q tests/test_perturb.py tests/test_perturb_norms.py tests/test_losses.py \
-      tests/test_objectives.py tests/test_pairwise.py tests/test_augment.py \
+      python -m pytest -q $(printf 'tests/test_%s.py ' $stems) \
       -k "cuda and (layouts or per_sample or buffer or classes or sizes or bits)"
   fi
 }
 
 run_operators() {
-  pytest --benchmark-only -q benchmarks/bench_{augment,losses,objectives,pairwise,perturb,perturb_norms}.py \
-    --results "$results.json"
+  pytest --benchmark-only -q $(printf 'benchmarks/bench_%s.py ' $stems) --results "$results.json"
   python benchmarks/host_time.py
 }
 

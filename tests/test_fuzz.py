@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atlas_kernels as ak
 from atlas_kernels import backends
-from atlas_kernels.schema import arguments_of
+from atlas_kernels.schema import OPERATORS, arguments_of
 from fuzz.draws import Draw
 from fuzz.plays import PLAYS, into_outputs, into_overlap, legal
 
@@ -29,6 +29,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_calls_are_right():
     done = run("-m", "fuzz", "--calls", "2000")
     assert done.returncode == 0 and done.stdout.startswith("2000 calls, 0 wrong"), done.stdout + done.stderr[-4000:]
+
+
+def test_every_operator_is_called(monkeypatch):
+    monkeypatch.setattr(backends, "chosen", {})
+    for i in range(300):
+        legal(Draw(f"every/{i}"))
+    called = {operator for operator, _, _ in backends.chosen}
+    assert called == {operator for operators in OPERATORS.values() for operator in operators}
 
 
 def finds(play: Callable[[Draw], str | None], what: str) -> bool:
