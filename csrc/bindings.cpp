@@ -207,7 +207,6 @@ struct Tensor : DLTensor {
     if (looked_at) return true;
     constexpr uintptr_t kLow = uintptr_t(1) << 40;  // LOW of atlas_kernels/layout.py
     if (begin() < kLow) return false;
-    if (!is_float()) return true;
     const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(from, torch().is_neg.ptr()));
     if (!negated) throw py::error_already_set();
     return negated.ptr() == Py_False;

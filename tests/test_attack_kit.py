@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import Execution, noise_key
-from atlas_kernels.attacks import MIFGSM, Attack, Batch, attacking, leave_no_trace
+from atlas_kernels import Execution, noise_key, pgd_step
+from atlas_kernels.attacks import MIFGSM, PGD, Attack, Batch, attacking, leave_no_trace
 from atlas_kernels.attacks.graphs import Graphs
 from atlas_kernels.attacks.objective import Objective
 from fake_graph import recorded
@@ -172,3 +172,85 @@ def test_leave_no_trace_knows_no_execution_and_attacking_does(device: torch.devi
             assert net(x).dtype == torch.float32
         with attacking(net, "eval", None):
             assert net(x).dtype == torch.bfloat16 and not net.weight.requires_grad
+
+
+class Square(Objective):
+    """The sum of squared logits."""
+
+    def cotangent(self, logits: Tensor) -> Tensor:
+        return 2 * logits
+
+
+def test_an_objective_of_ones_own_sees_the_logits_as_they_are(device: torch.device) -> None:
+    """Where the label's is far above all others, too, which cross-entropy does with less of."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).to(device), torch.rand(4, 3, 4, 4, device=device)
+    with torch.no_grad():
+        net[1].weight.mul_(1000)
+    attack, leaf = PGD(EPS, EPS, steps=1, random_start=False), x.clone().requires_grad_()
+    logits = net(leaf)
+    assert (logits.topk(2).values[:, 0] - logits.topk(2).values[:, 1]).max() > 40
+    (grad,) = torch.autograd.grad(logits.square().sum(), leaf)
+    adv = attack.on(net, replace(attack.batch(x, logits.argmax(1)), goal=Square(logits.argmax(1)))).adv
+    assert torch.equal(adv, pgd_step(x, grad, x, EPS, EPS))
+
+
+@dataclass(frozen=True)
+class Made(Attack):
+    """Its steps give what ``make`` makes of the iterate."""
+
+    _: KW_ONLY
+    make: Any = None
+
+    def step(self, batch: Batch, adv: Tensor, grad: Tensor, carried: Any, left: float) -> tuple[Tensor, Any]:
+        return self.make(adv)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda adv: adv, r"Made.step must give \(iterate, carried\), a tuple of two, got a tensor"),
+        (lambda adv: None, "a tuple of two, got None"),
+        (lambda adv: (None, adv), "Made.step must give a tensor as iterate, got NoneType"),
+        (lambda adv: (adv[:1], None), r"Made.step gave an iterate \[1, 3, 4, 4\] .*, expected \[2, 3, 4, 4\]"),
+        (lambda adv: (adv.half(), None), "of torch.float16, expected .* of torch.float64, as batch.x"),
+    ],
+)
+def test_a_step_that_gives_no_iterate_is_refused(case, make: Any, message: str) -> None:
+    """A batch of two tensors would pass for a tuple of two."""
+    model, x, y = case
+    with pytest.raises((TypeError, ValueError), match=message):
+        Made(EPS, steps=1, make=make)(model, x[:2], y[:2])
+
+
+def test_a_start_that_is_no_iterate_is_refused(case) -> None:
+    class Flat(Made):
+        def start(self, batch: Batch, draw: int) -> Tensor:
+            return batch.x.flatten(1)
+
+    with pytest.raises(ValueError, match=r"Flat.start gave an iterate \[8, 48\]"):
+        Flat(EPS, steps=0)(*case)
+
+
+def test_adversaries_have_no_graph_whatever_a_step_does(case) -> None:
+    model, x, y = case
+    adv = Made(EPS, steps=2, make=lambda adv: (adv.clone().requires_grad_() * 1, None))(model, x, y)
+    assert not adv.requires_grad
+
+
+def test_a_field_that_may_change_unseen_is_in_no_graph(case, device: torch.device) -> None:
+    model, x, y = case
+    execution = Execution(cuda_graphs=True)
+    if device.type == "cpu":
+        execution.graphs = Graphs(recorded, "cpu")
+
+    @dataclass(frozen=True)
+    class Listed(PGD):
+        _: KW_ONLY
+        weights: Any = ()
+
+    with execution, pytest.warns(UserWarning, match="must not change unseen .*'list'.*: give a tuple"):
+        assert len(Listed(EPS, weights=[1.0, 2.0])(model, x, y)) == len(x)
+    with execution:
+        Listed(EPS, weights=(1.0, 2.0))(model, x, y)
+    assert execution.graphs is not None and execution.graphs.recordings == 1

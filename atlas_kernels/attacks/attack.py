@@ -241,7 +241,7 @@ class Attack:
 
     def begin(self, batch: Batch, draw: int = 0) -> Standing:
         """Where a restart begins."""
-        return Standing(batch, self.start(batch, draw))
+        return Standing(batch, self._iterate("start", self.start(batch, draw), batch))
 
     def climb(self, model: Model, at: Standing, *, sized: bool = False) -> Iterator[int]:
         """Takes all steps; ``at`` is where it stands. Before a step it says how many are left after that one; whoever
@@ -249,7 +249,23 @@ class Attack:
         for left in reversed(range(self.steps)):
             at.logits, at.grad = at.batch.goal.gradient(model, at.adv, sized=sized or self.sized)
             yield left
-            at.adv, at.carried = self.step(at.batch, at.adv, at.grad, at.carried, left / max(1, self.steps - 1))
+            made = self.step(at.batch, at.adv, at.grad, at.carried, left / max(1, self.steps - 1))
+            if not isinstance(made, tuple) or len(made) != 2:
+                shown = "a tensor" if isinstance(made, Tensor) else f"{made!r:.40}"
+                raise TypeError(f"{type(self).__name__}.step must give (iterate, carried), a tuple of two, got {shown}")
+            at.adv, at.carried = self._iterate("step", made[0], at.batch), made[1]
+
+    def _iterate(self, made_by: str, adv: Tensor, batch: Batch) -> Tensor:
+        """What a subclass has made, without a graph. Raises TypeError or ValueError where it is no iterate."""
+        if not isinstance(adv, Tensor):
+            raise TypeError(f"{type(self).__name__}.{made_by} must give a tensor as iterate, got {type(adv).__name__}")
+        x = batch.x
+        if adv.shape != x.shape or adv.dtype != x.dtype:
+            raise ValueError(
+                f"{type(self).__name__}.{made_by} gave an iterate {list(adv.shape)} of {adv.dtype}, expected "
+                f"{list(x.shape)} of {x.dtype}, as batch.x: batch.step and batch.inside make such"
+            )
+        return adv.detach() if adv.requires_grad else adv
 
     def _to_the_end(self, model: Model, batch: Batch) -> AttackResult:
         if self.judged or self.compact:

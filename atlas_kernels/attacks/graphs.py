@@ -118,6 +118,10 @@ class Graphs:
             of.kinds.clear()
             of.tensors = tensors
         kind = constant, attack_mode, modes if attack_mode == "keep" else None, *_kind(batch)
+        try:
+            hash(kind)
+        except TypeError as error:
+            return f"what the attack is made of must not change unseen ({error}): give a tuple instead of a list"
         if kind in of.kinds:
             found = of.kinds.pop(kind)
         elif self.recordings >= LIMIT and self.recordings * CALLS_PER_RECORDING > self.calls:
