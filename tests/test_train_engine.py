@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -517,6 +518,12 @@ def test_integers_keep_all_their_digits() -> None:
 def test_wrong_settings_are_refused_at_construction(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_dict(values)
+
+
+def test_help_and_editors_see_the_settings() -> None:
+    parameters = inspect.signature(TrainConfig).parameters
+    assert list(parameters) == [f.name for f in dataclasses.fields(TrainConfig)]
+    assert parameters["momentum"].default == 0.9
 
 
 def test_retired_settings_are_dropped_and_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,11 @@ def test_defaults_that_cannot_be_are_the_data_sets_fault() -> None:
         ({"optimizer": "lion"}, "data set coloured bars: optimizer must be one of"),
         ({"std": None}, "data set coloured bars: mean and std must be as many"),
         ({"methods": {"trade": {"beta": 1}}}, "no method 'trade'; the nearest is 'trades'"),
+        ({"methods": {"trades": {"betta": 1}}}, "trades has no hyper-parameter 'betta'; the nearest is 'beta'"),
+        ({"methods": {"mart": {"steps": -3}}}, "mart: steps must be an integer >= 1"),
+        ({"methods": [("adv", {"steps": 2})]}, "methods must be hyper-parameters by method and name, got"),
+        ({"methods": {"adv": 2}}, "methods must be hyper-parameters by method and name, got"),
+        ({"mean": 0.5, "std": 0.5}, "data set coloured bars: mean must be a list of numbers, got 0.5"),
         ({"methods": {"adv": {"step": 1}}}, "adv has no hyper-parameter 'step'"),
     ):
         with pytest.raises(ValueError, match=message):

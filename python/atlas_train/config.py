@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import warnings
@@ -46,6 +47,12 @@ class _Lenient(type):
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         return super().__call__(*args, **without_retired(settings))
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Of its settings, for help() and editors, which look at the call above first."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 @dataclass(frozen=True)
@@ -281,6 +288,12 @@ def _require_valid(dataset: Dataset) -> None:
     """Raises ValueError for defaults that no configuration can have."""
     try:
         TrainConfig(**dataset.settings)
+        own = dataset.methods
+        if not isinstance(own, Mapping) or not all(isinstance(hyper, Mapping) for hyper in own.values()):
+            raise ValueError(f"methods must be hyper-parameters by method and name, got {shown(own)}")
+        for name, hyper in own.items():
+            lengths = {key: value * dataset.eps for key, value in hyper.items() if isinstance(value, data.OfEps)}
+            methods.build(name, dataset.eps, {**hyper, **lengths})
     except ValueError as error:
         raise ValueError(f"data set {plain(dataset.name)}: {str(error).removeprefix('config: ')}") from error
 

@@ -71,7 +71,7 @@ class Dataset:
         splits = DataSplits(
             self.name, train, test, self.num_classes, self.eps, self.augment, self.class_names, declared=self
         )
-        if self.mean is not None and len(self.mean) != splits.train.shape[0]:
+        if isinstance(self.mean, Sequence) and len(self.mean) != splits.train.shape[0]:  # else the settings say no
             raise ValueError(
                 f"data set {plain(self.name)}: mean must be a number for each of the images' {splits.train.shape[0]} "
                 f"channels, got {shown(self.mean)}"
