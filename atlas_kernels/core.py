@@ -28,6 +28,10 @@ def core() -> ModuleType:
             f"the native core is not built for this Python ({error}); run `pip install -e .` in the source tree, and "
             "start Python where no other folder is called atlas_kernels"
         ) from error
+    if not hasattr(module, "Plan"):
+        raise ImportError(
+            "the native core was built from other files than these; run `pip install -e .` in the source tree again"
+        )
     wanted = setting("ATLAS_ISA")
     if wanted is not None:
         force_isa(wanted, module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ from atlas_kernels.core import alike, available_isas, core, force_isa
 from operator_cases import problem, same_bits
 
 OPS = torch.ops.atlas_kernels
+
+
+def test_a_core_of_other_files_says_so(monkeypatch):
+    """As after an update of the source tree alone."""
+    monkeypatch.setitem(sys.modules, "atlas_kernels._C", ModuleType("atlas_kernels._C"))
+    with pytest.raises(ImportError, match="was built from other files than these; run `pip install -e .`"):
+        core.__wrapped__()
 
 
 @settings(max_examples=150, deadline=None)

@@ -212,6 +212,13 @@ def test_empty_batch(device):
         assert got.shape == (0, 3, 8, 8)
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 2, 2), (4, 3, 0, 2), (4, 0)])
+def test_images_without_pixels(device, shape):
+    adv, grad, x = (torch.empty(shape, device=device) for _ in range(3))
+    for got in all_four(adv, grad, x, 0.1, 0.1, 0.1, key=ak.noise_key(device)):
+        assert got.shape[1:] == shape[1:] and len(got) % 4 == 0
+
+
 # --- gradients ---
 
 

@@ -28,6 +28,7 @@ inline int status_of(const AtlasPerturb& p) {
   if (p.adv.dtype < kFloat32 || p.adv.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
   if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
   if (p.count < 0 || p.count >= 1 << 24) return ATLAS_REFUSED;
+  if (p.channels == 0 || p.pixels == 0) return ATLAS_OK;  // a gradient without entries has no address either
   return p.rows == ((p.include_x != 0) + (p.grad.data != nullptr) + p.count) * p.batch ? ATLAS_OK : ATLAS_REFUSED;
 }
 
