@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,6 +291,12 @@ def test_normalisation_is_inside():
     for bad in ([1.0, 0.0, 1.0], [1.0]):
         with pytest.raises(ValueError, match="std must be positive and as many as mean"):
             Normalize(MEAN, bad)
+    for bad in ((math.nan, 0.5, 0.5), (math.inf, 0.5, 0.5)):
+        with pytest.raises(ValueError, match="mean and std must be finite"):
+            Normalize(bad, STD)
+    for pair in ((MEAN,), "mean", (MEAN, STD, STD)):
+        with pytest.raises(ValueError, match="normalize must be .mean, std., a list of numbers each, or False, got"):
+            make("preact_resnet18", normalize=pair)
 
 
 def test_names_and_defaults():

@@ -62,6 +62,8 @@ def build(
     name = canonical(name, _MODELS)
     _check_name(name)
     mean_std = normalize if isinstance(normalize, Sequence) else None
+    if isinstance(mean_std, str) or (mean_std is not None and len(mean_std) != 2):
+        raise ValueError(f"normalize must be (mean, std), a list of numbers each, or False, got {shown(normalize)}")
     if in_channels == COLOUR and mean_std is None and normalize is not False:
         raise ValueError(
             "normalize: mean and std of colour images differ from data set to data set: give (mean, std), of three "

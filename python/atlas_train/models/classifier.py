@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, x [B, C, H, W]. Raises ValueError for unequal lengths or a std that is not > 0.
+    """(x - mean) / std per channel, x [B, C, H, W]. Raises ValueError for unequal lengths, NaN, infinity or a std that is
+    not > 0.
 
     mean and std are saved with the model, so that a checkpoint says what it was trained with.
     """
@@ -21,6 +23,8 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"std must be positive and as many as mean, got mean {mean} and std {std}")
+        if not all(map(math.isfinite, (*mean, *std))):
+            raise ValueError(f"mean and std must be finite, got mean {mean} and std {std}")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
