@@ -10,8 +10,8 @@ from torch import nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, x [B, C, H, W]. Raises ValueError for unequal lengths, NaN, infinity or a std that is
-    not > 0.
+    """(x - mean) / std per channel, x [B, C, H, W]. Raises ValueError for unequal lengths, what is not finite, or a std
+    that is not > 0.
 
     mean and std are saved with the model, so that a checkpoint says what it was trained with.
     """
