@@ -383,8 +383,10 @@ def test_a_pixel_that_is_no_number_does_not_move_the_others(norm, device):
 @both_norms
 def test_empty_batches_and_single_pixels(norm, device):
     key = ak.noise_key(device)
-    for t in every_result(*problem((0, 3, 8, 8), device=device), 1.0, 1.0, norm, key=key).values():
-        assert t.shape == (0, 3, 8, 8)
+    for shape, name in itertools.product([(0, 3, 8, 8), (2, 0, 4, 4), (2, 3, 0, 5)], ["native", "reference"]):
+        with ak.backend(name):
+            results = every_result(*problem(shape, device=device), 1.0, 1.0, norm, key=key)
+        assert all(t.shape == shape for t in results.values())
     x = torch.tensor([[0.5], [0.5]], device=device)
     grad = torch.tensor([[-3.0], [1e-20]], device=device)
     assert torch.allclose(ak.pgd_step(x, grad, x, 0.2, 0.3, norm=norm), x + 0.2 * grad.sign())

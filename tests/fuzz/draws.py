@@ -41,6 +41,8 @@ class Draw:
             return self.one_of([(3, 3, 65, 67), (70, 3, 17, 9), (2, 70_001), (300, 40)])
         sizes = [self.integer(0, 6) if self.chance(0.1) else self.integer(1, 6)]
         sizes += [self.integer(1, 9) for _ in range(self.integer(0, 4))]
+        if self.chance(0.02):  # no channels or no pixels
+            sizes[self.integer(0, len(sizes) - 1)] = 0
         return tuple(sizes)
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -95,7 +97,7 @@ def _unaligned(t: Tensor) -> Tensor:
 
 def _negated(t: Tensor) -> Tensor:
     """Stored with the other sign and the negative bit set, as the imaginary part of a conjugate is."""
-    if not t.is_floating_point():
+    if t.dtype in (torch.bool, torch.uint8):
         return t
     return torch._neg_view(t.neg().contiguous())
 

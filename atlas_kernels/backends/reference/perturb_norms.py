@@ -153,6 +153,8 @@ def start(x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds, key: Tensor, i
     """A uniform point of the ball, clipped to the range; eps and bounds are the operators' pairs. In the compute type,
     as what ``step`` and ``inside`` make, and like that differentiable in images, radii and steps."""
     radius, dtype = rows(*eps, x), compute_dtype(x.dtype)
+    if not x.numel():
+        return x.to(dtype)
     z, share = direction(x, norm, key, ids, draw)
     return clip(moved(x.to(dtype), z.to(dtype), (radius.double() * share).to(dtype), norm), *_limits(*bounds, x))
 
@@ -164,6 +166,8 @@ def step(
     """One step of the samples that are active, projected."""
     dtype, size = compute_dtype(adv.dtype), rows(*step_size, adv)
     point, grad, size = adv.to(dtype), grad.to(dtype), -size if descend else size
+    if not adv.numel():
+        return point
     if norm == L1 and largest:
         found = moved_sparsely(point, grad, size, largest, *_limits(*bounds, adv))
     else:
@@ -175,6 +179,8 @@ def step(
 def inside(v: Tensor, x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds) -> Tensor:
     """``v`` in the ball and in the range."""
     dtype = compute_dtype(v.dtype)
+    if not v.numel():
+        return v.to(dtype)
     return projected(v.to(dtype), x.to(dtype), rows(*eps, v), norm, *_limits(*bounds, v))
 
 
