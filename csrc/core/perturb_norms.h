@@ -9,6 +9,7 @@
 namespace atlas {
 
 enum Norm : int32_t { kLinf = 0, kL2 = 1, kL1 = 2 };
+constexpr Norm kSparseL1 = Norm(3);  // of templates alone: an l1 step that may be sparse, of which gcc makes no vectors
 
 // A start is around its own images.
 inline AtlasPerturbNorms with_centre(AtlasPerturbNorms p) {
@@ -67,20 +68,21 @@ template <class T> struct NormStep {
 
   // How far a sparse step may take an entry: its share, or up to the end of the range.
   ATLAS_HD T reach(T adv, T grad, const PixelBounds<T>& r) const {
-    T c = upwards(grad) ? r.hi - adv : adv - r.lo;
+    T c = along(grad) > T(0) ? r.hi - adv : adv - r.lo;
     c = c < share ? c : share;
-    return c > T(0) && grad != T(0) ? c : T(0);
+    c = c > T(0) ? c : T(0);
+    return grad != T(0) ? c : T(0);  // selects alone, which compilers make vectors of
   }
 
-  ATLAS_HD bool upwards(T grad) const { return (grad > T(0)) != (step < T(0)); }
+  ATLAS_HD T along(T grad) const { return step < T(0) ? -grad : grad; }
 
   template <Norm kNorm> ATLAS_HD T moved(T adv, T grad, const PixelBounds<T>& r) const {
     T v = adv + grad * scale * factor;
-    if (kNorm == kL1) {
+    if (kNorm == kSparseL1) {
       const T m = magnitude(grad), c = reach(adv, grad, r);
-      const T way = m >= whole ? c : m >= from ? c * part : T(0);
-      const T sparse = upwards(grad) ? adv + way : adv - way;
-      v = largest > 0 ? sparse : v;
+      const T shared = c * part, tied = m >= from ? shared : T(0), way = m >= whole ? c : tied;
+      const T up = adv + way, down = adv - way, sparse = along(grad) > T(0) ? up : down;
+      v = share > T(0) ? sparse : v;
     }
     return moves ? v : adv;
   }
@@ -116,7 +118,7 @@ template <class T> struct NormStep {
     if (kNorm == kLinf) return clip(clip(v, x - eps, x + eps), r.lo, r.hi);
     const T d = v - x;
     T kept = d * shrink;
-    if (kNorm == kL1) {
+    if (kNorm >= kL1) {
       const T m = clip((magnitude(d) - base) - shrink, T(0), room(d, x, r));
       kept = d < T(0) ? -m : m;
     }

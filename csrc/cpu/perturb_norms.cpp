@@ -49,7 +49,7 @@ template <Sweep kSweep, Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const 
       constexpr bool kFar = kSweep != kGradient;
       const Sums t = step.template terms<kSweep, kNorm>(kFar ? adv[i] : T(0), grad[i], kFar ? x[i] : T(0), bounds);
       to.a[j] += t.a;
-      if (kFar && (kNorm == kL1 || sizeof(T) == 8)) to.b[j] += t.b;
+      if (kFar && (kNorm >= kL1 || sizeof(T) == 8)) to.b[j] += t.b;
     }
   }
 }
@@ -132,6 +132,7 @@ template <class T> struct Body {
                           {at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)}, at.size};
     if (step.sweep == kWrite) return finish(job, at, tile, step, buffers[1]);
     if (p.norm == kL2) add<kL2>(sums, tile, step);
+    else if (p.largest) add<kSparseL1>(sums, tile, step);
     else add<kL1>(sums, tile, step);
   }
 
@@ -150,6 +151,7 @@ template <class T> struct Body {
       T* to = in_place_of(p.out, job.shape, at, buffer, false);
       if (p.norm == kLinf) write<kLinf>(to, tile, step);
       else if (p.norm == kL2) write<kL2>(to, tile, step);
+      else if (p.largest) write<kSparseL1>(to, tile, step);
       else write<kL1>(to, tile, step);
       done = to;
     }

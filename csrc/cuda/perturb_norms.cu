@@ -108,17 +108,17 @@ template <class Access> struct Sample {
     if (!active) return adv;
     if (step.norm == kLinf) return step.template written<kLinf>(adv, grad, x, bounds);
     return step.norm == kL2 ? step.template written<kL2>(adv, grad, x, bounds)
-                            : step.template written<kL1>(adv, grad, x, bounds);
+                            : step.template written<kSparseL1>(adv, grad, x, bounds);
   }
 
   __device__ __forceinline__ Sums terms(T adv, T grad, T x, const PixelBounds<T>& bounds) const {
     if (step.norm == kL2)
       return step.sweep == kGradient ? step.template terms<kGradient, kL2>(adv, grad, x, bounds)
                                      : step.template terms<kDistance, kL2>(adv, grad, x, bounds);
-    return step.sweep == kGradient   ? step.template terms<kGradient, kL1>(adv, grad, x, bounds)
-           : step.sweep == kSelect   ? step.template terms<kSelect, kL1>(adv, grad, x, bounds)
-           : step.sweep == kDistance ? step.template terms<kDistance, kL1>(adv, grad, x, bounds)
-                                     : step.template terms<kSearch, kL1>(adv, grad, x, bounds);
+    return step.sweep == kGradient   ? step.template terms<kGradient, kSparseL1>(adv, grad, x, bounds)
+           : step.sweep == kSelect   ? step.template terms<kSelect, kSparseL1>(adv, grad, x, bounds)
+           : step.sweep == kDistance ? step.template terms<kDistance, kSparseL1>(adv, grad, x, bounds)
+                                     : step.template terms<kSearch, kSparseL1>(adv, grad, x, bounds);
   }
 };
 
