@@ -71,19 +71,18 @@ template <class T> struct NormStep {
     T c = along(grad) > T(0) ? r.hi - adv : adv - r.lo;
     c = c < share ? c : share;
     c = c > T(0) ? c : T(0);
-    return grad != T(0) ? c : T(0);
+    return grad != T(0) ? c : T(0);  // selects alone, which compilers make vectors of
   }
 
   ATLAS_HD T along(T grad) const { return step < T(0) ? -grad : grad; }
 
   template <Norm kNorm> ATLAS_HD T moved(T adv, T grad, const PixelBounds<T>& r) const {
     T v = adv + grad * scale * factor;
-    if (kNorm == kSparseL1 && share > T(0)) {
-      v = adv;
-      if (const T m = magnitude(grad); m >= from) {  // few entries: a branch costs less here than selects do
-        const T c = reach(adv, grad, r), way = m >= whole ? c : c * part;
-        v = along(grad) > T(0) ? adv + way : adv - way;
-      }
+    if (kNorm == kSparseL1) {
+      const T m = magnitude(grad), c = reach(adv, grad, r);
+      const T shared = c * part, tied = m >= from ? shared : T(0), way = m >= whole ? c : tied;
+      const T up = adv + way, down = adv - way, sparse = along(grad) > T(0) ? up : down;
+      v = share > T(0) ? sparse : v;
     }
     return moves ? v : adv;
   }
