@@ -115,7 +115,7 @@ def hooked(register: str, hook: Callable[..., Any]) -> Callable[[], nn.Module]:
 IMAGES, SIGNAL, VOLUME = (4, 3, 8, 8), (4, 3, 9), (4, 3, 4, 4, 4)
 CONV, BN = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
 COLOUR = {"num_classes": 5, "in_channels": 3, "width": 4, "normalize": ((0.5,) * 3, (0.25,) * 3)}
-#: Network, shape of its images, casts of weights in a forward.
+#: A network, the shape of its images, and how many weights one forward casts.
 NETWORKS = {
     "preact_resnet18": (lambda: build("preact_resnet18", **COLOUR), IMAGES, 0),
     "bias": (conv_bn(CONV), IMAGES, 0),

@@ -1,4 +1,4 @@
-"""An attack that defines its step has all the rest: that of docs/attacks.md, and MI-FGSM."""
+"""Everything that ``Attack`` gives to an attack: tested with the one of docs/attacks.md and with MI-FGSM."""
 
 from __future__ import annotations
 

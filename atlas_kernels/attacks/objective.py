@@ -145,7 +145,7 @@ class Objective:
         return z, torch.autograd.grad(z, leaf, self.cotangent(self.bounded(model, z.detach(), sized)))[0]
 
     def _gradient_of_float16(self, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
-        """``gradient``, z being the logits of the leaf x in float16."""
+        """``gradient`` in float16: x is the leaf, and z its logits."""
         coupled = self._is_coupled(model)
         cotangent = replace(self, kappa=None).cotangent(self.bounded(model, float16.wide(z), sized))
         grad, unit, lost = float16.pulled_back(z, x, cotangent, coupled)

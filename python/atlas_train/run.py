@@ -80,7 +80,7 @@ class Run:
         c, updates = self.config, self.method.updates
         total = self.total_steps * updates
         rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak)
-        # A graph reads it on the device, in float32: eager steps are to be the same.
+        # Graphs read the rate on the device in float32. Eager steps must get the same number.
         return torch.tensor(rate).item() if self.optimizer.param_groups[0]["fused"] else rate
 
     @contextmanager

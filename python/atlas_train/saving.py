@@ -1,4 +1,4 @@
-"""A run in its folder: saved, exported, and gone on with: what must be the same then, and what is said of changes."""
+"""Save, export and resume a run in its folder. Resuming checks what must be the same and reports what changed."""
 
 from __future__ import annotations
 

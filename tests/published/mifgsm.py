@@ -1,4 +1,4 @@
-"""MI-FGSM as its paper has it: algorithm 1 and, in l2, equation 8 (Dong et al. 2018, arXiv 1710.06081)."""
+"""MI-FGSM as published: algorithm 1 and, in l2, equation 8 (Dong et al. 2018, arXiv 1710.06081)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data set is: as it is declared, before a file is read, and with its images."""
+"""A data set: its declaration, which reads no file, and the same with its images."""
 
 from __future__ import annotations
 
