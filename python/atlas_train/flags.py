@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from .options import alternatives, checked, hints, limits
+from .options import OF_RUN, alternatives, checked, hints, limits
 
 AUTO, NONE = "auto", "none"
 Flag = tuple[str, Any, Any]
@@ -27,12 +27,12 @@ def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[
 def declared(cls: type, values: Mapping[str, Any], group: str = "") -> list[Flag]:
     """A flag for every ``option`` of a dataclass; its default is in ``values``, or is the field's.
 
-    group: the method whose hyper-parameters these are; its eps is the whole run's, so no flag.
+    group: the method whose hyper-parameters these are; what is the whole run's has no flag here.
     """
     return [
         _flag(cls, f, values.get(f.name, f.default), group)
         for f in dataclasses.fields(cls)
-        if "help" in f.metadata and not (group and f.name == "eps")
+        if "help" in f.metadata and not (group and f.name in OF_RUN)
     ]
 
 

@@ -15,6 +15,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+#: Fields of a method that are not hyper-parameters of its own: they are the whole run's.
+OF_RUN = ("eps", "label_smoothing")
+
+
 def option(
     default: Any = dataclasses.MISSING,
     help: str = "",
@@ -24,13 +28,14 @@ def option(
     high: float | None = None,
     below: float | None = None,
     hint: str = "",
+    kw_only: bool = False,
 ) -> Any:
     """A dataclass field. ``low <= value <= high`` and ``above < value < below``; ``hint``: the remedy, for errors.
 
     A default of None means "chosen for you": None stays allowed, and the help says what it becomes.
     """
     limits = {"low": low, "above": above, "high": high, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, "hint": hint, **limits})
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"help": help, "hint": hint, **limits})
 
 
 _LARGEST = 3.4e38  # of float32, in which networks and optimisers compute

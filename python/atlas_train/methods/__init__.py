@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data import Batch, Dataset, OfEps
-from ..options import canonical, shown, suggestion
+from ..options import OF_RUN, canonical, shown, suggestion
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
@@ -81,8 +81,8 @@ def get(name: str) -> type[Method]:
 
 
 def hyper_parameters(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
-    """The hyper-parameters of a method, eps aside (that is the whole run's)."""
-    return {f.name: f for f in dataclasses.fields(method) if f.init and f.name != "eps"}
+    """The hyper-parameters of a method, without what is the whole run's."""
+    return {f.name: f for f in dataclasses.fields(method) if f.init and f.name not in OF_RUN}
 
 
 def defaults_on(dataset: Dataset, name: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def defaults_on(dataset: Dataset, name: str) -> dict[str, Any]:
     return {**method.defaults.get(dataset.name, {}), **declared.get(method.name, {})}
 
 
-def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Method:
+def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None, label_smoothing: float = 0.0) -> Method:
     """The method of that name with these hyper-parameters. Raises ValueError for an unknown name or a wrong value."""
     method = get(name)
     known = hyper_parameters(method)
@@ -106,4 +106,4 @@ def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None) -> Meth
             raise ValueError(
                 f"{method.name} has no hyper-parameter {shown(key)}{suggestion(key, known)} (known: {', '.join(known)})"
             )
-    return method(eps=eps, **(hyper or {}))
+    return method(eps=eps, label_smoothing=label_smoothing, **(hyper or {}))

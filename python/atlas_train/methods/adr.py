@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas_kernels import compactness, cross_entropy, entropy, kl_div, trades_loss
+from atlas_kernels import compactness, entropy, kl_div, trades_loss
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -125,10 +125,10 @@ class ADR(Method):
     def _base(self, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
         """The terms that train the network on both images, each with its weight."""
         if self.form == "trades":
-            return {"trades": (1.0, lambda: trades_loss(logits, adv_logits, y, beta=self.beta))}
+            return {"trades": (1.0, lambda: self.smoothed(trades_loss(logits, adv_logits, y, beta=self.beta), logits, y))}
         return {
-            "ce": (self.alpha_nat, lambda: cross_entropy(logits, y)),
-            "ce_adv": (self.alpha_adv, lambda: cross_entropy(adv_logits, y)),
+            "ce": (self.alpha_nat, lambda: self.ce(logits, y)),
+            "ce_adv": (self.alpha_adv, lambda: self.ce(adv_logits, y)),
         }
 
     def _regularisers(self, h: Tensor, h_adv: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -54,7 +53,7 @@ class ADV(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         if self.bn_compat:

@@ -201,6 +201,16 @@ class ATLAS(Method):
             return atlas_local.margin_penalty(logits, adv, batch.y, self._radius)
         return atlas_local.radius_penalty(logits, adv, batch.y, self._radius, self.rivals)
 
+    def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor) -> Tensor:
+        """Every cross-entropy of the loss: that of x', and those of x and of the neighbours where their term is ce."""
+        points = parts[len(parts) - self._points :]
+        loss = self.smoothed(loss, parts[int(self.global_term != "none")], y)
+        if self.global_term == "ce":
+            loss = self.smoothed(loss, parts[0], y, self.global_weight)
+        for point in points if self.local_objective == "ce" else ():
+            loss = self.smoothed(loss, point, y, self._local_weight / len(points))
+        return loss
+
     def _buffer(self, model: nn.Module, x: Tensor, parts: int) -> Tensor:
         """[parts * B, ...] in the dtype of the network's weights and the layout of x: the same memory every step.
 
@@ -227,6 +237,7 @@ class ATLAS(Method):
             return_terms=True,
         )
         batch, first = len(y), 0 if self.global_term == "none" else len(y)
+        loss = self._smoothed(loss, logits.split(batch), y)
         metrics = {"adv": accuracy(logits[first : first + batch], y)}
         if self._points:
             metrics["local"] = terms[1].mean()

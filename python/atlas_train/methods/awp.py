@@ -14,7 +14,7 @@ from atlas_kernels.attacks.held import put_back
 from atlas_kernels.attacks.weights import weight_directions
 
 from ..data import Batch
-from ..options import option
+from ..options import OF_RUN, option
 from .base import Descent, Method, Metrics, State
 
 
@@ -35,6 +35,7 @@ class AWP(Method):
     """
 
     eps: float = field(init=False)
+    label_smoothing: float = field(init=False)
     method: Method
     gamma: float = option(0.01, "length of the perturbation, as a share of each weight's norm", above=0)
     warmup: int = option(0, "first epochs, without the perturbation", low=0)
@@ -42,7 +43,7 @@ class AWP(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_wrappable(type(self.method))
-        for name in ("eps", "adversarial", "no_graph"):
+        for name in (*OF_RUN, "adversarial", "no_graph"):
             object.__setattr__(self, name, getattr(self.method, name))
 
     @property

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
+from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 
 from ..data import Batch
-from ..options import check, option
+from ..options import OF_RUN, check, option
+from .terms import smoothing
 
 Metrics = dict[str, Tensor]
 AttackMode = Literal["train", "eval", "keep"]
@@ -69,19 +71,28 @@ class Method(ABC):
         below=1,
         hint="images are in [0, 1], so write 8/255 instead of 8",
     )
+    label_smoothing: float = option(0.0, "as the setting of the run", low=0, below=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check(self, self.name)
 
     def in_use(self) -> dict[str, Any]:
         """All hyper-parameters with the values in use: for one that is None, say ``name``, the property ``_name``."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "eps"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in OF_RUN}
         return {name: getattr(self, f"_{name}", None) if value is None else value for name, value in given.items()}
 
     @property
     def _step_size(self) -> Any:
         """The step of an attack that leaves it to PGD."""
         return PGD(self.eps, steps=getattr(self, "steps", 1)).effective_step_size
+
+    def ce(self, logits: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The cross-entropy that trains the network, its labels smoothed as the run says."""
+        return cross_entropy(logits, y, weights=weights, label_smoothing=self.label_smoothing)
+
+    def smoothed(self, loss: Tensor, logits: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:
+        """A loss that holds ``weight`` times the cross-entropy of ``logits`` among more, its labels smoothed likewise."""
+        return loss + weight * self.label_smoothing * smoothing(logits, y) if self.label_smoothing else loss
 
     @property
     def updates(self) -> int:

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -65,7 +64,7 @@ class CURE(Method):
             _, _, moved = loss_gradient(model, batch.x + direction(grad.detach(), given), batch.y)
         norm = torch.linalg.vector_norm((moved - grad).flatten(1), dim=1)
         penalty = (norm if self.form == "code" else norm.square()).mean()
-        loss = cross_entropy(logits, batch.y) + self.weight * penalty
+        loss = self.ce(logits, batch.y) + self.weight * penalty
         return loss, {"clean": accuracy(logits, batch.y), "curvature": penalty.detach()}
 
 

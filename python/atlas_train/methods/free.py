@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy, pgd_step
+from atlas_kernels import pgd_step
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -64,7 +64,7 @@ class Free(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given if self.clip == "delta" else (batch.x + given).clamp(0, 1)))
-        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent

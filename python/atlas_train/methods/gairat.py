@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy, gairat_weights, kl_div
+from atlas_kernels import gairat_weights, kl_div
 from atlas_kernels.attacks import PGD
 from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import logits_of
@@ -89,9 +89,9 @@ class GAIRAT(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.base == "adv":
             logits = logits_of(model(given.adv))
-            return cross_entropy(logits, batch.y, weights=given.weights), {"adv": accuracy(logits, batch.y)}
+            return self.ce(logits, batch.y, given.weights), {"adv": accuracy(logits, batch.y)}
         logits, adv_logits = logits_of(model(batch.x)), logits_of(model(given.adv))
-        loss = cross_entropy(logits, batch.y) + self.beta * kl_div(logits, adv_logits, weights=given.weights)
+        loss = self.ce(logits, batch.y) + self.beta * kl_div(logits, adv_logits, weights=given.weights)
         return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
 
     def weights(self, kappa: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

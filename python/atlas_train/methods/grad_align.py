@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy, pgd_step
+from atlas_kernels import pgd_step
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -81,7 +81,7 @@ class GradAlign(Method):
         logits = logits_of(model(given.adv))
         _, _, grad = loss_gradient(model, given.point, batch.y)
         penalty = misalignment(given.grad, grad)
-        loss = cross_entropy(logits, batch.y) + self.effective_weight * penalty
+        loss = self.ce(logits, batch.y) + self.effective_weight * penalty
         return loss, {"adv": accuracy(logits, batch.y), "misalignment": penalty.detach()}
 
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -52,7 +51,7 @@ class Jacobian(Method):
         with twice_differentiable():
             logits = logits_of(uncompiled(model)(leaf))
         penalty = jacobian_penalty(logits, leaf, self._directions(logits, given, batch.ids)).mean()
-        loss = cross_entropy(logits, batch.y) + self.weight * penalty
+        loss = self.ce(logits, batch.y) + self.weight * penalty
         return loss, {"clean": accuracy(logits, batch.y), "jacobian": penalty.detach()}
 
     def _directions(self, logits: Tensor, key: Tensor, ids: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class LLR(Method):
         linear = _dot(d, clean.grad)
         gap = (cross_entropy(logits, batch.y, reduction="none") - clean.losses - linear).abs()
         penalty = (gap + self.mu_ratio * linear.abs()).mean()
-        loss = self.ce_weight * cross_entropy(clean.logits, batch.y) + self.weight * penalty
+        loss = self.ce_weight * self.ce(clean.logits, batch.y) + self.weight * penalty
         return loss, {
             "clean": accuracy(clean.logits, batch.y),
             "adv": accuracy(logits, batch.y),

@@ -45,5 +45,5 @@ class MART(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(batch.x))
         adv_logits = logits_of(model(given))
-        loss = mart_loss(logits, adv_logits, batch.y, beta=self.beta)
+        loss = self.smoothed(mart_loss(logits, adv_logits, batch.y, beta=self.beta), adv_logits, batch.y)
         return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}

@@ -119,9 +119,9 @@ class MMA(Method):
         return self._combine(model, batch, given, logits)
 
     def _combine(self, model: nn.Module, batch: Batch, given: Boundary, logits: Tensor) -> tuple[Tensor, Metrics]:
-        loss = cross_entropy(logits_of(model(given.images)), batch.y, weights=given.weights)
+        loss = self.ce(logits_of(model(given.images)), batch.y, given.weights)
         if self.clean_weight:
-            loss = self.clean_weight * cross_entropy(logits, batch.y) + (1 - self.clean_weight) * loss
+            loss = self.clean_weight * self.ce(logits, batch.y) + (1 - self.clean_weight) * loss
         return loss, {"clean": accuracy(logits, batch.y), "margin": given.margins.mean()}
 
     def _boundary(self, model: nn.Module, batch: Batch, key: Tensor, state: State, logits: Tensor) -> Boundary:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy, pgd_step, random_start
+from atlas_kernels import pgd_step, random_start
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -56,4 +56,4 @@ class NFGSM(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -43,4 +42,4 @@ class OneStepADV(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from atlas_kernels import cross_entropy
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
@@ -24,4 +23,4 @@ class Standard(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(batch.x))
-        return cross_entropy(logits, batch.y), {"clean": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"clean": accuracy(logits, batch.y)}

@@ -23,6 +23,15 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (predicted(logits.detach()) == y).float().mean()
 
 
+def smoothing(logits: Tensor, y: Tensor) -> Tensor:
+    """What a share s of label smoothing adds to the mean cross-entropy of ``logits``, over s: mean_i z_y - mean_c z_c.
+
+    For cross-entropies inside a fused loss: (1 - s) CE(y) + s mean_c CE(c) = CE(y) + s (z_y - mean_c z_c).
+    """
+    z = wide(logits)
+    return (z.gather(1, y[:, None])[:, 0] - z.mean(1)).mean()
+
+
 def near_start(batch: Batch, key: Tensor) -> Tensor:
     """The start of TRADES and its relatives: x + 0.001 normal noise, not clipped, as in their published code."""
     return batch.x + 0.001 * normal(batch.x, key, batch.ids, 0)

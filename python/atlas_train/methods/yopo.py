@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from atlas_kernels import cross_entropy, pgd_step, random_start
+from atlas_kernels import pgd_step, random_start
 from atlas_kernels.attacks import attacking
 from atlas_kernels.outputs import logits_of
 
@@ -68,7 +68,7 @@ class YOPO(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return cross_entropy(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
 
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
