@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,21 @@ from atlas_train import averaging, checkpoint, engine
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
+from atlas_train.noise import noise_keys
 from atlas_train.run import Run
-from tiny_runs import EPS, TINY, same, splits, weights
+from atlas_train.stored import resume
+from tiny_runs import EPS, TINY, Lines, same, splits, weights
 
 
 def config(kind: str, **changed: Any) -> TrainConfig:
-    more = {"averaging": kind, "method": "standard", "ema_decay": 0.8, "swa_start": 0.5, "lr": 0.02}
+    more = {
+        "averaging": kind,
+        "method": "standard",
+        "ema_decay": 0.8,
+        "swa_start": 0.5,
+        "lr": 0.02,
+        "ema_warmup": False,
+    }
     return TrainConfig(**TINY | more | changed)
 
 
@@ -134,3 +144,89 @@ def test_infinities_of_a_mask_stay(kind: str) -> None:
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     run = engine.train(config(kind, swa_start=0.0), splits=splits(), model=model)
     assert run.final_model.mask.tolist() == [0, -torch.inf]  # type: ignore[operator, union-attr]
+
+
+def test_ema_warms_up() -> None:
+    """decay min(d, (1 + t) / (10 + t)) after t batches, and that is what new runs do."""
+    assert TrainConfig().ema_warmup
+    run, seen = trained(config("ema", epochs=2, ema_warmup=True, ema_decay=0.35))
+    expected = seen[0]
+    for t, now in enumerate(seen[1:], 1):
+        d = min(0.35, (1 + t) / (10 + t))
+        expected = {k: d * expected[k] + (1 - d) * v if v.is_floating_point() else v for k, v in now.items()}
+    assert_is(run, expected)
+    made = averaging.Averaging(config("ema", ema_warmup=True, ema_decay=0.999), run.model)
+    assert [made.decay(t) for t in (1, 8, 10**6)] == [2 / 11, 0.5, 0.999]
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_its_average(tmp_path: Path) -> None:
+    """Its record says nothing of a warm-up: it had none, and that is no change."""
+    whole = engine.train(config("ema"), splits=splits())
+    engine.train(config("ema"), splits=splits(), folder=tmp_path, on_epoch=lambda row: row["epoch"] == 2)
+    state = checkpoint.load(tmp_path)
+    del state["config"]["ema_warmup"]
+    checkpoint.save(tmp_path / "last.pt", {key: value for key, value in state.items() if key != "format"})
+    run = resume(tmp_path, splits=splits())
+    assert not run.config.ema_warmup and run.changes == []
+    assert same(weights(run.final_model), weights(whole.final_model))
+
+
+@pytest.mark.parametrize("how", ["clean", "method"])
+def test_batchnorm_of_an_average_can_be_measured_anew(how: str) -> None:
+    """As a pass over the images of the last epoch in train mode leaves it, averaged over the batches."""
+    run = engine.train(config("swa", average_bn=how, method="adv", hyper={"steps": 2}), splits=splits())
+    plain = engine.train(config("swa", method="adv", hyper={"steps": 2}), splits=splits())
+    assert same(weights(run.model), weights(plain.model))  # training goes on unseen
+    for (name, mine), theirs in zip(run.final_model.named_parameters(), plain.final_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    network = copy.deepcopy(plain.final_model).train()
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = 1.0
+    sums = [torch.zeros(2, len(layer.weight)) for layer in layers]
+    run.batches.set_epoch(3)
+    for batch, key in zip(run.batches, noise_keys(0, 12, 4), strict=True):
+        given = run.method.prepare(network, batch, key, run.state) if how == "method" else batch.x
+        network(given)
+        for total, layer in zip(sums, layers, strict=True):
+            total += torch.stack([layer.running_mean, layer.running_var]) / 4  # type: ignore[list-item]
+    measured = [module for module in run.final_model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for total, layer in zip(sums, measured, strict=True):
+        torch.testing.assert_close(torch.stack([layer.running_mean, layer.running_var]), total)  # type: ignore[list-item]
+        assert layer.momentum == 0.1
+    assert not torch.allclose(measured[0].running_var, layers[0].running_var, rtol=1e-3)  # type: ignore[arg-type]
+
+
+def test_measured_statistics_are_in_the_checkpoint_and_after_a_restart(tmp_path: Path) -> None:
+    settings = config("swa", average_bn="method", method="free", hyper={})
+    whole = engine.train(settings, splits=splits(), folder=tmp_path / "whole")
+    model, _ = checkpoint.load_model(tmp_path / "whole")
+    assert same(weights(model), weights(whole.final_model))
+    engine.train(settings, splits=splits(), folder=tmp_path / "part", on_epoch=lambda row: row["epoch"] == 3)
+    resumed = engine.train(dataclasses.replace(settings, resume=str(tmp_path / "part")), splits=splits())
+    assert same(weights(resumed.final_model), weights(whole.final_model))
+    assert same(resumed.memory, whole.memory)
+
+
+def test_an_average_that_never_began_is_said(tmp_path: Path) -> None:
+    lines = Lines()
+    stop: dict[str, Any] = {"on_epoch": lambda row: row["epoch"] == 2, "display": lines, "folder": tmp_path}
+    engine.train(config("swa", swa_start=0.75), splits=splits(), **stop)
+    (said,) = [text for text in lines.said if "WARNING" in text]
+    assert "averaging 'swa' begins in epoch 4 and training ended after epoch 2" in said and "smaller swa_start" in said
+    with pytest.warns(UserWarning, match="averaging 'swa' had not begun .* are the weights in training"):
+        checkpoint.load_model(tmp_path)
+    lines.said.clear()
+    engine.train(config("swa", swa_start=0.75), splits=splits(), display=lines)
+    assert not any("WARNING" in text for text in lines.said)
+
+
+def test_an_average_that_will_hold_its_first_weights_is_said() -> None:
+    lines = Lines()
+    engine.train(config("ema", ema_decay=0.999, epochs=1), splits=splits(), display=lines)
+    (said,) = [text for text in lines.said if "WARNING" in text]
+    assert "will hold 100 % of the weights after the first batch at the end of 4 batches: set ema_warmup" in said
+    lines.said.clear()
+    engine.train(config("ema", ema_decay=0.999, epochs=1, ema_warmup=True), splits=splits(), display=lines)
+    assert not any("WARNING" in text for text in lines.said)

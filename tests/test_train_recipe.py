@@ -1,23 +1,32 @@
-"""Settings of a modern recipe: smoothed labels, what weight decay spares, clipping, schedules, warm-ups, mixed steps."""
+"""Settings of a modern recipe: smoothed labels, weight decay, clipping, schedules, warm-ups, mixed steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import noise_key
-from atlas_train import methods, models
+from atlas_kernels import attacks, noise_key
+from atlas_train import engine, methods, models, optimizers
 from atlas_train.config import TrainConfig
-from atlas_train.methods import Batch, Method, State
-from tiny_runs import EPS, TINY
+from atlas_train.methods import Batch, Curriculum, Method, State
+from atlas_train.passes import passes_per_step
+from atlas_train.run import Run
+from atlas_train.schedules import learning_rate
+from tiny_runs import EPS, TINY, same, splits, weights
 
 
 def config(**changed: Any) -> TrainConfig:
     return TrainConfig(**TINY | {"probe_size": 0, "method": "adv", "hyper": {"steps": 2}} | changed)
+
+
+def trained(config: TrainConfig, **more: Any) -> Run:
+    return engine.train(config, splits=splits(), **more)
 
 
 # ---- label smoothing -------------------------------------------------------------------------------------------------
@@ -81,10 +90,10 @@ def test_labels_are_smoothed_in_every_method(name: str) -> None:
         method, plain = (methods.build(name, EPS, hyper, s) for s in (share, 0.0))
         given = plain.prepare(model, batch, noise_key(), state)
         expected, _ = plain.objective(model, batch, given)
-        for weight, weights, logits in smoothed(plain, model, batch, given):
+        for weight, each, logits in smoothed(plain, model, batch, given):
             log_p = logits.log_softmax(1)
             gap = share * (log_p.gather(1, batch.y[:, None])[:, 0] - log_p.mean(1))
-            expected = expected + weight * (gap * (1 if weights is None else weights)).mean()
+            expected = expected + weight * (gap * (1 if each is None else each)).mean()
         loss, _ = method.objective(model, batch, given)
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
         weight = next(model.parameters())
@@ -96,3 +105,248 @@ def test_labels_are_smoothed_in_every_method(name: str) -> None:
 def test_awp_is_around_smoothed_labels() -> None:
     built = config(awp=0.01, label_smoothing=0.2).build_method()
     assert isinstance(built, methods.AWP) and built.method.label_smoothing == built.label_smoothing == 0.2
+
+
+# ---- weight decay and clipping ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_spares_norms_and_biases_on_demand(optimizer: str) -> None:
+    """A step on gradients of zero is decay alone."""
+    for decay_norms in (True, False):
+        model = models.build("digits_net", num_classes=4, in_channels=1, width=4)
+        settings = config(optimizer=optimizer, lr=0.1, weight_decay=0.1, decay_norms=decay_norms)
+        made = optimizers.make(settings, model)
+        for weight in model.parameters():
+            weight.data.add_(1.0)  # biases begin at 0
+            weight.grad = torch.zeros_like(weight)
+        before = [weight.detach().clone() for weight in model.parameters()]
+        made.step()
+        for weight, old in zip(model.parameters(), before, strict=True):
+            assert torch.equal(weight, old) == (weight.dim() <= 1 and not decay_norms)
+
+
+def test_a_run_goes_on_with_the_decay_that_it_began_with(tmp_path: Path) -> None:
+    settings = config(optimizer="sgd", lr=0.05, weight_decay=5e-3, decay_norms=False, epochs=2)
+    whole = trained(settings)
+    assert not same(weights(whole.model), weights(trained(replace(settings, decay_norms=True)).model))
+    trained(settings, folder=tmp_path, on_epoch=lambda row: True)
+    resumed = trained(replace(settings, resume=str(tmp_path)))
+    assert same(weights(resumed.model), weights(whole.model))
+    with pytest.raises(ValueError, match="another decay_norms: it has False, you gave True"):
+        trained(replace(settings, resume=str(tmp_path), decay_norms=True))
+
+
+@pytest.mark.parametrize("method", ["adv", "free", "yopo"])
+def test_gradients_longer_than_clip_norm_are_scaled_to_it_in_every_update(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    step = torch.optim.SGD.step
+
+    def seen(optimizer: torch.optim.SGD, *args: Any) -> Any:
+        grads = [w.grad for group in optimizer.param_groups for w in group["params"]]
+        norms.append(torch.cat([g.flatten() for g in grads if g is not None]).norm().item())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", seen)
+    how = {"method": method, "hyper": {}, "epochs": 1, "optimizer": "sgd", "lr": 1e-4}
+    trained(config(**how))
+    free, few = norms[:], sorted(norms)[len(norms) // 2]
+    norms.clear()
+    run = trained(config(clip_norm=few, **how))
+    assert len(norms) == 4 * run.method.updates and max(free) > few
+    clipped = [min(norm, few) for norm in free]
+    assert norms[: len(norms) // 2] == pytest.approx(clipped[: len(norms) // 2], rel=0.02)
+    assert max(norms) <= few * 1.0001
+    assert same(weights(trained(config(clip_norm=1e6, **how)).model), weights(trained(config(**how)).model))
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "peak"), [(20, 0.3), (101, 0.45), (7, 0.3)])
+def test_one_cycle_is_that_of_torch(total: int, peak: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=total, pct_start=peak)
+    for step in range(total):
+        assert learning_rate("one_cycle", 0.2, step, total, peak) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        if step + 1 < total:
+            schedule.step()
+
+
+def test_linear_falls_evenly_and_warm_up_rises_to_the_schedule() -> None:
+    assert [learning_rate("linear", 0.4, step, 4) for step in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert learning_rate("one_cycle", 0.4, 0, 1) == pytest.approx(0.4)  # nothing is wasted where there is one step
+    for schedule in ("linear", "cosine", "piecewise", "constant"):
+        plain = [learning_rate(schedule, 0.4, step, 10) for step in range(10)]
+        warm = [learning_rate(schedule, 0.4, step, 10, warmup=4) for step in range(10)]
+        assert warm == pytest.approx([rate * min(1, (step + 1) / 4) for step, rate in enumerate(plain)])
+    assert [learning_rate("constant", 0.4, step, 10, warmup=1.5) for step in range(3)] == pytest.approx(
+        [0.4 / 1.5, 0.4, 0.4]
+    )
+
+
+def test_rates_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up is in epochs, and by updates where a batch has several."""
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda o: (rates.append(o.param_groups[0]["lr"]), step(o))[1])
+    trained(config(method="free", hyper={"replays": 2}, schedule="constant", lr=0.008, lr_warmup=0.5, epochs=1))
+    assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008, 0.008, 0.008, 0.008])
+    peak = trained(config(schedule="one_cycle", cyclic_peak=None, epochs=1)).config.cyclic_peak
+    assert peak == 0.3 and config(schedule="one_cycle").cyclic_peak == 0.4  # where it is given
+
+
+# ---- large batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["atlas", "adr", "free", "mma", "llr"])
+def test_batches_of_1024(method: str) -> None:
+    run = engine.train(config(method=method, hyper={}, batch_size=1024, epochs=1), splits=splits(1100))
+    assert run.step == 1 and run.history[0]["loss"] > 0
+
+
+# ---- eps warm-up -----------------------------------------------------------------------------------------------------
+
+
+def test_everything_measured_in_eps_grows_with_it() -> None:
+    """An attack of half the eps is the method's own with everything halved."""
+    cases: dict[str, dict[str, Any]] = {
+        "atlas": {"step_size": 0.08, "radius": 0.06}, "yopo": {"sigma": 0.02}, "mma": {"d_max": 0.2, "min_eps": 0.02},
+        "llr": {}, "cure": {}, "free": {"step_size": 0.05}, "adv": {},
+    }  # fmt: skip
+    for name, lengths in cases.items():
+        built = Curriculum(methods.build(name, EPS, lengths), eps_warmup=1)
+        half = {key: value / 2 for key, value in lengths.items()}
+        assert built.now(State(epoch=0)) == methods.build(name, EPS / 2, half)
+        assert built.now(State(epoch=1)) is built.now(State(epoch=7)) is built.method
+        assert built.in_use() == built.method.in_use() and built.eps == EPS
+    adv = Curriculum(methods.build("adv", EPS), eps_warmup=3)
+    assert [adv.now(State(epoch=epoch)).eps / EPS for epoch in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_lengths_are_all_that_has_one(name: str) -> None:
+    """What a data set's defaults or a hyper-parameter's name say is a length; LLR's step is one of Adam's."""
+    method = methods.get(name)
+    declared = {key for values in method.defaults.values() for key, v in values.items() if isinstance(v, methods.OfEps)}
+    named = {
+        key for key in methods.hyper_parameters(method) if key in ("step_size", "radius", "sigma", "d_max", "min_eps")
+    }
+    assert declared | named == set(method.lengths) & set(methods.hyper_parameters(method)) or name == "llr"
+
+
+def test_eps_grows_over_epochs_in_attack_and_log_and_evaluation_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    radii, probed = [], []
+    attack = attacks.PGD.__call__
+
+    def seen(self: attacks.PGD, model: nn.Module, x: Tensor, *args: Any, **how: Any) -> Tensor:
+        adv = attack(self, model, x, *args, **how)
+        (radii if model.training else probed).append((adv - x).abs().max().item())
+        return adv
+
+    monkeypatch.setattr(attacks.PGD, "__call__", seen)
+    run = trained(config(eps_warmup=2, epochs=4, probe_size=8))
+    expected = [EPS * min(1.0, epoch / 3) for epoch in range(1, 5) for _ in range(4)]
+    assert radii == pytest.approx(expected, abs=1e-6)
+    assert probed == pytest.approx([EPS] * 4, abs=1e-6)
+    assert [row.get("eps") for row in run.history] == pytest.approx([EPS / 3, 2 * EPS / 3, None, None])
+
+
+# ---- mixed steps -----------------------------------------------------------------------------------------------------
+
+
+def test_mixed_batches_are_a_share_by_seed_and_step() -> None:
+    method = Curriculum(methods.build("atlas", EPS, {"step_size": 0.02}), mix_share=0.3, seed=4)
+    kinds = [method.now(State(step=step)).in_use()["steps"] for step in range(2000)]
+    assert set(kinds) == {1, 10} and kinds.count(10) / 2000 == pytest.approx(0.3, abs=0.03)
+    assert method.now(State(step=kinds.index(10))).in_use()["step_size"] == pytest.approx(2.5 * EPS / 10)
+    assert method.now(State(step=kinds.index(1))).in_use()["step_size"] == 0.02
+    again = Curriculum(method.method, mix_share=0.3, seed=4)
+    other = Curriculum(method.method, mix_share=0.3, seed=5)
+    assert [again.now(State(step=step)).in_use()["steps"] for step in range(2000)] == kinds
+    assert [other.now(State(step=step)).in_use()["steps"] for step in range(2000)] != kinds
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_mixes_or_says_that_it_cannot(name: str) -> None:
+    settings = {"method": name, "hyper": {}, "mix_share": 0.5, "mix_steps": 3, "epochs": 1}
+    if name in ("standard", "free", "yopo", "n_fgsm", "grad_align", "cure", "jacobian"):
+        with pytest.raises(ValueError, match=f"mix_share needs a method that attacks in steps.*{name} is not: set"):
+            config(**settings)
+        return
+    method = config(**settings).build_method()
+    kinds = {kind.now(State(step=step)).in_use().get("steps", 1) for step in range(20) for kind in [method]}
+    assert kinds == {3, method.method.in_use().get("steps", 1)}
+    run = trained(config(**settings))
+    assert run.history[0]["loss"] > 0
+
+
+def test_one_step_adv_mixed_is_adv() -> None:
+    made = methods.build("one_step_adv", EPS, {"attack_mode": "eval"}, 0.1).with_steps(4)
+    assert made == methods.build("adv", EPS, {"steps": 4, "attack_mode": "eval"}, 0.1)
+
+
+def test_passes_of_mixed_batches_are_the_mean() -> None:
+    run = trained(config(method="one_step_adv", hyper={}, mix_share=0.25, mix_steps=3, epochs=1))
+    one, three = (
+        passes_per_step(trained(config(method="adv", hyper={"steps": steps}, epochs=1))) or 0 for steps in (1, 3)
+    )
+    assert passes_per_step(run) == pytest.approx(0.75 * one + 0.25 * three)
+
+
+# ---- all of it together ----------------------------------------------------------------------------------------------
+
+ALL: dict[str, Any] = {
+    "label_smoothing": 0.1, "decay_norms": False, "weight_decay": 1e-3, "clip_norm": 1.0, "schedule": "linear",
+    "lr_warmup": 1.5, "eps_warmup": 2, "mix_share": 0.4, "mix_steps": 3, "averaging": "ema", "optimizer": "sgd",
+    "lr": 0.05, "epochs": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"awp": 0.01, "awp_warmup": 1}, {"train_precision": "bf16"}, {"method": "atlas", "hyper": {}}]
+)
+def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) -> None:
+    settings = config(**ALL | how)
+    whole = trained(settings)
+    assert all(row["loss"] > 0 for row in whole.history)
+    trained(settings, folder=tmp_path, on_epoch=lambda row: row["epoch"] == 2)
+    resumed = trained(replace(settings, resume=str(tmp_path)))
+    assert same(weights(resumed.model), weights(whole.model))
+    assert same(weights(resumed.final_model), weights(whole.final_model))
+    assert resumed.changes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("label_smoothing", 1.0, "must be a number >= 0 and < 1, got 1.0; write 0.1 for a tenth"),
+        ("clip_norm", -1.0, "must be a number >= 0, got -1.0; 0: any"),
+        ("decay_norms", "some", "must be true or false, got 'some'"),
+        ("schedule", "onecycle", "must be one of 'cyclic', 'piecewise', 'cosine', 'linear', 'one_cycle'"),
+        ("lr_warmup", -2, "must be a number >= 0, got -2"),
+        ("lr_warmup", 4, "must be less than epochs, 4, .* got 4: set fewer, or more epochs"),
+        ("lr_warmup", 1, "has no place before schedule='cyclic', .* choose schedule cosine"),
+        ("eps_warmup", 4, "must be less than epochs, 4, .* got 4: set fewer, or more epochs"),
+        ("eps_warmup", 1.5, "must be an integer >= 0, got 1.5; whole epochs"),
+        ("mix_share", 1.0, "must be a number >= 0 and < 1, got 1.0; write 0.1 for a tenth"),
+        ("mix_steps", 0, "must be an integer >= 1, got 0"),
+        ("ema_warmup", 3, "must be true or false, got 3"),
+        ("ema_decay", 1.0, "must be a number >= 0 and < 1, got 1.0"),
+        ("swa_start", 1.0, "must be a number >= 0 and < 1, got 1.0"),
+        ("average_bn", "none", "must be one of 'average', 'clean', 'method', got 'none'"),
+    ],
+)
+def test_nonsense_is_refused_with_a_remedy(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"config: {name}.*{message}"):
+        config(**{name: value})
+
+
+def test_mixing_the_same_number_of_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="mix_steps must be another number than .* of adv, 2, got 2: set"):
+        config(mix_share=0.5, mix_steps=2)
+    with pytest.raises(ValueError, match="gairat: steps must be an integer >= 2, got 1"):
+        config(method="gairat", hyper={}, mix_share=0.5)

@@ -39,6 +39,9 @@ FORMS: list[dict[str, Any]] = [
     {"method": "jacobian", "hyper": {"projections": -1}},
     {"method": "adv", "awp": 0.01, "awp_warmup": 2},
     {"method": "trades", "awp": 0.01},
+    {"method": "trades", "label_smoothing": 0.1},
+    {"method": "one_step_adv", "mix_share": 0.5, "mix_steps": 3, "awp": 0.01},
+    {"method": "atlas", "eps_warmup": 1},
 ]
 
 
@@ -153,6 +156,10 @@ def test_every_method_makes_the_weights_of_eager_steps(
         SGD | {"method": "free"},
         {"averaging": "ema", "ema_decay": 0.9},
         {"averaging": "swa", "swa_start": 0.0},
+        {"averaging": "swa", "swa_start": 0.0, "average_bn": "method"},
+        SGD | {"clip_norm": 0.5, "decay_norms": False},
+        SGD | {"schedule": "one_cycle", "averaging": "ema", "ema_warmup": True},
+        {"optimizer": "adam", "clip_norm": 0.5, "schedule": "linear", "lr_warmup": 1.0},
         {"channels_last": True},
     ],
     ids=lambda how: "-".join(map(str, how.values())),
@@ -210,6 +217,8 @@ def test_what_graphs_trained_can_be_resumed_eagerly_and_the_other_way(
         ({"method": "llr", "hyper": {"ramp": 0.5}}, 1, 5),  # six steps of the ramp, and the first after it
         ({"method": "adv", "awp": 0.01, "awp_warmup": 2}, 2, 10),
         ({"method": "free"}, 1, 10),  # the first step makes delta
+        ({"method": "adv", "eps_warmup": 2}, 3, 9),  # a radius in each epoch
+        ({"method": "atlas", "mix_share": 0.5}, 2, 10),  # a graph of either kind of step, for the whole run
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,23 +14,28 @@ from .checkpoint import load_weights
 from .config import TrainConfig
 from .options import one_line, plain
 
+#: A share of the first weights with which an EMA is no average of the run.
+KEPT = 0.1
+
 
 class Averaging:
     """A second network that holds the average.
 
-    EMA (exponential moving average): decay * average + (1 - decay) * weights after each batch, from the weights after
-    the first on. SWA (Izmailov et al. 2018, arXiv 1803.05407): the mean of the weights at the end of each epoch from
-    the share ``swa_start`` of all epochs on.
+    EMA (exponential moving average): d * average + (1 - d) * weights after each batch, from the weights after the first
+    on. d = ``ema_decay``; with ``ema_warmup`` min(ema_decay, (1 + t) / (10 + t)) after t batches, as TensorFlow's
+    ExponentialMovingAverage with num_updates: the average remembers a share of the run, about its last tenth, until
+    that is as long as ``ema_decay`` says. SWA (Izmailov et al. 2018, arXiv 1803.05407): the mean of the weights at the
+    end of each epoch from the share ``swa_start`` of all epochs on.
 
-    BatchNorm's running statistics are averaged as the weights are. A pass over the training images at the end, the
-    usual alternative, would have to choose what BatchNorm sees: clean images, adversaries or both; so it sees what the
-    method showed it. What holds integers, or infinities from the start (a mask), is copied.
+    BatchNorm's running statistics are averaged as the weights are, so that they are of what the method showed the
+    network. ``average_bn`` says otherwise: see ``statistics``. What holds integers, or infinities from the start (a
+    mask), is copied.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
-        ema = get_ema_multi_avg_fn(config.ema_decay) if config.averaging == "ema" else None
-        self._average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+        self._config = config
         self._every_batch = config.averaging == "ema"
+        self._average = AveragedModel(model, multi_avg_fn=self._ema if self._every_batch else None, use_buffers=True)
         self._first_epoch = config.swa_start * config.epochs
         self._copied = [not value.is_floating_point() or bool(value.isinf().any()) for value in _values(model)]
 
@@ -41,6 +47,31 @@ class Averaging:
         """epoch: how many are done."""
         if not self._every_batch and epoch > self._first_epoch:
             self._add(model)
+
+    def decay(self, batches: int) -> float:
+        """What the average keeps of itself where it has seen so many batches."""
+        limit = (1 + batches) / (10 + batches) if self._config.ema_warmup else 1.0
+        return min(self._config.ema_decay, limit)
+
+    def notes(self, steps: int) -> list[str]:
+        """What the user should know of an average over ``steps`` batches before it begins."""
+        c = self._config
+        if self._every_batch and (kept := math.prod(self.decay(t) for t in range(1, steps))) > KEPT:
+            return [
+                f"WARNING: averaging 'ema' with ema_decay {c.ema_decay:g} will hold {100 * kept:.0f} % of the weights "
+                f"after the first batch at the end of {steps:,} batches: set ema_warmup, or a smaller ema_decay"
+            ]
+        return []
+
+    def unbegun(self, epoch: int) -> str | None:
+        """What to say where training ends after so many epochs, and there is no average yet."""
+        if self._average.n_averaged:
+            return None
+        begins = "with the first batch that counts" if self._every_batch else f"in epoch {int(self._first_epoch) + 1}"
+        return (
+            f"WARNING: averaging {self._config.averaging!r} begins {begins} and training ended after epoch {epoch}: "
+            "what is evaluated and exported are the weights in training. Train further, or set a smaller swa_start"
+        )
 
     def network(self) -> nn.Module | None:
         """The network with the average as its weights, or None before there is one."""
@@ -55,6 +86,9 @@ class Averaging:
             raise ValueError(f"{plain(source)} holds no average of the weights")
         load_weights(self._average.module, state["model"], source)
         self._average.n_averaged.fill_(state["count"])
+
+    def _ema(self, averages: Any, weights: Any, count: Any) -> None:
+        get_ema_multi_avg_fn(self.decay(int(self._average.n_averaged)))(averages, weights, count)
 
     @torch.no_grad()
     def _add(self, model: nn.Module) -> None:

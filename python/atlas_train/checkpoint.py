@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import atlas_kernels
 
 from . import answers, models, schema
-from .config import from_dict, to_dict
+from .config import from_record, to_dict
 from .imported import is_import_path, require_trusted
 from .options import one_line, plain, shown
 from .writing import builtin, write_atomically
@@ -244,8 +244,14 @@ def load_network(
     state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
     kept = ("arch", "config", "data", "answers")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
-    description["config"] = to_dict(from_dict(state["config"], plain(file)))
+    description["config"] = to_dict(from_record(state["config"], plain(file)))
     arch, weights = state["arch"], final_weights(state)
+    if (average := state.get("average")) is not None and not average["count"]:
+        warnings.warn(
+            f"averaging {description['config']['averaging']!r} had not begun when {plain(file)} was written, so these "
+            "are the weights in training: train further, or set a smaller swa_start",
+            stacklevel=2,
+        )
     if model is None:
         require_trusted("model", arch["name"], file)
         if not arch["by_name"]:
@@ -296,7 +302,7 @@ def require_fitting(name: str, arch: Mapping[str, Any], weights: Mapping[str, Te
 def require_resumable(state: Mapping[str, Any], source: object) -> None:
     """Raises ValueError unless all is there that a run needs to go on, and of one network; builds nothing."""
     schema.require_keys(state, schema.NEEDED, plain(source))
-    config, arch = from_dict(state["config"], plain(source)), state["arch"]
+    config, arch = from_record(state["config"], plain(source)), state["arch"]
     if arch["by_name"] and (config.model, config.width) != (arch["name"], arch["width"]):
         raise ValueError(
             f"{plain(source)}: config says {shown(config.model)} of width {config.width}, and arch says "

@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
-from .config import TrainConfig, added, alone, from_dict, from_file, methods_of, recorded, resolved
+from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
@@ -99,8 +99,8 @@ def is_comparison(path: str | Path) -> bool:
 def settings_of(path: str | Path) -> TrainConfig:
     """The settings that a comparison's folder, a run's folder or a checkpoint says it was made with."""
     if is_comparison(path):
-        return from_file(Path(path) / CONFIG)
-    return alone(from_dict(checkpoint.load(path, ("arch", "config"))["config"], plain(path)))
+        return from_file(Path(path) / CONFIG, from_record)
+    return alone(from_record(checkpoint.load(path, ("arch", "config"))["config"], plain(path)))
 
 
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
@@ -108,7 +108,7 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     resume = str(config.resume)
     if is_comparison(resume):
         root = Path(resume)
-        old = from_file(root / CONFIG)
+        old = from_file(root / CONFIG, from_record)
         if old.beside is None:
             raise ValueError(
                 f"{plain(root / CONFIG)} does not say which methods lie beside {old.method}: edited or damaged; write "
@@ -190,7 +190,8 @@ def _train_all(
 
 def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
     """The run of one method: the same settings, without what belongs to another method."""
-    own = replace(config, method=name, hyper=config.hyper_of(name), awp=config.awp if name == config.method else 0.0)
+    own = config if name == config.method else replace(config, awp=0.0, mix_share=0.0)
+    own = replace(own, method=name, hyper=config.hyper_of(name))
     return replace(own, beside=(), resume=_start(config, name, folder))
 
 

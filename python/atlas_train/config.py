@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ PLACES = ("data_dir", "out_dir", "resume")
 #: Settings of earlier versions that no longer exist, and why. Files, flags and calls that have one still work: it is
 #: ignored, whatever its value, and a warning of one line says so.
 RETIRED: dict[str, str] = {"fold_batchnorm": "it made attacks no faster"}
+#: What runs of earlier versions had, where a new run has another default: their records do not say it.
+EARLIER: dict[str, Any] = {"ema_warmup": False}
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
@@ -103,8 +105,8 @@ class TrainConfig(metaclass=_Lenient):
     label_smoothing: float = option(
         0.0,
         "share of the target that is spread evenly over the classes (Szegedy et al. 2016, arXiv 1512.00567), in every "
-        "cross-entropy of every method's loss; attacks and terms about slopes keep whole labels, but where one backward "
-        "serves attack and update (free, yopo). Pang et al. (2021, arXiv 2010.00467) find 0.1 to 0.2 to help PGD "
+        "cross-entropy of the method's loss; attacks and terms about slopes keep whole labels, but where one backward "
+        "serves attack and update (free, yopo). Pang et al. (2021, arXiv 2010.00467) find that 0.1 to 0.2 help PGD "
         "training slightly",
         low=0,
         below=1,
@@ -119,17 +121,69 @@ class TrainConfig(metaclass=_Lenient):
         hint="images are in [0, 1], so write 8/255 instead of 8",
     )
 
+    eps_warmup: int = option(
+        0,
+        "first epochs with a smaller radius in training: in the e-th it is e / (eps_warmup + 1) of eps, and steps and "
+        "other lengths shrink with it, so that the attack keeps its shape. Evaluation and probe keep to eps. Pang et "
+        "al. (2021, arXiv 2010.00467), who shrink eps alone, find that it makes no difference",
+        low=0,
+        hint="whole epochs; 0: none",
+    )
+    mix_share: float = option(
+        0.0,
+        "share of the batches that the method (not those beside) attacks in mix_steps steps instead of its own; seed "
+        "and step decide which. A choice of ours; Wang et al. (2021, Multi-stage optimization based adversarial "
+        "training) mix one-step and multi-step adversaries in stages",
+        low=0,
+        below=1,
+        hint="write 0.1 for a tenth; 0: off",
+    )
+    mix_steps: int | None = option(
+        None, "steps of these attacks, their step size PGD's own; default: 10 beside one step, 1 beside more", low=1
+    )
+
     epochs: int = option(None, "passes over the data; " + _AUTO, low=1)
-    batch_size: int = option(None, _AUTO, low=1)
+    batch_size: int = option(
+        None,
+        "images per update. The learning rate is not adapted to it: for sgd, Goyal et al. (2017, arXiv 1706.02677) "
+        "take it in proportion, with an lr_warmup; " + _AUTO,
+        low=1,
+    )
     optimizer: Literal["sgd", "adam"] = option(None, _AUTO)
     lr: float = option(None, "peak learning rate; " + _AUTO, above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
     weight_decay: float = option(None, _AUTO, low=0)
-    schedule: Literal["cyclic", "piecewise", "cosine", "constant"] = option(
-        "cyclic",
-        "of the learning rate: cyclic 0 -> lr -> 0, piecewise lr/10 at 50 % and lr/100 at 75 %, cosine, constant",
+    decay_norms: bool = option(
+        True,
+        "weight decay also of BatchNorm's weights and of biases, that is of what has one dimension, as in most "
+        "published code of the methods. --no-decay-norms: not of these, as in He et al. (2019, arXiv 1812.01187)",
     )
-    cyclic_peak: float = option(None, "share of steps before the peak of cyclic; " + _AUTO, low=0, below=1)
+    clip_norm: float = option(
+        0.0,
+        "most that the l2 norm of all gradients together may be in an update; longer ones are scaled down to it "
+        "(Pascanu et al. 2013, arXiv 1211.5063). 0: any",
+        low=0,
+        hint="0: any",
+    )
+    schedule: Literal["cyclic", "piecewise", "cosine", "linear", "one_cycle", "constant"] = option(
+        "cyclic",
+        "of the learning rate: cyclic 0 -> lr -> 0, piecewise lr/10 at 50 % and lr/100 at 75 %, cosine lr -> 0, linear "
+        "lr -> 0, one_cycle lr/25 -> lr -> lr/250000 in half waves (Smith & Topin 2018, arXiv 1708.07120, with the "
+        "constants of torch's OneCycleLR, the momentum constant), constant",
+    )
+    cyclic_peak: float = option(
+        None,
+        "share of steps before the peak of cyclic, by default by data set, or of one_cycle, by default 0.3",
+        low=0,
+        below=1,
+    )
+    lr_warmup: float = option(
+        0.0,
+        "epochs, whole or not, in which the learning rate grows evenly from 0 to that of the schedule (Goyal et al. "
+        "2017, arXiv 1706.02677: 5); cyclic and one_cycle begin so by themselves",
+        low=0,
+        hint="0: no warm-up",
+    )
     train_precision: Literal["fp32", "bf16"] = option(
         "fp32", "of the network where weights get gradients; bf16: autocast. Evaluation stays fp32"
     )
@@ -160,7 +214,19 @@ class TrainConfig(metaclass=_Lenient):
     ema_decay: float = option(
         0.999, "decay of ema, which remembers some 1 / (1 - decay) batches: take less for a short run", low=0, below=1
     )
+    ema_warmup: bool = option(
+        True,
+        "ema's decay after t batches is at most (1 + t) / (10 + t), so that a short run is not still at its first "
+        "weights (as TensorFlow's ExponentialMovingAverage). Runs of versions without this setting go on without it",
+    )
     swa_start: float = option(0.75, "share of the epochs before the first that swa takes", low=0, below=1)
+    average_bn: Literal["average", "clean", "method"] = option(
+        "average",
+        "BatchNorm's running statistics beside averaged weights: average, of those in training; clean, anew from the "
+        "training images (Izmailov et al. 2018, arXiv 1803.05407, who train without an attack); method, anew from what "
+        "the method trains on. The last two cost a pass over the images, or one with attacks, after every epoch that "
+        "has an average",
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "a loss that is NaN or infinite stops the run, or its batch is skipped: no update (those that a method with "
@@ -207,6 +273,7 @@ class TrainConfig(metaclass=_Lenient):
             )
         if self.awp:
             require_wrappable(methods.get(self.method))
+        self.build_method(self.eps or 0.5)
         for key in self.hyper:
             owner, dot, _ = key.rpartition(".")
             if dot and owner not in known:
@@ -234,10 +301,13 @@ class TrainConfig(metaclass=_Lenient):
         dotted = {key.partition(".")[2]: value for key, value in self.hyper.items() if key.startswith(f"{name}.")}
         return own | dotted
 
-    def build_method(self) -> methods.Method:
-        """The method with its hyper-parameters; eps must be known (see ``resolved``)."""
-        method = methods.build(self.method, self.eps, self.hyper_of(self.method), self.label_smoothing)
-        return methods.AWP(method, self.awp, self.awp_warmup) if self.awp else method
+    def build_method(self, eps: float | None = None) -> methods.Method:
+        """The method with its hyper-parameters; eps must be known (see ``resolved``) or given."""
+        method = methods.build(self.method, eps or self.eps, self.hyper_of(self.method), self.label_smoothing)
+        method = methods.AWP(method, self.awp, self.awp_warmup) if self.awp else method
+        if not self.eps_warmup and not self.mix_share:
+            return method
+        return methods.Curriculum(method, self.eps_warmup, self.mix_share, self.mix_steps, self.seed)
 
     @property
     def label(self) -> str:
@@ -259,6 +329,7 @@ def _require_compatible(config: TrainConfig) -> None:
     for one, other, why in _CLASHES:
         if getattr(config, one) and getattr(config, other):
             raise ValueError(f"config: {one} and {other} do not go together, as {why}: leave one out")
+    _require_warmups(config)
     graphs = config.cuda_graphs
     if graphs == "step" and config.checkpoint_activations:
         raise ValueError(
@@ -268,6 +339,21 @@ def _require_compatible(config: TrainConfig) -> None:
     if graphs != "none" and config.device is not None and not config.device.startswith("cuda"):
         raise ValueError(
             f"config: cuda_graphs={graphs!r} needs a CUDA device, got device={config.device!r}: set cuda_graphs='none'"
+        )
+
+
+def _require_warmups(config: TrainConfig) -> None:
+    """Raises ValueError for a warm-up that the run does not leave, or beside a schedule that has its own."""
+    for name in ("lr_warmup", "eps_warmup"):
+        if config.epochs is not None and (value := getattr(config, name)) and value >= config.epochs:
+            raise ValueError(
+                f"config: {name} must be less than epochs, {config.epochs}, of which something has to come after it, "
+                f"got {value:g}: set fewer, or more epochs"
+            )
+    if config.lr_warmup and config.schedule in ("cyclic", "one_cycle"):
+        raise ValueError(
+            f"config: lr_warmup={config.lr_warmup:g} has no place before schedule={config.schedule!r}, which rises by "
+            "itself until cyclic_peak: set that, or choose schedule cosine, linear, piecewise or constant"
         )
 
 
@@ -284,6 +370,8 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
         "augment": splits.augment,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
+    if config.schedule == "one_cycle":
+        defaults["cyclic_peak"] = 0.3  # of torch's OneCycleLR
     own = own_model or is_import_path(config.model or dataset.model)
     if own or len(dataset.mean or ()) != splits.train.shape[0]:  # those of CIFAR-10 say nothing of a grey copy
         defaults |= {"mean": None, "std": None}
@@ -402,7 +490,12 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
         raise ValueError(f"{source}: {str(error).removeprefix('config: ')}") from error
 
 
-def from_file(path: str | os.PathLike[str]) -> TrainConfig:
+def from_record(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
+    """The configuration that a run wrote down, maybe one of an earlier version."""
+    return from_dict({**EARLIER, **values}, source)
+
+
+def from_file(path: str | os.PathLike[str], read: Callable[..., TrainConfig] = from_dict) -> TrainConfig:
     """A configuration from a JSON file: {"method": "atlas", "hyper": {"radius": 0.1}, "eps": "8/255", ...}."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -416,4 +509,4 @@ def from_file(path: str | os.PathLike[str]) -> TrainConfig:
         raise ValueError(f"config file {plain(path)} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config file {plain(path)} must hold one JSON object, got {type(values).__name__}")
-    return from_dict(values, f"config file {plain(path)}")
+    return read(values, f"config file {plain(path)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, models, progress
+from . import average_bn, checkpoint, data, models, progress
 from .config import TrainConfig
 from .data import DataSplits, identity
 from .descent import OptimizerDescent
@@ -27,6 +27,7 @@ from .options import plain, shown
 from .report import TensorBoard
 from .run import Run, prepare
 from .saving import as_normalized, discard, export, require_network, restore, save
+from .schedules import eps_share
 from .step_graph import StepGraph
 from .watch import watch
 
@@ -117,10 +118,13 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
-        for note in (*notes, *([left_out] if left_out else [])):
+        averaging = run.average.notes(run.total_steps) if run.average else []
+        for note in (*notes, *([left_out] if left_out else []), *averaging):
             display.say(note)
         with on_host(c.threads):
             fit(run, display, board, on_epoch)
+        if run.average and (unbegun := run.average.unbegun(run.epoch)):
+            display.say(unbegun)
         if run.skipped:
             display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
     finally:
@@ -179,6 +183,7 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             raise NonFiniteWeights(run, sorted(broken))
         if run.average:
             run.average.after_epoch(run.model, run.epoch)
+            average_bn.measure(run)
         watch(run, row, display)
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
         if run.folder:
@@ -250,6 +255,7 @@ def _row(
         "step": run.step,
         "lr": run.optimizer.param_groups[0]["lr"],
         **dict(zip(names, means, strict=True)),
+        **({"eps": run.config.eps * share} if (share := eps_share(epoch, run.config.eps_warmup)) < 1 else {}),
         **({"skipped": skipped} if run.config.on_nonfinite == "skip" else {}),
         "images_per_s": images_per_s,
         "seconds": seconds,

@@ -13,6 +13,11 @@ def noise_keys(seed: int, first: int, count: int) -> Tensor:
     return torch.tensor([[_mix(seed, step), 0] for step in range(first, first + count)]).reshape(count, 2)
 
 
+def chance(seed: int, step: int) -> float:
+    """A uniform number in [0, 1) for a step, apart from what its key draws."""
+    return _mix(_mix(seed, step) % 2**64, 1) % 2**64 / 2**64
+
+
 def _mix(seed: int, step: int) -> int:
     """Steele, Lea & Flood's SplitMix64 over seed, then step, as a signed 64-bit integer."""
     state = 0

@@ -21,18 +21,36 @@ def make(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     Graphs of whole steps need such an optimiser; eager steps use it too, so that both make the same weights.
     """
     weights = list(model.parameters())
-    fused = all(map(fusible, weights))
+    groups, fused = _groups(config, weights), all(map(fusible, weights))
     if config.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused or None
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused or None
         )
     else:
         optimizer = torch.optim.Adam(
-            weights, config.lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
+            groups, config.lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
         )
         vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # torch would warn of every run without graphs
+    if config.clip_norm:
+        optimizer.register_step_pre_hook(lambda *_: _clip(weights, config.clip_norm))
     _complete(optimizer)
     return optimizer
+
+
+def _groups(config: TrainConfig, weights: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """The weights, those apart that do not decay. A checkpoint numbers them in this order."""
+    if config.decay_norms:
+        return [{"params": weights}]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in weights if weight.dim() > 1]},
+        {"params": [weight for weight in weights if weight.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _clip(weights: list[nn.Parameter], norm: float) -> None:
+    """In every step of the optimiser, so in graphs too: nothing waits for the device."""
+    nn.utils.clip_grad_norm_(weights, norm)
 
 
 def fusible(weight: Tensor) -> bool:
@@ -43,10 +61,10 @@ def fusible(weight: Tensor) -> bool:
 
 def _complete(optimizer: torch.optim.Optimizer) -> None:
     """Fused SGD takes momentum for all weights or for none, and some may get their first gradient later."""
-    group = optimizer.param_groups[0]
-    for weight in group["params"] if group["fused"] and group.get("momentum") else ():
-        if optimizer.state[weight].get("momentum_buffer") is None:
-            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["fused"] and group.get("momentum") else ():
+            if optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:

@@ -14,7 +14,6 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-
 #: Fields of a method that are not hyper-parameters of its own: they are the whole run's.
 OF_RUN = ("eps", "label_smoothing")
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,5 +117,8 @@ def passes_per_step(run: Run) -> float | None:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)
         with run.recomputed(network):
-            passes = count_passes(network, batch.x, lambda: run.method.train_step(network, batch, key, last, descent))
+            passes = sum(
+                share * count_passes(network, batch.x, partial(method.train_step, network, batch, key, last, descent))
+                for share, method in run.method.parts(last)
+            )
     return None if math.isnan(passes) else passes

@@ -79,7 +79,8 @@ class Run:
         """The learning rate of an update, from 0, of the batch that comes next."""
         c, updates = self.config, self.method.updates
         total = self.total_steps * updates
-        rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak)
+        warmup = c.lr_warmup * len(self.batches) * updates
+        rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak, warmup)
         # Graphs read the rate on the device in float32. Eager steps must get the same number.
         return torch.tensor(rate).item() if self.optimizer.param_groups[0]["fused"] else rate
 

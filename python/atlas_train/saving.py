@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import answers, checkpoint, models, optimizers
-from .config import PLACES, TrainConfig, from_dict, recorded
+from .config import PLACES, TrainConfig, from_record, recorded
 from .imported import without_place
 from .options import plain, shown
 from .report import write_csv
@@ -19,7 +19,7 @@ from .run import Run
 from .writing import builtin
 
 LOG = "log.csv"
-FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging")
+FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms")
 _CHECKED = (*FIXED, "dataset", "model", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
@@ -96,7 +96,7 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
 
     Raises ValueError if it belongs to another run.
     """
-    old = from_dict(state["config"], plain(source))
+    old = from_record(state["config"], plain(source))
     require_same(run, old, state, source)
     checkpoint.load_weights(run.model, state["model"], source)
     optimizers.load(run.optimizer, state["optimizer"], source)

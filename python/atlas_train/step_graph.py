@@ -16,7 +16,7 @@ Outcome = tuple[Tensor, Metrics]
 
 
 class StepGraph:
-    """``method.train_step``, recorded once for each shape of batches and phase of the method, then replayed.
+    """``method.train_step``, recorded once for each shape of batches, phase and variant of the method, then replayed.
 
     The first batch of a kind is trained on eagerly. It makes what lasts (the optimiser's state, the method's memory,
     compiled code) outside of the graph's memory, and has its values checked, which a graph does not. A recording trains
@@ -61,7 +61,7 @@ class StepGraph:
         if here != self._phase:
             self._captures.clear()  # a phase that is over does not come back, nor does memory that was replaced
             self._phase = here
-        kind = tuple((t.shape, t.stride(), t.dtype) for t in batch)
+        kind = method.variant(state), *((t.shape, t.stride(), t.dtype) for t in batch)
         if phase is None or not self._works or kind not in self._captures:
             self._captures[kind] = None
             return method.train_step(model, batch, key, state, descent)

@@ -16,7 +16,7 @@ from . import checkpoint, data, models, progress
 from .autoattack import Version, require_autoattack
 from .autoattack import autoattack as run_autoattack
 from .compare import Results, compare, is_comparison, settings_of
-from .config import added, alone, from_dict, label
+from .config import added, alone, from_record, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
@@ -50,7 +50,7 @@ def resume(
         changes: settings of ``TrainConfig`` to change from now on, such as epochs.
     """
     state = checkpoint.load(path, ("arch", "config"))
-    config = alone(from_dict(state["config"], plain(path)))
+    config = alone(from_record(state["config"], plain(path)))
     if splits is None and "dataset" not in changes:
         require_trusted("dataset", config.dataset, path)
     if model is None:

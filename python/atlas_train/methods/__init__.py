@@ -15,6 +15,7 @@ from .awp import AWP
 from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, State
 from .cure import CURE
+from .curriculum import Curriculum
 from .free import Free
 from .gairat import GAIRAT
 from .grad_align import GradAlign
@@ -36,6 +37,7 @@ __all__ = [
     "BackwardSmoothing",
     "Batch",
     "CURE",
+    "Curriculum",
     "Descent",
     "Free",
     "GAIRAT",

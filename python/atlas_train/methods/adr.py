@@ -125,7 +125,8 @@ class ADR(Method):
     def _base(self, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
         """The terms that train the network on both images, each with its weight."""
         if self.form == "trades":
-            return {"trades": (1.0, lambda: self.smoothed(trades_loss(logits, adv_logits, y, beta=self.beta), logits, y))}
+            loss = trades_loss(logits, adv_logits, y, beta=self.beta)
+            return {"trades": (1.0, lambda: self.smoothed(loss, logits, y))}
         return {
             "ce": (self.alpha_nat, lambda: self.ce(logits, y)),
             "ce_adv": (self.alpha_adv, lambda: self.ce(adv_logits, y)),

@@ -81,6 +81,7 @@ class ATLAS(Method):
     """
 
     name: ClassVar[str] = "atlas"
+    lengths: ClassVar[tuple[str, ...]] = ("step_size", "radius")
     # Ours, found on 12,000 images: at 1.25 eps the one step ends in corners, and the network learns those alone.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mnist": {"step_size": OfEps(2 / 3), "radius": OfEps(1.0)}}
 

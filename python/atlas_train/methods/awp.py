@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from atlas_kernels.attacks.held import put_back
 from atlas_kernels.attacks.weights import weight_directions
 
 from ..data import Batch
-from ..options import OF_RUN, option
+from ..options import option
+from .around import Around
 from .base import Descent, Method, Metrics, State
 
 
 @dataclass(frozen=True)
-class AWP(Method):
+class AWP(Around):
     """Adversarial weight perturbation (Wu, Xia & Wang 2020, arXiv 2004.05884) around a method.
 
         v_l = gamma ||w_l|| g_l / ||g_l||;  w <- w + v;  a step of the method;  w <- w - v
@@ -34,43 +35,16 @@ class AWP(Method):
     ``bn_compat`` the statistics see x, x', x, in the order of TRADES' own code; AWP's version of it runs x' first.
     """
 
-    eps: float = field(init=False)
-    label_smoothing: float = field(init=False)
-    method: Method
     gamma: float = option(0.01, "length of the perturbation, as a share of each weight's norm", above=0)
     warmup: int = option(0, "first epochs, without the perturbation", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_wrappable(type(self.method))
-        for name in (*OF_RUN, "adversarial", "no_graph"):
-            object.__setattr__(self, name, getattr(self.method, name))
-
-    @property
-    def recomputable(self) -> bool:
-        return self.method.recomputable
 
     def phase(self, state: State) -> Hashable:
         inner = self.method.phase(state)
         return None if inner is None else (state.epoch < self.warmup, inner)
-
-    def in_use(self) -> dict[str, Any]:
-        return self.method.in_use()
-
-    def require(self, model: nn.Module) -> None:
-        self.method.require(model)
-
-    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
-        self.method.require_memory(memory, shape)
-
-    def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
-        return self.method.prepare(model, batch, key, state)
-
-    def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
-        return self.method.objective(model, batch, given)
-
-    def after_step(self, model: nn.Module, batch: Batch) -> None:
-        self.method.after_step(model, batch)
 
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ class Method(ABC):
     #: Why a step cannot be one CUDA graph, where it cannot: "name, which waits for ...".
     no_graph: ClassVar[str] = ""
 
+    #: Hyper-parameters that are lengths of perturbations of images, as eps is.
+    lengths: ClassVar[tuple[str, ...]] = ("step_size",)
+
     eps: float = option(
         help="l_inf radius, in the unit of images in [0, 1]",
         above=0,
@@ -91,8 +94,24 @@ class Method(ABC):
         return cross_entropy(logits, y, weights=weights, label_smoothing=self.label_smoothing)
 
     def smoothed(self, loss: Tensor, logits: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:
-        """A loss that holds ``weight`` times the cross-entropy of ``logits`` among more, its labels smoothed likewise."""
+        """A loss that holds ``weight`` times the cross-entropy of ``logits``, its labels smoothed likewise."""
         return loss + weight * self.label_smoothing * smoothing(logits, y) if self.label_smoothing else loss
+
+    def scaled(self, share: float) -> Method:
+        """The method at a share of eps, its steps and other lengths too."""
+        values = {name: getattr(self, name, None) for name in self.lengths}
+        lengths = {name: share * value for name, value in values.items() if value is not None}
+        return replace(self, eps=share * self.eps, **lengths)
+
+    def with_steps(self, steps: int) -> Method:
+        """The method with so many attack steps, each PGD's own. Raises ValueError for one that does not choose."""
+        if "steps" not in self.in_use():
+            raise ValueError(
+                f"mix_share needs a method that attacks in steps of a number that can be chosen, which {self.name} is "
+                "not: set mix_share=0, or choose another method, for example atlas or one_step_adv"
+            )
+        changed: dict[str, Any] = {"steps": steps} | ({"step_size": None} if hasattr(self, "step_size") else {})
+        return replace(self, **changed)
 
     @property
     def updates(self) -> int:
@@ -110,6 +129,14 @@ class Method(ABC):
         A CUDA graph of a step is recorded anew when this changes; None: the step is not to be recorded.
         """
         return ()
+
+    def variant(self, state: State) -> Hashable:
+        """Which of the steps that take turns within a phase this one is: each keeps its graph."""
+        return ()
+
+    def parts(self, state: State) -> Sequence[tuple[float, Method]]:
+        """The methods whose steps take turns, each with its share."""
+        return [(1.0, self)]
 
     def require(self, model: nn.Module) -> None:  # noqa: B027 (most methods train any network)
         """Raises ValueError, naming what is missing and how to provide it, for a network the method cannot train."""

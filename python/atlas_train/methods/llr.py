@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class LLR(Method):
     """
 
     name: ClassVar[str] = "llr"
+    lengths: ClassVar[tuple[str, ...]] = ()  # the steps of Adam are longer than the ball is wide
 
     steps: int = option(10, "K, steps of the inner Adam", low=1)
     step_size: float = option(0.1, "learning rate of the inner Adam, in the unit of images in [0, 1]", above=0)
@@ -77,6 +78,9 @@ class LLR(Method):
     @property
     def recomputable(self) -> bool:
         return self.bn == "eval"
+
+    def with_steps(self, steps: int) -> Method:
+        return replace(self, steps=steps)
 
     def phase(self, state: State) -> Hashable:
         """The radius; in the ramp it is another at every step, so those are not recorded."""

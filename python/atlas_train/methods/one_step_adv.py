@@ -12,6 +12,7 @@ from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
+from .adv import ADV
 from .base import AttackMode, Method, Metrics, State
 from .terms import accuracy
 
@@ -35,6 +36,9 @@ class OneStepADV(Method):
     bn_compat: bool = option(
         False, "BatchNorm's running statistics also see the attack's forward, as in the published code"
     )
+
+    def with_steps(self, steps: int) -> Method:
+        return ADV(self.eps, steps=steps, attack_mode=self.attack_mode, label_smoothing=self.label_smoothing)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         attack = PGD(self.eps, self.step_size, 1, attack_mode=self.attack_mode, update_buffers=self.bn_compat)

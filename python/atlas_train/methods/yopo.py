@@ -40,6 +40,7 @@ class YOPO(Method):
     """
 
     name: ClassVar[str] = "yopo"
+    lengths: ClassVar[tuple[str, ...]] = ("sigma",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"outer": 5, "inner": 10, "sigma": OfEps(1 / 30)},
         "cifar10": {"outer": 5, "inner": 3, "sigma": OfEps(1 / 4)},

@@ -1,0 +1,59 @@
+"""A method around another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..options import OF_RUN
+from .base import Method, Metrics, State
+
+
+@dataclass(frozen=True)
+class Around(Method):
+    """Is the method inside, but for what a subclass changes."""
+
+    eps: float = field(init=False)
+    label_smoothing: float = field(init=False)
+    method: Method
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (*OF_RUN, "name", "adversarial", "no_graph"):
+            object.__setattr__(self, name, getattr(self.method, name))
+
+    @property
+    def recomputable(self) -> bool:
+        return self.method.recomputable
+
+    @property
+    def updates(self) -> int:
+        return self.method.updates
+
+    def in_use(self) -> dict[str, Any]:
+        return self.method.in_use()
+
+    def scaled(self, share: float) -> Method:
+        return replace(self, method=self.method.scaled(share))
+
+    def with_steps(self, steps: int) -> Method:
+        return replace(self, method=self.method.with_steps(steps))
+
+    def require(self, model: nn.Module) -> None:
+        self.method.require(model)
+
+    def require_memory(self, memory: Any, shape: Sequence[int]) -> None:
+        self.method.require_memory(memory, shape)
+
+    def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
+        return self.method.prepare(model, batch, key, state)
+
+    def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
+        return self.method.objective(model, batch, given)
+
+    def after_step(self, model: nn.Module, batch: Batch) -> None:
+        self.method.after_step(model, batch)
