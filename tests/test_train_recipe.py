@@ -349,4 +349,4 @@ def test_mixing_the_same_number_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="mix_steps must be another number than .* of adv, 2, got 2: set"):
         config(mix_share=0.5, mix_steps=2)
     with pytest.raises(ValueError, match="gairat: steps must be an integer >= 2, got 1"):
-        config(method="gairat", hyper={}, mix_share=0.5)
+        config(method="gairat", hyper={}, mix_share=0.5, mix_steps=1)

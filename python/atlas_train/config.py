@@ -138,9 +138,7 @@ class TrainConfig(metaclass=_Lenient):
         below=1,
         hint="write 0.1 for a tenth; 0: off",
     )
-    mix_steps: int | None = option(
-        None, "steps of these attacks, their step size PGD's own; default: 10 beside one step, 1 beside more", low=1
-    )
+    mix_steps: int = option(10, "steps of these attacks, their step size PGD's own", low=1)
 
     epochs: int = option(None, "passes over the data; " + _AUTO, low=1)
     batch_size: int = option(

@@ -15,9 +15,6 @@ from ..schedules import eps_share
 from .around import Around
 from .base import Descent, Method, Metrics, State
 
-#: Steps beside one step, and beside several.
-MIX_STEPS, ONE = 10, 1
-
 
 @dataclass(frozen=True)
 class Curriculum(Around):
@@ -32,18 +29,15 @@ class Curriculum(Around):
 
     eps_warmup: int = option(0, "first epochs, with a smaller eps", low=0)
     mix_share: float = option(0.0, "share of the batches with other attack steps", low=0, below=1)
-    mix_steps: int | None = option(None, "their number; default: 10 beside one step, 1 beside more", low=1)
+    mix_steps: int = option(10, "their number", low=1)
     seed: int = option(0, "of the draw of batches", low=0)
     _made: dict[tuple[float, bool], Method] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = self.method.in_use().get("steps", ONE)
-        if self.mix_steps is None:
-            object.__setattr__(self, "mix_steps", MIX_STEPS if own == ONE else ONE)
         if self.mix_share:
             self._now(1.0, True)
-            if own == self.mix_steps:
+            if (own := self.method.in_use().get("steps", 1)) == self.mix_steps:
                 raise ValueError(
                     f"mix_steps must be another number than the attack steps of {self.name}, {own}, got "
                     f"{self.mix_steps}: set another, or mix_share=0"
@@ -61,7 +55,7 @@ class Curriculum(Around):
 
     def _now(self, share: float, mixed: bool) -> Method:
         if (share, mixed) not in self._made:
-            method = self.method.with_steps(self.mix_steps or ONE) if mixed else self.method
+            method = self.method.with_steps(self.mix_steps) if mixed else self.method
             self._made[share, mixed] = method if share == 1 else method.scaled(share)
         return self._made[share, mixed]
 
