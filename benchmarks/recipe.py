@@ -130,8 +130,9 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" * cut_off + json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
