@@ -18,7 +18,8 @@ from atlas_train.methods import Batch, Curriculum, Method, State
 from atlas_train.passes import passes_per_step
 from atlas_train.run import Run
 from atlas_train.schedules import learning_rate
-from tiny_runs import EPS, TINY, same, splits, weights
+from atlas_train.watch import collapse
+from tiny_runs import EPS, TINY, Lines, same, splits, weights
 
 
 def config(**changed: Any) -> TrainConfig:
@@ -255,6 +256,11 @@ def test_eps_grows_over_epochs_in_attack_and_log_and_evaluation_has_all_of_it(mo
     assert [row.get("eps") for row in run.history] == pytest.approx([EPS / 3, 2 * EPS / 3, None, None])
 
 
+def test_the_smaller_eps_of_a_warm_up_is_no_sign_of_a_collapse() -> None:
+    assert collapse({"adv": 0.9, "probe": 0.2}, [])
+    assert collapse({"adv": 0.9, "probe": 0.2, "eps": EPS / 3}, []) is None
+
+
 # ---- mixed steps -----------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +351,12 @@ def test_nonsense_is_refused_with_a_remedy(name: str, value: Any, message: str) 
         config(**{name: value})
 
 
-def test_mixing_the_same_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="mix_steps must be another number than .* of adv, 2, got 2: set"):
-        config(mix_share=0.5, mix_steps=2)
+def test_mixing_the_same_number_of_steps_is_said() -> None:
+    lines = Lines()
+    trained(config(mix_share=0.5, mix_steps=2, epochs=1), display=lines)
+    assert [text for text in lines.said if "WARNING" in text] == [
+        "WARNING: mix_steps=2 is the number of attack steps of adv anyway, so nothing is mixed: set another number, or "
+        "mix_share=0"
+    ]
     with pytest.raises(ValueError, match="gairat: steps must be an integer >= 2, got 1"):
         config(method="gairat", hyper={}, mix_share=0.5, mix_steps=1)

@@ -118,8 +118,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
     display.start(title, run.total_steps)
     try:
-        averaging = run.average.notes(run.total_steps) if run.average else []
-        for note in (*notes, *([left_out] if left_out else []), *averaging):
+        for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):
             display.say(note)
         with on_host(c.threads):
             fit(run, display, board, on_epoch)
@@ -133,6 +132,17 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
             board.close()
     if run.folder:
         export(run)
+
+
+def _without_effect(run: Run) -> list[str]:
+    """What was asked for and will change little or nothing."""
+    notes = run.average.notes(run.total_steps) if run.average else []
+    if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
+        notes.append(
+            f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, so "
+            "nothing is mixed: set another number, or mix_share=0"
+        )
+    return notes
 
 
 def start(

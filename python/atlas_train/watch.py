@@ -53,8 +53,8 @@ def overfits(now: float, before: Sequence[float]) -> bool:
 
 
 def fits_its_own_attack_only(row: dict[str, Any]) -> bool:
-    """Whether training looks robust to its own attack, and is not to PGD."""
-    return None not in (row.get("adv"), row.get("probe")) and row["adv"] - row["probe"] > PROBE_GAP
+    """Whether training looks robust to its own attack, and is not to PGD. While eps grows, that attack is weaker."""
+    return "eps" not in row and None not in (row.get("adv"), row.get("probe")) and row["adv"] - row["probe"] > PROBE_GAP
 
 
 def probe(run: Run) -> float:

@@ -24,7 +24,7 @@ class Curriculum(Around):
     In epoch e = 1, 2, .. of the warm-up eps is e / (eps_warmup + 1) of the whole, and so are steps and other lengths
     (``Method.lengths``). It is a constant of the epoch, so that a graph of the step is recorded once in each. Which
     batches are mixed in is a function of seed and step; either kind has its graph. Raises ValueError for a method that
-    has no steps to choose, or so many already.
+    has no steps to choose.
     """
 
     eps_warmup: int = option(0, "first epochs, with a smaller eps", low=0)
@@ -37,11 +37,6 @@ class Curriculum(Around):
         super().__post_init__()
         if self.mix_share:
             self._now(1.0, True)
-            if (own := self.method.in_use().get("steps", 1)) == self.mix_steps:
-                raise ValueError(
-                    f"mix_steps must be another number than the attack steps of {self.name}, {own}, got "
-                    f"{self.mix_steps}: set another, or mix_share=0"
-                )
 
     def _share(self, state: State) -> float:
         return eps_share(state.epoch + 1, self.eps_warmup)
