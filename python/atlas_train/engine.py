@@ -139,8 +139,8 @@ def _without_effect(run: Run) -> list[str]:
     notes = run.average.notes(run.total_steps) if run.average else []
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
         notes.append(
-            f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, so "
-            "nothing is mixed: set another number, or mix_share=0"
+            f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, "
+            "so nothing is mixed: set another number, or mix_share=0"
         )
     return notes
 
