@@ -214,7 +214,9 @@ def test_an_average_that_never_began_is_said(tmp_path: Path) -> None:
     stop: dict[str, Any] = {"on_epoch": lambda row: row["epoch"] == 2, "display": lines, "folder": tmp_path}
     engine.train(config("swa", swa_start=0.75), splits=splits(), **stop)
     (said,) = [text for text in lines.said if "WARNING" in text]
-    assert "averaging 'swa' begins in epoch 4 and training ended after epoch 2" in said and "smaller swa_start" in said
+    assert (
+        "averaging 'swa' begins with epoch 4, and training ended after epoch 2" in said and "smaller swa_start" in said
+    )
     with pytest.warns(UserWarning, match="averaging 'swa' had not begun .* are the weights in training"):
         checkpoint.load_model(tmp_path)
     lines.said.clear()

@@ -28,8 +28,8 @@ class Averaging:
     end of each epoch from the share ``swa_start`` of all epochs on.
 
     BatchNorm's running statistics are averaged as the weights are, so that they are of what the method showed the
-    network. ``average_bn`` says otherwise: see ``statistics``. What holds integers, or infinities from the start (a
-    mask), is copied.
+    network; ``average_bn.measure`` can make them anew. What holds integers, or infinities from the start (a mask), is
+    copied.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
@@ -67,10 +67,11 @@ class Averaging:
         """What to say where training ends after so many epochs, and there is no average yet."""
         if self._average.n_averaged:
             return None
-        begins = "with the first batch that counts" if self._every_batch else f"in epoch {int(self._first_epoch) + 1}"
+        first = "batch 1" if self._every_batch else f"epoch {int(self._first_epoch) + 1}"
         return (
-            f"WARNING: averaging {self._config.averaging!r} begins {begins} and training ended after epoch {epoch}: "
-            "what is evaluated and exported are the weights in training. Train further, or set a smaller swa_start"
+            f"WARNING: averaging {self._config.averaging!r} begins with {first}, and training ended after epoch "
+            f"{epoch}: what is evaluated and exported are the weights in training. Train further"
+            + ("" if self._every_batch else ", or set a smaller swa_start")
         )
 
     def network(self) -> nn.Module | None:
