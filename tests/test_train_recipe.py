@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import attacks, noise_key
-from atlas_train import engine, methods, models, optimizers
+from atlas_kernels import noise_key
+from atlas_train import engine, methods, models, optimizers, watch
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Batch, Curriculum, Method, State
 from atlas_train.passes import passes_per_step
 from atlas_train.run import Run
 from atlas_train.schedules import learning_rate
-from atlas_train.watch import collapse
 from tiny_runs import EPS, TINY, Lines, same, splits, weights
 
 
@@ -241,14 +240,18 @@ def test_lengths_are_all_that_has_one(name: str) -> None:
 
 def test_eps_grows_over_epochs_in_attack_and_log_and_evaluation_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     radii, probed = [], []
-    attack = attacks.PGD.__call__
+    objective, attack = methods.ADV.objective, watch.PGD
 
-    def seen(self: attacks.PGD, model: nn.Module, x: Tensor, *args: Any, **how: Any) -> Tensor:
-        adv = attack(self, model, x, *args, **how)
-        (radii if model.training else probed).append((adv - x).abs().max().item())
-        return adv
+    def seen(method: methods.ADV, model: nn.Module, batch: Batch, given: Tensor) -> Any:
+        radii.append((given - batch.x).abs().max().item())
+        return objective(method, model, batch, given)
 
-    monkeypatch.setattr(attacks.PGD, "__call__", seen)
+    def made(eps: float, **how: Any) -> Any:
+        probed.append(eps)
+        return attack(eps, **how)
+
+    monkeypatch.setattr(methods.ADV, "objective", seen)
+    monkeypatch.setattr(watch, "PGD", made)
     run = trained(config(eps_warmup=2, epochs=4, probe_size=8))
     expected = [EPS * min(1.0, epoch / 3) for epoch in range(1, 5) for _ in range(4)]
     assert radii == pytest.approx(expected, abs=1e-6)
@@ -257,8 +260,8 @@ def test_eps_grows_over_epochs_in_attack_and_log_and_evaluation_has_all_of_it(mo
 
 
 def test_the_smaller_eps_of_a_warm_up_is_no_sign_of_a_collapse() -> None:
-    assert collapse({"adv": 0.9, "probe": 0.2}, [])
-    assert collapse({"adv": 0.9, "probe": 0.2, "eps": EPS / 3}, []) is None
+    assert watch.collapse({"adv": 0.9, "probe": 0.2}, [])
+    assert watch.collapse({"adv": 0.9, "probe": 0.2, "eps": EPS / 3}, []) is None
 
 
 # ---- mixed steps -----------------------------------------------------------------------------------------------------
