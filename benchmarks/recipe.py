@@ -37,7 +37,7 @@ from atlas_train import data
 from atlas_train.config import TrainConfig
 from atlas_train.engine import train
 from atlas_train.evaluate import evaluate
-from atlas_train.results import environment
+from atlas_train.results import commit, environment
 from atlas_train.writing import write_text
 from tables import Table, aligned, markdown
 
@@ -92,7 +92,7 @@ def outcome(named: Row, data_dir: str | None, size: int) -> Row:
         seen = evaluate(network, splits.test, run.config.eps, size=size, channels_last=config.channels_last)
         return {name: getattr(seen, name) for name in ACCURACIES}
 
-    machine = environment(run.device, torch.get_num_threads())
+    machine = environment(run.device, torch.get_num_threads()) | {"commit": _commit()}
     return {
         **named,
         **accuracies(run.final_model),
@@ -102,6 +102,18 @@ def outcome(named: Row, data_dir: str | None, size: int) -> Row:
         "epoch_seconds": run.seconds / run.epoch,
         "environment": {name: machine[name] for name in ("date", "commit", "torch", "device", "cpu")},
     }
+
+
+def set_up(threads: int) -> None:
+    """What a process does first."""
+    torch.set_num_threads(threads)
+    _commit()
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the code that this process runs, whatever is checked out while it runs."""
+    return commit()
 
 
 @cache
@@ -141,7 +153,7 @@ def run_all(runs: Iterator[Row], path: Path, o: argparse.Namespace) -> None:
     """Makes the runs, ``o.parallel`` at a time, and begins none that would not end within ``o.limit_s``."""
     started, longest = time.monotonic(), 0.0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(o.parallel, context, torch.set_num_threads, (o.threads,)) as pool:
+    with ProcessPoolExecutor(o.parallel, context, set_up, (o.threads,)) as pool:
         under_way: dict[Future[Row], tuple[str, float]] = {}
         while True:
             while len(under_way) < o.parallel and time.monotonic() - started + 1.2 * longest < o.limit_s:
