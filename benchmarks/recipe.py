@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -105,9 +106,11 @@ def outcome(named: Row, data_dir: str | None, size: int) -> Row:
 
 
 def set_up(threads: int) -> None:
-    """What a process does first."""
+    """What a process does first. It ends with its parent, should that be killed."""
     torch.set_num_threads(threads)
     _commit()
+    if parent := multiprocessing.parent_process():
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @cache
