@@ -38,6 +38,7 @@ from atlas_train import data
 from atlas_train.config import TrainConfig
 from atlas_train.engine import train
 from atlas_train.evaluate import evaluate
+from atlas_train.imported import without_place
 from atlas_train.results import commit, environment
 from atlas_train.writing import write_text
 from tables import Table, aligned, markdown
@@ -83,9 +84,9 @@ ACCURACIES = {"clean": "clean", "pgd": "PGD-20"}
 Row = dict[str, Any]
 
 
-def outcome(named: Row, data_dir: str | None, size: int) -> Row:
+def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
     """A run, and what came of it; of an average also what came of the weights in training."""
-    config = TrainConfig(**named["base"] | named["changed"], seed=named["seed"])
+    config = TrainConfig(**base | named["changed"], seed=named["seed"])
     splits = _splits(config.dataset, data_dir)
     run = train(config, splits=splits)
 
@@ -125,7 +126,8 @@ def _splits(dataset: str, data_dir: str | None) -> data.DataSplits:
 
 
 def queue(study: str, base: Row, wanted: Sequence[str], seeds: int, done: Sequence[Row]) -> Iterator[Row]:
-    """The runs that have no row yet, by what names them."""
+    """The runs that have no row yet, by what names them: of code of your own without the folder where it lies."""
+    base = base | {"dataset": without_place(base["dataset"])}
     for seed in range(seeds):
         for option in wanted:
             named = {"study": study, "option": option, "changed": STUDIES[study][option], "base": base, "seed": seed}
@@ -152,7 +154,7 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def run_all(runs: Iterator[Row], path: Path, o: argparse.Namespace) -> None:
+def run_all(runs: Iterator[Row], base: Row, path: Path, o: argparse.Namespace) -> None:
     """Makes the runs, ``o.parallel`` at a time, and begins none that would not end within ``o.limit_s``."""
     started, longest = time.monotonic(), 0.0
     context = multiprocessing.get_context("spawn")
@@ -162,7 +164,7 @@ def run_all(runs: Iterator[Row], path: Path, o: argparse.Namespace) -> None:
             while len(under_way) < o.parallel and time.monotonic() - started + 1.2 * longest < o.limit_s:
                 if (following := next(runs, None)) is None:
                     break
-                begun = pool.submit(outcome, following, o.data_dir, o.eval_size)
+                begun = pool.submit(outcome, following, base, o.data_dir, o.eval_size)
                 under_way[begun] = following["option"], time.monotonic()
             if not under_way:
                 return
@@ -255,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown := set(o.options or ()) - options.keys():
             parser.error(f"--options: no {', '.join(unknown)} (known: {', '.join(options)})")
         wanted = [name for name in options if name == "base" or not o.options or name in o.options]
-        run_all(queue(o.study, _base(o), wanted, o.seeds, read(o.results)), o.results, o)
+        base = _base(o)
+        run_all(queue(o.study, base, wanted, o.seeds, read(o.results)), base, o.results, o)
     made = tables(read(o.results))
     for words, lines in made:
         print(f"\n{words}\n\n{aligned(lines)}")
