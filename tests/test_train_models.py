@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from atlas_train import data, models
+from atlas_train import checkpoint, data, engine, models
+from atlas_train.config import TrainConfig
 from atlas_train.models import Normalize
+from tiny_runs import TINY, splits
 
 SIZES = {
     "digits_net": (1, 8),
     "small_cnn": (1, 28),
     "preact_resnet18": (3, 32),
+    "resnet18": (3, 32),
     "wide_resnet28_10": (3, 32),
     "wide_resnet34_10": (3, 32),
 }
@@ -76,6 +83,8 @@ def test_parameter_counts():
     assert count("wide_resnet28_10", width=16) == wide(4, 16)  # nothing to shorten in the first stage
     assert count("preact_resnet18") == preact(64) == 11_172_170
     assert count("preact_resnet18", width=16) == preact(16) == 701_018
+    assert count("resnet18") == 11_173_962  # with 10 classes, of the published code
+    assert count("resnet18", width=16) == 701_466
     assert count("small_cnn") == 320 + 9_248 + 18_496 + 36_928 + 205_000 + 40_200 + 2_010 == 312_202
     assert count("digits_net") == 288 + 64 + 18_432 + 128 + 131_200 + 1_290 == 151_402
 
@@ -220,11 +229,107 @@ def test_preact_blocks_compute_what_they_say():
     torch.testing.assert_close(model(x), features @ w["linear.weight"].T + w["linear.bias"], rtol=1e-4, atol=1e-4)
 
 
+def bn(w: dict[str, torch.Tensor], name: str, h: torch.Tensor) -> torch.Tensor:
+    mean, var, gain, bias = (w[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(h, mean, var, gain, bias)
+
+
+def test_resnet_has_the_usual_names_in_the_usual_order():
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    expected = ["conv1.weight", *(f"bn1.{part}" for part in norm)]
+    for stage in range(1, 5):
+        for block in range(2):
+            prefix = f"layer{stage}.{block}"
+            for i in (1, 2):
+                expected += [f"{prefix}.conv{i}.weight", *(f"{prefix}.bn{i}.{part}" for part in norm)]
+            if stage > 1 and block == 0:
+                expected += [f"{prefix}.shortcut.0.weight", *(f"{prefix}.shortcut.1.{part}" for part in norm)]
+    expected += ["linear.weight", "linear.bias"]
+    assert list(models.build("resnet18", num_classes=10, in_channels=3, normalize=False).state_dict()) == expected
+
+
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [
+        ("relu", lambda h: h.clamp_min(0)),
+        ("silu", lambda h: h / (1 + (-h).exp())),
+        ("gelu", lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2),
+    ],
+)
+def test_resnet_blocks_compute_what_they_say(activation: str, plain: Callable[[torch.Tensor], torch.Tensor]):
+    """Against the published definition (kuangliu/pytorch-cifar, models/resnet.py), block by block."""
+    model = make("resnet18", width=16, activation=activation).double().eval()
+    lively_norms(model)
+    x, w = batch("resnet18").double(), model.state_dict()
+    h = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    h = plain(bn(w, "bn1", F.conv2d(h, w["conv1.weight"], padding=1)))
+    for stage in range(1, 5):
+        for block in range(2):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            out = plain(bn(w, f"{at}.bn1", F.conv2d(h, w[f"{at}.conv1.weight"], stride=stride, padding=1)))
+            out = bn(w, f"{at}.bn2", F.conv2d(out, w[f"{at}.conv2.weight"], padding=1))
+            if stride == 2:
+                h = bn(w, f"{at}.shortcut.1", F.conv2d(h, w[f"{at}.shortcut.0.weight"], stride=2))
+            h = plain(out + h)
+    assert h.shape[2:] == (4, 4)
+    features = F.avg_pool2d(h, 4).flatten(1)
+    torch.testing.assert_close(model.features(x), features, rtol=1e-5, atol=1e-6)  # mean and std are float32
+    torch.testing.assert_close(model(x), F.linear(features, w["linear.weight"], w["linear.bias"]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SIZES)
+def test_every_activation_of_a_network_is_the_one_asked_for(name: str):
+    """Each is smooth where it is asked for: a network of SiLU has no call of ReLU, and as many of its own."""
+    x = batch(name, size=16 if SIZES[name][1] == 32 else None)
+
+    def calls(activation: str) -> tuple[int, int]:
+        seen = {"relu": 0, activation: 0}
+
+        class Counted(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                kind = getattr(func, "__name__", "")
+                if kind in seen:
+                    seen[kind] += 1
+                return func(*args, **(kwargs or {}))
+
+        model = make(name, activation=activation).eval()
+        with Counted():
+            model(x)
+        return seen["relu"], seen[activation]
+
+    relu, _ = calls("relu")
+    assert relu > 1 and calls("silu") == (0, relu) and calls("gelu") == (0, relu)
+    weights = make(name).state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in make(name, activation="silu").state_dict().items())
+    with pytest.raises(ValueError, match="activation must be one of relu, silu, gelu, got 'tanh'"):
+        make(name, activation="tanh")
+
+
+#: Channels, height and width of the images of each data set.
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+
+
+@pytest.mark.parametrize("name", data.names())
+def test_declared_networks_take_the_images_of_their_data_set(name: str):
+    """Training begins with the network that the data set declares: it must fit the images, the classes and the mean."""
+    declared, shape = data.get(name), SHAPES[name]
+    if name == "digits":
+        assert data.load(name).train.shape == shape
+    normalize = (declared.mean, declared.std) if declared.mean else None
+    model = models.build(declared.model, num_classes=declared.num_classes, in_channels=shape[0], normalize=normalize)
+    assert declared.model == DATASETS[name]
+    assert (normalize is not None) == (shape[0] == models.COLOUR)
+    models.require_usable(model, declared.model, torch.rand(2, *shape), declared.num_classes)
+    if model.image_size:
+        with pytest.raises(ValueError, match="must be .*choose another model"):
+            models.require_usable(model, declared.model, torch.rand(2, shape[0], 40, 40), declared.num_classes)
+
+
+@pytest.mark.parametrize(("name", "activation"), [*((name, "relu") for name in SIZES), ("resnet18", "silu")])
 @pytest.mark.parametrize("train", [False, True])
-def test_double_backward(name: str, train: bool):
+def test_double_backward(name: str, activation: str, train: bool):
     """The parameter gradient of a penalty on the input gradient, against a difference quotient in float64."""
-    model = make(name, width=2).double().train(train)
+    model = make(name, width=2, activation=activation).double().train(train)
     x = batch(name, n=2, size=16 if SIZES[name][1] == 32 else None).double().requires_grad_()
     y = torch.tensor([1, 3])
 
@@ -299,11 +404,27 @@ def test_normalisation_is_inside():
             make("preact_resnet18", normalize=pair)
 
 
+def test_a_run_keeps_its_activation(tmp_path: Path):
+    settings = TrainConfig(method="standard", **TINY | {"epochs": 1, "activation": "silu"})
+    run = engine.train(settings, splits=splits(), folder=tmp_path / "silu")
+    assert run.model.active is F.silu
+    for name in ("last.pt", checkpoint.export_name()):
+        loaded, config = checkpoint.load_model(tmp_path / "silu" / name)
+        assert config["activation"] == "silu"
+        assert torch.equal(loaded(batch("digits_net")), run.model.eval()(batch("digits_net")))
+    more = replace(settings, epochs=2, resume=str(tmp_path / "silu"))
+    with pytest.raises(ValueError, match="cannot be resumed with another activation: it has 'silu', you gave 'gelu'"):
+        engine.train(replace(more, activation="gelu"), splits=splits())
+    assert engine.train(more, splits=splits()).epoch == 2
+    with pytest.raises(ValueError, match="activation is for networks of ours alone.*choose it in yours"):
+        engine.train(settings, splits=splits(), model=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
+
+
 def test_names_and_defaults():
     for dataset, model in DATASETS.items():
         assert data.get(dataset).model == model
-    with pytest.raises(ValueError, match="name: nothing known as 'resnet18'; the nearest is 'preact_resnet18'"):
-        models.build("resnet18", num_classes=10, in_channels=3)
+    with pytest.raises(ValueError, match="name: nothing known as 'resnet'; the nearest is 'resnet18'"):
+        models.build("resnet", num_classes=10, in_channels=3)
     with pytest.raises(ValueError, match="no data set 'cifar'; the nearest is 'cifar10'"):
         data.get("cifar")
 

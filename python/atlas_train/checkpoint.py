@@ -259,7 +259,8 @@ def load_network(
                 f"{plain(file)} holds a {plain(arch['name'])} of your own: build it yourself and load its weights "
                 "into it, or say how it is built, --model package.module:factory"
             )
-    built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, file)
+    activation = description["config"]["activation"]
+    built = model if isinstance(model, nn.Module) else _built(model or arch["name"], arch, weights, activation, file)
     if file.suffix == ".safetensors":  # which holds tensors alone
         weights = weights | {name: own for name, own in built.state_dict().items() if not isinstance(own, Tensor)}
     load_weights(built, weights, file)
@@ -269,12 +270,14 @@ def load_network(
     return built.eval(), description
 
 
-def _built(name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path) -> nn.Module:
+def _built(
+    name: str, arch: Mapping[str, Any], weights: Mapping[str, Tensor], activation: str, source: Path
+) -> nn.Module:
     """The network of that name with those sizes; one of ours only if the weights are known to fit."""
     schema.require_sizes(arch, weights, plain(source))
     if not is_import_path(name):
         require_fitting(name, arch, weights, source)
-    return models.network(name, **_sizes(arch, weights))
+    return models.network(name, activation=activation, **_sizes(arch, weights))
 
 
 def _sizes(arch: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:

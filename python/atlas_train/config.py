@@ -101,6 +101,11 @@ class TrainConfig(metaclass=_Lenient):
         None, "of training images in [0, 1], a number for each channel: networks of ours normalise by it; " + _AUTO
     )
     std: tuple[float, ...] = option(None, "beside mean; " + _AUTO, above=0)
+    activation: Literal["relu", "silu", "gelu"] = option(
+        "relu",
+        "of networks of ours. relu, as published; silu (Swish; Gowal et al. 2020, arXiv 2010.03593) and gelu are "
+        "smooth (Xie et al. 2020, arXiv 2006.14536)",
+    )
 
     label_smoothing: float = option(
         0.0,
@@ -405,6 +410,8 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
             f"model: the data set {splits.name!r} has no network of its own: give train a network (model=...), or name "
             f"one in the configuration, one of {', '.join(models.names())} or package.module:factory"
         )
+    if own and config.activation != "relu":
+        raise ValueError("config: activation is for networks of ours alone: leave it out, and choose it in yours")
     if own and config.mean is not None:
         raise ValueError(
             "config: mean and std are built into networks of ours alone: leave them out, and normalise in yours"

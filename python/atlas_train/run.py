@@ -112,7 +112,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     if model is None:
         normalize = (config.mean, config.std) if config.mean else None
         sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
-        model = models.network(config.model, normalize=normalize, **sizes)
+        model = models.network(config.model, normalize=normalize, activation=config.activation, **sizes)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"model {plain(arch['name'])} has no parameter that requires grad, so nothing can be trained: call "

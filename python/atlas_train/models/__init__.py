@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..imported import is_import_path
 from ..options import canonical, plain, shown, suggestion
+from .activations import ACTIVATIONS
 from .classifier import Classifier, Normalize
 from .digits_net import DigitsNet
 from .imported import build_imported, require_usable
 from .preact_resnet import PreActResNet18
+from .resnet import ResNet18
 from .small_cnn import SmallCNN
 from .wide_resnet import WideResNet28, WideResNet34
 
-__all__ = ["Classifier", "Normalize", "build", "is_import_path", "names", "network", "require_usable"]
+__all__ = ["ACTIVATIONS", "Classifier", "Normalize", "build", "is_import_path", "names", "network", "require_usable"]
 
 #: (mean, std) of the training images, per channel, in [0, 1]; False: images go in as they are; None: not said.
 Normalization = tuple[Sequence[float], Sequence[float]] | Literal[False] | None
@@ -29,6 +31,7 @@ _MODELS: dict[str, type[Classifier]] = {
     "digits_net": DigitsNet,
     "small_cnn": SmallCNN,
     "preact_resnet18": PreActResNet18,
+    "resnet18": ResNet18,
     "wide_resnet28_10": WideResNet28,
     "wide_resnet34_10": WideResNet34,
 }
@@ -46,12 +49,14 @@ def build(
     in_channels: int,
     width: int | None = None,
     normalize: Normalization = None,
+    activation: str = "relu",
 ) -> Classifier:
     """A freshly initialised model; `torch.manual_seed` rules the initialisation.
 
     "digits_net": a small network with BatchNorm for 8x8 images. "small_cnn": the MNIST network of TRADES, 28x28.
-    "preact_resnet18": PreActResNet-18 for 32x32 images. "wide_resnet28_10", "wide_resnet34_10": wide residual networks.
-    width: channels of the first stage; later stages scale with it. None: the published width (32, 32, 64, 160 and 160).
+    "preact_resnet18", "resnet18": for 32x32 images. "wide_resnet28_10", "wide_resnet34_10": wide residual networks.
+    width: channels of the first stage; later stages scale with it. None: the published width (32, 32, 64, 64, 160 and
+    160). activation: "relu", as published, "silu" or "gelu".
     normalize: (mean, std) per channel, for images in [0, 1]; False: images go in as they are. Colour images, of 3
     channels, need one of the two; with any other number of channels the default is False.
 
@@ -79,9 +84,12 @@ def build(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             default = "; None takes the published width" if size == "width" else ""
             raise ValueError(f"{size} must be a positive integer, got {value!r}{default}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {shown(activation)}")
+    settings: dict[str, Any] = {"normalize": norm, "activation": activation, **sizes}
     if width is not None:
-        _require_memory(name, width, lambda: _MODELS[name](normalize=norm, **sizes))
-    return _MODELS[name](normalize=norm, **sizes)
+        _require_memory(name, width, lambda: _MODELS[name](**settings))
+    return _MODELS[name](**settings)
 
 
 def _require_memory(name: str, width: int, make: Callable[[], nn.Module]) -> None:
@@ -106,15 +114,17 @@ def network(
     in_channels: int,
     width: int | None = None,
     normalize: Normalization = None,
+    activation: str = "relu",
 ) -> nn.Module:
     """`build`, or what the factory at an import path ("package.module:factory", "path/to/file.py:factory") gives.
 
     The factory, a class or a function, is called with num_classes, in_channels and, if it is given, width; the network
-    takes images in [0, 1] and normalises them itself. Raises ValueError for a path that leads nowhere or a factory that
-    gives no torch.nn.Module.
+    takes images in [0, 1] and normalises them itself: ``normalize`` and ``activation`` are for networks of ours. Raises
+    ValueError for a path that leads nowhere or a factory that gives no torch.nn.Module.
     """
     if not is_import_path(name):
-        return build(name, num_classes=num_classes, in_channels=in_channels, width=width, normalize=normalize)
+        own: dict[str, Any] = {"normalize": normalize, "activation": activation}
+        return build(name, num_classes=num_classes, in_channels=in_channels, width=width, **own)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     return build_imported(name, **sizes, **({} if width is None else {"width": width}))
 

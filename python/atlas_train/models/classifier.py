@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .activations import ACTIVATIONS
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, x [B, C, H, W]. Raises ValueError for unequal lengths, what is not finite, or a std
@@ -43,9 +45,9 @@ class Classifier(nn.Module):
     num_features: int
     stages: tuple[str, ...] = ()  # methods of several layers, which ``recompute`` takes as its blocks
 
-    def __init__(self, in_channels: int, normalize: Normalize | None) -> None:
+    def __init__(self, in_channels: int, normalize: Normalize | None, activation: str = "relu") -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.active = in_channels, ACTIVATIONS[activation]
         self.normalize = normalize
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,16 +10,17 @@ from .classifier import Classifier, Normalize
 
 
 class DigitsNet(Classifier):
-    """conv 3x3 (width), conv 3x3 (2*width), each with BatchNorm and ReLU; max pool; fc 128; fc. [B, C, 8, 8]."""
+    """conv 3x3 (width), conv 3x3 (2*width), each with BatchNorm and activation; max pool; fc 128; fc. [B, C, 8, 8]."""
 
     image_size = 8
     num_features = 128
     stages = ("_stage1", "_stage2")
 
     def __init__(
-        self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None
-    ) -> None:
-        super().__init__(in_channels, normalize)
+        self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None,
+        activation: str = "relu",
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, normalize, activation)
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
@@ -28,13 +29,13 @@ class DigitsNet(Classifier):
         self.linear = nn.Linear(self.num_features, num_classes)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.fc(self._stage2(self._stage1(x)).flatten(1)))
+        return self.active(self.fc(self._stage2(self._stage1(x)).flatten(1)))
 
     def _stage1(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn1(self.conv1(x)))
+        return self.active(self.bn1(self.conv1(x)))
 
     def _stage2(self, x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        return F.max_pool2d(self.active(self.bn2(self.conv2(x))), 2)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.linear(features)

@@ -22,9 +22,10 @@ class SmallCNN(Classifier):
     stages = ("_stage1", "_stage2")
 
     def __init__(
-        self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None
-    ) -> None:
-        super().__init__(in_channels, normalize)
+        self, *, num_classes: int, in_channels: int = 1, width: int = 32, normalize: Normalize | None = None,
+        activation: str = "relu",
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, normalize, activation)
         self.feature_extractor = nn.ModuleDict(
             {
                 "conv1": nn.Conv2d(in_channels, width, 3),
@@ -51,16 +52,16 @@ class SmallCNN(Classifier):
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         fc = self.classifier
         x = self._stage2(self._stage1(x)).flatten(1)
-        x = fc["drop"](F.relu(fc["fc1"](x)))
-        return F.relu(fc["fc2"](x))
+        x = fc["drop"](self.active(fc["fc1"](x)))
+        return self.active(fc["fc2"](x))
 
     def _stage1(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.feature_extractor
-        return F.max_pool2d(F.relu(conv["conv2"](F.relu(conv["conv1"](x)))), 2)
+        return F.max_pool2d(self.active(conv["conv2"](self.active(conv["conv1"](x)))), 2)
 
     def _stage2(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.feature_extractor
-        return F.max_pool2d(F.relu(conv["conv4"](F.relu(conv["conv3"](x)))), 2)
+        return F.max_pool2d(self.active(conv["conv4"](self.active(conv["conv3"](x)))), 2)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.classifier["fc3"](features)
