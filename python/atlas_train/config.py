@@ -107,6 +107,11 @@ class TrainConfig(metaclass=_Lenient):
         "smooth (Xie et al. 2020, arXiv 2006.14536)",
     )
 
+    init: str | None = option(
+        None,
+        "weights to begin with, for fine-tuning (cure was published for that): a run's folder, a checkpoint, or a "
+        ".safetensors or .pt file of weights by name. Default: drawn by seed",
+    )
     label_smoothing: float = option(
         0.0,
         "share of the target that is spread evenly over the classes (Szegedy et al. 2016, arXiv 1512.00567), in every "
@@ -479,7 +484,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """``to_dict`` for files that others read: without what says where things lie on this machine."""
     kept = {key: value for key, value in to_dict(config).items() if key not in PLACES}
-    return kept | {"model": config.model and without_place(config.model)}
+    return kept | {name: kept[name] and without_place(kept[name]) for name in ("model", "init")}
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:

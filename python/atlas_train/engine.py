@@ -153,7 +153,7 @@ def start(
         splits = splits or load_splits(config)
         run = prepare(config, splits, model, folder)
         run.data = identity.record(splits) if folder else {}
-        return run, []
+        return run, [f"begins with the weights of {plain(config.init)}"] if config.init else []
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)

@@ -16,6 +16,7 @@ from atlas_kernels import Execution
 from . import averaging, models, optimizers
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits
+from .fine_tuning import begin_with
 from .imported import without_place
 from .machine import autocast, usable_device
 from .methods import Method, State
@@ -118,6 +119,8 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
             f"model {plain(arch['name'])} has no parameter that requires grad, so nothing can be trained: call "
             ".requires_grad_() of what is to be trained"
         )
+    if config.init and not config.resume:
+        begin_with(model, config.init)
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

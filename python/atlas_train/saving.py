@@ -20,7 +20,7 @@ from .writing import builtin
 
 LOG = "log.csv"
 FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation")
-_CHECKED = (*FIXED, "dataset", "model", "width", "mean", "std", "hyper", "awp", "awp_warmup")
+_CHECKED = (*FIXED, "dataset", "model", "init", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
 
@@ -136,6 +136,7 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
     """Method, network and optimiser must be those of the checkpoint; epochs, lr and the like may change."""
     new = run.config
     changed = {name: (getattr(old, name), getattr(new, name)) for name in FIXED}
+    changed["init"] = old.init, recorded(new)["init"]
     changed |= _networks(run, state["arch"])
     if new.mean is not None:
         weights = state["model"], run.model.state_dict()

@@ -43,6 +43,7 @@ class Classifier(nn.Module):
 
     image_size: int | None = None  # height and width that the layers need; None: any
     num_features: int
+    unused: tuple[str, ...] = ()  # beginnings of names in published checkpoints that no forward uses
     stages: tuple[str, ...] = ()  # methods of several layers, which ``recompute`` takes as its blocks
 
     def __init__(self, in_channels: int, normalize: Normalize | None, activation: str = "relu") -> None:

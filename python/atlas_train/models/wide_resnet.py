@@ -55,6 +55,7 @@ class WideResNet28(Classifier):
     """
 
     blocks = 4
+    unused = ("sub_block1.",)  # a second first stage, which the published code makes and its checkpoints hold
 
     def __init__(
         self, *, num_classes: int, in_channels: int = 3, width: int = 160, normalize: Normalize | None = None,
@@ -82,8 +83,7 @@ class WideResNet28(Classifier):
         return logits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A second first stage that no forward uses, which the published code makes and its checkpoints hold.
-        for key in [key for key in state_dict if key.startswith(f"{prefix}sub_block1.")]:
+        for key in [key for key in state_dict if key.startswith(tuple(prefix + name for name in self.unused))]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
