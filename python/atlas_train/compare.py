@@ -15,7 +15,7 @@ import torch
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
-from .data import DataSplits
+from .data import DataSplits, with_extra
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
@@ -64,7 +64,7 @@ def compare(
     if config.autoattack:
         require_autoattack()
     config, folders = _resumed(config) if config.resume else (config, {})
-    splits = splits or _load(config, folders)
+    splits = with_extra(splits or _load(config, folders), config.extra_data)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)

@@ -91,6 +91,18 @@ class TrainConfig(metaclass=_Lenient):
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
     train_size: int | None = option(None, "train on this many images (a stratified draw); default: all", low=1)
+    extra_data: str | None = option(
+        None,
+        "more images to train on, generated ones say: an .npz file with image, uint8 [N, H, W, C], and label, the "
+        "layout of those that are published for CIFAR-10 (Gowal et al. 2021, arXiv 2110.09468)",
+    )
+    extra_share: float = option(
+        0.5,
+        "share of each batch that comes from extra_data; an epoch has as many batches as without. The default is that "
+        "of Carmon et al. 2019, arXiv 1905.13736",
+        above=0,
+        below=1,
+    )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
 
     model: str = option(
@@ -484,7 +496,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """``to_dict`` for files that others read: without what says where things lie on this machine."""
     kept = {key: value for key, value in to_dict(config).items() if key not in PLACES}
-    return kept | {name: kept[name] and without_place(kept[name]) for name in ("model", "init")}
+    return kept | {name: kept[name] and without_place(kept[name]) for name in ("model", "init", "extra_data")}
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:

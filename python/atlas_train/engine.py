@@ -150,21 +150,29 @@ def start(
 ) -> tuple[Run, list[str]]:
     """The run before its first step, or where its checkpoint left off; and what the user should know of it."""
     if not config.resume:
-        splits = splits or load_splits(config)
+        splits = data.with_extra(splits or load_splits(config), config.extra_data)
         run = prepare(config, splits, model, folder)
         run.data = identity.record(splits) if folder else {}
-        return run, [f"begins with the weights of {plain(config.init)}"] if config.init else []
+        return run, _beginnings(run)
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
     checkpoint.require_resumable(state, source)
     config = as_normalized(config, state)
-    splits = splits or load_splits(config, state, source)
+    splits = data.with_extra(splits or load_splits(config, state, source), config.extra_data)
     images = identity.record(splits)
     notes = identity.require_same(state, images, source, "resume")
     run = prepare(config, splits, model, folder)
     run.data = images
     return run, notes + restore(run, state, source)
+
+
+def _beginnings(run: Run) -> list[str]:
+    """What the user should know of a run that begins."""
+    config, extra = run.config, run.splits.extra
+    share = f"{config.extra_share:.0%} of every batch from {0 if extra is None else len(extra):,} extra images"
+    init = f"begins with the weights of {plain(config.init)}"
+    return [text for text, said in ((init, config.init), (share, extra is not None)) if said]
 
 
 def load_splits(

@@ -74,7 +74,7 @@ class Run:
     @property
     def state(self) -> State:
         """What a method may know of the run."""
-        return State(self.step, self.total_steps, self.epoch, self.config.epochs, len(self.splits.train), self.memory)
+        return State(self.step, self.total_steps, self.epoch, self.config.epochs, self.batches.samples, self.memory)
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""
@@ -133,6 +133,8 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         device=device,
         channels_last=config.channels_last,
         drop_last=len(splits.train) >= config.batch_size,
+        extra=splits.extra,
+        extra_share=config.extra_share,
     )
     if arch["by_name"]:
         few = splits.train.images[:2].to(device).float() / 255

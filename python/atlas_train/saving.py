@@ -19,8 +19,8 @@ from .run import Run
 from .writing import builtin
 
 LOG = "log.csv"
-FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation")
-_CHECKED = (*FIXED, "dataset", "model", "init", "width", "mean", "std", "hyper", "awp", "awp_warmup")
+FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation", "extra_share")
+_CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
 
@@ -126,7 +126,7 @@ def _memory(run: Run, state: Mapping[str, Any], source: Path) -> dict[str, Tenso
         raise ValueError(f"{plain(source)}: step {run.step} is not the end of epoch {run.epoch}: edited or damaged")
     memory = state.get("memory", {})
     try:
-        run.method.require_memory(memory, run.splits.train.images.shape)
+        run.method.require_memory(memory, (run.batches.samples, *run.splits.train.shape))
     except ValueError as error:
         raise ValueError(f"{plain(source)}: {error}: edited or damaged") from error
     return {name: value.to(run.device) for name, value in memory.items()}

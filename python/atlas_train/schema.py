@@ -21,13 +21,15 @@ _LARGE = 2**53
 class Entry:
     """What a value has to be, in words and as a predicate, and what is in it.
 
-    parts: what a dict has to hold, by name. each: what every value of a dict or a list has to be.
+    parts: what a dict has to hold, by name; maybe: what it may hold besides. each: what every value of a dict or a list
+    has to be.
     """
 
     words: str
     accepts: Callable[[Any], bool] = lambda value: isinstance(value, dict)
     parts: Mapping[str, Entry] | None = None
     each: Entry | None = None
+    maybe: Mapping[str, Entry] | None = None
 
 
 def require_keys(values: Mapping[str, Any], keys: Iterable[str], source: str, inside: str = "") -> None:
@@ -50,6 +52,8 @@ def _require_entry(entry: Entry, value: Any, source: str, name: str) -> None:
     if entry.parts and value is not None:
         require_keys(value, entry.parts, source, f"{name}.")
         _require(entry.parts, value, source, f"{name}.")
+    if entry.maybe and value is not None:
+        _require(entry.maybe, value, source, f"{name}.")
     if entry.each:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if not str(key).endswith("_extra_state"):  # a module's own, of whatever kind it likes
@@ -186,7 +190,7 @@ DATA = {
 }
 CHECKPOINT = {
     "config": Entry("settings by name"),
-    "data": Entry("a record of the images", parts=DATA),
+    "data": Entry("a record of the images", parts=DATA, maybe={"extra": Entry("a record of images", parts=IMAGES)}),
     "hyper": Entry("values by name", _named, each=Entry("a value as in JSON", _plain)),
     "changes": Entry("a list", _list, each=Entry("changed settings", _change)),
     "versions": Entry("versions by name", _named, each=Entry("a text", _text)),

@@ -11,11 +11,24 @@ from ..options import canonical, plain, shown, suggestion
 from .cifar10 import CIFAR10
 from .dataset import Dataset, DataSplits, OfEps
 from .digits import DIGITS
+from .extra import with_extra
 from .images import Images
 from .loader import Batch, Batches
 from .mnist import MNIST
 
-__all__ = ["Batch", "Batches", "DataSplits", "Dataset", "Images", "OfEps", "declared", "get", "load", "names"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataSplits",
+    "Dataset",
+    "Images",
+    "OfEps",
+    "declared",
+    "get",
+    "load",
+    "names",
+    "with_extra",
+]
 
 _DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, CIFAR10)}
 

@@ -88,6 +88,7 @@ class DataSplits:
     augment: whether training usually crops and flips (natural images: yes; digits: no).
     loader: the name or import path by which `data.load` makes these images; None: data of your own.
     declared: where all other defaults come from; None: from ``name``, or there are none.
+    extra: more images to train on, generated ones say, of which every batch takes a share (``extra_share``).
     """
 
     name: str
@@ -99,9 +100,11 @@ class DataSplits:
     class_names: tuple[str, ...] | None = None
     loader: str | None = None
     declared: Dataset | None = None
+    extra: Images | None = None
 
     def __post_init__(self) -> None:
-        for split in ("train", "test"):
+        parts = ("train", "test", *(["extra"] if self.extra is not None else []))
+        for split in parts:
             if not isinstance(images := getattr(self, split), Images):
                 raise ValueError(f"{split} must be Images(images, labels), got {type(images).__name__}")
         if not isinstance(self.name, str):
@@ -116,7 +119,13 @@ class DataSplits:
             raise ValueError(
                 f"{plain(self.name)}: training images are {shapes[0]}, test images {shapes[1]}: give both one shape"
             )
-        for split, images in (("train", self.train), ("test", self.test)):
+        if self.extra is not None and list(self.extra.shape) != shapes[0]:
+            raise ValueError(
+                f"{plain(self.name)}: training images are {shapes[0]}, extra images {list(self.extra.shape)}: give "
+                "both one shape"
+            )
+        for split in parts:
+            images = getattr(self, split)
             if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < self.num_classes:
                 raise ValueError(
                     f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "

@@ -11,7 +11,7 @@ from ..options import plain
 from .dataset import DataSplits
 from .images import Images
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "extra")  # the last where there is one
 _CHUNK = 2**24  # bytes that are hashed at a time, so that a set on a GPU or in another layout is never copied whole
 
 
@@ -19,7 +19,7 @@ def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
     """Name, loader, number of classes and, of each part, number, shape and fingerprint. It reads every byte once."""
     loader = splits.loader and without_place(splits.loader)
     own = {"name": splits.name, "loader": loader, "num_classes": splits.num_classes}
-    return own | {part: _facts(getattr(splits, part)) for part in parts}
+    return own | {part: _facts(images) for part in parts if (images := getattr(splits, part)) is not None}
 
 
 def _facts(images: Images) -> dict[str, Any]:
@@ -78,7 +78,14 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
             f"note: {plain(source)} is of a version that kept no record of its images: it says {plain(name)}, and "
             f"nothing tells whether they are those of {describe(given)}"
         ]
-    differ = [name for name in SPLITS if name in given and given[name]["sha256"] != recorded[name]["sha256"]]
+    differ = [name for name in SPLITS if name in given and given[name] != recorded.get(name)]
+    if "train" in given and "extra" in recorded and "extra" not in given:
+        differ.append("extra")
+    if differ == ["extra"]:
+        raise ValueError(
+            f"{plain(source)} was made with other extra images. It has {describe(recorded)}; you gave "
+            f"{describe(given)}. Give those it was made with (--extra-data FILE), or none if it had none"
+        )
     if differ or recorded["num_classes"] != given["num_classes"]:
         own, remedy = recorded["loader"], _from_python(function, source)
         if is_import_path(own):

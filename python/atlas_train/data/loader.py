@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import atlas_kernels as ak
+from atlas_kernels.core import advise_huge_pages
 
 from ..noise import noise_keys
 from .images import Images
@@ -32,6 +33,10 @@ class Batches:
     drawn before: a run resumed at an epoch sees the batches that an uninterrupted run sees, on every kind of device.
     Call `set_epoch` before each epoch, or every epoch is the same.
 
+    With ``extra`` images every batch takes ``extra_share`` of its samples from them, after its own: drawn anew each
+    epoch by (seed, epoch), with replacement; an epoch has as many batches as without, so it sees less of its own. They
+    are numbered on from the set's. (Carmon et al. 2019, arXiv 1905.13736, whose share is a half.)
+
     batch_size: samples per batch. shuffle: a new order per epoch, else the set's own.
     augment: crop (padding 4) and horizontal flip. dtype: of x; u/255 is rounded once, to float32 (float64 for
     float64), then cast. channels_last: memory format of x. drop_last: leave out a last, smaller batch.
@@ -49,6 +54,8 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         drop_last: bool = False,
+        extra: Images | None = None,
+        extra_share: float = 0.5,
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}; images are in [0, 1]")
@@ -68,13 +75,29 @@ class Batches:
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._images = images.images.to(device).contiguous(memory_format=layout)
-        self._labels = images.labels.to(device)
+        sets = [images] if extra is None else [images, extra]
+        self._sets = [part.images.to(device).contiguous(memory_format=layout) for part in sets]
+        self._labels = torch.cat([part.labels.to(device) for part in sets])
+        self._size, self._share = len(images), extra_share if extra is not None else 0.0
+        if extra is not None and not 0 < self._extras(min(batch_size, len(images))) < min(batch_size, len(images)):
+            raise ValueError(
+                f"extra_share {extra_share:g} of batches of {min(batch_size, len(images))} images is none or all of "
+                "them: set another share or batch_size"
+            )
         self._key = noise_keys(seed, 0, 1)[0].to(device)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self._labels), self.batch_size)
+        full, rest = divmod(self._size, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def samples(self) -> int:
+        """How many there are, the extra ones too."""
+        return len(self._labels)
+
+    def _extras(self, batch_size: int) -> int:
+        """Extra samples in a batch of that size."""
+        return round(batch_size * self._share)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch (from 0) that the next iteration yields. Raises ValueError for a negative one."""
@@ -84,27 +107,45 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch  # fixed, should set_epoch come while this iteration lasts
-        order = self._order(epoch)
+        order, extra = self._order(epoch), self._extra_order(epoch)
         for batch in range(len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
+            if self._share:
+                count = self._extras(len(ids))
+                ids = torch.cat([ids[count:], extra[start : start + count]])
             yield self._batch(ids, epoch)
 
     def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
-        x = ak.augment(
-            self._images,
-            ids,
-            padding=PADDING if self.augment else 0,
-            flip=self.augment,
-            key=self._key,
-            draw=epoch,
-            dtype=self.dtype,
-            channels_last=self.channels_last,
-        )
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        shape = (len(ids), *self._sets[0].shape[1:])
+        x = advise_huge_pages(torch.empty(shape, dtype=self.dtype, device=ids.device, memory_format=layout))
+        own = len(ids) - self._extras(len(ids))
+        for images, part, rows in zip(
+            self._sets, (x[:own], x[own:]), (ids[:own], ids[own:] - self._size), strict=False
+        ):
+            ak.augment(
+                images,
+                rows,
+                padding=PADDING if self.augment else 0,
+                flip=self.augment,
+                key=self._key,
+                ids=rows + self._size if images is not self._sets[0] else None,
+                draw=epoch,
+                dtype=self.dtype,
+                out=part,
+            )
         return Batch(x, self._labels[ids], ids)
 
+    def _extra_order(self, epoch: int) -> torch.Tensor:
+        """Numbers of extra samples, one for every place of the epoch, of which batches take their first ones."""
+        if not self._share:
+            return self._labels[:0]
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(1, epoch)))
+        return torch.from_numpy(rng.integers(self._size, self.samples, self._size)).to(self._labels.device)
+
     def _order(self, epoch: int) -> torch.Tensor:
-        n = len(self._labels)
+        n = self._size
         if not self.shuffle:
             return torch.arange(n, device=self._labels.device)
         # NumPy mixes (seed, key) into independent streams; torch's CPU generator keeps only 32 bits of a seed.
