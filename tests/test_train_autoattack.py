@@ -32,7 +32,7 @@ class Fake:
     seen: dict[str, Any] = {}
 
     def __init__(self, model: Any, **how: Any) -> None:
-        self.model, self.apgd_targeted, self.fab = model, SimpleNamespace(), SimpleNamespace()
+        self.model, self.apgd, self.apgd_targeted, self.fab = model, *(SimpleNamespace() for _ in range(3))
         Fake.seen = {"how": how, "attack": self}
 
     def run_standard_evaluation(self, x: Any, y: Any, *, batch_size: int) -> Any:
@@ -73,6 +73,28 @@ def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any
     assert "20 images at eps 25.5/255" in lines[0]
     autoattack(run.model, splits().test, EPS, 20, version="apgd")
     assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
+
+
+@pytest.mark.parametrize(("norm", "name", "text"), [("l2", "L2", "51/255 (l2)"), ("l1", "L1", "0.2 (l1)")])
+def test_the_norm_is_passed_on_with_what_the_package_does_in_it(
+    norm: Any, name: str, text: str, fake: dict[str, Any]
+) -> None:
+    lines: list[str] = []
+    wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20))
+    autoattack(wide, splits().test, 0.2, 20, norm=norm, version="apgd", say=lines.append)
+    attack = Fake.seen["attack"]
+    assert Fake.seen["how"]["norm"] == name and f"at eps {text}" in lines[0]
+    assert vars(attack.apgd) == ({"use_largereps": True} if norm == "l1" else {})
+    assert attack.apgd_targeted.n_target_classes == (5 if norm == "l1" else 9) and attack.fab.n_target_classes == 9
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.8), ("l1", 5.0)])
+def test_the_package_is_stronger_than_pgd_in_every_norm(norm: Any, eps: float) -> None:
+    pytest.importorskip("pyautoattack")
+    run = trained()
+    found = autoattack(run.model, splits().test, eps, 8, norm=norm, version="apgd")
+    ours = evaluate(run.model, splits().test, eps, norm=norm, size=8)
+    assert found.accuracy <= ours.pgd + 1e-9 and ours.pgd < ours.clean
 
 
 def test_what_says_nothing_is_right_for_no_label(fake: dict[str, Any]) -> None:

@@ -159,7 +159,6 @@ def test_no_hyper_parameter_hides_a_setting() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "--eps", "8"], "eps must be a number > 0 and < 1, got '8'; images are in [0, 1], so write 8/255"),
         (["train", "--epochs", "1.5"], "epochs must be an integer >= 1, got '1.5'"),
         (["train", "--width", "1e30"], "width must be an integer >= 1, got '1e30', of more than 64 bits"),
         (["train", "--threads", "100000"], "threads must be an integer >= 1 and <= 1024, got '100000'"),
@@ -186,6 +185,7 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["train", "--eps", "8"], "eps must be a number > 0 and < 1, got 8.0; images are in [0, 1], so write 8/255"),
         (["tarin"], "no command 'tarin'; the nearest is 'train'"),
         (["train", "--method", "atals"], "no method 'atals'; the nearest is 'atlas'"),
         (["train", "--dataset", "minst"], "no data set 'minst'; the nearest is 'mnist'"),

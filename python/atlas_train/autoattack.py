@@ -16,10 +16,11 @@ from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
 from .data import Batches, Images
 from .evaluate import SUBSET_SEED, Say, predict
-from .options import fraction
+from .options import Norm, radius
 
 Version = Literal["standard", "apgd"]
-TARGETS = 9  # classes that APGD-T and FAB-T aim at, in the standard version
+TARGETS, L1_TARGETS = 9, 5  # classes that APGD-T and FAB-T aim at in the standard version; APGD-T in l1
+_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ def autoattack(
     eps: float,
     size: int,
     *,
+    norm: Norm = "linf",
     version: Version = "standard",
     batch_size: int = 250,
     seed: int = 0,
     say: Say | None = None,
 ) -> AutoAttacked:
-    """AutoAttack in the l_inf ball (arXiv 2003.01690) on ``size`` images, with the model in eval mode.
+    """AutoAttack in the ball of ``norm`` (arXiv 2003.01690, l1: 2103.01208) on ``size`` images, the model in eval mode.
 
     version: standard (APGD-CE, APGD-T, FAB-T, Square), or apgd, the first two alone in a fraction of the time. size: a
     stratified draw of so many images, the one that ``evaluate`` makes of that size.
@@ -63,7 +65,7 @@ def autoattack(
     data = Batches(images, len(images), shuffle=False, seed=0, device=device)
     x, y, _ = next(iter(data))
     if say:
-        say(f"AutoAttack ({version}) on {len(y):,} images at eps {fraction(eps)}")
+        say(f"AutoAttack ({version}) on {len(y):,} images at eps {radius(eps, norm)}")
     started = time.perf_counter()
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), attacking(model, "eval", key):
@@ -76,9 +78,11 @@ def autoattack(
                 f"AutoAttack on {classes} classes runs {instead}: the DLR loss takes three classes, targeted four",
                 stacklevel=2,
             )
-        attack = package.AutoAttack(InRows(model), device=device, eps=eps, norm="Linf", seed=seed, **attacks)
-        for part in (attack.apgd_targeted, attack.fab):
-            part.n_target_classes = min(TARGETS, classes - 1)
+        attack = package.AutoAttack(InRows(model), device=device, eps=eps, norm=_NAMES[norm], seed=seed, **attacks)
+        if norm == "l1":  # as in the package's standard version, whatever is run of it
+            attack.apgd.use_largereps = attack.apgd_targeted.use_largereps = True
+        for part, targets in ((attack.apgd_targeted, L1_TARGETS if norm == "l1" else TARGETS), (attack.fab, TARGETS)):
+            part.n_target_classes = min(targets, classes - 1)
         adv, predicted = attack.run_standard_evaluation(x, y, batch_size=batch_size)
         # The package takes NaN for the largest logit, which is right for some labels.
         predicted = torch.where(torch.cat([predict(model, part) for part in adv.split(batch_size)]) < 0, -1, predicted)

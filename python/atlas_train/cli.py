@@ -35,7 +35,7 @@ from .config import (
 )
 from .imported import require_trusted, without_place
 from .interrupts import Terminated, terminable
-from .options import allowed, hints, nearest, one_line, option, plain, shown
+from .options import Norm, allowed, hints, nearest, one_line, option, plain, shown
 from .writing import write_json
 
 USAGE = """\
@@ -60,8 +60,9 @@ class EvaluateConfig:
     download: bool = option(False, "download the data if they are found nowhere")
     other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: float | None = option(
-        None, "l_inf radius, e.g. 8/255; default: the run's", above=0, below=1, hint="write 8/255 instead of 8"
+        None, "radius of the ball, e.g. 8/255; default: the run's, or of the data set in another norm", above=0
     )
+    norm: Norm | None = option(None, "of the ball; default: the run's")
     size: int | None = option(None, "test images; default: the run's, which is 1000 on a CPU, else all", low=1)
     batch_size: int = option(250, "images at a time", low=1)
     steps: int = option(20, "PGD steps", low=1)

@@ -230,18 +230,20 @@ def _code(config: TrainConfig, splits: DataSplits) -> str:
 def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     """What the run came to; evaluated anew unless the very same was evaluated before."""
     c, model = run.config, run.final_model
-    settings = ("eps", "eval_size", "channels_last", "autoattack", "autoattack_version")
+    settings = ("eps", "norm", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
     of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
     with on_host(c.threads):
-        accuracies = evaluate(model, splits.test, c.eps, size=c.eval_size, channels_last=c.channels_last, say=say)
+        ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
+        how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
+        accuracies = evaluate(model, splits.test, **ball, **how)
         result = Result(accuracies, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
         if c.autoattack:
-            how: dict[str, Any] = {"version": c.autoattack_version, "say": say}
-            result = replace(result, autoattack=autoattack(model, splits.test, c.eps, c.autoattack, **how))
+            attacked = autoattack(model, splits.test, size=c.autoattack, version=c.autoattack_version, say=say, **ball)
+            result = replace(result, autoattack=attacked)
     write_json(folder / EVALUATION, result.to_dict() | {"of": of})
     return result
 

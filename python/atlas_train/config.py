@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -18,7 +19,7 @@ from . import data, methods, models
 from .data import Dataset, DataSplits, Images
 from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
-from .options import canonical, check, option, plain, shown, suggestion
+from .options import NORMS, Norm, canonical, check, option, plain, require_radius, shown, suggestion
 
 #: CPU threads that anybody has; of a million torch ends the process.
 MOST_THREADS = 1024
@@ -137,10 +138,13 @@ class TrainConfig(metaclass=_Lenient):
 
     eps: float = option(
         None,
-        "l_inf radius for images in [0, 1], e.g. 8/255; " + _AUTO,
-        above=0,
-        below=1,
+        "radius of the ball for images in [0, 1], e.g. 8/255; > 0, in l_inf < 1; " + _AUTO,
         hint="images are in [0, 1], so write 8/255 instead of 8",
+    )
+    norm: Norm = option(
+        "linf",
+        "of the ball, in training, probe and evaluation. l2 and l1: for methods whose adversary is that of PGD, whose "
+        "own steps then apply (published ones are of l_inf), or that have none; eps there on cifar10: 128/255 and 12",
     )
 
     eps_warmup: int = option(
@@ -280,11 +284,13 @@ class TrainConfig(metaclass=_Lenient):
     tensorboard: bool = option(False, "also log for TensorBoard")
 
     def __post_init__(self) -> None:
+        if self.eps is not None:
+            require_radius("config", self.eps, self.norm)
         check(self, "config")
         self._set_names()
         known = [self.method, *_beside(self.beside, self.method)]
         for name in known:
-            methods.build(name, self.eps or 0.5, self.hyper_of(name))
+            methods.build(name, 0.5 if self.eps is None else self.eps, self.hyper_of(name), norm=self.norm)
         _require_compatible(self)
         if () in (self.mean, self.std) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(
@@ -323,7 +329,8 @@ class TrainConfig(metaclass=_Lenient):
 
     def build_method(self, eps: float | None = None) -> methods.Method:
         """The method with its hyper-parameters; eps must be known (see ``resolved``) or given."""
-        method = methods.build(self.method, eps or self.eps, self.hyper_of(self.method), self.label_smoothing)
+        own = self.hyper_of(self.method)
+        method = methods.build(self.method, eps or self.eps, own, self.label_smoothing, self.norm)
         method = methods.AWP(method, self.awp, self.awp_warmup) if self.awp else method
         if not self.eps_warmup and not self.mix_share:
             return method
@@ -386,7 +393,7 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
     dataset = data.declared(splits)
     _require_valid(dataset)
     defaults = dataset.settings | {
-        "eps": splits.eps,
+        "eps": splits.eps if config.norm == "linf" else dataset.radius(config.norm),
         "augment": splits.augment,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -407,6 +414,8 @@ def _require_valid(dataset: Dataset) -> None:
     """Raises ValueError for defaults that no configuration can have."""
     try:
         TrainConfig(**dataset.settings)
+        for norm, eps in dataset.radii.items():
+            TrainConfig(method="standard", norm=cast(Norm, norm), eps=eps)
         own = dataset.methods
         if not isinstance(own, Mapping) or not all(isinstance(hyper, Mapping) for hyper in own.values()):
             raise ValueError(f"methods must be hyper-parameters by method and name, got {shown(own)}")
@@ -432,6 +441,17 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
     if own and config.mean is not None:
         raise ValueError(
             "config: mean and std are built into networks of ours alone: leave them out, and normalise in yours"
+        )
+    if config.eps is None:
+        raise ValueError(
+            f"config: the data set {splits.name!r} has no usual eps in {NORMS[config.norm]}: set it (--eps), or declare "
+            "it (Dataset.radii)"
+        )
+    widest = math.prod(splits.train.shape) ** (0.5 if config.norm == "l2" else 1.0)
+    if config.norm != "linf" and config.eps >= widest:
+        raise ValueError(
+            f"config: eps must be less than {widest:.4g} in {NORMS[config.norm]}, as no two images in [0, 1] are "
+            f"further apart, got {config.eps:.4g}: write 128/255 instead of 128"
         )
     needed = ["epochs", "batch_size", "lr"]
     if not own and not config.resume and splits.train.shape[0] == models.COLOUR:  # else the checkpoint has mean and std
@@ -473,14 +493,14 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
 
 
 def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The methods' defaults on the data set, where nothing else was set. A step size applies only if ``steps`` was not
-    set."""
+    """The methods' defaults on the data set, where nothing else was set. A step size applies only in l_inf, and if
+    ``steps`` was not set."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)
         for key, value in methods.defaults_on(dataset, name).items():
             if isinstance(value, data.OfEps):
-                if key not in given and "steps" not in given:
+                if key not in given and "steps" not in given and config.norm == "linf":
                     filled[f"{name}.{key}"] = value * config.eps
             elif key not in given:
                 filled[f"{name}.{key}"] = value

@@ -23,7 +23,7 @@ from .machine import on_host
 from .methods import Batch, Metrics, State
 from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
-from .options import plain, shown
+from .options import plain, radius, shown
 from .report import TensorBoard
 from .run import Run, prepare
 from .saving import as_normalized, discard, export, require_network, restore, save
@@ -115,7 +115,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     board = TensorBoard(run.folder) if c.tensorboard else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
-    title = progress.headline(c.label, run.splits.name, size, network, parameters, c.eps, c.device)
+    title = progress.headline(c.label, run.splits.name, size, network, parameters, radius(c.eps, c.norm), c.device)
     display.start(title, run.total_steps)
     try:
         for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):

@@ -19,7 +19,7 @@ from atlas_kernels.checks import whole
 from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from .data import Batches, Images
-from .options import fraction
+from .options import Norm, fraction, radius
 
 Say = Callable[[str], None]
 CPU_SIZE = 1000
@@ -43,6 +43,7 @@ class Evaluation:
     seconds: float
     device: str
     seed: int = 0
+    norm: Norm = "linf"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; eps also as everyone writes it."""
@@ -59,6 +60,7 @@ def evaluate(
     images: Images,
     eps: float,
     *,
+    norm: Norm = "linf",
     size: int | None = None,
     batch_size: int = 250,
     steps: int = 20,
@@ -77,9 +79,9 @@ def evaluate(
 
     Args:
         images: labelled uint8 images, usually the test split.
-        eps: l_inf radius for images in [0, 1].
+        eps, norm: radius of the ball for images in [0, 1].
         size: a stratified draw of so many images, always the same; default: 1000 on a CPU, all elsewhere.
-        steps, step_size, restarts: of PGD, from a uniform start; step_size default 2.5 * eps / steps.
+        steps, step_size, restarts: of PGD, from a uniform start; step_size default 2.5 * eps / steps, in l1 PGD's own.
         seed: of the noise.
         device: where to run; default: where the model is. The model must be there.
         say: told what is evaluated, and after the first batch for how long.
@@ -89,14 +91,14 @@ def evaluate(
     if size < len(images):
         images = images.subset(size, SUBSET_SEED)
     steps, seed = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1)
-    attacks: dict[str, Attack] = {"fgsm": FGSM(eps)}
-    step_size = 2.5 * eps / steps if step_size is None else step_size
-    attacks["pgd"] = PGD(eps, step_size, steps, restarts=restarts)
+    step_size = 2.5 * eps / steps if step_size is None and norm != "l1" else step_size
+    pgd = PGD(eps, step_size, steps, norm=norm, restarts=restarts)
+    attacks = {"fgsm": FGSM(eps, norm=norm), "pgd": pgd}
     batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     if say:
         names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
-        say(f"evaluating {len(images):,} images at eps {fraction(eps)}: {names}")
+        say(f"evaluating {len(images):,} images at eps {radius(eps, norm)}: {names}")
 
     started = time.perf_counter()
     correct = torch.zeros(len(ACCURACIES), dtype=torch.int64, device=where)
@@ -110,8 +112,8 @@ def evaluate(
     shares = dict(zip(ACCURACIES, (correct.double() / len(images)).tolist(), strict=True))
     seconds = time.perf_counter() - started
     return Evaluation(
-        **shares, images=len(images), eps=eps, pgd_steps=steps, pgd_step_size=step_size, pgd_restarts=restarts,
-        seconds=seconds, device=str(where), seed=seed,
+        **shares, images=len(images), eps=eps, pgd_steps=steps, pgd_restarts=restarts, seconds=seconds,
+        pgd_step_size=float(pgd.effective_step_size), device=str(where), seed=seed, norm=norm,
     )  # fmt: skip
 
 

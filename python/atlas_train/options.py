@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import reprlib
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 #: Fields of a method that are not hyper-parameters of its own: they are the whole run's.
-OF_RUN = ("eps", "label_smoothing")
+OF_RUN = ("eps", "norm", "label_smoothing")
+#: What the norms of the ball of adversaries are called in text.
+NORMS = {"linf": "l_inf", "l2": "l2", "l1": "l1"}
+Norm = Literal["linf", "l2", "l1"]
 
 
 def option(
@@ -69,6 +73,27 @@ def integer(value: Any) -> int:
 def fraction(eps: float) -> str:
     """A radius as everyone writes it: in 1/255, e.g. 8/255 or 76.5/255."""
     return f"{eps * 255:.4g}/255"
+
+
+def radius(eps: float, norm: str) -> str:
+    """A radius as everyone writes it, with its norm: 8/255 (l_inf), 128/255 (l2), 12 (l1)."""
+    return f"{f'{eps:.4g}' if norm == 'l1' else fraction(eps)} ({NORMS[norm]})"
+
+
+def require_radius(owner: str, eps: Any, norm: str) -> None:
+    """Raises ValueError for a radius that is no number > 0 or, in l_inf, takes images from one end to the other."""
+    try:
+        value = number(eps)
+    except ValueError:
+        value = math.nan
+    below, example = {"l2": (math.inf, "128/255 instead of 128"), "l1": (math.inf, "12")}.get(
+        norm, (1.0, "8/255 instead of 8")
+    )
+    if not 0 < value < below:
+        limit = " and < 1" if below == 1 else ""
+        raise ValueError(
+            f"{owner}: eps must be a number > 0{limit}, got {shown(eps)}; images are in [0, 1], so write {example}"
+        )
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .options import fraction, plain
+from .options import plain
 
 
 class Display(Protocol):
@@ -130,7 +130,7 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def headline(name: str, dataset: str, images: int, model: str, parameters: int, eps: float, device: str) -> str:
+def headline(name: str, dataset: str, images: int, model: str, parameters: int, ball: str, device: str) -> str:
     """The line above a run's progress."""
     what, network = f"{plain(dataset)}, {images:,} images", f"{plain(model)} ({parameters:,} parameters)"
-    return f"{name}: {what}, {network}, eps {fraction(eps)}, {device}"
+    return f"{name}: {what}, {network}, eps {ball}, {device}"

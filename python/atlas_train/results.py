@@ -17,7 +17,7 @@ from . import tables
 from .autoattack import AutoAttacked
 from .checkpoint import versions
 from .evaluate import ACCURACIES, Evaluation
-from .options import fraction
+from .options import fraction, radius
 
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
 
@@ -147,7 +147,10 @@ def _note(results: Mapping[str, Result]) -> str:
     first = next(iter(results.values())).evaluation
     restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
     passes = f"; {PASSES}" if any(r.passes is not None for r in results.values()) else ""
+    steps = f"step {fraction(first.pgd_step_size)}"
+    if first.norm == "l1":
+        steps = f"steps down to {first.pgd_step_size:.4g}"
     return (
-        f"eps {fraction(first.eps)} (l_inf); {first.images:,} test images, standard error at most "
-        f"{100 * first.error:.1f} points; PGD step {fraction(first.pgd_step_size)}{restarts}{passes}"
+        f"eps {radius(first.eps, first.norm)}; {first.images:,} test images, standard error at most "
+        f"{100 * first.error:.1f} points; PGD {steps}{restarts}{passes}"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import ACCURACIES
-from .options import plain, shown
+from .options import NORMS, plain, shown
 
 #: More than any run comes to, and less than what arithmetic on it would overflow for.
 _LARGE = 2**53
@@ -229,6 +229,7 @@ EVALUATION = {
 _COSTS = {
     **dict.fromkeys(("training_seconds", "epoch_seconds", "passes"), Entry("a number", _number)),
     "skipped": Entry("an integer >= 0", _count),
+    "norm": Entry("one of linf, l2, l1", lambda value: value in NORMS),
     "autoattack": Entry(
         "AutoAttack's result",
         parts={

@@ -22,7 +22,7 @@ from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
 from .imported import require_trusted, same_code
 from .machine import on_host, usable_device
-from .options import plain
+from .options import NORMS, Norm, plain, require_radius
 from .results import Result
 from .run import Run
 
@@ -93,6 +93,7 @@ def evaluate_checkpoint(
     download: bool = False,
     other_data: bool = False,
     eps: float | None = None,
+    norm: Norm | None = None,
     size: int | None = None,
     batch_size: int = 250,
     seed: int = 0,
@@ -114,7 +115,8 @@ def evaluate_checkpoint(
         dataset: a data set to evaluate on instead of the run's. If the run's is code of your own, its import path: then
             it must give the test images of the run. data_dir, download: as for ``data.load``.
         other_data: True allows ``splits``, or what ``dataset`` gives, to be other data than the run's.
-        eps, size, threads: as for ``evaluate``; default: the run's. device: default: cuda where there is one.
+        eps, norm, size, threads: as for ``evaluate``; default: the run's, and in another norm the data set's eps.
+        device: default: cuda where there is one.
         autoattack: so many images for AutoAttack too.
         say: told what is going on.
         pgd: steps, step_size and restarts, as for ``evaluate``.
@@ -139,10 +141,13 @@ def evaluate_checkpoint(
     channels_last = bool(run.get("channels_last"))
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    eps, size = run["eps"] if eps is None else eps, run.get("eval_size") if size is None else size
+    norm, size = norm or run["norm"], run.get("eval_size") if size is None else size
     if eps is None:
-        raise ValueError(f"{plain(path)} does not say what eps is: give it (--eps), for example 8/255")
-    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "say": say}
+        eps = run["eps"] if norm == run["norm"] else data.declared(splits).radius(norm)
+    if eps is None:
+        raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps), for example 8/255")
+    require_radius("evaluate", eps, norm)
+    shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say}
     with on_host(run.get("threads") if threads is None else threads):
         accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
         result = Result(accuracies, data=images)

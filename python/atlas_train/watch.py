@@ -25,8 +25,9 @@ def watch(run: Run, row: dict[str, Any], display: progress.Display) -> None:
     if config.val_every and run.epoch % config.val_every == 0:
         size = min(VAL_SIZE, len(run.splits.test))
         seen = evaluate(
-            run.model, run.splits.test, config.eps, size=size, steps=VAL_STEPS, channels_last=config.channels_last
-        )
+            run.model, run.splits.test, config.eps, norm=config.norm, size=size, steps=VAL_STEPS,
+            channels_last=config.channels_last,
+        )  # fmt: skip
         row |= {"test_clean": seen.clean, "test_pgd": seen.pgd}
     display.epoch(row)
     if row["probe"] is not None and (sign := collapse(row, run.history)):
@@ -71,7 +72,7 @@ def probe(run: Run) -> float:
     )
     x, y, ids = next(iter(few))
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
-    attack = PGD(run.config.eps, steps=PROBE_STEPS)
+    attack = PGD(run.config.eps, steps=PROBE_STEPS, norm=run.config.norm)
     with evaluating(run.model), run.execution:
         adv = attack(run.model, x, y, key=key, ids=ids)
         with autocast(run.execution.precision, run.device):

@@ -82,6 +82,7 @@ CIFAR10 = Dataset(
     num_classes=10,
     class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     eps=8 / 255,
+    radii={"l2": 128 / 255, "l1": 12.0},  # of RobustBench; of Croce & Hein 2021, arXiv 2103.01208
     augment=True,
     model="preact_resnet18",
     mean=(0.4914, 0.4822, 0.4465),

@@ -29,6 +29,7 @@ class Dataset:
     eps, model and all after it but ``methods``: the defaults of the settings of ``TrainConfig`` with these names. None
     means that there is none: what training needs (model, epochs, batch_size, lr; mean and std for our networks on
     colour images) then has to be set.
+    radii: the usual radii in l2 and l1: {"l2": 128 / 255}; that in l_inf is ``eps``.
     methods: hyper-parameters of methods on this data set, by name: {"trades": {"steps": 40}}; lengths may be shares of
     eps, ``OfEps(1 / 4)``. They win over those that the method has for this data set (``Method.defaults``), and these
     over the method's own; what the user sets wins over all.
@@ -39,6 +40,8 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    radii: Mapping[str, float] = field(default_factory=dict)
 
     eps: float
     augment: bool = False
@@ -57,8 +60,12 @@ class Dataset:
     @property
     def settings(self) -> dict[str, Any]:
         """The defaults of ``TrainConfig``, by name."""
-        own = ("name", "load", "num_classes", "class_names", "methods")
+        own = ("name", "load", "num_classes", "class_names", "methods", "radii")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+
+    def radius(self, norm: str) -> float | None:
+        """The usual radius of the ball in a norm, or None where none is declared."""
+        return self.eps if norm == "linf" else self.radii.get(norm)
 
     def __call__(self, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
         images = self.load(data_dir, download)

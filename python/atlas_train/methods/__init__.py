@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data import Batch, Dataset, OfEps
-from ..options import OF_RUN, canonical, shown, suggestion
+from ..options import NORMS, OF_RUN, Norm, canonical, shown, suggestion
 from .adr import ADR
 from .adv import ADV
 from .atlas import ATLAS
@@ -97,7 +97,13 @@ def defaults_on(dataset: Dataset, name: str) -> dict[str, Any]:
     return {**method.defaults.get(dataset.name, {}), **declared.get(method.name, {})}
 
 
-def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None, label_smoothing: float = 0.0) -> Method:
+def build(
+    name: str,
+    eps: float,
+    hyper: Mapping[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    norm: Norm = "linf",
+) -> Method:
     """The method of that name with these hyper-parameters. Raises ValueError for an unknown name or a wrong value."""
     method = get(name)
     known = hyper_parameters(method)
@@ -108,4 +114,7 @@ def build(name: str, eps: float, hyper: Mapping[str, Any] | None = None, label_s
             raise ValueError(
                 f"{method.name} has no hyper-parameter {shown(key)}{suggestion(key, known)} (known: {', '.join(known)})"
             )
-    return method(eps=eps, label_smoothing=label_smoothing, **(hyper or {}))
+    if norm in NORMS and norm not in method.norms:
+        others = ", ".join(cls.name for cls in _ALL if norm in cls.norms)
+        raise ValueError(f"norm: {method.name} is a method of the l_inf ball; in {NORMS[norm]} there are {others}")
+    return method(eps=eps, norm=norm, label_smoothing=label_smoothing, **(hyper or {}))

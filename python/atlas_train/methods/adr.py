@@ -15,8 +15,8 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
-from .base import AttackMode, Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import Parts, accuracy, near_start, split, wide
 
 #: Terms of a loss by name: the weight, and what computes the term.
@@ -54,6 +54,7 @@ class ADR(Method):
     """
 
     name: ClassVar[str] = "adr"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"steps": 40, "step_size": OfEps(1 / 30), "beta": 1.0},
         "cifar10": {"steps": 10, "step_size": OfEps(1 / 4)},
@@ -100,7 +101,7 @@ class ADR(Method):
         trades = self.form == "trades"
         attack = PGD(
             self.eps, self.step_size, self.steps, objective="kl" if trades else "ce", attack_mode=self.attack_mode,
-            update_buffers=self.bn_compat,
+            update_buffers=self.bn_compat, norm=self.norm,
         )  # fmt: skip
         start = near_start(batch, key) if trades else None
         return attack(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)

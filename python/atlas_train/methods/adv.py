@@ -12,8 +12,8 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
-from .base import AttackMode, Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy, update_statistics
 
 
@@ -26,6 +26,7 @@ class ADV(Method):
     """
 
     name: ClassVar[str] = "adv"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"steps": 40, "step_size": OfEps(1 / 30)},
         "cifar10": {"steps": 10, "step_size": OfEps(1 / 4)},
@@ -45,7 +46,10 @@ class ADV(Method):
     )
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        attack = PGD(self.eps, self.step_size, self.steps, attack_mode=self.attack_mode, update_buffers=self.bn_compat)
+        attack = PGD(
+            self.eps, self.step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode,
+            update_buffers=self.bn_compat,
+        )  # fmt: skip
         adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
         if self.bn_compat:
             update_statistics(model, adv)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..options import OF_RUN
-from .base import Method, Metrics, State
+from ..options import OF_RUN, Norm
+from .base import EVERY_NORM, Method, Metrics, State
 
 
 @dataclass(frozen=True)
 class Around(Method):
     """Is the method inside, but for what a subclass changes."""
 
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
+
     eps: float = field(init=False)
+    norm: Norm = field(init=False)
     label_smoothing: float = field(init=False)
     method: Method
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in (*OF_RUN, "name", "adversarial", "no_graph"):
             object.__setattr__(self, name, getattr(self.method, name))
+        super().__post_init__()
 
     @property
     def recomputable(self) -> bool:

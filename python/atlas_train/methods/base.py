@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
 from atlas_kernels.attacks import PGD
+from atlas_kernels.schema import L1
 
 from ..data import Batch
-from ..options import OF_RUN, check, option
+from ..options import OF_RUN, Norm, check, option, require_radius
 from .terms import smoothing
 
 Metrics = dict[str, Tensor]
 AttackMode = Literal["train", "eval", "keep"]
+#: For methods whose adversary is that of PGD, or that have none.
+EVERY_NORM: tuple[Norm, ...] = ("linf", "l2", "l1")
 
 
 @dataclass
@@ -64,20 +67,24 @@ class Method(ABC):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Why a step cannot be one CUDA graph, where it cannot: "name, which waits for ...".
     no_graph: ClassVar[str] = ""
+    #: Norms of the ball that its adversaries can live in.
+    norms: ClassVar[tuple[Norm, ...]] = ("linf",)
 
     #: Hyper-parameters that are lengths of perturbations of images, as eps is.
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
 
     eps: float = option(
-        help="l_inf radius, in the unit of images in [0, 1]",
-        above=0,
-        below=1,
+        help="radius of the ball, in the unit of images in [0, 1]",
         hint="images are in [0, 1], so write 8/255 instead of 8",
     )
+    norm: Norm = option("linf", "as the setting of the run", kw_only=True)
     label_smoothing: float = option(0.0, "as the setting of the run", low=0, below=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        require_radius(self.name, self.eps, self.norm)
         check(self, self.name)
+        if self.norm not in self.norms:
+            raise ValueError(f"{self.name}: norm {self.norm!r} cannot be had: the method is of the l_inf ball alone")
 
     def in_use(self) -> dict[str, Any]:
         """All hyper-parameters with the values in use: for one that is None, say ``name``, the property ``_name``."""
@@ -87,7 +94,10 @@ class Method(ABC):
     @property
     def _step_size(self) -> Any:
         """The step of an attack that leaves it to PGD."""
-        return PGD(self.eps, steps=getattr(self, "steps", 1)).effective_step_size
+        steps = getattr(self, "steps", 1)
+        if self.norm == L1 and steps > 1:
+            return None  # from step to step another one
+        return PGD(self.eps, steps=steps, norm=self.norm).effective_step_size
 
     def ce(self, logits: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """The cross-entropy that trains the network, its labels smoothed as the run says."""

@@ -13,8 +13,8 @@ from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..evaluate import eval_mode
-from ..options import option
-from .base import Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, Method, Metrics, State
 from .double_backward import loss_gradient
 from .terms import accuracy, uncompiled
 
@@ -39,6 +39,7 @@ class CURE(Method):
     """
 
     name: ClassVar[str] = "cure"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
 
     weight: float = option(0.8, "weight of the penalty; 4 where the published code divides images by 0.2", low=0)

@@ -16,8 +16,8 @@ from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
-from .base import AttackMode, Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start
 
 
@@ -57,6 +57,7 @@ class GAIRAT(Method):
     """
 
     name: ClassVar[str] = "gairat"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10": {"steps": 10, "step_size": OfEps(0.007 / 0.031)}}
 
     steps: int = option(10, "attack steps", low=2)
@@ -75,7 +76,7 @@ class GAIRAT(Method):
         trades = self.base == "trades"
         attack = PGD(
             self.eps, self.step_size, self.steps, objective="kl" if trades else "ce", count_correct=True,
-            attack_mode=self.attack_mode,
+            attack_mode=self.attack_mode, norm=self.norm,
         )  # fmt: skip
         start = near_start(batch, key) if trades else None
         attacked = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import option
-from .base import Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .terms import accuracy, uncompiled
 
@@ -32,6 +32,7 @@ class Jacobian(Method):
     """
 
     name: ClassVar[str] = "jacobian"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
 
     weight: float = option(0.01, "weight of R", low=0)

@@ -13,8 +13,8 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
-from .base import AttackMode, Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start
 
 
@@ -31,6 +31,7 @@ class MART(Method):
     """
 
     name: ClassVar[str] = "mart"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10": {"step_size": OfEps(0.007 / 0.031)}}
 
     steps: int = option(10, "attack steps", low=1)
@@ -39,7 +40,7 @@ class MART(Method):
     attack_mode: AttackMode = option("eval", "mode of BatchNorm and dropout in the attack; eval, as published")
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        attack = PGD(self.eps, self.step_size, self.steps, attack_mode=self.attack_mode)
+        attack = PGD(self.eps, self.step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode)
         return attack(model, batch.x, batch.y, start=near_start(batch, key), key=key, ids=batch.ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:

@@ -11,9 +11,9 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import option
+from ..options import OF_RUN, Norm, option
 from .adv import ADV
-from .base import AttackMode, Method, Metrics, State
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy
 
 
@@ -26,6 +26,7 @@ class OneStepADV(Method):
     """
 
     name: ClassVar[str] = "one_step_adv"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
 
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps", above=0)
     attack_mode: AttackMode = option(
@@ -38,10 +39,13 @@ class OneStepADV(Method):
     )
 
     def with_steps(self, steps: int) -> Method:
-        return ADV(self.eps, steps=steps, attack_mode=self.attack_mode, label_smoothing=self.label_smoothing)
+        kept = {name: getattr(self, name) for name in (*OF_RUN, "attack_mode")}
+        return ADV(steps=steps, **kept)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        attack = PGD(self.eps, self.step_size, 1, attack_mode=self.attack_mode, update_buffers=self.bn_compat)
+        attack = PGD(
+            self.eps, self.step_size, 1, norm=self.norm, attack_mode=self.attack_mode, update_buffers=self.bn_compat
+        )
         return attack(model, batch.x, batch.y, key=key, ids=batch.ids)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from .base import Method, Metrics
+from ..options import Norm
+from .base import EVERY_NORM, Method, Metrics
 from .terms import accuracy
 
 
@@ -19,6 +20,7 @@ class Standard(Method):
     """Standard training: L = CE(z(x), y). Not robust; the yardstick for clean accuracy and time."""
 
     name: ClassVar[str] = "standard"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:

@@ -13,8 +13,8 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
-from .base import AttackMode, Method, Metrics, State
+from ..options import Norm, option
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start, update_statistics
 
 
@@ -27,6 +27,7 @@ class TRADES(Method):
     """
 
     name: ClassVar[str] = "trades"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"steps": 40, "step_size": OfEps(1 / 30), "beta": 1.0},
         "cifar10": {"steps": 10, "step_size": OfEps(0.007 / 0.031), "beta": 6.0},
@@ -43,7 +44,7 @@ class TRADES(Method):
     )
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        attack = PGD(self.eps, self.step_size, self.steps, objective="kl", attack_mode=self.attack_mode)
+        attack = PGD(self.eps, self.step_size, self.steps, norm=self.norm, objective="kl", attack_mode=self.attack_mode)
         start = near_start(batch, key)
         return attack(model, batch.x, start=start, key=key, ids=batch.ids)
 
