@@ -18,7 +18,7 @@ from ..options import option
 from . import atlas_local
 from .base import AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
-from .terms import accuracy, uncompiled
+from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide, uncompiled
 
 #: Ours, from a few runs, most of one seed, on 300 held-out training images of digits: not a search. There jacobian
 #: gained nothing on "none" with any weight tried.
@@ -87,6 +87,7 @@ class ATLAS(Method):
 
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps for one step, else PGD's", above=0)
+    wide_start: float = option(0.0, WIDE_START, low=0)
     local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "none"] = option(
         "neighbours",
         "how the ball around the adversary is looked at; jacobian, margin and radius need double backward, so their "
@@ -116,6 +117,9 @@ class ATLAS(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_wide(self, self.wide_start, self.steps)
+        if self.wide_start and self.project:
+            raise ValueError("atlas: project keeps points in the ball, and wide_start leaves it: leave one out")
         for name, forms in _ONLY.items():
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default and self.local not in (*forms, "none"):
@@ -126,7 +130,12 @@ class ATLAS(Method):
 
     @property
     def _attack(self) -> PGD:
-        return PGD(self.eps, self.step_size, self.steps, attack_mode=self.attack_mode)
+        return PGD(self.eps, self._step_size, self.steps, attack_mode=self.attack_mode)
+
+    @property
+    def _step_size(self) -> float:
+        default = self.eps if self.wide_start else PGD(self.eps, steps=self.steps).effective_step_size
+        return float(default) if self.step_size is None else self.step_size
 
     @property
     def _points(self) -> int:
@@ -150,12 +159,15 @@ class ATLAS(Method):
         attack, worst = self._attack, self.local == "worst"
         images = self._buffer(model, batch.x, self._parts)
         out = images[: -len(batch.x)] if worst else images
-        last = attack.last_gradient(model, batch.x, batch.y, key=key, ids=batch.ids)
+        if self.wide_start:
+            last = from_wide_noise(attack, self.wide_start, model, batch, key)
+        else:
+            last = attack.last_gradient(model, batch.x, batch.y, key=key, ids=batch.ids)
         pgd_step_neighbours(
             last.adv,
             last.grad,
             batch.x,
-            self.eps,
+            NO_BALL if self.wide_start else self.eps,
             attack.effective_step_size,
             self._radius,
             0 if worst else self._points,

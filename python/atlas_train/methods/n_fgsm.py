@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from atlas_kernels import pgd_step, random_start
+from atlas_kernels import pgd_step
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..options import option
 from .base import AttackMode, Method, Metrics, State
-from .terms import accuracy
+from .terms import NO_BALL, accuracy, from_wide_noise
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ class NFGSM(Method):
         return self.eps if self.step_size is None else self.step_size
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
-        x, y, ids = batch
         step_size = self._step_size
         attack = PGD(self.eps, step_size, 1, attack_mode=self.attack_mode, update_buffers=self.bn_compat)
-        start = random_start(x, self.noise_magnitude * self.eps, key=key, ids=ids)
-        last = attack.last_gradient(model, x, y, start=start, key=key, ids=ids)
-        radius = self.eps if self.project else 1.0  # no image in [0, 1] is further away
-        return pgd_step(last.adv, last.grad, x, radius, step_size)
+        last = from_wide_noise(attack, self.noise_magnitude, model, batch, key)
+        return pgd_step(last.adv, last.grad, batch.x, self.eps if self.project else NO_BALL, step_size)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from atlas_kernels import pgd_step
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
@@ -14,7 +15,7 @@ from ..data import Batch
 from ..options import OF_RUN, Norm, option
 from .adv import ADV
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
-from .terms import accuracy
+from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class OneStepADV(Method):
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
 
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps", above=0)
+    wide_start: float = option(0.0, WIDE_START, low=0)
     attack_mode: AttackMode = option(
         "train",
         "mode of BatchNorm and dropout in the attack. train, as Wong et al. do: the one gradient is then that of the "
@@ -38,15 +40,26 @@ class OneStepADV(Method):
         False, "BatchNorm's running statistics also see the attack's forward, as in the published code"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_wide(self, self.wide_start)
+
+    @property
+    def _step_size(self) -> float:
+        return (1.0 if self.wide_start else 1.25) * self.eps if self.step_size is None else self.step_size
+
     def with_steps(self, steps: int) -> Method:
         kept = {name: getattr(self, name) for name in (*OF_RUN, "attack_mode")}
         return ADV(steps=steps, **kept)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         attack = PGD(
-            self.eps, self.step_size, 1, norm=self.norm, attack_mode=self.attack_mode, update_buffers=self.bn_compat
+            self.eps, self._step_size, 1, norm=self.norm, attack_mode=self.attack_mode, update_buffers=self.bn_compat
         )
-        return attack(model, batch.x, batch.y, key=key, ids=batch.ids)
+        if not self.wide_start:
+            return attack(model, batch.x, batch.y, key=key, ids=batch.ids)
+        last = from_wide_noise(attack, self.wide_start, model, batch, key)
+        return pgd_step(last.adv, last.grad, batch.x, NO_BALL, self._step_size)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels import random_start
+from atlas_kernels.attacks import PGD, LastStep
 from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import predicted
 
 from ..data import Batch
 from ..noise import normal
 
+NO_BALL = 1.0  # no image in [0, 1] is further away in l_inf
+WIDE_START = (
+    "radius of uniform noise, in eps, from which the one step starts as in n_fgsm (2 there); x' is then not projected "
+    "onto the ball, and the step is eps by default. 0: a start in the ball"
+)
 #: Images to features, and features to logits.
 Parts = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
@@ -35,6 +42,20 @@ def smoothing(logits: Tensor, y: Tensor) -> Tensor:
 def near_start(batch: Batch, key: Tensor) -> Tensor:
     """The start of TRADES and its relatives: x + 0.001 normal noise, not clipped, as in their published code."""
     return batch.x + 0.001 * normal(batch.x, key, batch.ids, 0)
+
+
+def from_wide_noise(attack: PGD, magnitude: float, model: nn.Module, batch: Batch, key: Tensor) -> LastStep:
+    """N-FGSM's attack (de Jorge et al. 2022, arXiv 2202.01181) up to its step: the gradient at x + uniform noise of
+    ``magnitude`` eps, clipped to the image range. The step is then not projected: its ball is that of ``NO_BALL``."""
+    start = random_start(batch.x, magnitude * attack.eps, key=key, ids=batch.ids)
+    return attack.last_gradient(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
+
+
+def require_wide(method: Any, magnitude: float, steps: int = 1) -> None:
+    """Raises ValueError where ``from_wide_noise`` cannot be had."""
+    if magnitude and (steps > 1 or method.norm != "linf"):
+        got = f"steps={steps}" if steps > 1 else f"norm={method.norm!r}"
+        raise ValueError(f"{method.name}: wide_start is of one step in l_inf, got {got}: leave it out")
 
 
 @torch.no_grad()
