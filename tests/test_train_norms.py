@@ -55,7 +55,7 @@ def test_adv_is_trained_on_that_attack(norm: str) -> None:
 
 
 def test_trades_in_l2_is_its_published_adversary_but_for_the_projection() -> None:
-    """The step of Zhang et al.: the gradient of the KL over its length; here 2.5 eps / K long and into the ball first."""
+    """The step of Zhang et al.: along the gradient of the KL over its length; here the ball comes before the range."""
     made, eps = case(), 0.5
     method = methods.build("trades", eps, {"steps": 1, "step_size": 0.3}, norm="l2")
     adv = method.prepare(made.model.train(), made.batch, made.key, State())
@@ -99,7 +99,7 @@ def test_radii_go_by_the_norm() -> None:
     assert data.get("mnist").radius("l2") is None
     with pytest.raises(ValueError, match=r"eps must be less than 55.43 in l2.*got 128: write 128/255 instead of 128"):
         resolved(TrainConfig(method="adv", norm="l2", eps=128), cifar)
-    with pytest.raises(ValueError, match=r"the data set 'bars' has no usual eps in l1: set it \(--eps\)"):
+    with pytest.raises(ValueError, match=r"the data set bars has no usual eps in l1: set it \(--eps\)"):
         resolved(TrainConfig(**TINY | {"method": "adv", "eps": None, "norm": "l1"}), splits())
     with pytest.raises(ValueError, match="data set x: eps must be a number > 0, got 0"):
         declared = data.Dataset(name="x", load=lambda *_: (), num_classes=4, eps=0.1, radii={"l2": 0})
@@ -165,4 +165,4 @@ def test_the_command_line_knows_norms(capsys: pytest.CaptureFixture[str]) -> Non
     flags = ["train", "--method", "free", "--norm", "l2", "--eps", "1"]
     assert cli.main(flags) == 2 and "norm: free is a method of the l_inf ball" in capsys.readouterr().err
     assert cli.main(["train", "--norm", "l2", "--method", "adv", "--beside", "--epochs", "1"]) == 2
-    assert "the data set 'digits' has no usual eps in l2" in capsys.readouterr().err
+    assert "the data set digits has no usual eps in l2" in capsys.readouterr().err

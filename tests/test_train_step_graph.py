@@ -42,6 +42,13 @@ FORMS: list[dict[str, Any]] = [
     {"method": "trades", "label_smoothing": 0.1},
     {"method": "one_step_adv", "mix_share": 0.5, "mix_steps": 3, "awp": 0.01},
     {"method": "atlas", "eps_warmup": 1},
+    {"method": "one_step_adv", "mixup": 1.4},
+    {"method": "atlas", "cutmix": 1.0, "awp": 0.01},
+    {"method": "free", "mixup": 0.3},
+    {"method": "llr", "cutmix": 0.5, "hyper": {"ramp": 0.0}},
+    {"method": "atlas", "hyper": {"wide_start": 2.0}},
+    {"method": "adv", "norm": "l2", "eps": 0.8},
+    {"method": "trades", "norm": "l1", "eps": 5.0},
 ]
 
 

@@ -63,9 +63,17 @@ class PGD(Attack):
         returns, and in l_inf ``pgd_step_neighbours`` with the same key samples around it. Raises ValueError for
         steps=0, restarts > 1, compact and keep="best".
         """
+        self._require_last_gradient()
+        return self.before_last_step(model, self.batch(x, y, **options))
+
+    def before_last_step(self, model: Model, batch: Batch) -> LastStep:
+        """``last_gradient`` of a batch that ``batch`` made, as ``on`` takes it: with an objective of your own, say."""
+        self._require_last_gradient()
+        return self.loop(PGD._to_the_last_gradient, model, batch)
+
+    def _require_last_gradient(self) -> None:
         if self.steps == 0 or self.judged or self.compact:
             raise ValueError('last_gradient needs steps >= 1, restarts=1, keep="last" and compact=False; else use run')
-        return self.loop(PGD._to_the_last_gradient, model, self.batch(x, y, **options))
 
     def _to_the_last_gradient(self, model: Model, batch: Batch) -> LastStep:
         at = self.begin(batch)

@@ -120,6 +120,21 @@ class TrainConfig(metaclass=_Lenient):
         "smooth (Xie et al. 2020, arXiv 2006.14536)",
     )
 
+    mixup: float = option(
+        0.0,
+        "alpha of the Beta distribution by which two images and their labels are mixed (Zhang et al. 2018, arXiv "
+        "1710.09412), in every method whose loss can have two labels; 0: off. Rice et al. (2020, arXiv 2002.11569) "
+        "take 1.4",
+        low=0,
+        high=100,
+    )
+    cutmix: float = option(
+        0.0,
+        "the same for CutMix, which puts a box of one image into the other (Yun et al. 2019, arXiv 1905.04899; 1.0 "
+        "there). Rebuffi et al. (2021, arXiv 2103.01946) find it to help where the weights are averaged",
+        low=0,
+        high=100,
+    )
     init: str | None = option(
         None,
         "weights to begin with, for fine-tuning (cure was published for that): a run's folder, a checkpoint, or a "
@@ -290,7 +305,10 @@ class TrainConfig(metaclass=_Lenient):
         self._set_names()
         known = [self.method, *_beside(self.beside, self.method)]
         for name in known:
-            methods.build(name, 0.5 if self.eps is None else self.eps, self.hyper_of(name), norm=self.norm)
+            method = methods.build(name, 0.5 if self.eps is None else self.eps, self.hyper_of(name), norm=self.norm)
+            for kind in ("mixup", "cutmix"):
+                if getattr(self, kind):
+                    methods.require_mixable(method, kind)
         _require_compatible(self)
         if () in (self.mean, self.std) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(
@@ -332,9 +350,11 @@ class TrainConfig(metaclass=_Lenient):
         own = self.hyper_of(self.method)
         method = methods.build(self.method, eps or self.eps, own, self.label_smoothing, self.norm)
         method = methods.AWP(method, self.awp, self.awp_warmup) if self.awp else method
-        if not self.eps_warmup and not self.mix_share:
-            return method
-        return methods.Curriculum(method, self.eps_warmup, self.mix_share, self.mix_steps, self.seed)
+        if self.eps_warmup or self.mix_share:
+            method = methods.Curriculum(method, self.eps_warmup, self.mix_share, self.mix_steps, self.seed)
+        if self.mixup:
+            return methods.Mixing(method, "mixup", self.mixup)
+        return methods.Mixing(method, "cutmix", self.cutmix) if self.cutmix else method
 
     @property
     def label(self) -> str:
@@ -348,7 +368,10 @@ def label(method: str, awp: float) -> str:
 
 
 #: Two settings that are not to be had together, and why.
-_CLASHES = (("compile", "checkpoint_activations", "compiled code decides by itself what to compute again"),)
+_CLASHES = (
+    ("mixup", "cutmix", "a batch is mixed in one way"),
+    ("compile", "checkpoint_activations", "compiled code decides by itself what to compute again"),
+)
 
 
 def _require_compatible(config: TrainConfig) -> None:
@@ -444,8 +467,8 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
         )
     if config.eps is None:
         raise ValueError(
-            f"config: the data set {splits.name!r} has no usual eps in {NORMS[config.norm]}: set it (--eps), or declare "
-            "it (Dataset.radii)"
+            f"config: the data set {plain(splits.name)} has no usual eps in {NORMS[config.norm]}: set it (--eps), or "
+            "declare it (Dataset.radii)"
         )
     widest = math.prod(splits.train.shape) ** (0.5 if config.norm == "l2" else 1.0)
     if config.norm != "linf" and config.eps >= widest:

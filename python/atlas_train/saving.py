@@ -19,7 +19,10 @@ from .run import Run
 from .writing import builtin
 
 LOG = "log.csv"
-FIXED = ("method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation", "extra_share")
+FIXED = (
+    "method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation", "extra_share",
+    "mixup", "cutmix",
+)  # fmt: skip
 _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,10 @@ class Batch(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     ids: torch.Tensor
+
+    def over_labels(self, value: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What ``value`` makes of the labels; for images with two labels (``methods.Mixing``) the mean by shares."""
+        return value(self.y)
 
 
 class Batches:

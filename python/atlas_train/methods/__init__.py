@@ -22,6 +22,7 @@ from .grad_align import GradAlign
 from .jacobian import Jacobian
 from .llr import LLR
 from .mart import MART
+from .mixing import Mixing, require_mixable
 from .mma import MMA
 from .n_fgsm import NFGSM
 from .one_step_adv import OneStepADV
@@ -48,6 +49,7 @@ __all__ = [
     "MMA",
     "Method",
     "Metrics",
+    "Mixing",
     "NFGSM",
     "OfEps",
     "OneStepADV",
@@ -60,6 +62,7 @@ __all__ = [
     "get",
     "hyper_parameters",
     "names",
+    "require_mixable",
 ]
 
 _ALL = (

@@ -93,6 +93,10 @@ class ADR(Method):
         if self.form == "adv" and not any(weights):
             raise ValueError("adr: all weights are 0, so nothing is left to train on: set alpha_adv, say")
 
+    @property
+    def one_label(self) -> str:
+        return "adr, which compares the images of a class with those of others"
+
     def require(self, model: nn.Module) -> None:
         self._parts(model)
 
@@ -111,26 +115,26 @@ class ADR(Method):
         h, h_adv = features(batch.x), features(given)
         logits, adv_logits = head(h), head(h_adv)
         terms = {
-            **self._base(logits, adv_logits, batch.y),
+            **self._base(logits, adv_logits, batch),
             **self._regularisers(h.detach().flatten(1), h_adv.flatten(1), logits.detach(), adv_logits, batch.y),
         }
         values = {name: term() for name, (weight, term) in terms.items() if weight}
         loss = torch.stack([terms[name][0] * value for name, value in values.items()]).sum()
-        metrics = {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
+        metrics = {"clean": accuracy(logits, batch), "adv": accuracy(adv_logits, batch)}
         return loss, metrics | {name: value.detach() for name, value in values.items()}
 
     def _parts(self, model: nn.Module) -> Parts:
         """Features and head apart, if a term looks at features."""
         return split(model) if self.lc or self.gc else (lambda x: logits_of(model(x)), lambda logits: logits)
 
-    def _base(self, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
+    def _base(self, logits: Tensor, adv_logits: Tensor, batch: Batch) -> Terms:
         """The terms that train the network on both images, each with its weight."""
         if self.form == "trades":
-            loss = trades_loss(logits, adv_logits, y, beta=self.beta)
-            return {"trades": (1.0, lambda: self.smoothed(loss, logits, y))}
+            loss = trades_loss(logits, adv_logits, batch.y, beta=self.beta)
+            return {"trades": (1.0, lambda: self.smoothed(loss, logits, batch.y))}
         return {
-            "ce": (self.alpha_nat, lambda: self.ce(logits, y)),
-            "ce_adv": (self.alpha_adv, lambda: self.ce(adv_logits, y)),
+            "ce": (self.alpha_nat, lambda: self.ce(logits, batch)),
+            "ce_adv": (self.alpha_adv, lambda: self.ce(adv_logits, batch)),
         }
 
     def _regularisers(self, h: Tensor, h_adv: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:

@@ -14,7 +14,7 @@ from atlas_kernels.outputs import logits_of
 from ..data import Batch, OfEps
 from ..options import Norm, option
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
-from .terms import accuracy, update_statistics
+from .terms import accuracy, attacked, update_statistics
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class ADV(Method):
             self.eps, self.step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode,
             update_buffers=self.bn_compat,
         )  # fmt: skip
-        adv = attack(model, batch.x, batch.y, key=key, ids=batch.ids)
+        adv = attacked(attack, model, batch, key)
         if self.bn_compat:
             update_statistics(model, adv)
         return adv
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch), {"adv": accuracy(logits, batch)}
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         if self.bn_compat:

@@ -37,6 +37,10 @@ class Around(Method):
     def updates(self) -> int:
         return self.method.updates
 
+    @property
+    def one_label(self) -> str:
+        return self.method.one_label
+
     def in_use(self) -> dict[str, Any]:
         return self.method.in_use()
 

@@ -18,6 +18,7 @@ from ..options import option
 from . import atlas_local
 from .base import AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
+from .mixed import samples
 from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide, uncompiled
 
 #: Ours, from a few runs, most of one seed, on 300 held-out training images of digits: not a search. There jacobian
@@ -129,6 +130,10 @@ class ATLAS(Method):
                 )
 
     @property
+    def one_label(self) -> str:
+        return f"atlas with local={self.local!r}, a margin of one class" if self.local in ("margin", "radius") else ""
+
+    @property
     def _attack(self) -> PGD:
         return PGD(self.eps, self._step_size, self.steps, attack_mode=self.attack_mode)
 
@@ -162,7 +167,7 @@ class ATLAS(Method):
         if self.wide_start:
             last = from_wide_noise(attack, self.wide_start, model, batch, key)
         else:
-            last = attack.last_gradient(model, batch.x, batch.y, key=key, ids=batch.ids)
+            last = attack.before_last_step(model, samples(attack, batch, key))
         pgd_step_neighbours(
             last.adv,
             last.grad,
@@ -185,7 +190,7 @@ class ATLAS(Method):
         """Fills the last slice: from the adversaries in the one before, a sign step as long as the local ball."""
         adv, worst = images.chunk(self._parts)[-2:]
         onward = PGD(self.eps, steps=1, random_start=False, attack_mode=self.attack_mode)
-        grad = onward.last_gradient(model, adv, batch.y, key=key, ids=batch.ids).grad
+        grad = onward.before_last_step(model, samples(onward, batch, key, x=adv)).grad
         centre, ball = (batch.x.to(adv.dtype), self.eps) if self.project else (adv, self._radius)
         pgd_step(adv, grad, centre, ball, self._radius, out=worst)
 
@@ -193,7 +198,7 @@ class ATLAS(Method):
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
         parts = [given.images] if self.bn == "joint" else given.images.chunk(self._parts)
-        return self._combine(_logits(model, parts), batch.y)
+        return self._combine(_logits(model, parts), batch)
 
     def _second_order(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         """One forward for the loss and for the gradients at the adversaries, which LOCAL is made of."""
@@ -202,7 +207,7 @@ class ATLAS(Method):
         parts = [*clean, adv]
         with twice_differentiable():
             logits = _logits(model, [torch.cat(parts)] if self.bn == "joint" else parts)
-        loss, metrics = self._combine(logits, batch.y)
+        loss, metrics = self._combine(logits, batch)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
         return loss + self._local_weight * local, metrics | {"local": local.detach()}
 
@@ -238,24 +243,31 @@ class ATLAS(Method):
             self._buffers[wanted] = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
         return self._buffers[wanted]
 
-    def _combine(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss from the logits of [x; x'; z], in one pass over them."""
-        loss, terms = atlas_loss(
-            logits,
-            y,
-            local=self.local_objective if self._points else "none",
-            local_weight=self._local_weight,
-            global_term=self.global_term,
-            global_weight=self.global_weight,
-            return_terms=True,
-        )
-        batch, first = len(y), 0 if self.global_term == "none" else len(y)
-        loss = self._smoothed(loss, logits.split(batch), y)
-        metrics = {"adv": accuracy(logits[first : first + batch], y)}
-        if self._points:
-            metrics["local"] = terms[1].mean()
-        if first:
-            metrics |= {"clean": accuracy(logits[:first], y), "global": terms[2].mean()}
+    def _combine(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The loss from the logits of [x; x'; z], in one pass over them for every label."""
+        metrics: Metrics = {}
+        parts = logits.split(len(batch.y))
+
+        def loss_of(y: Tensor) -> Tensor:
+            loss, terms = atlas_loss(
+                logits,
+                y,
+                local=self.local_objective if self._points else "none",
+                local_weight=self._local_weight,
+                global_term=self.global_term,
+                global_weight=self.global_weight,
+                return_terms=True,
+            )
+            if self._points:
+                metrics.setdefault("local", terms[1].mean())
+            if self.global_term != "none":
+                metrics.setdefault("global", terms[2].mean())
+            return self._smoothed(loss, parts, y)
+
+        loss = batch.over_labels(loss_of)
+        metrics["adv"] = accuracy(parts[len(parts) - self._points - 1], batch)
+        if self.global_term != "none":
+            metrics["clean"] = accuracy(parts[0], batch)
         return loss, metrics
 
 

@@ -62,5 +62,5 @@ class BackwardSmoothing(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(batch.x))
         adv_logits = logits_of(model(given))
-        loss = self.smoothed(trades_loss(logits, adv_logits, batch.y, beta=self.beta), logits, batch.y)
-        return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
+        loss = batch.over_labels(lambda y: self.smoothed(trades_loss(logits, adv_logits, y, beta=self.beta), logits, y))
+        return loss, {"clean": accuracy(logits, batch), "adv": accuracy(adv_logits, batch)}

@@ -99,9 +99,10 @@ class Method(ABC):
             return None  # from step to step another one
         return PGD(self.eps, steps=steps, norm=self.norm).effective_step_size
 
-    def ce(self, logits: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    def ce(self, logits: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
         """The cross-entropy that trains the network, its labels smoothed as the run says."""
-        return cross_entropy(logits, y, weights=weights, label_smoothing=self.label_smoothing)
+        smoothing = self.label_smoothing
+        return batch.over_labels(lambda y: cross_entropy(logits, y, weights=weights, label_smoothing=smoothing))
 
     def smoothed(self, loss: Tensor, logits: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:
         """A loss that holds ``weight`` times the cross-entropy of ``logits``, its labels smoothed likewise."""
@@ -132,6 +133,11 @@ class Method(ABC):
     def recomputable(self) -> bool:
         """Whether parts of its training forwards may run again in the backward, unseen by hooks of the method's."""
         return True
+
+    @property
+    def one_label(self) -> str:
+        """Why an image must have one label, where it must: "name, which counts ..."."""
+        return ""
 
     def phase(self, state: State) -> Hashable:
         """What a step takes from ``state``, its memory's tensors apart, or from elsewhere on the host.

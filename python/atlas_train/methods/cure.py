@@ -61,12 +61,12 @@ class CURE(Method):
         # First, as it moves the running statistics that the rest keeps for its backward.
         logits = logits_of(model(batch.x))
         with eval_mode(uncompiled(model)):
-            _, _, grad = loss_gradient(model, batch.x, batch.y)
-            _, _, moved = loss_gradient(model, batch.x + direction(grad.detach(), given), batch.y)
+            _, _, grad = loss_gradient(model, batch.x, batch)
+            _, _, moved = loss_gradient(model, batch.x + direction(grad.detach(), given), batch)
         norm = torch.linalg.vector_norm((moved - grad).flatten(1), dim=1)
         penalty = (norm if self.form == "code" else norm.square()).mean()
-        loss = self.ce(logits, batch.y) + self.weight * penalty
-        return loss, {"clean": accuracy(logits, batch.y), "curvature": penalty.detach()}
+        loss = self.ce(logits, batch) + self.weight * penalty
+        return loss, {"clean": accuracy(logits, batch), "curvature": penalty.detach()}
 
 
 def direction(grad: Tensor, length: float) -> Tensor:

@@ -17,6 +17,7 @@ from atlas_kernels.attacks import float16
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 
+from ..data import Batch
 from ..noise import normal
 from .terms import uncompiled, wide
 
@@ -26,8 +27,9 @@ def twice_differentiable() -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, cross-entropy of each sample [B] and its gradient at x [B, ...], all with a graph to the parameters.
+def loss_gradient(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at x, cross-entropy of each sample [B] with the batch's labels and its gradient at x [B, ...], all with a
+    graph to the parameters.
 
     The gradient is that of the sum over the batch: of each sample's own loss, but for what BatchNorm in train mode
     couples.
@@ -35,14 +37,20 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     leaf = x.detach().requires_grad_()
     with twice_differentiable():
         logits = logits_of(uncompiled(model)(leaf))
-    losses = cross_entropy(logits, y, reduction="none")
+    losses = batch.over_labels(lambda y: cross_entropy(logits, y, reduction="none"))
     if not float16.is_used(model, leaf, logits):
         return logits, losses, torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
-    cotangent = attack_cotangent(wide(logits.detach()), y).cotangent
-    assert cotangent is not None
+    cotangent = batch.over_labels(lambda y: cross_entropy_cotangent(wide(logits.detach()), y))
     unit = float16.unit_of(cotangent, coupled=float16.are_coupled(model))[:, 0]
     (grad,) = torch.autograd.grad((losses / unit).sum(), leaf, create_graph=True)
     return logits, losses, grad * column(unit, x)
+
+
+def cross_entropy_cotangent(logits: Tensor, y: Tensor) -> Tensor:
+    """The derivative of each sample's cross-entropy by its logits, [B, C]."""
+    cotangent = attack_cotangent(logits, y).cotangent
+    assert cotangent is not None
+    return cotangent
 
 
 def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = True) -> Tensor:

@@ -64,7 +64,7 @@ class Free(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given if self.clip == "delta" else (batch.x + given).clamp(0, 1)))
-        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch), {"adv": accuracy(logits, batch)}
 
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent

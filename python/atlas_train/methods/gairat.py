@@ -69,6 +69,10 @@ class GAIRAT(Method):
     beta: float = option(6.0, "weight of the KL term, for base=trades", low=0)
     attack_mode: AttackMode = option("eval", "mode of BatchNorm and dropout in the attack; eval, as published")
 
+    @property
+    def one_label(self) -> str:
+        return "gairat, which counts how long an attacked image stays right"
+
     def phase(self, state: State) -> Hashable:
         return self._burnt_in(state)
 
@@ -90,10 +94,10 @@ class GAIRAT(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.base == "adv":
             logits = logits_of(model(given.adv))
-            return self.ce(logits, batch.y, given.weights), {"adv": accuracy(logits, batch.y)}
+            return self.ce(logits, batch, given.weights), {"adv": accuracy(logits, batch)}
         logits, adv_logits = logits_of(model(batch.x)), logits_of(model(given.adv))
-        loss = self.ce(logits, batch.y) + self.beta * kl_div(logits, adv_logits, weights=given.weights)
-        return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
+        loss = self.ce(logits, batch) + self.beta * kl_div(logits, adv_logits, weights=given.weights)
+        return loss, {"clean": accuracy(logits, batch), "adv": accuracy(adv_logits, batch)}
 
     def weights(self, kappa: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights of samples that were right at kappa iterates, [B] of mean 1."""

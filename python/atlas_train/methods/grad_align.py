@@ -17,6 +17,7 @@ from ..noise import uniform
 from ..options import option
 from .base import Method, Metrics, State
 from .double_backward import loss_gradient
+from .mixed import samples
 from .terms import accuracy
 
 
@@ -72,17 +73,17 @@ class GradAlign(Method):
         start = x + self.eps * uniform(x, key, ids, 0) if self.start == "random" else x
         inside = start.clamp(0, 1)
         attack = PGD(self.eps, step_size, 1, attack_mode="train", update_buffers=self.bn_compat)
-        grad = attack.last_gradient(model, x, batch.y, start=inside, key=key, ids=ids).grad
+        grad = attack.before_last_step(model, samples(attack, batch, key, inside)).grad
         grad = grad * (start == inside) if self.start == "random" else grad
         adv = pgd_step(start, grad, x, self.eps, step_size)
         return Given(adv, grad, x + self.eps * uniform(x, key, ids, 1))
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given.adv))
-        _, _, grad = loss_gradient(model, given.point, batch.y)
+        _, _, grad = loss_gradient(model, given.point, batch)
         penalty = misalignment(given.grad, grad)
-        loss = self.ce(logits, batch.y) + self.effective_weight * penalty
-        return loss, {"adv": accuracy(logits, batch.y), "misalignment": penalty.detach()}
+        loss = self.ce(logits, batch) + self.effective_weight * penalty
+        return loss, {"adv": accuracy(logits, batch), "misalignment": penalty.detach()}
 
 
 def misalignment(a: Tensor, b: Tensor) -> Tensor:

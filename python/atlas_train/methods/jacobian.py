@@ -52,8 +52,8 @@ class Jacobian(Method):
         with twice_differentiable():
             logits = logits_of(uncompiled(model)(leaf))
         penalty = jacobian_penalty(logits, leaf, self._directions(logits, given, batch.ids)).mean()
-        loss = self.ce(logits, batch.y) + self.weight * penalty
-        return loss, {"clean": accuracy(logits, batch.y), "jacobian": penalty.detach()}
+        loss = self.ce(logits, batch) + self.weight * penalty
+        return loss, {"clean": accuracy(logits, batch), "jacobian": penalty.detach()}
 
     def _directions(self, logits: Tensor, key: Tensor, ids: Tensor) -> Tensor:
         """Unit vectors [B, n, C]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ class LLR(Method):
             # First, as it moves the running statistics that the rest keeps for its backward.
             logits = logits_of(model(batch.x))
             with eval_mode(network):
-                return Clean(logits, *loss_gradient(network, batch.x, batch.y)[1:], {})
+                return Clean(logits, *loss_gradient(network, batch.x, batch)[1:], {})
         with recorded(network) as statistics:
-            return Clean(*loss_gradient(network, batch.x, batch.y), statistics)
+            return Clean(*loss_gradient(network, batch.x, batch), statistics)
 
     def _normalised(self, network: nn.Module, statistics: Statistics) -> AbstractContextManager[None]:
         return eval_mode(network) if self.bn == "eval" else held(statistics)
@@ -122,8 +123,8 @@ class LLR(Method):
             for step in range(1, self.steps + 1):
                 leaf = (x + d).requires_grad_()
                 logits = logits_of(network(leaf))
-                rise, _, value = attack_cotangent(wide(logits.detach()), batch.y, return_value=True)
-                assert rise is not None and value is not None
+                both = batch.over_labels(partial(_rise_and_value, wide(logits.detach())))
+                rise, value = both[:, :-1], both[:, -1]
                 sign = (value - losses - _dot(d, grad)).sign()
                 up = pull_back(network, logits, leaf, rise * sign[:, None])
                 if self.ascent == "exact":
@@ -145,14 +146,22 @@ class LLR(Method):
         with self._normalised(network, clean.statistics):
             logits = logits_of(network(batch.x + d))
         linear = _dot(d, clean.grad)
-        gap = (cross_entropy(logits, batch.y, reduction="none") - clean.losses - linear).abs()
+        losses = batch.over_labels(lambda y: cross_entropy(logits, y, reduction="none"))
+        gap = (losses - clean.losses - linear).abs()
         penalty = (gap + self.mu_ratio * linear.abs()).mean()
-        loss = self.ce_weight * self.ce(clean.logits, batch.y) + self.weight * penalty
+        loss = self.ce_weight * self.ce(clean.logits, batch) + self.weight * penalty
         return loss, {
-            "clean": accuracy(clean.logits, batch.y),
-            "adv": accuracy(logits, batch.y),
+            "clean": accuracy(clean.logits, batch),
+            "adv": accuracy(logits, batch),
             "gap": gap.detach().mean(),
         }
+
+
+def _rise_and_value(logits: Tensor, y: Tensor) -> Tensor:
+    """The derivative of each sample's cross-entropy by its logits, and the cross-entropy, [B, C + 1]."""
+    rise, _, value = attack_cotangent(logits, y, return_value=True)
+    assert rise is not None and value is not None
+    return torch.cat([rise, value[:, None]], 1)
 
 
 def _project(d: Tensor, x: Tensor, radius: float) -> Tensor:

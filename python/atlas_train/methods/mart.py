@@ -15,7 +15,7 @@ from atlas_kernels.outputs import logits_of
 from ..data import Batch, OfEps
 from ..options import Norm, option
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
-from .terms import accuracy, near_start
+from .terms import accuracy, attacked, near_start
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ class MART(Method):
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Tensor:
         attack = PGD(self.eps, self.step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode)
-        return attack(model, batch.x, batch.y, start=near_start(batch, key), key=key, ids=batch.ids)
+        return attacked(attack, model, batch, key, near_start(batch, key))
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(batch.x))
         adv_logits = logits_of(model(given))
-        loss = self.smoothed(mart_loss(logits, adv_logits, batch.y, beta=self.beta), adv_logits, batch.y)
-        return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
+        loss = batch.over_labels(
+            lambda y: self.smoothed(mart_loss(logits, adv_logits, y, beta=self.beta), adv_logits, y)
+        )
+        return loss, {"clean": accuracy(logits, batch), "adv": accuracy(adv_logits, batch)}

@@ -96,6 +96,10 @@ class MMA(Method):
     def _min_eps(self) -> float:
         return self._d_max / 10 if self.min_eps is None else self.min_eps
 
+    @property
+    def one_label(self) -> str:
+        return "mma, which looks for the place where an image stops being of its class"
+
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
         eps, most = memory.get("eps"), _REACH * self._d_max
         if eps is not None and not (
@@ -120,10 +124,10 @@ class MMA(Method):
         return self._combine(model, batch, given, logits)
 
     def _combine(self, model: nn.Module, batch: Batch, given: Boundary, logits: Tensor) -> tuple[Tensor, Metrics]:
-        loss = self.ce(logits_of(model(given.images)), batch.y, given.weights)
+        loss = self.ce(logits_of(model(given.images)), batch, given.weights)
         if self.clean_weight:
-            loss = self.clean_weight * self.ce(logits, batch.y) + (1 - self.clean_weight) * loss
-        return loss, {"clean": accuracy(logits, batch.y), "margin": given.margins.mean()}
+            loss = self.clean_weight * self.ce(logits, batch) + (1 - self.clean_weight) * loss
+        return loss, {"clean": accuracy(logits, batch), "margin": given.margins.mean()}
 
     def _boundary(self, model: nn.Module, batch: Batch, key: Tensor, state: State, logits: Tensor) -> Boundary:
         """Attacks the sure samples and remembers how far they went; the others stay where they are, at margin 0."""

@@ -53,4 +53,4 @@ class NFGSM(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch), {"adv": accuracy(logits, batch)}

@@ -15,7 +15,7 @@ from ..data import Batch
 from ..options import OF_RUN, Norm, option
 from .adv import ADV
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
-from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide
+from .terms import NO_BALL, WIDE_START, accuracy, attacked, from_wide_noise, require_wide
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class OneStepADV(Method):
             self.eps, self._step_size, 1, norm=self.norm, attack_mode=self.attack_mode, update_buffers=self.bn_compat
         )
         if not self.wide_start:
-            return attack(model, batch.x, batch.y, key=key, ids=batch.ids)
+            return attacked(attack, model, batch, key)
         last = from_wide_noise(attack, self.wide_start, model, batch, key)
         return pgd_step(last.adv, last.grad, batch.x, NO_BALL, self._step_size)
 
     def objective(self, model: nn.Module, batch: Batch, given: Tensor) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given))
-        return self.ce(logits, batch.y), {"adv": accuracy(logits, batch.y)}
+        return self.ce(logits, batch), {"adv": accuracy(logits, batch)}

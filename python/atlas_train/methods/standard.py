@@ -25,4 +25,4 @@ class Standard(Method):
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(batch.x))
-        return self.ce(logits, batch.y), {"clean": accuracy(logits, batch.y)}
+        return self.ce(logits, batch), {"clean": accuracy(logits, batch)}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import random_start
-from atlas_kernels.attacks import PGD, LastStep
+from atlas_kernels.attacks import PGD, Attack, LastStep
 from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import predicted
 
 from ..data import Batch
 from ..noise import normal
+from .mixed import samples
 
 NO_BALL = 1.0  # no image in [0, 1] is further away in l_inf
 WIDE_START = (
@@ -25,9 +26,15 @@ WIDE_START = (
 Parts = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
-def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+def accuracy(logits: Tensor, batch: Batch) -> Tensor:
     """Share of the batch whose largest logit is the label's; a 0-dim float32 tensor, detached."""
-    return (predicted(logits.detach()) == y).float().mean()
+    classes = predicted(logits.detach())
+    return batch.over_labels(lambda y: (classes == y).float().mean())
+
+
+def attacked(attack: Attack, model: nn.Module, batch: Batch, key: Tensor, start: Tensor | None = None) -> Tensor:
+    """The adversaries of a batch."""
+    return attack.on(model, samples(attack, batch, key, start)).adv
 
 
 def smoothing(logits: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def from_wide_noise(attack: PGD, magnitude: float, model: nn.Module, batch: Batc
     """N-FGSM's attack (de Jorge et al. 2022, arXiv 2202.01181) up to its step: the gradient at x + uniform noise of
     ``magnitude`` eps, clipped to the image range. The step is then not projected: its ball is that of ``NO_BALL``."""
     start = random_start(batch.x, magnitude * attack.eps, key=key, ids=batch.ids)
-    return attack.last_gradient(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
+    return attack.before_last_step(model, samples(attack, batch, key, start))
 
 
 def require_wide(method: Any, magnitude: float, steps: int = 1) -> None:

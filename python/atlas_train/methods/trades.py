@@ -53,5 +53,5 @@ class TRADES(Method):
         adv_logits = logits_of(model(given))
         if self.bn_compat:
             update_statistics(model, batch.x)
-        loss = self.smoothed(trades_loss(logits, adv_logits, batch.y, beta=self.beta), logits, batch.y)
-        return loss, {"clean": accuracy(logits, batch.y), "adv": accuracy(adv_logits, batch.y)}
+        loss = batch.over_labels(lambda y: self.smoothed(trades_loss(logits, adv_logits, y, beta=self.beta), logits, y))
+        return loss, {"clean": accuracy(logits, batch), "adv": accuracy(adv_logits, batch)}
