@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_kernels import PGD
@@ -17,12 +18,12 @@ from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.data import DataSplits, Images
 from atlas_train.evaluate import evaluate
-from atlas_train.methods import AWP, State
+from atlas_train.methods import AWP, State, atlas_local
 from atlas_train.stored import evaluate_checkpoint
-from beside_published import case, close
+from beside_published import case, close, ours
 from tiny_runs import TINY, same, splits, weights
 
-IN_EVERY_NORM = ("adv", "one_step_adv", "trades", "mart", "gairat", "adr")
+IN_EVERY_NORM = ("atlas", "adv", "one_step_adv", "trades", "mart", "gairat", "adr")
 RADII = {"linf": 0.1, "l2": 0.8, "l1": 6.0}
 
 
@@ -36,7 +37,7 @@ def test_adversaries_live_in_the_ball_of_the_norm(name: str, norm: str) -> None:
     made, eps = case(), RADII[norm]
     method = methods.build(name, eps, {} if name == "one_step_adv" else {"steps": 3}, norm=norm)
     given = method.prepare(made.model.train(), made.batch, made.key, State(epochs=1))
-    adv = given if isinstance(given, Tensor) else given.adv
+    adv = given if isinstance(given, Tensor) else given.images.chunk(3)[1] if name == "atlas" else given.adv
     size = length(adv - made.batch.x, norm)
     assert (size <= eps * (1 + 1e-9)).all() and (size > 0.5 * eps).all()
     assert length(adv - made.batch.x, "linf").max() > 0.15  # further than the others go in a pixel
@@ -67,6 +68,51 @@ def test_trades_in_l2_is_its_published_adversary_but_for_the_projection() -> Non
     close(adv, moved.clamp(0, 1), "x'")
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("local", ["neighbours", "worst"])
+def test_the_local_ball_of_atlas_is_of_the_norm(local: str, norm: str) -> None:
+    made, eps = case(size=32), RADII[norm]
+    how = {"local": local} | ({"count": 2} if local == "neighbours" else {})
+    x, adv, *points = (
+        methods.build("atlas", eps, how, norm=norm)
+        .prepare(made.model.train(), made.batch, made.key, State())
+        .images.chunk(4 if local == "neighbours" else 3)
+    )
+    plain = methods.build("adv", eps, {"steps": 1, "step_size": 1.25 * eps}, norm=norm)
+    assert torch.equal(x, made.batch.x) and torch.equal(adv, plain.prepare(made.model, made.batch, made.key, State()))
+    ways = [point - adv for point in points]
+    for way in ways:
+        size = length(way, norm)
+        assert (size <= eps / 2 * (1 + 1e-9)).all() and size.median() > 0.6 * eps / 2
+    if local == "neighbours":  # none goes the way of another, or of the attack's start
+        starts = [made.start(1.0) - x, *ways]
+        for i, a in enumerate(starts):
+            for b in starts[i + 1 :]:
+                cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).mean().abs()
+                assert cosine < 0.1
+    inside = methods.build("atlas", eps, how | {"project": True}, norm=norm)
+    for point in inside.prepare(made.model, made.batch, made.key, State()).images.chunk(2 + len(points))[2:]:
+        assert (length(point - x, norm) <= eps * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("l1", torch.inf)])
+def test_the_slopes_of_atlas_are_of_the_dual_norm(norm: Any, dual: float) -> None:
+    made = case()
+    made.model.eval().requires_grad_(False)
+    x = made.batch.x.clone().requires_grad_()
+    logits, y = made.model(x), made.batch.y
+    jacobian = torch.stack([torch.autograd.functional.jacobian(made.model, row[None])[0, :, 0] for row in made.batch.x])
+    rival = logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
+    rows = torch.arange(len(y))
+    slope = torch.linalg.vector_norm((jacobian[rows, y] - jacobian[rows, rival]).flatten(1), dual, 1)
+    close(atlas_local.margin_penalty(logits, x, y, 0.3, norm).detach(), 0.3 * slope, "margin")
+    gap = (logits[rows, y] - logits[rows, rival]).detach().clamp_min(0)
+    close(atlas_local.first_order_radius(logits, x, y, 1, norm).detach(), gap / slope, "radius")
+    for form in ("margin", "radius", "jacobian"):
+        method = methods.build("atlas", RADII[norm], {"local": form}, norm=norm)
+        assert ours(method, case()).loss.isfinite()
+
+
 def test_methods_of_the_l_inf_ball_say_so() -> None:
     have = {name for name in methods.names() if "l2" in methods.get(name).norms}
     assert have == {*IN_EVERY_NORM, "standard", "cure", "jacobian"}
@@ -88,13 +134,16 @@ def test_radii_go_by_the_norm() -> None:
     assert TrainConfig(method="adv", norm="l1", eps=12).eps == 12
     assert TrainConfig(method="adv", norm="l2", eps="128/255").eps == 128 / 255  # type: ignore[arg-type]
     for eps in (0, -1):
-        with pytest.raises(ValueError, match=f"eps must be a number > 0, got {eps}.*write 128/255 instead of 128"):
+        with pytest.raises(ValueError, match=f"eps must be a number > 0, got {eps}"):
             TrainConfig(method="adv", norm="l2", eps=eps)
     pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     cifar = DataSplits("cifar10", Images(pixels, torch.arange(4)), Images(pixels, torch.arange(4)), 10, 8 / 255)
     found = {norm: resolved(TrainConfig(method="adv", norm=norm), cifar) for norm in RADII}
     assert {norm: c.eps for norm, c in found.items()} == {"linf": 8 / 255, "l2": 128 / 255, "l1": 12}
     assert found["linf"].hyper["adv.step_size"] == 2 / 255
+    with pytest.raises(ValueError, match="atlas: radius must be a number > 0 and <= 1, got 2"):
+        methods.build("atlas", 0.1, {"radius": 2})
+    assert methods.build("atlas", 12.0, {"radius": 2}, norm="l1").in_use()["radius"] == 2
     assert all(found[norm].hyper == {"adv.steps": 10} for norm in ("l2", "l1"))  # published steps are of l_inf
     assert data.get("mnist").radius("l2") is None
     with pytest.raises(ValueError, match=r"eps must be less than 55.43 in l2.*got 128: write 128/255 instead of 128"):

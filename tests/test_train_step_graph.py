@@ -48,6 +48,7 @@ FORMS: list[dict[str, Any]] = [
     {"method": "llr", "cutmix": 0.5, "hyper": {"ramp": 0.0}},
     {"method": "atlas", "hyper": {"wide_start": 2.0}},
     {"method": "adv", "norm": "l2", "eps": 0.8},
+    {"method": "atlas", "norm": "l2", "eps": 0.8},
     {"method": "trades", "norm": "l1", "eps": 5.0},
 ]
 

@@ -60,7 +60,12 @@ class EvaluateConfig:
     download: bool = option(False, "download the data if they are found nowhere")
     other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: float | None = option(
-        None, "radius of the ball, e.g. 8/255; default: the run's, or of the data set in another norm", above=0
+        None,
+        "radius of the ball, e.g. 8/255; default: the run's, or of the data set in another norm",
+        above=0,
+        below=1,
+        of_linf=True,
+        hint="write 8/255 instead of 8",
     )
     norm: Norm | None = option(None, "of the ball; default: the run's")
     size: int | None = option(None, "test images; default: the run's, which is 1000 on a CPU, else all", low=1)

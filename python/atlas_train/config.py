@@ -19,7 +19,7 @@ from . import data, methods, models
 from .data import Dataset, DataSplits, Images
 from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
-from .options import NORMS, Norm, canonical, check, option, plain, require_radius, shown, suggestion
+from .options import NORMS, Norm, canonical, check, option, plain, shown, suggestion
 
 #: CPU threads that anybody has; of a million torch ends the process.
 MOST_THREADS = 1024
@@ -153,7 +153,10 @@ class TrainConfig(metaclass=_Lenient):
 
     eps: float = option(
         None,
-        "radius of the ball for images in [0, 1], e.g. 8/255; > 0, in l_inf < 1; " + _AUTO,
+        "radius of the ball for images in [0, 1], e.g. 8/255; < 1 in l_inf alone; " + _AUTO,
+        above=0,
+        below=1,
+        of_linf=True,
         hint="images are in [0, 1], so write 8/255 instead of 8",
     )
     norm: Norm = option(
@@ -299,8 +302,6 @@ class TrainConfig(metaclass=_Lenient):
     tensorboard: bool = option(False, "also log for TensorBoard")
 
     def __post_init__(self) -> None:
-        if self.eps is not None:
-            require_radius("config", self.eps, self.norm)
         check(self, "config")
         self._set_names()
         known = [self.method, *_beside(self.beside, self.method)]

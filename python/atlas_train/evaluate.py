@@ -91,9 +91,9 @@ def evaluate(
     if size < len(images):
         images = images.subset(size, SUBSET_SEED)
     steps, seed = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1)
+    attacks: dict[str, PGD] = {"fgsm": FGSM(eps, norm=norm)}
     step_size = 2.5 * eps / steps if step_size is None and norm != "l1" else step_size
-    pgd = PGD(eps, step_size, steps, norm=norm, restarts=restarts)
-    attacks = {"fgsm": FGSM(eps, norm=norm), "pgd": pgd}
+    attacks["pgd"] = pgd = PGD(eps, step_size, steps, norm=norm, restarts=restarts)
     batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     if say:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
-from .options import OF_RUN, alternatives, checked, hints, limits
+from .options import OF_RUN, alternatives, checked, hints, in_any_norm, limits
 
 AUTO, NONE = "auto", "none"
 Flag = tuple[str, Any, Any]
@@ -74,7 +75,12 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
         value: Any = [word for word in words if word != NONE] if many else words[0]
         if kind is bool:
             value = {"true": True, "false": False}.get(words[0].lower(), words[0])
-        return checked(field, hint, value, group or "config")
+        try:
+            return checked(field, hint, value, group or "config")
+        except ValueError:
+            with suppress(ValueError):  # the norm is not known here: what the flags make together is checked anew
+                return checked(in_any_norm(field), hint, value, group or "config")
+            raise
 
     return field.name, _annotated(Any, _spec(_metavar(kind), convert, many), argument), default
 

@@ -6,9 +6,9 @@ help and the list of methods are all made from these declarations.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-import math
 import reprlib
 import types
 import typing
@@ -32,12 +32,15 @@ def option(
     below: float | None = None,
     hint: str = "",
     kw_only: bool = False,
+    of_linf: bool = False,
 ) -> Any:
     """A dataclass field. ``low <= value <= high`` and ``above < value < below``; ``hint``: the remedy, for errors.
 
+    of_linf: the upper limit is one of l_inf; where ``norm`` of the same dataclass is another there is none.
+
     A default of None means "chosen for you": None stays allowed, and the help says what it becomes.
     """
-    limits = {"low": low, "above": above, "high": high, "below": below}
+    limits = {"low": low, "above": above, "high": high, "below": below, "of_linf": of_linf}
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"help": help, "hint": hint, **limits})
 
 
@@ -78,22 +81,6 @@ def fraction(eps: float) -> str:
 def radius(eps: float, norm: str) -> str:
     """A radius as everyone writes it, with its norm: 8/255 (l_inf), 128/255 (l2), 12 (l1)."""
     return f"{f'{eps:.4g}' if norm == 'l1' else fraction(eps)} ({NORMS[norm]})"
-
-
-def require_radius(owner: str, eps: Any, norm: str) -> None:
-    """Raises ValueError for a radius that is no number > 0 or, in l_inf, takes images from one end to the other."""
-    try:
-        value = number(eps)
-    except ValueError:
-        value = math.nan
-    below, example = {"l2": (math.inf, "128/255 instead of 128"), "l1": (math.inf, "12")}.get(
-        norm, (1.0, "8/255 instead of 8")
-    )
-    if not 0 < value < below:
-        limit = " and < 1" if below == 1 else ""
-        raise ValueError(
-            f"{owner}: eps must be a number > 0{limit}, got {shown(eps)}; images are in [0, 1], so write {example}"
-        )
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -159,8 +146,18 @@ def check(instance: Any, owner: str) -> None:
     kinds = hints(type(instance))
     for field in dataclasses.fields(instance):
         if "help" in field.metadata:
+            field = field if getattr(instance, "norm", "linf") == "linf" else in_any_norm(field)
             value = checked(field, kinds[field.name], getattr(instance, field.name), owner)
             object.__setattr__(instance, field.name, value)
+
+
+def in_any_norm(field: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
+    """The setting without an upper limit that is one of l_inf."""
+    if not field.metadata["of_linf"]:
+        return field
+    other = copy.copy(field)
+    other.metadata = types.MappingProxyType({**field.metadata, "high": None, "below": None})
+    return other
 
 
 def checked(field: dataclasses.Field[Any], hint: Any, value: Any, owner: str) -> Any:

@@ -229,7 +229,7 @@ EVALUATION = {
 _COSTS = {
     **dict.fromkeys(("training_seconds", "epoch_seconds", "passes"), Entry("a number", _number)),
     "skipped": Entry("an integer >= 0", _count),
-    "norm": Entry("one of linf, l2, l1", lambda value: value in NORMS),
+    "norm": Entry("one of linf, l2, l1", lambda value: _text(value) and value in NORMS),
     "autoattack": Entry(
         "AutoAttack's result",
         parts={

@@ -22,7 +22,7 @@ from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
 from .imported import require_trusted, same_code
 from .machine import on_host, usable_device
-from .options import NORMS, Norm, plain, require_radius
+from .options import NORMS, Norm, plain
 from .results import Result
 from .run import Run
 
@@ -145,8 +145,7 @@ def evaluate_checkpoint(
     if eps is None:
         eps = run["eps"] if norm == run["norm"] else data.declared(splits).radius(norm)
     if eps is None:
-        raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps), for example 8/255")
-    require_radius("evaluate", eps, norm)
+        raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps)")
     shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say}
     with on_host(run.get("threads") if threads is None else threads):
         accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import atlas_loss, pgd_step, pgd_step_neighbours
+from atlas_kernels import atlas_loss, pgd_step, pgd_step_neighbours, project, random_start
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import option
+from ..options import Norm, option
 from . import atlas_local
-from .base import AttackMode, Method, Metrics, State
+from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .mixed import samples
 from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide, uncompiled
@@ -76,12 +76,14 @@ class ATLAS(Method):
     the gradients are those of the batch's sum in the training forward, where BatchNorm in train mode couples the rows.
     Passes: 2K + 6 + 3 ``count`` (neighbours), 2K + 11 (worst), 2K + 12 (the others; 2K + 9 with ``bn="split"``).
 
+    In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
     it) and is filled, last attack step included, by one fused operator; ``bn="joint"`` reads it in one forward. It
     lives in one buffer that every step overwrites: call ``backward`` before the next ``loss``.
     """
 
     name: ClassVar[str] = "atlas"
+    norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     lengths: ClassVar[tuple[str, ...]] = ("step_size", "radius")
     # Ours, found on 12,000 images: at 1.25 eps the one step ends in corners, and the network learns those alone.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mnist": {"step_size": OfEps(2 / 3), "radius": OfEps(1.0)}}
@@ -100,7 +102,7 @@ class ATLAS(Method):
         1, "radius: nearest of so many classes, by their logits; C - 1: all. Above 1, each costs a backward", low=1
     )
     radius: float | None = option(
-        None, "l_inf radius of the local ball (jacobian has none); default: eps/2", above=0, high=1
+        None, "radius of the local ball (jacobian has none); default: eps/2", above=0, high=1, of_linf=True
     )
     local_weight: float | None = option(
         None, "weight of LOCAL; default: " + ", ".join(f"{w:g} {form}" for form, w in _WEIGHTS.items() if w), low=0
@@ -135,12 +137,13 @@ class ATLAS(Method):
 
     @property
     def _attack(self) -> PGD:
-        return PGD(self.eps, self._step_size, self.steps, attack_mode=self.attack_mode)
+        return PGD(self.eps, self._step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode)
 
     @property
-    def _step_size(self) -> float:
-        default = self.eps if self.wide_start else PGD(self.eps, steps=self.steps).effective_step_size
-        return float(default) if self.step_size is None else self.step_size
+    def _step_size(self) -> Any:
+        if self.step_size is not None:
+            return self.step_size
+        return self.eps if self.wide_start else super()._step_size
 
     @property
     def _points(self) -> int:
@@ -168,31 +171,42 @@ class ATLAS(Method):
             last = from_wide_noise(attack, self.wide_start, model, batch, key)
         else:
             last = attack.before_last_step(model, samples(attack, batch, key))
-        pgd_step_neighbours(
-            last.adv,
-            last.grad,
-            batch.x,
-            NO_BALL if self.wide_start else self.eps,
-            attack.effective_step_size,
-            self._radius,
-            0 if worst else self._points,
-            project=self.project,
-            include_x=self.global_term != "none",
-            key=last.key,
-            ids=batch.ids,
-            out=out,
-        )
+        points, include_x = 0 if worst else self._points, self.global_term != "none"
+        if self.norm == "linf":
+            pgd_step_neighbours(
+                last.adv,
+                last.grad,
+                batch.x,
+                NO_BALL if self.wide_start else self.eps,
+                attack.effective_step_size,
+                self._radius,
+                points,
+                project=self.project,
+                include_x=include_x,
+                key=last.key,
+                ids=batch.ids,
+                out=out,
+            )
+        else:
+            adv = pgd_step(last.adv, last.grad, batch.x, self.eps, attack.effective_step_size, norm=self.norm)
+            around = [self._neighbour(adv, batch, last.key, k) for k in range(points)]
+            out.copy_(torch.cat([*([batch.x] if include_x else []), adv, *around]))
         if worst:
             self._step_on(model, batch, images, key)
         return Given(images, key)
 
+    def _neighbour(self, adv: Tensor, batch: Batch, key: Tensor, number: int) -> Tensor:
+        """A point uniform in the local ball of l2 or l1, by a draw that the attack's start does not have."""
+        z = random_start(adv, self._radius, norm=self.norm, key=key, ids=batch.ids, draw=1 + number)
+        return project(z, batch.x, self.eps, norm=self.norm) if self.project else z
+
     def _step_on(self, model: nn.Module, batch: Batch, images: Tensor, key: Tensor) -> None:
-        """Fills the last slice: from the adversaries in the one before, a sign step as long as the local ball."""
+        """Fills the last slice: from the adversaries in the one before, a step as long as the local ball."""
         adv, worst = images.chunk(self._parts)[-2:]
-        onward = PGD(self.eps, steps=1, random_start=False, attack_mode=self.attack_mode)
+        onward = PGD(self.eps, steps=1, norm=self.norm, random_start=False, attack_mode=self.attack_mode)
         grad = onward.before_last_step(model, samples(onward, batch, key, x=adv)).grad
         centre, ball = (batch.x.to(adv.dtype), self.eps) if self.project else (adv, self._radius)
-        pgd_step(adv, grad, centre, ball, self._radius, out=worst)
+        pgd_step(adv, grad, centre, ball, self._radius, norm=self.norm, out=worst)
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         if self.local in _SECOND_ORDER:
@@ -216,8 +230,8 @@ class ATLAS(Method):
             v = unit_vectors(logits, key, batch.ids, self.count)
             return jacobian_penalty(logits, adv, v)
         if self.local == "margin":
-            return atlas_local.margin_penalty(logits, adv, batch.y, self._radius)
-        return atlas_local.radius_penalty(logits, adv, batch.y, self._radius, self.rivals)
+            return atlas_local.margin_penalty(logits, adv, batch.y, self._radius, self.norm)
+        return atlas_local.radius_penalty(logits, adv, batch.y, self._radius, self.rivals, self.norm)
 
     def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor) -> Tensor:
         """Every cross-entropy of the loss: that of x', and those of x and of the neighbours where their term is ce."""

@@ -14,7 +14,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.schema import L1
 
 from ..data import Batch
-from ..options import OF_RUN, Norm, check, option, require_radius
+from ..options import OF_RUN, Norm, check, option
 from .terms import smoothing
 
 Metrics = dict[str, Tensor]
@@ -75,13 +75,15 @@ class Method(ABC):
 
     eps: float = option(
         help="radius of the ball, in the unit of images in [0, 1]",
+        above=0,
+        below=1,
+        of_linf=True,
         hint="images are in [0, 1], so write 8/255 instead of 8",
     )
     norm: Norm = option("linf", "as the setting of the run", kw_only=True)
     label_smoothing: float = option(0.0, "as the setting of the run", low=0, below=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_radius(self.name, self.eps, self.norm)
         check(self, self.name)
         if self.norm not in self.norms:
             raise ValueError(f"{self.name}: norm {self.norm!r} cannot be had: the method is of the l_inf ball alone")
