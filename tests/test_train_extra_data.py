@@ -86,6 +86,19 @@ def test_what_an_epoch_holds_depends_on_seed_and_epoch_alone() -> None:
     assert [b[3:] for b in ids(without)] == [b[:7] for b in epochs[0]]  # of the same order
 
 
+def test_many_images_are_held_once(tmp_path: Path) -> None:
+    """A file's images lie [N, H, W, C], and batches gather from there in either layout, to the same bits."""
+    own, others = images(64, 0, 3), images(200, 1, 3)
+    read = extra.read(write(tmp_path / "more.npz", others), others.shape)
+    for channels_last in (False, True):
+        lying, sliced = (
+            batches(own, made, augment=True, channels_last=channels_last)
+            for made in (read, Images(torch.cat([others.images] * 2, 1)[:, :3], others.labels))
+        )
+        assert lying._sets[1].data_ptr() == read.images.data_ptr()
+        assert all(torch.equal(a.x, b.x) for a, b in zip(lying, sliced, strict=True))
+
+
 def test_a_share_of_nothing_or_all_is_refused() -> None:
     for share in (0.04, 0.96):
         with pytest.raises(ValueError, match=f"extra_share {share} of batches of 10 images is none or all of them"):

@@ -79,9 +79,13 @@ class Batches:
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        sets = [images] if extra is None else [images, extra]
-        self._sets = [part.images.to(device).contiguous(memory_format=layout) for part in sets]
-        self._labels = torch.cat([part.labels.to(device) for part in sets])
+        self._sets = [images.images.to(device).contiguous(memory_format=layout)]
+        self._labels = images.labels.to(device)
+        if extra is not None:  # gigabytes, which are not copied into another layout
+            more = extra.images.to(device)
+            as_it_lies = more.is_contiguous() or more.is_contiguous(memory_format=torch.channels_last)
+            self._sets.append(more if as_it_lies else more.contiguous(memory_format=layout))
+            self._labels = torch.cat([self._labels, extra.labels.to(device)])
         self._size, self._share = len(images), extra_share if extra is not None else 0.0
         if extra is not None and not 0 < self._extras(min(batch_size, len(images))) < min(batch_size, len(images)):
             raise ValueError(
