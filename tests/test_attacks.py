@@ -369,12 +369,17 @@ def test_last_gradient_is_run_but_for_the_last_step(attack: PGD, model: Rowwise)
     assert torch.equal(key, result.key) and not grad.requires_grad and not adv.requires_grad
     step = pgd_step(adv, grad, x, attack.eps, attack.effective_step_size, descend=attack.targeted)
     assert torch.equal(step, result.adv)
+    torch.manual_seed(0)
+    again = attack.before_last_step(model, attack.batch(x, y))
+    assert all(map(torch.equal, again, (adv, grad, key)))
 
 
 @pytest.mark.parametrize("options", [{"restarts": 2}, {"keep": "best"}, {"compact": True}, {"steps": 0}])
 def test_last_gradient_refuses_what_has_no_single_last_step(options: dict, model: Rowwise) -> None:
     with pytest.raises(ValueError, match="use run"):
         PGD(EPS, **options).last_gradient(model, images(), labels(model, images()))
+    with pytest.raises(ValueError, match="use run"):
+        PGD(EPS, **options).before_last_step(model, PGD(EPS, **options).batch(images(), labels(model, images())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
