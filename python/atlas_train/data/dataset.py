@@ -40,7 +40,6 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
     radii: Mapping[str, float] = field(default_factory=dict)
 
     eps: float
