@@ -72,9 +72,15 @@ class Run:
         return sum(row.get("skipped", 0) for row in self.history)
 
     @property
+    def samples(self) -> int:
+        """Images that are trained on, the extra ones too."""
+        extra = self.splits.extra
+        return len(self.splits.train) + (0 if extra is None else len(extra))
+
+    @property
     def state(self) -> State:
         """What a method may know of the run."""
-        return State(self.step, self.total_steps, self.epoch, self.config.epochs, self.batches.samples, self.memory)
+        return State(self.step, self.total_steps, self.epoch, self.config.epochs, self.samples, self.memory)
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""

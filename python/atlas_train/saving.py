@@ -129,7 +129,7 @@ def _memory(run: Run, state: Mapping[str, Any], source: Path) -> dict[str, Tenso
         raise ValueError(f"{plain(source)}: step {run.step} is not the end of epoch {run.epoch}: edited or damaged")
     memory = state.get("memory", {})
     try:
-        run.method.require_memory(memory, (run.batches.samples, *run.splits.train.shape))
+        run.method.require_memory(memory, (run.samples, *run.splits.train.shape))
     except ValueError as error:
         raise ValueError(f"{plain(source)}: {error}: edited or damaged") from error
     return {name: value.to(run.device) for name, value in memory.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,33 +79,25 @@ class Batches:
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._sets = [images.images.to(device).contiguous(memory_format=layout)]
+        self._images = images.images.to(device).contiguous(memory_format=layout)
         self._labels = images.labels.to(device)
-        if extra is not None:  # gigabytes, which are not copied into another layout
-            more = extra.images.to(device)
+        self._extra, self._share = None, extra_share
+        if extra is not None:
+            least = min(batch_size, len(images))
+            if not 0 < round(least * extra_share) < least:
+                raise ValueError(
+                    f"extra_share {extra_share:g} of batches of {least} images is none or all of them: set another "
+                    "share or batch_size"
+                )
+            more = extra.images.to(device)  # gigabytes, which are not copied into another layout
             as_it_lies = more.is_contiguous() or more.is_contiguous(memory_format=torch.channels_last)
-            self._sets.append(more if as_it_lies else more.contiguous(memory_format=layout))
-            self._labels = torch.cat([self._labels, extra.labels.to(device)])
-        self._size, self._share = len(images), extra_share if extra is not None else 0.0
-        if extra is not None and not 0 < self._extras(min(batch_size, len(images))) < min(batch_size, len(images)):
-            raise ValueError(
-                f"extra_share {extra_share:g} of batches of {min(batch_size, len(images))} images is none or all of "
-                "them: set another share or batch_size"
-            )
+            more = more if as_it_lies else more.contiguous(memory_format=layout)
+            self._extra = Images(more, extra.labels.to(device))
         self._key = noise_keys(seed, 0, 1)[0].to(device)
 
     def __len__(self) -> int:
-        full, rest = divmod(self._size, self.batch_size)
+        full, rest = divmod(len(self._labels), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
-
-    @property
-    def samples(self) -> int:
-        """How many there are, the extra ones too."""
-        return len(self._labels)
-
-    def _extras(self, batch_size: int) -> int:
-        """Extra samples in a batch of that size."""
-        return round(batch_size * self._share)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch (from 0) that the next iteration yields. Raises ValueError for a negative one."""
@@ -115,45 +107,49 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch  # fixed, should set_epoch come while this iteration lasts
-        order, extra = self._order(epoch), self._extra_order(epoch)
+        order = self._order(epoch)
+        more = None if self._extra is None else self._extra_order(len(self._extra), epoch)
         for batch in range(len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
-            if self._share:
-                count = self._extras(len(ids))
-                ids = torch.cat([ids[count:], extra[start : start + count]])
-            yield self._batch(ids, epoch)
+            yield self._batch(ids, epoch) if more is None else self._joint(ids, more[start : start + len(ids)], epoch)
 
     def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        shape = (len(ids), *self._sets[0].shape[1:])
-        x = advise_huge_pages(torch.empty(shape, dtype=self.dtype, device=ids.device, memory_format=layout))
-        own = len(ids) - self._extras(len(ids))
-        for images, part, rows in zip(
-            self._sets, (x[:own], x[own:]), (ids[:own], ids[own:] - self._size), strict=False
-        ):
-            ak.augment(
-                images,
-                rows,
-                padding=PADDING if self.augment else 0,
-                flip=self.augment,
-                key=self._key,
-                ids=rows + self._size if images is not self._sets[0] else None,
-                draw=epoch,
-                dtype=self.dtype,
-                out=part,
-            )
+        x = self._augmented(self._images, ids, epoch, channels_last=self.channels_last)
         return Batch(x, self._labels[ids], ids)
 
-    def _extra_order(self, epoch: int) -> torch.Tensor:
-        """Numbers of extra samples, one for every place of the epoch, of which batches take their first ones."""
-        if not self._share:
-            return self._labels[:0]
+    def _joint(self, ids: torch.Tensor, rows: torch.Tensor, epoch: int) -> Batch:
+        """A batch of as many samples, of which the last ``extra_share`` are the first of these extra rows."""
+        assert self._extra is not None
+        count = round(len(ids) * self._share)
+        own, rows = ids[count:], rows[:count]
+        ids = torch.cat([own, rows + len(self._labels)])
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        shape = (len(ids), *self._images.shape[1:])
+        x = advise_huge_pages(torch.empty(shape, dtype=self.dtype, device=ids.device, memory_format=layout))
+        self._augmented(self._images, own, epoch, out=x[: len(own)])
+        self._augmented(self._extra.images, rows, epoch, ids=ids[len(own) :], out=x[len(own) :])
+        return Batch(x, torch.cat([self._labels[own], self._extra.labels[rows]]), ids)
+
+    def _augmented(self, images: torch.Tensor, rows: torch.Tensor, epoch: int, **how: Any) -> torch.Tensor:
+        return ak.augment(
+            images,
+            rows,
+            padding=PADDING if self.augment else 0,
+            flip=self.augment,
+            key=self._key,
+            draw=epoch,
+            dtype=self.dtype,
+            **how,
+        )
+
+    def _extra_order(self, count: int, epoch: int) -> torch.Tensor:
+        """Rows of extra samples, one for every place of the epoch, of which each batch takes its first ones."""
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(1, epoch)))
-        return torch.from_numpy(rng.integers(self._size, self.samples, self._size)).to(self._labels.device)
+        return torch.from_numpy(rng.integers(count, size=len(self._labels))).to(self._labels.device)
 
     def _order(self, epoch: int) -> torch.Tensor:
-        n = self._size
+        n = len(self._labels)
         if not self.shuffle:
             return torch.arange(n, device=self._labels.device)
         # NumPy mixes (seed, key) into independent streams; torch's CPU generator keeps only 32 bits of a seed.
