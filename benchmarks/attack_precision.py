@@ -185,7 +185,8 @@ def settings(steps: Sequence[int], other_steps: Sequence[int]) -> Iterator[Setti
 def network(o: argparse.Namespace) -> tuple[nn.Module, DataSplits, float, str]:
     """The network, its data and radius, and a line about where it comes from."""
     if o.checkpoint:
-        model, config, splits, _ = opened(o.checkpoint, data_dir=o.data_dir)
+        model, description, splits, _ = opened(o.checkpoint, data_dir=o.data_dir)
+        config = description["config"]
         return model, splits, config["eps"], f"{config['method']}, {config['epochs']} epochs, from a checkpoint"
     own = TRAINING[o.dataset]
     given = {name: getattr(o, name) for name in ("train_size", "epochs", "width", "threads", "device")}

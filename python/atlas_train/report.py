@@ -12,7 +12,7 @@ from typing import Any
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
-COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "test_clean", "test_pgd", "images_per_s", "seconds")
+COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "val_clean", "val_pgd", "images_per_s", "seconds")
 
 
 def write_csv(path: Path, history: Sequence[Row]) -> None:
