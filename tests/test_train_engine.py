@@ -202,7 +202,7 @@ def test_a_collapse_under_pgd_is_announced(monkeypatch: pytest.MonkeyPatch) -> N
     accuracies = iter([0.45, 0.5, 0.3, 0.05])
     monkeypatch.setattr(watch, "probe", lambda run: next(accuracies))
     monkeypatch.setattr(watch, "PROBE_GAP", 1.0)  # the other signs, tested below
-    monkeypatch.setattr(watch, "PROBE_GROWTH", 1.0)
+    monkeypatch.setattr(watch, "LEAP", 1.0)
     lines = Lines()
     run = engine.train(TrainConfig(**TINY), splits=splits(), display=lines)
     assert [row["probe"] for row in run.history] == [0.45, 0.5, 0.3, 0.05]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import subprocess
@@ -153,10 +152,10 @@ def _lines(name: str, result: Result) -> list[tuple[str, Result]]:
 
 def _told(results: Mapping[str, Result]) -> list[str]:
     """How the best epoch was chosen and what that cost, and what else happened to a run, a line each."""
-    told: dict[str, list[float]] = {}
+    told: dict[str, list[float | None]] = {}
     for result in results.values():
         if result.rule:
-            told.setdefault(result.rule, []).append(result.validation_share or math.nan)
+            told.setdefault(result.rule, []).append(result.validation_share)
     lines = [f"best: the epoch with {rule}{_cost(shares)}" for rule, shares in told.items()]
     for name, result in results.items():
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
@@ -171,9 +170,10 @@ def _told(results: Mapping[str, Result]) -> list[str]:
     return lines
 
 
-def _cost(shares: Sequence[float]) -> str:
-    known = [f"{100 * share:.1f} %" for share in (min(shares), max(shares)) if share == share]
-    return f"; {' to '.join(dict.fromkeys(known))} of the passes of training" if known else ""
+def _cost(shares: Sequence[float | None]) -> str:
+    known = sorted(100 * share for share in shares if share is not None)
+    ends = dict.fromkeys(f"{share:.1f}" for share in (*known[:1], *known[-1:]))
+    return f"; it costs {' to '.join(ends)} % of the passes of training" if known else ""
 
 
 def _autoattack_header(rows: list[Result]) -> str:

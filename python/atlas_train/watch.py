@@ -16,7 +16,9 @@ from .run import Run
 from .validation import STEPS, validate
 
 PROBE_STEPS = 5
-PROBE_DROP, PROBE_WINDOW, PROBE_GAP, PROBE_GROWTH = 0.2, 5, 0.4, 0.15
+PROBE_DROP, PROBE_WINDOW, PROBE_GAP = 0.2, 5, 0.4
+#: Of the beginning of a collapse; the first epoch's accuracies say little of the second's.
+LEAP, LEAP_DROP, LEAP_AFTER = 0.05, 0.08, 2
 #: The accuracies that must not fall, and what they are called.
 _WATCHED = {
     "probe": f"PGD-{PROBE_STEPS} accuracy on the same training images",
@@ -77,16 +79,16 @@ def fits_its_own_attack_only(row: Row) -> bool:
 
 
 def turns_to_its_own_attack(row: Row, recent: Sequence[Row]) -> bool:
-    """Whether a collapse begins: robustness to the method's own attack rises while that to PGD falls, and the gap
-    between them is by 15 points wider than it was."""
+    """Whether a collapse begins: accuracy under the method's own attack leaps above that of the epochs before, and that
+    under PGD falls below theirs, on the probe and in validation."""
     before = [past for past in recent if _attacked(past)]
-    return (
-        _attacked(row)
-        and bool(before)
-        and row["adv"] > max(past["adv"] for past in before)
-        and row["probe"] < max(past["probe"] for past in before)
-        and row["adv"] - row["probe"] > max(0, min(past["adv"] - past["probe"] for past in before)) + PROBE_GROWTH
-    )
+    if len(before) < LEAP_AFTER or not _attacked(row):
+        return False
+    leap = row["adv"] - max(past["adv"] for past in before)
+    drop = max(past["probe"] for past in before) - row["probe"]
+    validated = [past["val_pgd"] for past in before if past.get("val_pgd") is not None]
+    confirmed = not validated or row.get("val_pgd") is None or row["val_pgd"] < max(validated)
+    return bool(leap > LEAP and drop > LEAP_DROP and confirmed)
 
 
 def _attacked(row: Row) -> bool:
