@@ -134,7 +134,8 @@ def _answers(value: Any) -> bool:
 
 def _rescue(value: Any) -> bool:
     """A collapse that was taken back: {"epoch": 5, "back_to": 3, "sign": "...", "changed": {"steps": [1, 2]}}."""
-    return _change(value) and _size(value.get("back_to")) and _text(value.get("sign"))
+    numbers = _change(value) and all(_number(number) for pair in value["changed"].values() for number in pair)
+    return numbers and _size(value.get("back_to")) and _text(value.get("sign"))
 
 
 def _collapse(value: Any) -> bool:

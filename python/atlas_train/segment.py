@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atlas_kernels import cross_entropy, pgd_step, random_start
+from atlas_kernels import attack_cotangent, pgd_step, random_start
 from atlas_kernels.attacks.held import generators, put_back
 from atlas_kernels.outputs import logits_of
 
@@ -59,7 +59,7 @@ class Segment:
             autocast(run.execution.precision, run.device),
         ):
             start = random_start(x, eps, key=key, ids=ids).requires_grad_()
-            loss = cross_entropy(logits_of(run.model(start)), y, reduction="sum")
-            (grad,) = torch.autograd.grad(loss, start)
+            logits = logits_of(run.model(start))
+            (grad,) = torch.autograd.grad(logits, start, attack_cotangent(logits.detach(), y).cotangent)
             adv = pgd_step(start.detach(), grad, x, eps, 1.25 * eps)
             return [predict(run.model, x + POINT * (adv - x)), predict(run.model, adv)]
