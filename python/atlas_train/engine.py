@@ -186,7 +186,9 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
         except (Collapsed, NonFiniteLoss) as error:
             if not rescue.goes_back(run):
                 raise
-            display.say(rescue.take_back(run, epoch, str(error), stronger=isinstance(error, Collapsed)))
+            collapsed = isinstance(error, Collapsed)
+            sign = str(error) if collapsed else "a loss or a weight that is not finite"
+            display.say(rescue.take_back(run, epoch, sign, stronger=collapsed))
             step = make_train_step(run, display)  # of the method with its new attack
             continue
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
