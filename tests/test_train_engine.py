@@ -219,7 +219,7 @@ def test_the_alarm_needs_a_drop_of_20_points_and_by_half(now: float, before: lis
 
 def test_the_alarm_sees_a_method_that_fits_its_own_attack_only() -> None:
     healthy, masked = {"adv": 0.9, "probe": 0.6}, {"adv": 0.95, "probe": 0.5}
-    said = "PGD-5 accuracy on the same training images is 50 %, but 95 % under the method's own attack,"
+    said = "PGD-5 accuracy on the same training images is 50 %, but 95 % under the method's own attack"
     assert watch.collapse(masked, [healthy]) == said
     assert watch.collapse(masked, []) is not None
     assert watch.collapse(masked, [healthy, masked]) is None  # said once

@@ -40,8 +40,7 @@ class Bend(nn.Module):
 
 
 def run_of(model: nn.Module, **more: Any) -> Run:
-    config = SimpleNamespace(eps=EPS, probe_size=8, on_nonfinite="stop")
-    method = methods.build("one_step_adv", EPS)
+    config, method = TrainConfig(**TINY), methods.build("one_step_adv", EPS)
     fake = SimpleNamespace(
         model=model, config=config, method=method, execution=Execution("fp32"), device=torch.device("cpu"),
         step=segment.EVERY - 1, folder=None, **more,
@@ -103,6 +102,28 @@ def test_a_look_costs_four_passes_and_waits_for_nothing(monkeypatch: pytest.Monk
         assert Waits.seen == 1  # so it would be seen
         look.look(images, KEY)
     assert Waits.seen == 1
+
+
+def test_a_look_waits_for_no_device(device: torch.device) -> None:
+    """On CUDA, whose driver says so; the numbers are those of the CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 2)
+    )
+    images = Batch(torch.rand(32, 1, 8, 8), torch.arange(32) % 2, torch.arange(32))
+    expected = looked(model, images)
+    run = run_of(model.to(device))
+    run.device = device
+    look, there, key = segment.Segment(run), Batch(*(t.to(device) for t in images)), KEY.to(device)
+    look.look(there, key)  # what a first call sets up
+    watch = torch.cuda.set_sync_debug_mode if device.type == "cuda" else str
+    watch("error")
+    try:
+        look.look(there, key)
+    finally:
+        watch("default")
+    look.read(look.unread()[-1].tolist())
+    assert look.inverted == pytest.approx(expected)
 
 
 def test_the_counts_are_read_with_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from atlas_kernels import PGD
 from atlas_train import checkpoint, engine, saving, validation, watch
 from atlas_train.compare import CONFIG, compare, settings_of
 from atlas_train.config import TrainConfig, resolved
-from atlas_train.data import DataSplits, Images, held_out
+from atlas_train.data import Batches, DataSplits, Images, held_out
 from atlas_train.noise import noise_keys
 from atlas_train.passes import count_passes, passes_per_step
 from atlas_train.run import Run
@@ -143,7 +143,7 @@ def test_validation_costs_four_percent_of_an_epoch_of_atlas_on_cifar10() -> None
     assert passes == pytest.approx(11, rel=0.02)
     size = held_out.default_size(50_000, None)
     run.validation, run.splits = numbered(size), dataclasses.replace(splits(), train=numbered(50_000 - size))
-    run.batches.batch_size, run.batches._labels = 128, torch.zeros(50_000 - size)
+    run.batches = Batches(run.splits.train, 128, shuffle=True, seed=0, device="cpu", drop_last=True)
     for clean, most in ((0.9, 0.0369), (0.97, 0.0397)):
         run.history = [{"val_clean": clean}]
         share = validation.share(run, 11.0)

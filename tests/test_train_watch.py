@@ -21,7 +21,7 @@ def recorded(name: str) -> list[dict[str, Any]]:
 
 def test_the_collapse_of_a_recorded_run_is_seen_as_it_begins() -> None:
     ((epoch, sign),) = watch.collapses(recorded("atlas-collapses.csv"))
-    assert epoch == 29 and sign.endswith("is 41 %, but 63 % under the method's own attack,")
+    assert epoch == 29 and sign.endswith("is 41 %, but 63 % under the method's own attack")
 
 
 def test_a_recorded_run_that_stays_robust_gives_no_alarm() -> None:

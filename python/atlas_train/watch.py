@@ -61,10 +61,10 @@ def _sign(row: Row, history: Sequence[Row]) -> str | None:
         if row.get(name) is not None and overfits(row[name], before):
             return f"{words} fell from {100 * max(before):.0f} % to {100 * row[name]:.0f} %"
     if (row.get("segment") or 0) > 0:
-        return "the network is right at one-step adversaries and wrong a quarter of the way to them,"
+        return "the network is right at one-step adversaries and wrong a quarter of the way to them"
     if fits_its_own_attack_only(row) or turns_to_its_own_attack(row, recent):
         percents = 100 * row["probe"], 100 * row["adv"]
-        return f"{_WATCHED['probe']} is {percents[0]:.0f} %, but {percents[1]:.0f} % under the method's own attack,"
+        return f"{_WATCHED['probe']} is {percents[0]:.0f} %, but {percents[1]:.0f} % under the method's own attack"
     return None
 
 
