@@ -121,6 +121,8 @@ def test_a_rescued_run_that_is_killed_ends_with_the_same_bits(monkeypatch: pytes
     assert run.rescues == whole.rescues and run.best == whole.best == 4
     with pytest.raises(ValueError, match="other hyper-parameters"):
         engine.train(dataclasses.replace(again, hyper={"steps": 7}), splits=splits())
+    with pytest.raises(ValueError, match="another method: it has 'adv', you gave 'one_step_adv'"):
+        engine.train(dataclasses.replace(again, method="one_step_adv", hyper={}), splits=splits())
 
 
 def test_a_rescued_run_is_labelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

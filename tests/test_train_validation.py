@@ -277,6 +277,18 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_along(monkeypatch: pytest.M
     assert "best.pt, of epoch 1, is no longer there" in lines.said[0]
 
 
+def test_a_run_goes_on_from_its_best_epoch_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(monkeypatch, [0.3, 0.5, 0.4, 0.2, 0.6, 0.9])
+    whole = engine.train(TrainConfig(**VALIDATED), splits=splits(), folder=tmp_path)
+    assert (tmp_path / checkpoint.export_name()).with_stem("best").exists()
+    run = resume(tmp_path / "best.pt", splits=splits())
+    assert [row["val_pgd"] for row in run.history] == [0.3, 0.5, 0.6, 0.9] and same(
+        weights(run.model), weights(whole.model)
+    )
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == run.best == 4
+    assert not (tmp_path / checkpoint.export_name()).with_stem("best").exists()  # best and last are one
+
+
 def test_disks_without_second_names_get_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no links")

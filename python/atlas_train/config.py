@@ -197,8 +197,8 @@ class TrainConfig(metaclass=_Lenient):
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
     resume: str | None = option(
         None,
-        "folder of a run or of a comparison, or last.pt, to go on with; its settings are then the defaults, but for "
-        "data_dir, which no file holds",
+        "folder of a run or of a comparison, or last.pt, to go on with (best.pt: from the best epoch again); its "
+        "settings are then the defaults, but for data_dir, which no file holds",
     )
     tensorboard: bool = option(False, "also log for TensorBoard")
 

@@ -88,6 +88,7 @@ def as_left(config: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
     and the attack that collapses have left it with."""
     if config.val_size is None:
         config = replace(config, val_size=state["config"]["val_size"])
-    for rescue in state.get("rescues", []):
-        config = with_attack(config, rescue["changed"])
+    if config.method == state["config"].get("method"):
+        for rescue in state.get("rescues", []):
+            config = with_attack(config, rescue["changed"])
     return config

@@ -62,20 +62,18 @@ def save(run: Run) -> None:
 
 def discard(folder: Path) -> None:
     """Takes away what ``save`` and TensorBoard wrote, for a run of which nothing came, into an empty folder."""
-    for path in (
-        folder / checkpoint.LAST,
-        folder / checkpoint.BEST,
-        folder / LOG,
-        *folder.glob("events.out.tfevents.*"),
-    ):
+    own = (folder / name for name in (checkpoint.LAST, checkpoint.BEST, LOG))
+    for path in (*own, *folder.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
 
 def export(run: Run) -> Path:
-    """The bare weights of ``final_model``, for others to load; returns the file."""
+    """The bare weights of ``final_model``, for others to load, and those of best.pt if it is of another epoch; returns
+    the file of the first."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
     _export(run, run.final_model, path)
+    path.with_stem("best").unlink(missing_ok=True)
     with best_weights(run) as best:
         if best:
             _export(run, best, path.with_stem("best"))
