@@ -36,7 +36,7 @@ class Segment:
         """Looks at this batch if its turn has come: a forward and a backward to the image, and two forwards."""
         if self._watched and (self._run.step + 1) % EVERY == 0:
             near, far = (predicted == batch.y for predicted in self._predict(batch, key))
-            counts = [(far & ~near).sum(), (near & ~far).sum(), far.new_tensor(len(far), dtype=torch.int64)]
+            counts = [(far & ~near).sum(), (near & ~far).sum(), far.new_full((), len(far), dtype=torch.int64)]
             self._unread.append(torch.stack(counts))
 
     def unread(self) -> list[Tensor]:
