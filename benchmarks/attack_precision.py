@@ -185,13 +185,16 @@ def settings(steps: Sequence[int], other_steps: Sequence[int]) -> Iterator[Setti
 def network(o: argparse.Namespace) -> tuple[nn.Module, DataSplits, float, str]:
     """The network, its data and radius, and a line about where it comes from."""
     if o.checkpoint:
-        model, config, splits, _ = opened(o.checkpoint, data_dir=o.data_dir)
+        model, description, splits, _ = opened(o.checkpoint, data_dir=o.data_dir)
+        config = description["config"]
         return model, splits, config["eps"], f"{config['method']}, {config['epochs']} epochs, from a checkpoint"
     own = TRAINING[o.dataset]
     given = {name: getattr(o, name) for name in ("train_size", "epochs", "width", "threads", "device")}
     chosen = {**own, **{name: value for name, value in given.items() if value is not None}}
     splits = data.load(o.dataset, o.data_dir)
-    run = train(TrainConfig(dataset=o.dataset, beside=(), probe_size=0, channels_last=True, **chosen), splits=splits)
+    run = train(
+        TrainConfig(dataset=o.dataset, beside=(), val_size=0, probe_size=0, channels_last=True, **chosen), splits=splits
+    )
     size, width = len(run.splits.train), f" width {run.arch['width']}" if run.arch["width"] else ""
     where = f"{run.arch['name']}{width}, {run.config.method}, {size:,} images, epochs {run.config.epochs}"
     return run.final_model, splits, run.config.eps, f"{where}, trained in {run.seconds:.0f} s"

@@ -106,7 +106,7 @@ class Bench:
         """A training run of the trainer's, on a copy of the network, before its first step."""
         config = TrainConfig(
             method, hyper, epochs=1, batch_size=self.settings.batch, augment=False, optimizer="sgd", lr=LR,
-            weight_decay=5e-4, schedule="constant", channels_last=True, device=self.settings.device,
+            weight_decay=5e-4, schedule="constant", channels_last=True, val_size=0, device=self.settings.device,
         )  # fmt: skip
         made = prepare(config, self.splits, copy.deepcopy(self.model), None)
         dtype = next(made.model.parameters()).dtype

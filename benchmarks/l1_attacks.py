@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in o.datasets:
         settings, radii = TRAINING[name]
         splits = data.load(name, o.data_dir)
-        run = train(TrainConfig(dataset=name, beside=(), probe_size=0, **settings), splits=splits)
+        run = train(TrainConfig(dataset=name, beside=(), val_size=0, probe_size=0, **settings), splits=splits)
         model = run.final_model.requires_grad_(False)
         test = splits.test.subset(o.size, SUBSET_SEED) if len(splits.test) > o.size else splits.test
         x, y = test.images.float() / 255, test.labels

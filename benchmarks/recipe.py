@@ -46,7 +46,7 @@ from tables import Table, aligned, markdown
 #: Of every run. The published batch of 128 leaves 78 updates an epoch.
 BASE: dict[str, Any] = {
     "method": "atlas", "dataset": "cifar10", "train_size": 10000, "epochs": 10, "batch_size": 128, "probe_size": 0,
-    "train_precision": "bf16", "channels_last": True,
+    "val_size": 0, "train_precision": "bf16", "channels_last": True,
 }  # fmt: skip
 #: What each option sets, those most asked for first.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -116,7 +116,7 @@ def test_attacks_and_drop_ins_take_them(form: str) -> None:
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_trains_on_them(name: str) -> None:
     def trained(form: Callable[[Tensor], Any]) -> nn.Module:
-        settings = TINY | {"method": name, "epochs": 1, "val_every": 1}
+        settings = TINY | {"method": name, "epochs": 1, "val_size": 16}
         return engine.train(TrainConfig(**settings), splits=splits(32, 8), model=net(form)).model
 
     found, wanted = trained(FORMS["object"]), trained(lambda z: z)

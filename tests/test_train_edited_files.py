@@ -173,6 +173,9 @@ def test_an_edited_configuration_is_taken_or_refused(tmp_path: Path) -> None:
 
 def test_an_edited_evaluation_is_taken_or_made_anew(tmp_path: Path) -> None:
     result = Result(Evaluation(0.5, 0.25, 0.125, 100, 0.1, 20, 0.01, 1, 1.0, "cpu"), 60.0, 6.0, 23.0, 2)
+    rescue = {"epoch": 3, "back_to": 2, "sign": "it fell", "changed": {"steps": [1, 2], "step_size": [0.1, 0.05]}}
+    result = replace(result, best=replace(result, epoch=2), epoch=3, rule="the highest", validation_share=0.1)
+    result = replace(result, collapses=[[3, "it fell"]], rescues=[rescue], ended="collapsed")
     values, path, taken = result.to_dict() | {"of": {"a": 1}}, tmp_path / "evaluation.json", 0
     for where, new in sample(edits(values, False), 300):
         path.write_text(json.dumps(edited(values, where, new)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import PGD
-from atlas_train import engine
+from atlas_train import engine, segment
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import eval_mode, evaluate
 from tiny_runs import EPS, TINY, same, splits, weights
@@ -64,12 +64,15 @@ def test_logits_of_a_wrong_shape_are_refused(shape: str) -> None:
         evaluate(Wrong(), splits().test, EPS, steps=2)
 
 
-def test_a_run_that_is_looked_at_is_the_same_run() -> None:
+def test_a_run_that_is_looked_at_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(**looks: int) -> dict[str, Tensor]:
-        settings = TINY | {"method": "adv", "epochs": 2, "hyper": {"steps": 2}, **looks}
-        return weights(engine.train(TrainConfig(**settings), splits=splits(32, 8), model=model()).model)
+        settings = TINY | {"method": "adv", "epochs": 2, "hyper": {"steps": 2}, "train_size": 32, **looks}
+        return weights(engine.train(TrainConfig(**settings), splits=splits(40, 8), model=model()).model)
 
-    assert same(trained(val_every=1, probe_size=8), trained(val_every=0, probe_size=0))
+    monkeypatch.setattr(segment, "EVERY", 1)
+    looked = trained(val_size=8, probe_size=8)
+    monkeypatch.setattr(segment, "EVERY", 1000)
+    assert same(looked, trained(val_size=0, probe_size=0))
 
 
 def test_evaluation_beside_an_attack_in_another_mode_is_refused() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels.capture import Capture, cuda_graph
-from atlas_train import checkpoint, engine, methods, optimizers
+from atlas_train import checkpoint, engine, methods, optimizers, segment, watch
 from atlas_train.config import TrainConfig
 from atlas_train.methods import AWP, MMA, Method
 from atlas_train.run import Run
@@ -152,6 +152,26 @@ def test_every_method_makes_the_weights_of_eager_steps(
     assert_same(trained(settings), eager)
     assert graphs.said == []
     assert graphs.replays >= 4
+
+
+def test_a_collapse_is_taken_back_as_by_eager_steps(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The attack is another from there on, and the optimiser's tensors are: all is recorded anew, looks are beside."""
+    monkeypatch.setattr(segment, "EVERY", 2)
+    settings = config(device, method="adv", hyper={"steps": 1}, probe_size=8, val_size=16, on_collapse="rollback")
+
+    def rescued(name: str) -> Run:
+        found = iter([0.3, 0.6, 0.1, 0.5, 0.6])
+        monkeypatch.setattr(watch, "validate", lambda run: {"val_clean": 0.9, "val_pgd": next(found)})
+        return trained(settings, folder=tmp_path / name)
+
+    eager = rescued("eager")
+    graphs = Graphs(monkeypatch, device)
+    run = rescued("graphs")
+    assert_same(run, eager)
+    assert run.rescues == eager.rescues and run.rescues[0]["back_to"] == 2 and run.method.in_use()["steps"] == 2
+    assert graphs.recordings == 2 and graphs.said == [] and run.history[0]["segment"] is not None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from atlas_train.data import DataSplits, Images
 
 EPS = 0.1
 TINY: dict[str, Any] = {
-    "eps": EPS, "epochs": 4, "batch_size": 16, "width": 4, "probe_size": 8, "device": "cpu", "model": "digits_net",
-    "optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "cyclic_peak": 0.4, "beside": (), "threads": 1,
+    "eps": EPS, "epochs": 4, "batch_size": 16, "width": 4, "probe_size": 8, "val_size": 0, "device": "cpu",
+    "model": "digits_net", "optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "cyclic_peak": 0.4, "beside": (),
+    "threads": 1,
 }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .options import one_line, plain, shown
 from .writing import builtin, write_atomically
 
 FORMAT = 1
-LAST = "last.pt"
+LAST, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -123,6 +124,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
     except (RuntimeError, TypeError, AttributeError) as error:
         name = type(model).__name__
         raise ValueError(f"the weights in {plain(source)} do not fit a {name}: {one_line(error)}") from error
+
+
+@contextmanager
+def weights_of(path: Path, model: nn.Module) -> Iterator[None]:
+    """``model`` has the weights that a checkpoint evaluates to, for as long as the context lasts."""
+    weights = final_weights(load(path))
+    now = {name: value.clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()}
+    try:
+        load_weights(model, weights, path)
+        yield
+    finally:
+        model.load_state_dict(now)
 
 
 def require_finite(own: Mapping[str, Any], weights: Mapping[str, Any], source: object) -> None:
@@ -239,10 +252,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | str | None = Non
 def load_network(
     path: str | os.PathLike[str], model: nn.Module | str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """``load_model``, with all that says what the network is: arch, config and, of newer versions, data."""
+    """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
     state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
-    kept = ("arch", "config", "data", "answers")
+    kept = ("arch", "config", "data", "answers", "epoch", "best")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
     arch, weights = state["arch"], final_weights(state)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import checkpoint, progress, schema
 from .autoattack import autoattack, require_autoattack
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
-from .data import DataSplits, with_extra
+from .data import DataSplits, identity, with_extra
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
@@ -27,6 +28,9 @@ from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, commit, environment, markdown, table
 from .run import Run
+from .saving import best_weights
+from .validation import rule, share
+from .watch import collapses
 from .writing import write_json, write_text
 
 Results = dict[str, Result]
@@ -45,9 +49,10 @@ def compare(
 ) -> Results:
     """Trains ``config.method`` and every method in ``config.beside`` under the same settings and evaluates them.
 
-    Returns what each came to. In the run's folder: a subfolder per method (last.pt, log.csv, model.safetensors,
-    evaluation.json), config.json with the settings of them all, results.json with configuration, environment and
-    ``command``, results.md and, with matplotlib, curves.png.
+    Returns what each came to, in the last epoch and in the best. In the run's folder: a subfolder per method (last.pt,
+    best.pt, log.csv, model.safetensors, best.safetensors if the best epoch is another, evaluation.json), config.json
+    with the settings of them all, results.json with configuration, environment and ``command``, results.md and, with
+    matplotlib, curves.png.
 
     With ``config.resume`` a run goes on; with the folder of a comparison, all of it: methods that are done stay as they
     are, one that was stopped goes on, missing ones are trained, those in ``config.beside`` are added, and the table is
@@ -106,6 +111,8 @@ def settings_of(path: str | Path) -> TrainConfig:
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     """A configuration that goes on, and the folder of each of its methods."""
     resume = str(config.resume)
+    if config.val_size is None:
+        config = replace(config, val_size=settings_of(resume).val_size)
     if is_comparison(resume):
         root = Path(resume)
         old = from_file(root / CONFIG, from_record)
@@ -190,7 +197,7 @@ def _train_all(
 
 def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
     """The run of one method: the same settings, without what belongs to another method."""
-    own = config if name == config.method else replace(config, awp=0.0, mix_share=0.0)
+    own = config if name == config.method else replace(config, awp=0.0, mix_share=0.0, on_collapse="warn")
     own = replace(own, method=name, hyper=config.hyper_of(name))
     return replace(own, beside=(), resume=_start(config, name, folder))
 
@@ -233,19 +240,41 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     settings = ("eps", "norm", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
     of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
+    of["epochs"] = [run.epoch, run.best]
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
     with on_host(c.threads):
-        ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
-        how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
-        accuracies = evaluate(model, splits.test, **ball, **how)
-        result = Result(accuracies, run.seconds, run.seconds / run.epoch, passes_per_step(run), run.skipped)
-        if c.autoattack:
-            attacked = autoattack(model, splits.test, size=c.autoattack, version=c.autoattack_version, say=say, **ball)
-            result = replace(result, autoattack=attacked)
+        last = _attacked(c, model, run.epoch, splits, say)
+        with best_weights(run) as better:
+            best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
+        passes = passes_per_step(run)
+    result = replace(
+        last,
+        training_seconds=run.seconds,
+        epoch_seconds=run.seconds / run.epochs_done,
+        passes=passes,
+        skipped=run.skipped,
+        best=best,
+        rule=rule(run),
+        validation_share=share(run, passes),
+        collapses=[list(each) for each in collapses(run.history)],
+        rescues=run.rescues,
+        ended=run.ended or None,
+    )
     write_json(folder / EVALUATION, result.to_dict() | {"of": of})
     return result
+
+
+def _attacked(c: TrainConfig, model: nn.Module, epoch: int, splits: DataSplits, say: Say) -> Result:
+    """The accuracies of the network as it was after that epoch."""
+    ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
+    how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
+    result = Result(evaluate(model, splits.test, **ball, **how), epoch=epoch)
+    if not c.autoattack:
+        return result
+    attacked = autoattack(model, splits.test, size=c.autoattack, version=c.autoattack_version, say=say, **ball)
+    return replace(result, autoattack=attacked)
 
 
 def _kept(path: Path, of: Mapping[str, Any]) -> Result | None:
@@ -273,6 +302,7 @@ def _write(
         "config": recorded(config) | {"hyper": used},
         "network": run.arch | {"parameters": sum(p.numel() for p in run.model.parameters())},
         "data": run.data,
+        "validation": run.validation and identity.facts(run.validation),
         "command": command and shlex.join(map(_public, command)),
         "environment": machine,
     }

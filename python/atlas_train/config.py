@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 
 from . import data, methods, models
-from .data import Dataset, DataSplits, Images
+from .data import Dataset, DataSplits, Images, held_out
 from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
 from .options import NORMS, Norm, canonical, check, option, plain, shown, suggestion
@@ -27,9 +27,12 @@ MOST_THREADS = 1024
 PLACES = ("data_dir", "out_dir", "resume")
 #: Settings of earlier versions that no longer exist, and why. Files, flags and calls that have one still work: it is
 #: ignored, whatever its value, and a warning of one line says so.
-RETIRED: dict[str, str] = {"fold_batchnorm": "it made attacks no faster"}
+RETIRED: dict[str, str] = {
+    "fold_batchnorm": "it made attacks no faster",
+    "val_every": "validation looks at val_size training images after every epoch, and at no test image",
+}
 #: What runs of earlier versions had, where a new run has another default: their records do not say it.
-EARLIER: dict[str, Any] = {"ema_warmup": False}
+EARLIER: dict[str, Any] = {"ema_warmup": False, "val_size": 0}
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
@@ -91,7 +94,16 @@ class TrainConfig(metaclass=_Lenient):
     )
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
-    train_size: int | None = option(None, "train on this many images (a stratified draw); default: all", low=1)
+    train_size: int | None = option(
+        None, "train on this many images (a stratified draw); default: all that validation leaves", low=1
+    )
+    val_size: int = option(
+        None,
+        "training images held out for validation (a stratified draw by the seed, never trained on): after each epoch "
+        "they say which weights are kept as best.pt; 0: none. Default: 2 % of the images, but 500 to 1000, and at most "
+        "a tenth",
+        low=0,
+    )
     extra_data: str | None = option(
         None,
         "more images to train on, generated ones say: an .npz file with image, uint8 [N, H, W, C], and label, the "
@@ -250,8 +262,8 @@ class TrainConfig(metaclass=_Lenient):
     averaging: Literal["none", "ema", "swa"] = option(
         "none",
         "of the weights, BatchNorm's statistics included: ema after every batch; swa, the mean over the ends of the "
-        "last epochs. The final evaluation and the exported weights are then the average; the probe and val_every look "
-        "at the weights being trained",
+        "last epochs. Validation, the final evaluation and the exported weights are then those of the average; the "
+        "probe looks at the weights being trained",
     )
     ema_decay: float = option(
         0.999, "decay of ema, which remembers some 1 / (1 - decay) batches: take less for a short run", low=0, below=1
@@ -279,7 +291,15 @@ class TrainConfig(metaclass=_Lenient):
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=MOST_THREADS)
 
-    val_every: int = option(0, "every so many epochs, clean and PGD-10 accuracy on 500 test images; 0: never", low=0)
+    on_collapse: Literal["warn", "stop", "rollback"] = option(
+        "warn",
+        "what follows when training collapses (catastrophic overfitting). warn: it is said, and training goes on; "
+        "stop: the run ends after that epoch; rollback: it goes back to best.pt, and on from there with one attack "
+        "step more, or ends there if the method has no steps. best.pt is kept in any case. Methods in beside have warn",
+    )
+    early_stop: int = option(
+        0, "end the run when so many epochs in a row were no better in validation than the best before; 0: never", low=0
+    )
     probe_size: int = option(
         64, "training images watched for catastrophic overfitting with PGD-5 after each epoch; 0: do not watch", low=0
     )
@@ -296,8 +316,8 @@ class TrainConfig(metaclass=_Lenient):
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
     resume: str | None = option(
         None,
-        "folder of a run or of a comparison, or last.pt, to go on with; its settings are then the defaults, but for "
-        "data_dir, which no file holds",
+        "folder of a run or of a comparison, or last.pt, to go on with (best.pt: from the best epoch again); its "
+        "settings are then the defaults, but for data_dir, which no file holds",
     )
     tensorboard: bool = option(False, "also log for TensorBoard")
 
@@ -428,9 +448,12 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
         defaults |= {"mean": None, "std": None}
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
+    if config.val_size is None:
+        missing["val_size"] = held_out.default_size(len(splits.train), config.train_size)
     config = dataclasses.replace(config, **missing)
     config = dataclasses.replace(config, beside=_beside(config.beside, config.method))
     _require_known(config, splits, own, own_model)
+    held_out.require_room(len(splits.train), config.train_size, config.val_size)
     return dataclasses.replace(config, hyper={**config.hyper, **_published(config, dataset)})
 
 

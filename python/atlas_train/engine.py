@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, models, progress
+from . import average_bn, checkpoint, data, models, progress, rescue
 from .config import TrainConfig
 from .data import DataSplits, identity
 from .descent import OptimizerDescent
@@ -25,11 +25,14 @@ from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
 from .report import TensorBoard
+from .rescue import Collapsed
 from .run import Run, prepare
 from .saving import as_normalized, discard, export, require_network, restore, save
 from .schedules import eps_share
+from .segment import Segment
 from .step_graph import StepGraph
-from .watch import watch
+from .validation import better
+from .watch import collapse, watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
 TrainStep = Callable[[nn.Module, Batch, Tensor, State, OptimizerDescent], tuple[Tensor, Metrics]]
@@ -52,7 +55,7 @@ def train(
         splits: data of your own, by whose name the run is then known; default: ``config.dataset``. ``stored`` has what
             resumes and evaluates such a run.
         model: a network of your own, images in [0, 1] -> logits; default: ``config.model``.
-        folder: where last.pt, log.csv and the weights go; default: the resumed run's, or none at all. An
+        folder: where last.pt, best.pt, log.csv and the weights go; default: the resumed run's, or none at all. An
             empty one stays empty where the run fails in its first epoch, but for a loss that is not finite.
         display: told of the progress; default: nothing is printed.
         on_epoch: called with each epoch's numbers; returning True ends the training there.
@@ -152,17 +155,19 @@ def start(
     if not config.resume:
         splits = data.with_extra(splits or load_splits(config), config.extra_data)
         run = prepare(config, splits, model, folder)
+        rescue.require_possible(run.config, folder is not None)
         run.data = identity.record(splits) if folder else {}
         return run, _beginnings(run)
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
     checkpoint.require_resumable(state, source)
-    config = as_normalized(config, state)
+    config = as_normalized(rescue.as_left(config, state), state)
     splits = data.with_extra(splits or load_splits(config, state, source), config.extra_data)
     images = identity.record(splits)
     notes = identity.require_same(state, images, source, "resume")
     run = prepare(config, splits, model, folder)
+    rescue.require_possible(run.config, folder is not None)
     run.data = images
     return run, notes + restore(run, state, source)
 
@@ -192,24 +197,65 @@ def load_splits(
 
 
 def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
-    """Epoch after epoch, each with its look back, its checkpoint and its line in the logs."""
+    """Epoch after epoch, each with its look back, its checkpoint and its line in the logs; a collapse may be taken
+    back, or end the run."""
     step = make_train_step(run, display)
     masks = checkpoint.not_finite(run.model)
-    while run.epoch < run.config.epochs:
-        row = train_epoch(run, display, step)
-        if broken := checkpoint.not_finite(run.model) - masks:
-            raise NonFiniteWeights(run, sorted(broken))
-        if run.average:
-            run.average.after_epoch(run.model, run.epoch)
-            average_bn.measure(run)
-        watch(run, row, display)
+    while run.epoch < run.config.epochs and not run.ended:
+        epoch = run.epoch + 1
+        try:
+            row, sign = watched_epoch(run, display, step, masks)
+        except (Collapsed, NonFiniteLoss) as error:
+            if not rescue.goes_back(run):
+                raise
+            collapsed = isinstance(error, Collapsed)
+            sign = str(error) if collapsed else "a loss or a weight that is not finite"
+            display.say(rescue.take_back(run, epoch, sign, stronger=collapsed))
+            step = make_train_step(run, display)  # of the method with its new attack
+            continue
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
+        if better(row, run.history[run.best - 1] if run.best else None):
+            run.best = run.epoch
+        run.ended = _ended(run, sign)
+        if run.ended:
+            display.say(f"{run.ended}: the run ends after epoch {run.epoch} of {run.config.epochs}")
         if run.folder:
             save(run)
         if board:
             board.write(row)
         if on_epoch and on_epoch(row):
             return
+
+
+def watched_epoch(
+    run: Run, display: progress.Display, step: TrainStep, masks: set[str]
+) -> tuple[dict[str, Any], str | None]:
+    """An epoch and what is looked at after it: its numbers, and the sign of a collapse.
+
+    masks: what of the network was not finite from the start. Raises NonFiniteWeights for anything else that is not, and
+    Collapsed for a collapse if the run can go back.
+    """
+    row = train_epoch(run, display, step)
+    if broken := checkpoint.not_finite(run.model) - masks:
+        raise NonFiniteWeights(run, sorted(broken))
+    if run.average:
+        run.average.after_epoch(run.model, run.epoch)
+        average_bn.measure(run)
+    sign = watch(run, row, display)
+    if sign and rescue.goes_back(run):
+        raise Collapsed(sign)
+    if sign and run.config.on_collapse == "rollback":
+        display.say("there is nothing to go back to, as no epoch before was validated: training goes on")
+    return row, sign
+
+
+def _ended(run: Run, sign: str | None) -> str:
+    """Why the run is to end before its last epoch, if it is."""
+    if sign and run.config.on_collapse == "stop":
+        return f"training collapsed in epoch {run.epoch}"
+    since, patience = run.epoch - run.best, run.config.early_stop
+    late = 0 < patience <= since
+    return f"validation was no better for {since} epochs than in epoch {run.best}" if late else ""
 
 
 def make_train_step(run: Run, display: progress.Display) -> TrainStep:
@@ -220,17 +266,22 @@ def make_train_step(run: Run, display: progress.Display) -> TrainStep:
 
 
 def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> dict[str, Any]:
-    """One pass over the data; returns the epoch's numbers (means over its steps)."""
+    """One pass over the data; returns the epoch's numbers (means over its steps).
+
+    Raises Collapsed as soon as that shows, if the run can go back.
+    """
     config, device = run.config, run.device
     run.batches.set_epoch(run.epoch)
     run.model.train()
     keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
     steps: list[dict[str, Tensor]] = []
     losses, skipped = Losses(run), 0
+    losses.segment = segment = Segment(run)
     started, images = time.perf_counter(), 0
     for batch, key in zip(run.batches, keys, strict=True):
         buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
         descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
+        segment.look(batch, key)
         try:
             with run.training():
                 loss, metrics = train_step(run.network, batch, key, run.state, descent)
@@ -244,6 +295,9 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
             with torch.no_grad():
                 for buffer, before in zip(run.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+        if rescue.goes_back(run) and (sign := collapse({"segment": segment.inverted}, ())):
+            run.seconds += time.perf_counter() - started
+            raise Collapsed(sign)
         run.step += 1
         images += len(batch.y)
         if display.wants_step() and steps:
@@ -253,7 +307,8 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     seconds = time.perf_counter() - started
     run.epoch += 1
     run.seconds += seconds
-    return _row(run, run.epoch, steps, skipped, images / seconds, run.seconds)
+    looked = {} if segment.inverted is None else {"segment": segment.inverted}
+    return _row(run, run.epoch, steps, skipped, images / seconds, run.seconds) | looked
 
 
 def _row(

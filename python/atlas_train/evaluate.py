@@ -104,7 +104,7 @@ def evaluate(
     correct = torch.zeros(len(ACCURACIES), dtype=torch.int64, device=where)
     with evaluating(model):
         for number, (x, y, ids) in enumerate(batches):
-            rights = _survivors(model, attacks, x, y, ids, key)
+            rights = survivors(model, attacks, x, y, ids, key)
             correct += torch.stack([rights[name].sum() for name in ACCURACIES])
             if number == 0 and len(batches) > 1 and say:
                 _synchronize(where)
@@ -117,7 +117,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _survivors(
+def survivors(
     model: nn.Module, attacks: Mapping[str, Attack], x: Tensor, y: Tensor, ids: Tensor, key: Tensor
 ) -> dict[str, Tensor]:
     """Which rows are right: clean, and then under each attack. bool [B] each."""

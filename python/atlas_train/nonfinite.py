@@ -12,6 +12,7 @@ from .checkpoint import LAST
 from .methods import Metrics
 from .options import plain
 from .run import Run
+from .segment import Segment
 
 #: On CUDA the losses of so many steps are read together: reading one waits for all the work that is queued.
 STEPS = 8
@@ -48,11 +49,13 @@ class Losses:
     """Looks at the losses of a run, and raises NonFiniteLoss for the first that is not finite.
 
     On a CPU, and where such a batch is to be skipped, each loss is read at once, before it reaches the weights. On CUDA
-    a loss that stops the run is read up to ``STEPS`` steps later: the checkpoint is from before in any case.
+    a loss that stops the run is read up to ``STEPS`` steps later: the checkpoint is from before in any case. What
+    ``segment`` has counted is read with them.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.segment: Segment | None = None
         self._steps = STEPS if run.device.type == "cuda" and run.config.on_nonfinite == "stop" else 1
         self._unread: list[tuple[int, Tensor, Metrics]] = []
 
@@ -67,8 +70,12 @@ class Losses:
         if not self._unread:
             return
         unread, self._unread = self._unread, []
-        finite = torch.stack([values["loss"].reshape(()) for _, _, values in unread]).isfinite().tolist()
-        for (step, ids, values), fine in zip(unread, finite, strict=True):
+        finite = torch.stack([values["loss"].reshape(()) for _, _, values in unread]).isfinite()
+        looks = self.segment.unread() if self.segment else []
+        numbers = torch.cat([finite.long(), *looks]).tolist()  # one wait for all
+        if self.segment:
+            self.segment.read(numbers[len(unread) :])
+        for (step, ids, values), fine in zip(unread, numbers, strict=False):
             if not fine:
                 saved = self._run.folder / LAST if self._run.folder else None
                 raise NonFiniteLoss(step, ids, {name: value.item() for name, value in values.items()}, saved)

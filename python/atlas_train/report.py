@@ -12,7 +12,7 @@ from typing import Any
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
-COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "test_clean", "test_pgd", "images_per_s", "seconds")
+COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "val_clean", "val_pgd", "images_per_s", "seconds")
 
 
 def write_csv(path: Path, history: Sequence[Row]) -> None:
@@ -38,7 +38,7 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = {"clean": ":", "adv": "--", "probe": "-"}
+    styles = {"clean": ":", "adv": "--", "probe": "-", "val_pgd": "-."}
     for number, (name, history) in enumerate(histories.items()):
         colour = colormaps["tab20"](number % 20)
         left.plot([row["epoch"] for row in history], [row["loss"] for row in history], color=colour, label=name)
@@ -49,7 +49,7 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
     left.legend(fontsize="small", ncols=1 + len(histories) // 8)
-    names = {"clean": "clean", "adv": "own attack", "probe": "PGD-5"}
+    names = {"clean": "clean", "adv": "own attack", "probe": "PGD-5", "val_pgd": "validation, PGD-10"}
     for key, style in styles.items():
         right.plot([], [], color="black", linestyle=style, label=names[key])
     right.legend(fontsize="small")

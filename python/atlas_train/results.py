@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,9 @@ class Result:
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
     skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
+    epoch: whose weights these are, usually the last. best: what those of best.pt came to, which ``rule`` chose.
+    validation_share: passes of validation for each pass of training. collapses: epochs in which training collapsed, and
+    the sign. rescues: collapses that were taken back (``rescue``). ended: why training ended early.
     """
 
     evaluation: Evaluation
@@ -37,11 +40,18 @@ class Result:
     skipped: int | None = None
     autoattack: AutoAttacked | None = None
     data: dict[str, Any] | None = None
+    epoch: int | None = None
+    best: Result | None = None
+    rule: str | None = None
+    validation_share: float | None = None
+    collapses: Sequence[Sequence[Any]] = ()
+    rescues: Sequence[Mapping[str, Any]] = ()
+    ended: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; without what is not known."""
-        own = {key: value for key, value in asdict(self).items() if key != "evaluation" and value is not None}
-        return self.evaluation.to_dict() | own
+        own = {key: value for key, value in asdict(self).items() if key != "evaluation" and value not in (None, ())}
+        return self.evaluation.to_dict() | own | ({"best": self.best.to_dict()} if self.best else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Result:
@@ -50,21 +60,24 @@ class Result:
         def of(kind: type[Any], values: Mapping[str, Any]) -> Any:
             return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
-        attacked = values.get("autoattack")
+        attacked, best = values.get("autoattack"), values.get("best")
         parts = {"evaluation": of(Evaluation, values), "autoattack": attacked and of(AutoAttacked, attacked)}
+        parts["best"] = best and cls.from_dict(best)
         return cast(Result, of(cls, {**values, **parts}))
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method."""
-    return "\n".join([tables.aligned(_rows(results)), _note(results)])
+    """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method, and a second
+    where another epoch than the last is the best."""
+    return "\n".join([tables.aligned(_rows(results)), _note(results), *_told(results)])
 
 
 def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str, Any]) -> str:
     """The table as a markdown document that says what it was made with."""
     table = tables.markdown(_rows(results))
     machine = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
-    return "\n".join([f"# {title}", "", table, "", _note(results) + ".", "", machine + ".", ""])
+    told = [line for text in _told(results) for line in (f"{text}.", "")]
+    return "\n".join([f"# {title}", "", table, "", _note(results) + ".", "", *told, machine + ".", ""])
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -110,10 +123,11 @@ def commit(digits: int = 40) -> str | None:
 
 def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
     """The header and a row per method; a column of which nothing is known is left out."""
-    rows = list(results.values())
+    lines = [line for name, result in results.items() for line in _lines(name, result)]
+    rows = [row for _, row in lines]
     first = rows[0].evaluation
     columns = [
-        ("method", list(results)),
+        ("method", [name for name, _ in lines]),
         *(
             (header.format(**asdict(first)), [_percent(getattr(row.evaluation, name)) for row in rows])
             for name, header in ACCURACIES.items()
@@ -125,6 +139,41 @@ def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
         ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
     ]
     return list(zip(*((header, *cells) for header, cells in columns if any(cells)), strict=True))
+
+
+def _lines(name: str, result: Result) -> list[tuple[str, Result]]:
+    """The lines of a method: its last epoch and, if that is another, the best."""
+    name += ", rescued" if result.rescues else ""
+    if not result.best or result.best.epoch == result.epoch:
+        return [(name, result)]
+    best = f"{name}, best (epoch {result.best.epoch})", result.best
+    return [(f"{name}, last (epoch {result.epoch})", result), best]
+
+
+def _told(results: Mapping[str, Result]) -> list[str]:
+    """How the best epoch was chosen and what that cost, and what else happened to a run, a line each."""
+    told: dict[str, list[float | None]] = {}
+    for result in results.values():
+        if result.rule:
+            told.setdefault(result.rule, []).append(result.validation_share)
+    lines = [f"best: the epoch with {rule}{_cost(shares)}" for rule, shares in told.items()]
+    for name, result in results.items():
+        lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
+        for rescue in result.rescues:
+            now = ", ".join(f"{key} {pair[1]:.4g}" for key, pair in rescue["changed"].items())
+            lines.append(
+                f"{name} was rescued: it collapsed in epoch {rescue['epoch']} ({rescue['sign']}) and went back to "
+                f"epoch {rescue['back_to']}, " + (f"to go on with {now}" if now else "where it ended")
+            )
+        if result.ended:
+            lines.append(f"{name} ended after epoch {result.epoch}: {result.ended}")
+    return lines
+
+
+def _cost(shares: Sequence[float | None]) -> str:
+    known = sorted(100 * share for share in shares if share is not None)
+    ends = dict.fromkeys(f"{share:.1f}" for share in (*known[:1], *known[-1:]))
+    return f"; it costs {' to '.join(ends)} % of the passes of training" if known else ""
 
 
 def _autoattack_header(rows: list[Result]) -> str:

@@ -15,7 +15,7 @@ from atlas_kernels import Execution
 
 from . import averaging, models, optimizers
 from .config import TrainConfig, resolved
-from .data import Batches, DataSplits
+from .data import Batches, DataSplits, Images, held_out
 from .fine_tuning import begin_with
 from .imported import without_place
 from .machine import autocast, usable_device
@@ -32,6 +32,8 @@ class Run:
 
     network: what methods are given, ``model`` or its compiled form. execution: how attacks are run. data: the record
     of its images (``data.identity``). changes: settings that a resumed run has changed, each with its epoch.
+    validation: training images held out. best: the epoch that best.pt holds, 0 before there is one. rescues: where a
+    collapse was taken back, from which epoch to which and with what. ended: why training ended early, if it did.
     """
 
     config: TrainConfig
@@ -54,6 +56,10 @@ class Run:
     average: averaging.Averaging | None = None
     data: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    validation: Images | None = None
+    best: int = 0
+    rescues: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
 
     @property
     def final_model(self) -> nn.Module:
@@ -70,6 +76,11 @@ class Run:
     def skipped(self) -> int:
         """Batches left out so far, for their loss was not finite."""
         return sum(row.get("skipped", 0) for row in self.history)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that were trained, those that were taken back too."""
+        return self.epoch + sum(rescue["epoch"] - rescue["back_to"] for rescue in self.rescues)
 
     @property
     def samples(self) -> int:
@@ -106,8 +117,8 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     """Network, optimiser and method as the configuration says, before the first step."""
     config = resolved(config, splits, own_model=model is not None)
     device = usable_device(config.device)
-    if config.train_size is not None:
-        splits = replace(splits, train=splits.train.subset(config.train_size, config.seed))
+    train, validation = held_out.split(splits.train, config.train_size, config.val_size, config.seed)
+    splits = replace(splits, train=train)
     arch: dict[str, Any] = {
         "name": without_place(config.model) if model is None else type(model).__name__,
         "by_name": model is None,
@@ -169,6 +180,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         arch=arch,
         total_steps=config.epochs * len(batches),
         average=averaging.make(config, model),
+        validation=validation,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,27 @@ from torch import Tensor, nn
 
 from . import answers, checkpoint, models, optimizers
 from .config import PLACES, TrainConfig, from_record, recorded
+from .data import identity
 from .imported import without_place
 from .options import plain, shown
 from .report import write_csv
 from .run import Run
-from .writing import builtin
+from .writing import builtin, write_link
 
 LOG = "log.csv"
 FIXED = (
-    "method", "train_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation", "extra_share",
-    "mixup", "cutmix",
+    "method", "train_size", "val_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation",
+    "extra_share", "mixup", "cutmix",
 )  # fmt: skip
 _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "std", "hyper", "awp", "awp_warmup")
+#: Settings of which one must change for a run to go on that ended before its time.
+_ENDING = ("epochs", "on_collapse", "early_stop")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
 
 
 def save(run: Run) -> None:
-    """last.pt and log.csv in the run's folder."""
+    """last.pt and log.csv in the run's folder, and best.pt if this epoch is the best."""
     assert run.folder
     state = {
         "config": recorded(run.config),
@@ -47,32 +51,59 @@ def save(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "memory": run.memory,
         "average": run.average and run.average.state_dict(),
+        "validation": run.validation and identity.facts(run.validation),
+        "best": run.best,
+        "rescues": run.rescues,
+        "ended": run.ended,
         "rng": checkpoint.rng_state(),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
+    if run.best and run.best == run.epoch:
+        write_link(run.folder / checkpoint.BEST, run.folder / checkpoint.LAST)
     write_csv(run.folder / LOG, run.history)
 
 
 def discard(folder: Path) -> None:
     """Takes away what ``save`` and TensorBoard wrote, for a run of which nothing came, into an empty folder."""
-    for path in (folder / checkpoint.LAST, folder / LOG, *folder.glob("events.out.tfevents.*")):
+    own = (folder / name for name in (checkpoint.LAST, checkpoint.BEST, LOG))
+    for path in (*own, *folder.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
 
 def export(run: Run) -> Path:
-    """The bare weights of ``final_model``, for others to load; returns the file."""
+    """The bare weights of ``final_model``, for others to load, and those of best.pt if it is of another epoch; returns
+    the file of the first."""
     assert run.folder
     path = run.folder / checkpoint.export_name()
-    own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": _answers(run)}
-    description = json.dumps(builtin(own))
-    checkpoint.export_state_dict(run.final_model, path, {"atlas": description, "format": "pt"})
+    _export(run, run.final_model, path)
+    path.with_stem("best").unlink(missing_ok=True)
+    with best_weights(run) as best:
+        if best:
+            _export(run, best, path.with_stem("best"))
     return path
 
 
-def _answers(run: Run) -> list[list[float]] | None:
+def _export(run: Run, model: nn.Module, path: Path) -> None:
+    own = {"arch": run.arch, "config": recorded(run.config), "data": run.data, "answers": _answers(run, model)}
+    description = json.dumps(builtin(own))
+    checkpoint.export_state_dict(model, path, {"atlas": description, "format": "pt"})
+
+
+@contextmanager
+def best_weights(run: Run) -> Iterator[nn.Module | None]:
+    """The run's network with the weights of best.pt, for as long as the context lasts; None where there is no such
+    file, or it is of the last epoch."""
+    if not run.best or run.best == run.epoch or not run.folder:
+        yield None
+        return
+    with checkpoint.weights_of(run.folder / checkpoint.BEST, run.model):
+        yield run.model
+
+
+def _answers(run: Run, model: nn.Module | None = None) -> list[list[float]] | None:
     """What a network of the user's own says to fixed images; one of ours is known by its name."""
     ours = run.arch["by_name"] and not models.is_import_path(run.arch["name"])
-    return None if ours else answers.answers(run.final_model, run.splits.train.shape)
+    return None if ours else answers.answers(model or run.final_model, run.splits.train.shape)
 
 
 def require_network(state: Mapping[str, Any], model: nn.Module | None, name: str | None, source: Path) -> None:
@@ -101,16 +132,13 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     """
     old = from_record(state["config"], plain(source))
     require_same(run, old, state, source)
-    checkpoint.load_weights(run.model, state["model"], source)
-    optimizers.load(run.optimizer, state["optimizer"], source)
-    if run.average:
-        run.average.load_state_dict(state.get("average"), source)
-    answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
-    checkpoint.restore_rng(state["rng"], source)
-    run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
-    run.history = state["history"]
-    run.changes = list(state.get("changes", []))
-    run.memory.update(_memory(run, state, source))
+    put(run, state, source)
+    run.seconds, run.changes = state["seconds"], list(state.get("changes", []))
+    run.rescues = list(state.get("rescues", []))
+    notes = [] if not run.folder else _restore_best(run, source)
+    if (ended := state.get("ended")) and all(getattr(old, name) == getattr(run.config, name) for name in _ENDING):
+        run.ended = ended
+        notes.append(f"nothing to train: {ended}; another value of {', '.join(_ENDING)} lets the run go on")
     changed = differences(old, run.config)
     changed |= {
         name: [then, now]
@@ -119,7 +147,35 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     }
     if changed:
         run.changes.append({"epoch": run.epoch, "changed": changed})
-        return [text for text in (_told(run, changed), _stretched(run, old)) if text]
+        notes += [text for text in (_told(run, changed), _stretched(run, old)) if text]
+    return notes
+
+
+def put(run: Run, state: Mapping[str, Any], source: Path) -> None:
+    """Weights, optimiser, averages, random state and counters as they are in the checkpoint."""
+    checkpoint.load_weights(run.model, state["model"], source)
+    optimizers.load(run.optimizer, state["optimizer"], source)
+    if run.average:
+        run.average.load_state_dict(state.get("average"), source)
+    answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
+    checkpoint.restore_rng(state["rng"], source)
+    run.epoch, run.step, run.best = state["epoch"], state["step"], state.get("best", 0)
+    run.history = state["history"]
+    run.memory.clear()
+    run.memory.update(_memory(run, state, source))
+
+
+def _restore_best(run: Run, source: Path) -> list[str]:
+    """best.pt beside a run that goes on, also in another folder or where it was stopped before that was written."""
+    assert run.folder
+    kept, own = source.parent / checkpoint.BEST, run.folder / checkpoint.BEST
+    if run.best and run.best == run.epoch:
+        kept = source
+    if run.best and kept.exists() and not (own.exists() and own.samefile(kept)):
+        write_link(own, kept)
+    if run.best and not own.exists():
+        lost, run.best = run.best, 0
+        return [f"{plain(own)}, of epoch {lost}, is no longer there: the best of the epochs that follow will be kept"]
     return []
 
 
@@ -152,6 +208,8 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
             raise ValueError(
                 f"{plain(source)} cannot be resumed with {other} {name}: it has {shown(then)}, you gave {shown(now)}"
             )
+    if state.get("validation") and run.validation and state["validation"] != identity.facts(run.validation):
+        raise ValueError(f"{plain(source)} holds out other images for validation: edited, damaged, or of other data")
     if state["epoch"] > new.epochs:
         raise ValueError(
             f"{plain(source)} has done {state['epoch']} epochs already, you gave epochs={new.epochs}: give "

@@ -136,6 +136,16 @@ def _answers(value: Any) -> bool:
     return rows and len(value) == 2 and len(value[0]) == len(value[1]) > 0
 
 
+def _rescue(value: Any) -> bool:
+    """A collapse that was taken back: {"epoch": 5, "back_to": 3, "sign": "...", "changed": {"steps": [1, 2]}}."""
+    numbers = _change(value) and all(_number(number) for pair in value["changed"].values() for number in pair)
+    return numbers and _size(value.get("back_to")) and _text(value.get("sign"))
+
+
+def _collapse(value: Any) -> bool:
+    return _list(value) and len(value) == 2 and _size(value[0]) and _text(value[1])
+
+
 def _list(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -208,6 +218,10 @@ CHECKPOINT = {
         lambda value: value is None or isinstance(value, dict),
         {"count": Entry("an integer >= 0", _count), "model": _WEIGHTS},
     ),
+    "validation": Entry("None or a record of images", lambda value: value is None or isinstance(value, dict), IMAGES),
+    "best": Entry("an integer >= 0", _count),
+    "rescues": Entry("a list", _list, each=Entry("a collapse that was taken back", _rescue)),
+    "ended": Entry("a text", _text),
     "rng": Entry(
         "states of random generators",
         parts={
@@ -228,8 +242,12 @@ EVALUATION = {
 }
 _COSTS = {
     **dict.fromkeys(("training_seconds", "epoch_seconds", "passes"), Entry("a number", _number)),
-    "skipped": Entry("an integer >= 0", _count),
+    **dict.fromkeys(("skipped", "epoch"), Entry("an integer >= 0", _count)),
+    **dict.fromkeys(("rule", "ended"), Entry("a text", _text)),
     "norm": Entry("one of linf, l2, l1", lambda value: _text(value) and value in NORMS),
+    "validation_share": Entry("a number", _number),
+    "collapses": Entry("a list", _list, each=Entry("an epoch and a sign", _collapse)),
+    "rescues": Entry("a list", _list, each=Entry("a collapse that was taken back", _rescue)),
     "autoattack": Entry(
         "AutoAttack's result",
         parts={
@@ -244,8 +262,10 @@ _COSTS = {
 
 def require_evaluation(values: Any, source: str) -> None:
     """Raises ValueError, naming the entry, unless ``values`` are a ``Result`` as it is written."""
-    _require_entry(Entry("an evaluation", parts=EVALUATION), values, source, "")
-    _require(_COSTS, values, source)
+    for each in (values, values.get("best") if isinstance(values, dict) else None):
+        if each is not None or each is values:
+            _require_entry(Entry("an evaluation", parts=EVALUATION), each, source, "")
+            _require(_COSTS, each, source)
 
 
 def require_checkpoint(state: Mapping[str, Any], source: str, needed: Iterable[str] = ("model",)) -> None:
@@ -254,7 +274,7 @@ def require_checkpoint(state: Mapping[str, Any], source: str, needed: Iterable[s
     _require(CHECKPOINT, state, source)
     if {"epoch", "step", "history"} <= state.keys():
         epoch, step, epochs = state["epoch"], state["step"], [row["epoch"] for row in state["history"]]
-        whole = len(epochs) == epoch and all(n == seen for n, seen in enumerate(epochs, 1))
+        whole = len(epochs) == epoch >= state.get("best", 0) and all(n == seen for n, seen in enumerate(epochs, 1))
         if not whole or (step % epoch if epoch else step):
             raise ValueError(
                 f"{source}: epoch {epoch}, step {step} and a history of epochs {shown(epochs)} contradict each other: "

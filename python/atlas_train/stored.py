@@ -107,7 +107,8 @@ def evaluate_checkpoint(
     """Clean, FGSM and PGD accuracy of a checkpoint's network on its test images, by the name of its method.
 
     Args:
-        path: folder of the run, its last.pt or model.safetensors.
+        path: folder of the run, whose last epoch is evaluated and, as ``Result.best``, its best; or one of its files:
+            last.pt, best.pt, model.safetensors.
         splits: the data. They are needed if the run was trained on data of your own. Their test images must be those
             of the run, or ValueError.
         model: the network. It is needed if the run's is of your own: a module, built as for the run, that takes the
@@ -123,7 +124,7 @@ def evaluate_checkpoint(
     """
     if whole("autoattack", autoattack, 0):
         require_autoattack()
-    network, run, splits, images = opened(
+    network, description, splits, images = opened(
         path,
         splits=splits,
         model=model,
@@ -133,6 +134,7 @@ def evaluate_checkpoint(
         other_data=other_data,
         say=say,
     )
+    run = description["config"]
     where = usable_device(device)
     network = network.to(where)
     if not isinstance(model, nn.Module):
@@ -147,12 +149,21 @@ def evaluate_checkpoint(
     if eps is None:
         raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps)")
     shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say}
-    with on_host(run.get("threads") if threads is None else threads):
+
+    def attacked(epoch: int | None) -> Result:
         accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
-        result = Result(accuracies, data=images)
-        if autoattack:
-            attacked = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
-            result = replace(result, autoattack=attacked)
+        result = Result(accuracies, data=images, epoch=epoch)
+        if not autoattack:
+            return result
+        found = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
+        return replace(result, autoattack=found)
+
+    with on_host(run.get("threads") if threads is None else threads):
+        epoch, best = description.get("epoch"), description.get("best")
+        result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
+        if best and best != epoch and os.path.isdir(path) and kept.exists():
+            with checkpoint.weights_of(kept, network):
+                result = replace(result, best=attacked(best))
     return {label(run["method"], run.get("awp", 0)): result}
 
 
@@ -167,7 +178,7 @@ def opened(
     other_data: bool = False,
     say: Say = print,
 ) -> tuple[nn.Module, dict[str, Any], DataSplits, dict[str, Any]]:
-    """The network of a checkpoint, its settings, its data and the record of the test images.
+    """The network of a checkpoint, what that says of it, its data and the record of the test images.
 
     Arguments and errors are those of ``evaluate_checkpoint``.
     """
@@ -179,7 +190,7 @@ def opened(
     other = dataset is not None and not same_code(dataset, description.get("data", {}).get("loader"))
     for note in _notes(description, images, path, other_data or other):
         say(note)
-    return network, description["config"], splits, images
+    return network, description, splits, images
 
 
 def _notes(description: Mapping[str, Any], images: Mapping[str, Any], path: Path, other: bool) -> list[str]:

@@ -74,6 +74,20 @@ def _is_too_large(error: Exception, path: Path) -> bool:
     return limit != resource.RLIM_INFINITY and path.stat().st_size >= limit
 
 
+def write_link(path: Path, source: Path) -> None:
+    """``path`` is from now on what ``source`` is now, atomically: a second name of its file, which takes no room, or a
+    copy where the disk knows no such names. For a source that is never written into, but replaced as a whole."""
+
+    def write(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    write_atomically(path, write)
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(builtin(value), indent=2) + "\n")

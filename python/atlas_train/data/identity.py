@@ -19,10 +19,11 @@ def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
     """Name, loader, number of classes and, of each part, number, shape and fingerprint. It reads every byte once."""
     loader = splits.loader and without_place(splits.loader)
     own = {"name": splits.name, "loader": loader, "num_classes": splits.num_classes}
-    return own | {part: _facts(images) for part in parts if (images := getattr(splits, part)) is not None}
+    return own | {part: facts(images) for part in parts if (images := getattr(splits, part)) is not None}
 
 
-def _facts(images: Images) -> dict[str, Any]:
+def facts(images: Images) -> dict[str, Any]:
+    """Number, shape and fingerprint."""
     return {"images": len(images), "shape": list(images.shape), "sha256": fingerprint(images)}
 
 

@@ -1,0 +1,70 @@
+"""Validation: accuracy on training images that are held out, which says which epoch's weights are the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from atlas_kernels import Execution
+from atlas_kernels.attacks import PGD
+
+from .data import Batches
+from .evaluate import evaluating, survivors
+from .machine import autocast
+from .noise import noise_keys
+from .run import Run
+
+STEPS, BATCH_SIZE = 10, 250
+
+
+def validate(run: Run) -> dict[str, float]:
+    """The accuracies of ``run.final_model``, the weights that are exported, on the held-out images: clean and, where
+    the method trains against an attack, under PGD-10 (on images that are right clean, with the same noise every time).
+
+    The network runs in the precision of attacks: float32 would cost a GPU several times as much.
+    """
+    assert run.validation
+    settings: dict[str, Any] = {"device": run.device, "channels_last": run.config.channels_last}
+    batches = Batches(run.validation, BATCH_SIZE, shuffle=False, seed=0, **settings)
+    attacks = {"pgd": PGD(run.config.eps, steps=STEPS, norm=run.config.norm)} if run.method.adversarial else {}
+    key = noise_keys(run.config.seed, -2, 1)[0].to(run.device)
+    model, precision = run.final_model, run.execution.precision
+    counts = []
+    with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: every batch is a size
+        for x, y, ids in batches:
+            rights = survivors(model, attacks, x, y, ids, key)
+            counts.append(torch.stack([right.sum() for right in rights.values()]))
+    shares = (torch.stack(counts).sum(0).double() / len(run.validation)).tolist()
+    return dict(zip(("val_clean", "val_pgd"), shares, strict=False))
+
+
+def better(row: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Whether an epoch is the best so far, by ``rule``; never one without validation."""
+    return row.get("val_clean") is not None and (best is None or _standing(row) > _standing(best))
+
+
+def _standing(row: Mapping[str, Any]) -> tuple[float, float]:
+    clean = row["val_clean"]
+    return row.get("val_pgd", clean), clean
+
+
+def rule(run: Run) -> str | None:
+    """By what ``best.pt`` is chosen, in words; None without validation."""
+    if not run.validation:
+        return None
+    first, then = f"PGD-{STEPS}", ", of equal ones the highest clean accuracy"
+    if not run.method.adversarial:
+        first, then = "clean", ""
+    return f"the highest {first} accuracy on {len(run.validation):,} validation images{then}, then the earliest"
+
+
+def share(run: Run, passes_per_step: float | None) -> float | None:
+    """What validation costs, in passes, as a share of what training on an epoch does; None where it is not known."""
+    rows = [row["val_clean"] for row in run.history if row.get("val_clean") is not None]
+    if not run.validation or not passes_per_step or not rows:
+        return None
+    attack = 2 * STEPS + 1 if run.method.adversarial else 0  # forward, backward to the image; and the last iterate's
+    passes = len(run.validation) * (1 + attack * sum(rows) / len(rows))
+    return passes / (passes_per_step * min(len(run.splits.train), len(run.batches) * run.batches.batch_size))
