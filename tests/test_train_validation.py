@@ -312,6 +312,8 @@ def made_old(path: Path) -> None:
         del state[name]
     for name in ("val_size", "on_collapse", "early_stop"):
         del state["config"][name]
+    state["config"]["val_every"] = 0
+    state["hyper"].pop("wide_start", None)
     checkpoint.save(path, state)
 
 
@@ -322,6 +324,7 @@ def stop_after(epochs: int) -> Any:
     return look
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_old_run_goes_on_with_the_images_that_it_had(tmp_path: Path) -> None:
     config = TrainConfig(**TINY)
     whole = engine.train(config, splits=splits())
@@ -332,6 +335,8 @@ def test_an_old_run_goes_on_with_the_images_that_it_had(tmp_path: Path) -> None:
 
     engine.train(config, splits=splits(), folder=tmp_path / "b", on_epoch=stop_after(2))
     made_old(tmp_path / "b" / "last.pt")
+    with pytest.raises(ValueError, match="other hyper-parameters: it has .*'wide_start': 0.0.*, you gave"):
+        resume(tmp_path / "b", splits=splits(), hyper={"wide_start": 2.0})
     asked = dataclasses.replace(config, val_size=None, resume=str(tmp_path / "b"))
     assert same(weights(engine.train(asked, splits=splits()).model), weights(whole.model))
     with pytest.raises(ValueError, match="another val_size: it has 0, you gave 8"):

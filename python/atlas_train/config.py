@@ -580,8 +580,11 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
 
 
 def from_record(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
-    """The configuration that a run wrote down, maybe one of an earlier version."""
-    return from_dict({**EARLIER, **values}, source)
+    """The configuration that a run wrote down, maybe one of an earlier version; of a retired setting that was off there
+    is nothing to say."""
+    return from_dict(
+        {**EARLIER, **{key: value for key, value in values.items() if value or key not in RETIRED}}, source
+    )
 
 
 def from_file(path: str | os.PathLike[str], read: Callable[..., TrainConfig] = from_dict) -> TrainConfig:

@@ -226,9 +226,10 @@ def _networks(run: Run, arch: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _used(old: TrainConfig, state: Mapping[str, Any], run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The hyper-parameters that differ, with what defaults stood for when the checkpoint was written."""
+    """The hyper-parameters that differ, with what defaults stood for when the checkpoint was written; one that was not
+    there yet had the default that it was made with."""
     then, now = ({key: getattr(c, key) for key in ("eps", "norm", "awp", "awp_warmup")} for c in (old, run.config))
-    then |= state["hyper"] if "hyper" in state else old.build_method().in_use()
+    then |= old.build_method().in_use() | state.get("hyper", {})
     now |= run.method.in_use()
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return {name: then.get(name) for name in names}, {name: now.get(name) for name in names}
