@@ -26,11 +26,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,20 +51,25 @@ BASE: dict[str, Any] = {
     "method": "atlas", "dataset": "cifar10", "train_size": 10000, "epochs": 10, "batch_size": 128, "probe_size": 0,
     "val_size": 0, "train_precision": "bf16", "channels_last": True,
 }  # fmt: skip
+#: Files that a run makes for itself before it begins: see ``files``.
+MADE = "made"
 #: What each option sets, those most asked for first.
 OPTIONS: dict[str, dict[str, Any]] = {
     "base": {},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "EMA 0.999 with warm-up": {"averaging": "ema"},
+    "extra data, half of a batch": {"extra_data": MADE},
+    "ResNet-18": {"model": "resnet18"},
+    "SiLU": {"activation": "silu"},
+    "mixup 1.4": {"mixup": 1.4},
+    "CutMix 1": {"cutmix": 1.0},
+    "wide start": {"hyper": {"wide_start": 2.0}},
     "decay not of norms and biases": {"decay_norms": False},
     "eps warm-up, 3 epochs": {"eps_warmup": 3},
     "a tenth of the batches by PGD-10": {"mix_share": 0.1},
     "SWA": {"averaging": "swa"},
-    "SiLU": {"activation": "silu"},
-    "ResNet-18": {"model": "resnet18"},
-    "mixup 1.4": {"mixup": 1.4},
-    "CutMix 1": {"cutmix": 1.0},
-    "wide start, 2 eps": {"hyper": {"wide_start": 2.0}},
+    "CutMix 1, EMA": {"cutmix": 1.0, "averaging": "ema"},
+    "GELU": {"activation": "gelu"},
     "one_cycle": {"schedule": "one_cycle"},
     "linear": {"schedule": "linear"},
     "cosine": {"schedule": "cosine"},
@@ -72,6 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "EMA 0.999 without warm-up": {"averaging": "ema", "ema_warmup": False},
     "batches of 512, lr x 4": {"batch_size": 512, "lr": 0.8},
     "batches of 1024, lr x 8": {"batch_size": 1024, "lr": 1.6},
+    "fine-tuned, lr / 4, from standard training": {"init": MADE, "lr": 0.05},
 }
 SCHEDULES = {"lr going to 0": {"schedule": "cosine"}, "lr constant": {"schedule": "constant"}}
 WARMUPS = {"EMA 0.999 with warm-up": {"ema_warmup": True}, "without": {"ema_warmup": False}}
@@ -93,7 +102,8 @@ def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
     """A run, and what came of it; of an average also what came of the weights in training."""
     config = TrainConfig(**base | named["changed"], seed=named["seed"])
     splits = _splits(config.dataset, data_dir)
-    run = train(config, splits=splits)
+    with TemporaryDirectory() as folder:
+        run = train(replace(config, **files(config, splits, Path(folder))), splits=splits)
 
     def accuracies(network: nn.Module) -> Row:
         seen = evaluate(network, splits.test, run.config.eps, size=size, channels_last=config.channels_last)
@@ -123,6 +133,31 @@ def set_up(threads: int) -> None:
 def _commit() -> str | None:
     """The commit of the code that this process runs, whatever is checked out while it runs."""
     return commit()
+
+
+def files(config: TrainConfig, splits: data.DataSplits, folder: Path) -> dict[str, str]:
+    """What the run reads: as extra data the training images that the reduced set leaves out, which are real ones, more
+    than generated ones can give; as first weights those of standard training, as long as the run itself."""
+    made = {}
+    if config.extra_data == MADE:
+        left_out = _left_out(splits.train, config)
+        np.savez(folder / "extra.npz", image=left_out.images.permute(0, 2, 3, 1).numpy(), label=left_out.labels.numpy())
+        made["extra_data"] = str(folder / "extra.npz")
+    if config.init == MADE:
+        standard = replace(config, init=None, method="standard", hyper={}, lr=None)
+        train(standard, splits=splits, folder=folder / "standard")
+        made["init"] = str(folder / "standard")
+    return made
+
+
+def _left_out(images: data.Images, config: TrainConfig) -> data.Images:
+    """The images that the run does not train on otherwise."""
+    kept = images if config.train_size is None else images.subset(config.train_size, config.seed)
+    known = {image.tobytes() for image in kept.images.numpy()}
+    rows = torch.tensor([image.tobytes() not in known for image in images.images.numpy()])
+    if not rows.any():
+        raise ValueError(f"no image is left out as extra data: set train_size to less than {len(images):,}")
+    return data.Images(images.images[rows], images.labels[rows])
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import recipe
+from atlas_train import data
 from atlas_train.config import TrainConfig
 
 SMALL = ["--base", "dataset=digits", "train_size=64", "epochs=2", "batch_size=32", "train_precision=fp32", "device=cpu"]
@@ -82,6 +83,22 @@ def test_ema_is_beside_the_weights_of_the_same_run(tmp_path: Path) -> None:
         len(lines) == 5
         and lines[1][4] == f"{100 * (rows[lines[1][0]]['clean'] - rows[lines[1][0]]['raw']['clean']):+.1f}"
     )
+
+
+def test_files_are_made_of_what_the_reduced_set_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, made = (
+        tmp_path / "rows.jsonl",
+        [name for name, changed in recipe.OPTIONS.items() if recipe.MADE in changed.values()],
+    )
+    recipe.main(["--results", str(path), *SMALL, "--eval-size", "20", "--seeds", "1", "--options", *made])
+    assert [row["option"] for row in recipe.read(path)] == ["base", *made] and len(made) == 2
+    images = data.load("digits").train
+    config = TrainConfig(dataset="digits", train_size=64, seed=3)
+    rest, kept = recipe._left_out(images, config), images.subset(64, 3)
+    assert len(rest) == len(images) - 64
+    assert not {image.tobytes() for image in rest.images.numpy()} & {image.tobytes() for image in kept.images.numpy()}
+    with pytest.raises(ValueError, match="no image is left out as extra data: set train_size to less than"):
+        recipe._left_out(images, TrainConfig(dataset="digits"))
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
