@@ -92,8 +92,8 @@ def test_the_norm_is_passed_on_with_what_the_package_does_in_it(
 def test_the_package_is_stronger_than_pgd_in_every_norm(norm: Any, eps: float) -> None:
     pytest.importorskip("pyautoattack")
     run = trained()
-    found = autoattack(run.model, splits().test, eps, 8, norm=norm, version="apgd")
-    ours = evaluate(run.model, splits().test, eps, norm=norm, size=8)
+    found = autoattack(run.model, splits().test, eps, 4, norm=norm, version="apgd")
+    ours = evaluate(run.model, splits().test, eps, norm=norm, size=4)
     assert found.accuracy <= ours.pgd + 1e-9 and ours.pgd < ours.clean
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_kernels import PGD
-from atlas_train import checkpoint, cli, data, engine, methods
+from atlas_train import checkpoint, cli, data, engine, methods, validation, watch
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.data import DataSplits, Images
@@ -208,6 +208,23 @@ def test_evaluation_attacks_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None
         for _, d in moved:
             size = length(d, norm)
             assert len(d) == right.sum() and (size <= RADII[norm] * (1 + 1e-5)).all() and size.max() > 0.8 * RADII[norm]
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_what_watches_a_run_attacks_in_its_norm(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacks: list[tuple[str, PGD]] = []
+
+    def made(who: str) -> Any:
+        return lambda *how, **more: attacks.append((who, PGD(*how, **more))) or attacks[-1][1]
+
+    monkeypatch.setattr(watch, "PGD", made("probe"))
+    monkeypatch.setattr(validation, "PGD", made("validation"))
+    how = {"method": "adv", "hyper": {"steps": 1}, "epochs": 1, "eps": RADII[norm], "norm": norm, "val_size": 16}
+    engine.train(TrainConfig(**TINY | how), splits=splits())
+    assert {(who, attack.norm, attack.eps) for who, attack in attacks} == {
+        ("probe", norm, RADII[norm]),
+        ("validation", norm, RADII[norm]),
+    }
 
 
 def test_the_command_line_knows_norms(capsys: pytest.CaptureFixture[str]) -> None:

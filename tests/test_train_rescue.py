@@ -255,3 +255,14 @@ def test_weights_that_are_not_finite_are_taken_back_too(monkeypatch: pytest.Monk
     )
     assert same(weights(run.model), checkpoint.load(tmp_path / "best.pt")["model"])
     assert run.rescues[0]["changed"] == {}
+
+
+def test_a_wide_start_gives_way_to_two_steps() -> None:
+    """It is of one step: the stronger attack starts in the ball."""
+    settings = TrainConfig(**ROLLBACK | {"method": "atlas", "hyper": {"wide_start": 2.0, "steps": 1}})
+    run = engine.prepare(settings, splits(), None, None)
+    eps = run.config.eps
+    changed = rescue._stronger(run)
+    assert changed == {"steps": [1, 2], "step_size": [eps, 1.25 * eps / 2], "wide_start": [2.0, 0.0]}
+    stronger = rescue.with_attack(run.config, changed).build_method()
+    assert (stronger.steps, stronger.wide_start, stronger.step_size) == (2, 0.0, 1.25 * eps / 2)  # type: ignore[attr-defined]

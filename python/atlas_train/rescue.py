@@ -73,6 +73,8 @@ def _stronger(run: Run) -> dict[str, list[Any]]:
     changed = {"steps": [used["steps"], used["steps"] + 1]}
     if used["steps"] == 1 and used.get("step_size"):
         changed["step_size"] = [used["step_size"], min(used["step_size"], 1.25 * eps / 2)]
+    if used.get("wide_start"):  # which is of one step
+        changed["wide_start"] = [used["wide_start"], 0.0]
     return changed
 
 

@@ -34,8 +34,9 @@ class CURE(Method):
 
     The published weight 4 and h 3 are for images divided by their standard deviation, about 0.2 on CIFAR-10; for images
     in [0, 1] that is 0.8 (the norm grows by 1 / 0.2) and 0.6. They fine-tune, 10 to 15 epochs of Adam at 1e-4, a
-    network that standard training made; no setting for training from scratch is published. Where grad l(x) is zero, z
-    is h in every pixel, as there. Not Conserve-Update-Revise (arXiv 2401.14948), which recent tables call CURE too.
+    network that standard training made (the setting ``init`` takes one); no setting for training from scratch is
+    published. Where grad l(x) is zero, z is h in every pixel, as there. Not Conserve-Update-Revise (arXiv 2401.14948),
+    which recent tables call CURE too.
     """
 
     name: ClassVar[str] = "cure"
