@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from atlas_kernels.backends import BackendUnavailable, forced_backend
 
 SHAPES = [
     (2, 3, 8, 8),
@@ -68,6 +73,15 @@ def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:
     unit = torch.finfo(a.dtype).eps
     allowed = {2: size * unit, 4: size * 4 * unit, 8: size.clamp(min=1) * 1e-13}[a.element_size()]
     return bool(((a == b) | a.isnan() | ((a.double() - b.double()).abs() <= allowed)).all())
+
+
+def refused(dtype: torch.dtype, call: Callable[[], object]) -> bool:
+    """Whether the forced backend has no kernels for ``dtype``: Triton has none for float64, and ``call`` must say so."""
+    if dtype != torch.float64 or forced_backend() != "triton":
+        return False
+    with pytest.raises(BackendUnavailable, match="got float64"):
+        call()
+    return True
 
 
 class Dispatched(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atlas_kernels as ak
 from atlas_kernels import formulas
-from operator_cases import same_bits
+from operator_cases import refused, same_bits
 from published import losses as published
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -127,6 +127,8 @@ def check(name: str, loss: Loss, batch: int, classes: int, device, dtype=torch.f
     if classes < loss.classes:
         pytest.skip(f"needs {loss.classes} classes")
     z, y, t = problem(loss, batch, classes, dtype=dtype, device=device)
+    if refused(dtype, lambda: loss.ours(z, y, t, **options)):
+        return
     assert_as_exact_as_eager(name, loss, z, y, t, **options)
 
 
@@ -335,6 +337,8 @@ def test_large_logits_keep_their_digits(name, dtype, engine):
         z = [v.requires_grad_() for v in z]
         y = torch.arange(len(pair[0]), device=engine) % 4
         t = (y + 2) % 4
+        if refused(dtype, lambda z=z, y=y, t=t: loss.ours(z, y, t)):
+            return
         truth, slopes = exactly(name, z, y, t)
         value = loss.ours(z, y, t, reduction="none")
         grads = gradients(value, *z)
@@ -386,6 +390,8 @@ def test_what_has_weight_zero_adds_nothing_though_it_is_infinite(dtype, engine):
     q = by_rows([[0.0, -INF, 1.0], [0.0, -INF, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], engine, dtype)
     y = torch.tensor([0, 1, 0, 2], device=engine)
     w = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=dtype, device=engine)
+    if refused(dtype, lambda: ak.kl_div(z, q, weights=w)):
+        return
     value = ak.kl_div(z, q, weights=w, reduction="none")
     assert value[[0, 3]].tolist() == [0, 0] and value[1] == INF and value[2].isnan()
     to_z, to_q = gradients(value, z, q)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import atlas_kernels as ak
 from atlas_kernels import formulas
 from atlas_kernels.attacks import PGD, float16
-from operator_cases import same_bits
+from operator_cases import refused, same_bits
 from published import losses as published
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -54,6 +54,8 @@ def by_autograd(objective, z, reference, y, t) -> tuple[Tensor, Tensor]:
 
 def check(objective, z, reference, y, t, descend=False, ulps=16.0) -> None:
     """Errors against fp64 at most twice those of autograd in fp32, plus a few units in the last place."""
+    if refused(z.dtype, lambda: ask(objective, z, reference, y, t)):
+        return
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     made = ask(objective, z, reference, y, t, descend=descend, return_value=True, return_correct=True)
     assert made.value.dtype == wide and made.cotangent.dtype == z.dtype and made.correct.dtype == torch.bool
