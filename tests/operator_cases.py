@@ -76,7 +76,7 @@ def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:
 
 
 def refused(dtype: torch.dtype, call: Callable[[], object]) -> bool:
-    """Whether the forced backend has no kernels for ``dtype``: Triton has none for float64, and ``call`` must say so."""
+    """Whether the forced backend has no kernels for ``dtype``, which ``call`` must say: Triton has none for float64."""
     if dtype != torch.float64 or forced_backend() != "triton":
         return False
     with pytest.raises(BackendUnavailable, match="got float64"):
