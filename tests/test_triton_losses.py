@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -331,8 +332,10 @@ def test_a_row_does_not_depend_on_the_batch(name, classes):
     tensors = problem(70 if classes == 10 else 3, classes)
     whole = call("triton", name, tensors)
     for i in (0, len(tensors[0]) - 1):
-        one = call("triton", name, tuple(t[i : i + 1] for t in tensors))
+        alone = tuple(t[i : i + 1] for t in tensors)  # which lies at no multiple of 16 bytes
+        one = call("triton", name, alone)
         assert same([one[0], *one[2:]], [t[i : i + 1] for t in (whole[0], *whole[2:])])
+        assert same(call("triton", name, alone, gradients=False)[:1], one[:1])
 
 
 @runs
@@ -447,3 +450,17 @@ def test_compiles_ahead_of_time(variant, capability, tmp_path, monkeypatch):
 def test_what_is_launched_is_what_was_inspected(variant, compiled_at_launch):
     plan = VARIANTS[variant]()
     assert compiled_at_launch(plan).asm["cubin"] == triton.compile_ahead(plan, 90).asm["cubin"]
+
+
+@compiles
+def test_logits_that_are_not_aligned_are_added_up_in_the_same_order(compiled_at_launch):
+    z, y, value = torch.empty(1281)[1:].view(128, 10), torch.empty(128, dtype=torch.int64), torch.empty(128)
+    given = {"logits": z, "labels": y, "value": value, "scale": 1.0, "parameter": None}
+    atlas = {"local": KL, "global_term": NONE, "local_weight": 1.0, "global_weight": 1.0}
+    for launches, rest in ((partial(losses.loss_launches, "cross_entropy"), {}), (losses._atlas_launches, atlas)):
+        found = [launches({**given, **rest, "logits": t})[0] for t in (z, torch.empty(128, 10))]
+        assert z.data_ptr() % 16 and not found[0].arguments[0].data_ptr() % 16
+        assert compiled_at_launch(found[0]).asm["cubin"] == compiled_at_launch(found[1]).asm["cubin"]
+    total = losses.VARIANTS["total"]()
+    found = [total._replace(arguments=(t, *total.arguments[1:])) for t in (torch.empty(129)[1:], torch.empty(128))]
+    assert compiled_at_launch(found[0]).asm["cubin"] == compiled_at_launch(found[1]).asm["cubin"]

@@ -109,7 +109,9 @@ def compile_ahead(what: Launch, capability: int) -> Any:
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(i,)] = value
-        elif kind[0] == "*" or (kind[0] == "i" and value % 16 == 0 and not parameter.do_not_specialize):
+        elif not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment) and (
+            kind[0] == "*" or (kind[0] == "i" and value % 16 == 0)
+        ):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(what.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(OPTIONS))

@@ -14,6 +14,7 @@ import triton.language as tl
 from ...schema import TERMS, arguments_of
 from . import Launch, bound, require_single
 from .rows import (
+    aligned,
     columns,
     difference,
     exp,
@@ -435,7 +436,7 @@ def atlas_kernel(
         tl.store(terms + (row + batch + batch), tie, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["value"])  # of which the order of the sum would depend
 def total_kernel(value, total, scale, batch, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """scale * sum(value) by one program, in an order that depends on nothing else."""
     lane = tl.arange(0, BLOCK)
@@ -456,7 +457,7 @@ def _geometry_weight(k, least, lam, half):
     return tl.div_rn(exp(power), 1.0 + exp(tl.where(v < 0.0, v, -v)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kappa", "out"])
 def gairat_kernel(kappa, out, lam, half, batch, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """Weights with mean 1 by one program."""
     lane = tl.arange(0, BLOCK)
@@ -500,8 +501,8 @@ def loss_launches(loss: str, given: dict[str, Any]) -> list[Launch]:
     batch, classes = given["logits"].shape
     require_single("logits", given["logits"])
     rows, block, tiles = tiling(classes)
-    values = {"weight": 1.0, **given, "batch": batch, "classes": classes, "loss": loss, "rows": rows, "block": block,
-              "tiles": tiles}  # fmt: skip
+    values = {"weight": 1.0, **given, "logits": aligned(given["logits"]), "batch": batch, "classes": classes,
+              "loss": loss, "rows": rows, "block": block, "tiles": tiles}  # fmt: skip
     return [bound(loss_kernel, -(-batch // rows), values)] if batch else []
 
 
@@ -513,8 +514,8 @@ def _atlas_launches(given: dict[str, Any]) -> list[Launch]:
     rows, block, tiles = tiling(classes)
     local, global_term = TERMS[given["local"]], TERMS[given["global_term"]]
     count = all_rows // batch - (1 if global_term == "none" else 2)
-    values = {**given, "batch": batch, "classes": classes, "count": count, "local": local, "global_term": global_term,
-              "rows": rows, "block": block, "tiles": tiles}  # fmt: skip
+    values = {**given, "logits": aligned(given["logits"]), "batch": batch, "classes": classes, "count": count,
+              "local": local, "global_term": global_term, "rows": rows, "block": block, "tiles": tiles}  # fmt: skip
     return [bound(atlas_kernel, -(-batch // rows), values)]
 
 
