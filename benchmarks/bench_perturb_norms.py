@@ -2,15 +2,19 @@
 
 Bytes by the model: what the operator must read and write once. Plain forms: "renorm" is the step of Rice et al. 2020,
 "in place" the same with the fewest passes that PyTorch allows; "sort" projects on the l1 ball alone (Duchi et al.
-2008), then clips, which is less than ours does.
+2008), then clips, which is less than ours does; "topk" is that behind the sparse step of Tramer & Boneh 2019 without
+its care for the range.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 import atlas_kernels as ak
+from atlas_kernels.perturb import SPARSITY
 from bench_perturb import images, in_reference
 from harness import Call, measure
 
@@ -34,13 +38,24 @@ def l2_in_place(adv, grad, x):  # type: ignore[no-untyped-def]
     return d.mul_(shrink).add_(x).clamp_(0, 1)
 
 
-def l1_sort(adv, grad, x):  # type: ignore[no-untyped-def]
-    d = (adv + STEP_1 * grad / grad.abs().sum(PIXELS, keepdim=True) - x).flatten(1)
+def onto_l1_ball(v, x):  # type: ignore[no-untyped-def]
+    d = (v - x).flatten(1)
     sorted_ = d.abs().sort(1, descending=True)[0]
     left = sorted_.cumsum(1) - EPS_1
     count = (sorted_ * torch.arange(1, d.shape[1] + 1, device=d.device) > left).sum(1, keepdim=True)
     threshold = (left.gather(1, count - 1) / count).clamp_(min=0)
     return (x + (d.sign() * (d.abs() - threshold).clamp_(min=0)).view_as(x)).clamp_(0, 1)
+
+
+def l1_sort(adv, grad, x):  # type: ignore[no-untyped-def]
+    return onto_l1_ball(adv + STEP_1 * grad / grad.abs().sum(PIXELS, keepdim=True), x)
+
+
+def l1_topk(adv, grad, x):  # type: ignore[no-untyped-def]
+    flat = grad.flatten(1)
+    largest = flat.abs().topk(math.ceil((1 - SPARSITY) * flat.shape[1]), sorted=False).indices
+    step = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign_().mul_(STEP_1 / largest.shape[1]))
+    return onto_l1_ball(adv + step.view_as(adv), x)
 
 
 def l2_start(x):  # type: ignore[no-untyped-def]
@@ -71,6 +86,12 @@ def test_pgd_step_l1(size, report):
     inputs = images(size)
     ours = lambda: ak.pgd_step(*inputs, EPS_1, STEP_1, norm="l1", sparsity=None)  # noqa: E731
     run(report, "pgd_step l1", size, 4, ours, {"sort": l1_sort}, *inputs)
+
+
+def test_pgd_step_l1_sparse(size, report):
+    inputs = images(size)
+    ours = lambda: ak.pgd_step(*inputs, EPS_1, STEP_1, norm="l1")  # noqa: E731
+    run(report, "pgd_step l1 sparse", size, 4, ours, {"topk": l1_topk}, *inputs)
 
 
 def test_random_start_l2(size, report):

@@ -9,7 +9,7 @@
 namespace atlas {
 
 enum Norm : int32_t { kLinf = 0, kL2 = 1, kL1 = 2 };
-constexpr Norm kSparseL1 = Norm(3);  // of templates alone: an l1 step that may be sparse, of which gcc makes no vectors
+constexpr Norm kSparseL1 = Norm(3);  // of templates alone: an l1 step that may be sparse
 
 // A start is around its own images.
 inline AtlasPerturbNorms with_centre(AtlasPerturbNorms p) {
@@ -78,22 +78,12 @@ template <class T> struct NormStep {
 
   template <Norm kNorm> ATLAS_HD T moved(T adv, T grad, const PixelBounds<T>& r) const {
     T v = adv + grad * scale * factor;
-#ifdef __CUDA_ARCH__
     if (kNorm == kSparseL1) {
       const T m = magnitude(grad), c = reach(adv, grad, r);
       const T shared = c * part, tied = m >= from ? shared : T(0), way = m >= whole ? c : tied;
       const T up = adv + way, down = adv - way, sparse = along(grad) > T(0) ? up : down;
       v = share > T(0) ? sparse : v;
     }
-#else
-    if (kNorm == kSparseL1 && share > T(0)) {
-      v = adv;
-      if (const T m = magnitude(grad); m >= from) {  // few entries: a branch costs a CPU less here than selects do
-        const T c = reach(adv, grad, r), way = m >= whole ? c : c * part;
-        v = along(grad) > T(0) ? adv + way : adv - way;
-      }
-    }
-#endif
     return moves ? v : adv;
   }
 

@@ -63,6 +63,16 @@ template <Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const Tile<T>& tile,
   }
 }
 
+// Moves a tile before anything else is done with it: gcc makes vectors of a sparse step and of the sweeps, but not of
+// both in one loop.
+template <class T> ATLAS_HD void move_sparsely(T* to, const Tile<T>& tile, const NormStep<T>& how) {
+  const NormStep<T> step = how;
+  const T *adv = tile.adv, *grad = tile.grad;
+  const PixelBounds<T> bounds = tile.bounds;
+  ATLAS_IVDEP for (int64_t i = 0; i < tile.size; ++i)
+    to[i] = step.template moved<kSparseL1>(adv[i], grad[i], bounds);
+}
+
 template <Norm kNorm, class T> ATLAS_HD void write(T* to, const Tile<T>& tile, const NormStep<T>& how) {
   const NormStep<T> step = how;
   const T *adv = tile.adv, *grad = tile.grad, *x = tile.x;
@@ -128,12 +138,16 @@ template <class T> struct Body {
       tiles[i] = load(*images[i], job.shape, at, buffers[i]);
     if (p.key) draw(job, at, buffers[0]);
     else if (!p.grad.data) tiles[0] = tiles[1];  // not used
-    const Tile<T> tile = {tiles[1], tiles[0], tiles[2],
-                          {at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)}, at.size};
-    if (step.sweep == kWrite) return finish(job, at, tile, step, buffers[1]);
-    if (p.norm == kL2) add<kL2>(sums, tile, step);
-    else if (p.largest) add<kSparseL1>(sums, tile, step);
-    else add<kL1>(sums, tile, step);
+    Tile<T> tile = {tiles[1], tiles[0], tiles[2],
+                    {at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)}, at.size};
+    NormStep<T> rest = step;
+    if (p.norm == kL1 && p.largest && step.sweep > kSelect) {
+      move_sparsely(buffers[1], tile, step);
+      tile.adv = buffers[1], rest.moves = false;
+    }
+    if (step.sweep == kWrite) return finish(job, at, tile, rest, buffers[1]);
+    if (p.norm == kL2) add<kL2>(sums, tile, rest);
+    else add<kL1>(sums, tile, rest);
   }
 
   static ATLAS_HD void draw(const Job& job, const Place& at, T* to) {
@@ -151,7 +165,6 @@ template <class T> struct Body {
       T* to = in_place_of(p.out, job.shape, at, buffer, false);
       if (p.norm == kLinf) write<kLinf>(to, tile, step);
       else if (p.norm == kL2) write<kL2>(to, tile, step);
-      else if (p.largest) write<kSparseL1>(to, tile, step);
       else write<kL1>(to, tile, step);
       done = to;
     }
@@ -177,7 +190,7 @@ template <class T> Job plan(const AtlasPerturbNorms& p) {
     job.shape = {1, p.channels * p.pixels};
   }
   // A tile may be longer than a buffer when nothing passes through one.
-  const bool unbuffered = direct && same_order && !job.p.adv.channels_last && !p.key;
+  const bool unbuffered = direct && same_order && !job.p.adv.channels_last && !p.key && !p.largest;
   job.tile = unbuffered ? 16 * kTile : kTile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
