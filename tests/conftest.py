@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -78,8 +79,10 @@ def engine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def compiled_at_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[triton.Launch], Any]:
-    """What Triton's own launch path compiles for compute 9.0, on a driver that stops short of launching."""
+def compiled_at_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[triton.Launch], Any]:
+    """What Triton's own launch path compiles for compute 9.0, on a driver that stops short of launching. Anew: what an
+    earlier process kept may be of another ptxas, since PyTorch's compiler brings its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
