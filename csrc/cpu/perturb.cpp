@@ -15,6 +15,7 @@ struct Job {
   bool streaming;
   int64_t seed, base;
   FillWords fill;
+  DrawNeighbours draw;
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t copies;
 };
@@ -87,8 +88,9 @@ template <class T> struct Body {
     }
   }
 
-  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& row, const T* adv,
-                                     const T* x, T* buffer) {
+  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& of, const T* adv, const T* x,
+                                     T* buffer) {
+    const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     alignas(64) T sign_tile[kTile];
     const T* grad = load<T, SignOf<T>>(job.p.grad, job.shape, at, sign_tile);
     // Always in place when tiles are longer than a buffer (see plan()).
@@ -97,19 +99,25 @@ template <class T> struct Body {
     return to;
   }
 
-  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
+  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k, T* z,
                                       const T* adv, const T* x) {
+    const PerturbRow<T> row = of;
     const Pass& p = job.p;
     const int64_t sample = p.ids ? p.ids[at.sample] : wrapping_sum(job.base, at.sample);
-    const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
+    const NoiseCounter counter(job.seed, sample, p.draw, p.stream, uint32_t(k));
+    const uint32_t first = uint32_t(at.channel * groups_per_plane(job.shape.pixels) + at.first / 4);
+    int64_t done = 0;
+    if constexpr (sizeof(T) == 4) done = job.draw(z, adv, x, row, counter, first, at.size);
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];
-    job.fill(words, NoiseCounter(job.seed, sample, p.draw, p.stream, uint32_t(k)), uint32_t(first),
-             groups_per_plane(at.size));
-    if (p.project)
-      neighbours<true>(z, adv, words, x, row, at.size);
-    else
-      neighbours<false>(z, adv, words, x, row, at.size);
+    for (; done < at.size; done += kTile) {
+      const int64_t size = at.size - done < kTile ? at.size - done : kTile;
+      job.fill(words, counter, first + uint32_t(done / 4), groups_per_plane(size));
+      if (p.project)
+        neighbours<true>(z + done, adv + done, words, x + done, row, size);
+      else
+        neighbours<false>(z + done, adv + done, words, x, row, size);
+    }
   }
 };
 
@@ -137,18 +145,21 @@ template <class T> Job plan(const Pass& p) {
   if (same_order && !p.count && !per_channel(p)) {
     for (AtlasImages* i : images) i->channels_last = 0;
     job.shape = {1, per_sample(p) ? p.channels * p.pixels : numel};
+  } else if (same_order && !p.adv.channels_last && !per_channel(p) && p.pixels % 4 == 0) {
+    job.shape = {1, p.channels * p.pixels};  // the groups of one plane follow those of the plane before
   }
   if (p.out_x.data) job.copy[job.copies++] = {job.p.out_x, true};
   if (p.out_adv.data) job.copy[job.copies++] = {job.p.out_adv, false};
   if (p.cast.data) job.copy[job.copies++] = {job.p.cast, false};
   job.streaming = outgrows_cache(written * numel);
   job.plane_major = same_order && !job.p.adv.channels_last;
-  // A tile may be longer than a buffer when nothing passes through one.
-  const bool unbuffered = direct && job.plane_major && !p.count && !job.streaming && p.out_adv.data;
-  job.tile = unbuffered ? 16 * kTile : kTile;
+  // A tile may be longer than a buffer when nothing passes through one; with noise it is to stay in the first cache.
+  const bool unbuffered = direct && job.plane_major && !job.streaming && (p.count || p.out_adv.data);
+  job.tile = !unbuffered ? kTile : p.count ? 3 * kTile : 16 * kTile;
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
+  job.draw = draw_neighbours(p.project);
   return job;
 }
 
