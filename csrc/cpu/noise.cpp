@@ -46,6 +46,11 @@ struct LanesBaseline {
   static ATLAS_INLINE F plus(F a, F b) { return _mm_add_ps(a, b); }
   static ATLAS_INLINE F minus(F a, F b) { return _mm_sub_ps(a, b); }
   static ATLAS_INLINE F times(F a, F b) { return _mm_mul_ps(a, b); }
+  static ATLAS_INLINE F by_sign(F g, F positive, F negative, F other) {
+    const F above = _mm_cmpgt_ps(g, _mm_setzero_ps()), below = _mm_cmplt_ps(g, _mm_setzero_ps());
+    const F chosen = _mm_or_ps(_mm_and_ps(above, positive), _mm_and_ps(below, negative));
+    return _mm_or_ps(chosen, _mm_andnot_ps(_mm_or_ps(above, below), other));
+  }
   static ATLAS_INLINE F max(F a, F b) { return _mm_max_ps(a, b); }
   static ATLAS_INLINE F min(F a, F b) { return _mm_min_ps(a, b); }
 };
@@ -60,7 +65,7 @@ struct LanesBaseline {
 struct LanesV3 {
   using V = __m256i;
   using F = __m256;
-  static constexpr int kCount = 4, kChains = 4;
+  static constexpr int kCount = 4, kChains = 6;
   static ATLAS_TARGET ATLAS_INLINE V set1(uint64_t a) { return _mm256_set1_epi64x(int64_t(a)); }
   static ATLAS_TARGET ATLAS_INLINE V groups() { return _mm256_set_epi64x(3, 1, 2, 0); }
   static ATLAS_TARGET ATLAS_INLINE V add(V a, V b) { return _mm256_add_epi64(a, b); }
@@ -84,6 +89,10 @@ struct LanesV3 {
   static ATLAS_TARGET ATLAS_INLINE F plus(F a, F b) { return _mm256_add_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F minus(F a, F b) { return _mm256_sub_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F times(F a, F b) { return _mm256_mul_ps(a, b); }
+  static ATLAS_TARGET ATLAS_INLINE F by_sign(F g, F positive, F negative, F other) {
+    const F below = _mm256_blendv_ps(other, negative, _mm256_cmp_ps(g, _mm256_setzero_ps(), _CMP_LT_OQ));
+    return _mm256_blendv_ps(below, positive, _mm256_cmp_ps(g, _mm256_setzero_ps(), _CMP_GT_OQ));
+  }
   static ATLAS_TARGET ATLAS_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 };
@@ -121,6 +130,10 @@ struct LanesV4 {
   static ATLAS_TARGET ATLAS_INLINE F plus(F a, F b) { return _mm512_add_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F minus(F a, F b) { return _mm512_sub_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F times(F a, F b) { return _mm512_mul_ps(a, b); }
+  static ATLAS_TARGET ATLAS_INLINE F by_sign(F g, F positive, F negative, F other) {
+    const F below = _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ), negative);
+    return _mm512_mask_mov_ps(below, _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_GT_OQ), positive);
+  }
   static ATLAS_TARGET ATLAS_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static ATLAS_TARGET ATLAS_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 };
@@ -138,9 +151,8 @@ void fill_baseline(uint32_t* words, const NoiseCounter& counter, uint32_t first,
   }
 }
 
-template <bool>
-int64_t draw_baseline(float*, const float*, const float*, const PerturbRow<float>&, const NoiseCounter&, uint32_t,
-                      int64_t) {
+template <bool Step, bool Project>
+int64_t draw_baseline(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t) {
   return 0;
 }
 #endif
@@ -156,15 +168,19 @@ FillWords fill_words() {
 #endif
 }
 
-DrawNeighbours draw_neighbours(bool project) {
+template <bool Step, bool Project> static DrawNeighbour draw_neighbour() {
 #if ATLAS_X86
-  static constexpr DrawNeighbours table[][2] = {{draw_baseline<false>, draw_baseline<true>},
-                                                {draw_v3<false>, draw_v3<true>},
-                                                {draw_v4<false>, draw_v4<true>}};
-  return table[current_isa()][project];
+  static constexpr DrawNeighbour table[] = {draw_baseline<Step, Project>, draw_v3<Step, Project>,
+                                            draw_v4<Step, Project>};
+  return table[current_isa()];
 #else
-  return project ? draw_baseline<true> : draw_baseline<false>;
+  return draw_baseline<Step, Project>;
 #endif
+}
+
+DrawNeighbour draw_neighbour(bool step, bool project) {
+  if (step) return project ? draw_neighbour<true, true>() : draw_neighbour<true, false>();
+  return project ? draw_neighbour<false, true>() : draw_neighbour<false, false>();
 }
 
 }  // namespace atlas::cpu

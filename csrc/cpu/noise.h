@@ -15,11 +15,19 @@ using FillWords = void (*)(uint32_t* words, const NoiseCounter& counter, uint32_
 
 FillWords fill_words();  // for the current instruction set
 
-// The neighbours z of a run of pixels that begins with group `first`, in registers from words to pixels; projected
-// into the ball of x or not. How many pixels are done: the last ones, which do not fill the loop, are left.
-using DrawNeighbours = int64_t (*)(float* z, const float* adv, const float* x, const PerturbRow<float>& row,
-                                   const NoiseCounter& counter, uint32_t first, int64_t size);
+// A run of pixels of one sample; where a step comes first also its gradient, and where its result and x go.
+struct Pixels {
+  float* z;
+  const float *adv, *x;
+  int64_t size;
+  const float* grad;
+  float *moved, *copy;
+};
 
-DrawNeighbours draw_neighbours(bool project);  // for the current instruction set
+// The neighbour z of a run that begins with group `first`, in one loop from words to pixels. How many pixels are done: the
+// last ones, which fill no vector, are left, and all where the loop does not give neighbour()'s bits.
+using DrawNeighbour = int64_t (*)(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t first);
+
+DrawNeighbour draw_neighbour(bool step, bool project);  // for the current instruction set
 
 }  // namespace atlas::cpu

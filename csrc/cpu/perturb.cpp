@@ -15,7 +15,7 @@ struct Job {
   bool streaming;
   int64_t seed, base;
   FillWords fill;
-  DrawNeighbours draw;
+  DrawNeighbour draw, step_and_draw;  // the second only where nothing passes through a buffer
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t copies;
 };
@@ -72,9 +72,10 @@ template <class T> struct Body {
     for (int i = 0; i < 2; ++i)
       if (images[i]->data) tiles[i] = load(*images[i], job.shape, at, buffers[i]);
     const T *adv = tiles[0], *const x = tiles[1];
-    if (p.grad.data && (!p.active || p.active[at.sample])) adv = step_tile(job, at, row, adv, x, buffers[0]);
+    const bool steps = p.grad.data && (!p.active || p.active[at.sample]), at_once = steps && job.step_and_draw;
+    if (steps && !at_once) adv = step_tile(job, at, row, adv, x, buffers[0]);
 
-    for (int64_t i = 0; i < job.copies + p.count; ++i) {
+    for (int64_t i = at_once ? job.copies : 0; i < job.copies + p.count; ++i) {
       if (i < job.copies) {
         store(job.copy[i].to, job.shape, at, job.copy[i].of_x ? x : adv, job.streaming);
         continue;
@@ -83,7 +84,8 @@ template <class T> struct Body {
       Place to = at;
       to.sample += k * p.batch;
       T* tile = in_place_of(p.out_z, job.shape, to, z, job.streaming);
-      neighbour_tile(job, at, row, k, tile, adv, x);
+      if (at_once && k == 0) adv = first_neighbour_tile(job, at, row, tile, adv, x);
+      else neighbour_tile(job, at, row, k, tile, adv, x);
       store(p.out_z, job.shape, to, tile, job.streaming);
     }
   }
@@ -99,21 +101,54 @@ template <class T> struct Body {
     return to;
   }
 
-  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k, T* z,
-                                      const T* adv, const T* x) {
-    const PerturbRow<T> row = of;
+  static ATLAS_HD NoiseCounter counter(const Job& job, const Place& at, int64_t k) {
     const Pass& p = job.p;
     const int64_t sample = p.ids ? p.ids[at.sample] : wrapping_sum(job.base, at.sample);
-    const NoiseCounter counter(job.seed, sample, p.draw, p.stream, uint32_t(k));
-    const uint32_t first = uint32_t(at.channel * groups_per_plane(job.shape.pixels) + at.first / 4);
+    return {job.seed, sample, p.draw, p.stream, uint32_t(k)};
+  }
+
+  static ATLAS_HD uint32_t first_group(const Job& job, const Place& at) {
+    return uint32_t(at.channel * groups_per_plane(job.shape.pixels) + at.first / 4);
+  }
+
+  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
+                                      const T* adv, const T* x) {
     int64_t done = 0;
-    if constexpr (sizeof(T) == 4) done = job.draw(z, adv, x, row, counter, first, at.size);
+    if constexpr (sizeof(T) == 4)
+      done = job.draw({z, adv, x, at.size, nullptr, nullptr, nullptr}, row, counter(job, at, k), first_group(job, at));
+    last_neighbours(job, at, row, k, done, z, adv, x);
+  }
+
+  // With the step before it, and a copy of x. The result of the step.
+  static ATLAS_HD const T* first_neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, T* z,
+                                                const T* adv, const T* x) {
+    const Pass& p = job.p;
+    const int64_t offset = job.shape.offset(at, false);
+    const T* grad = static_cast<const T*>(p.grad.data) + offset;
+    T* moved = static_cast<T*>(p.out_adv.data) + offset;
+    T* copy = p.out_x.data ? static_cast<T*>(p.out_x.data) + offset : moved;
+    int64_t done = 0;
+    if constexpr (sizeof(T) == 4)
+      done = job.step_and_draw({z, adv, x, at.size, grad, moved, copy}, row, counter(job, at, 0), first_group(job, at));
+    for (int64_t i = done; i < at.size; ++i) {
+      const T centre = x[i], to = pgd_step(adv[i], sign<T>(grad[i]), centre, row);
+      copy[i] = centre;
+      moved[i] = to;
+    }
+    last_neighbours(job, at, row, 0, done, z, moved, x);
+    return moved;
+  }
+
+  // Those from number `done` on.
+  static ATLAS_HD void last_neighbours(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k, int64_t done,
+                                       T* z, const T* adv, const T* x) {
+    const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];
     for (; done < at.size; done += kTile) {
       const int64_t size = at.size - done < kTile ? at.size - done : kTile;
-      job.fill(words, counter, first + uint32_t(done / 4), groups_per_plane(size));
-      if (p.project)
+      job.fill(words, counter(job, at, k), first_group(job, at) + uint32_t(done / 4), groups_per_plane(size));
+      if (job.p.project)
         neighbours<true>(z + done, adv + done, words, x + done, row, size);
       else
         neighbours<false>(z + done, adv + done, words, x, row, size);
@@ -159,7 +194,8 @@ template <class T> Job plan(const Pass& p) {
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
-  job.draw = draw_neighbours(p.project);
+  job.draw = draw_neighbour(false, p.project);
+  if (unbuffered && p.count && p.grad.data) job.step_and_draw = draw_neighbour(true, p.project);
   return job;
 }
 
