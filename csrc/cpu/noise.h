@@ -24,8 +24,8 @@ struct Pixels {
   float *moved, *copy;
 };
 
-// The neighbour z of a run that begins with group `first`, in one loop from words to pixels. How many pixels are done: the
-// last ones, which fill no vector, are left, and all where the loop does not give neighbour()'s bits.
+// The neighbour z of a run that begins with group `first`, in one loop from words to pixels. How many pixels are done:
+// the last ones, which fill no vector, are left, and all where the loop does not give neighbour()'s bits.
 using DrawNeighbour = int64_t (*)(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t first);
 
 DrawNeighbour draw_neighbour(bool step, bool project);  // for the current instruction set
