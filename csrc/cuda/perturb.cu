@@ -8,6 +8,7 @@ namespace atlas::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 10;  // at once on a processor, of kernels that know: so many registers that all loads come first
 
 template <class T> struct Job {
   Pass p;
@@ -24,7 +25,7 @@ struct Direction {
   static __device__ __forceinline__ float from(double v) { return sign<float>(v); }
 };
 
-// What a kernel has to do: looked up in the job, or known when it is compiled. `of_rows`: by numbers that differ between
+// What a kernel has to do: looked up in the job, or known when it is compiled. of_rows: by numbers that differ between
 // samples or channels.
 template <bool Noise> struct Asked {
   static constexpr bool known = false, noise = Noise;
@@ -90,14 +91,14 @@ template <class Access, class Parts> struct Tile {
       step(out, p.descend, Parts::of_rows(job));
     }
     if constexpr (Parts::known) {
-      if (!Parts::step(job)) return;
-      if (p.out_x.data) write(job, p.out_x, 0, centre);
-      return write(job, p.out_adv, 0, v);
-    }
-    for (int i = 0; i < job.copies; ++i) {
-      for (int c = 0; c < C; ++c)
-        for (int j = 0; j < V; ++j) out[c][j] = job.copy[i].of_x ? centre[c][j] : v[c][j];
-      write(job, job.copy[i].to, 0, out);
+      if (Parts::step(job) && p.out_x.data) write(job, p.out_x, 0, centre);
+      if (Parts::step(job)) write(job, p.out_adv, 0, v);
+    } else {
+      for (int i = 0; i < job.copies; ++i) {
+        for (int c = 0; c < C; ++c)
+          for (int j = 0; j < V; ++j) out[c][j] = job.copy[i].of_x ? centre[c][j] : v[c][j];
+        write(job, job.copy[i].to, 0, out);
+      }
     }
   }
 
@@ -135,7 +136,8 @@ template <class Access, class Parts> struct Tile {
 
 // Plain stores, no cache hints: the network reads next what is written here, and at the usual sizes finds it in L2.
 template <class Access, int Tiles, class Parts>
-__global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ Job<typename Access::T> job) {
+__global__ void __launch_bounds__(kThreads, Parts::known ? kBlocks : 0)
+    perturb_kernel(const __grid_constant__ Job<typename Access::T> job) {
   using Unit = typename Access::Unit;
   const Unit unit = Unit(blockIdx.x) * (kThreads * Tiles) + threadIdx.x, units = Unit(job.walk.units);
   if (unit >= units) return;
