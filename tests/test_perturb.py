@@ -94,7 +94,7 @@ def test_bits_where_values_are_special(device):
 
 @pytest.mark.parametrize("radius", [0.0, 2.0**-103, 2.0**-104, 1e-40, 1e30])
 def test_bits_of_tiny_and_large_radii(radius, device):
-    """Around zero, where the noise itself is seen. Of a tiny radius 2^-23 parts are not exact, and not to be relied on."""
+    """Around zero, where the noise itself is seen: 2^-23 of a tiny radius is a denormal number, and not exact."""
     x = torch.zeros(2, 3, 16, 20, device=device)
     clip = {"clip_min": -1e38, "clip_max": 1e38}
     check_against_reference(x, x, x, radius, 0.0, radius, key=ak.noise_key(device), **clip)
