@@ -150,11 +150,6 @@ void fill_baseline(uint32_t* words, const NoiseCounter& counter, uint32_t first,
     for (int j = 0; j < 4; ++j) words[4 * g + j] = four.w[j];
   }
 }
-
-template <bool Step, bool Project>
-int64_t draw_baseline(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t) {
-  return 0;
-}
 #endif
 
 }  // namespace
@@ -168,19 +163,19 @@ FillWords fill_words() {
 #endif
 }
 
-template <bool Step, bool Project> static DrawNeighbour draw_neighbour() {
 #if ATLAS_X86
+template <bool Step, bool Project> static DrawNeighbour of_isa() {
   static constexpr DrawNeighbour table[] = {draw_baseline<Step, Project>, draw_v3<Step, Project>,
                                             draw_v4<Step, Project>};
   return table[current_isa()];
-#else
-  return draw_baseline<Step, Project>;
-#endif
 }
 
 DrawNeighbour draw_neighbour(bool step, bool project) {
-  if (step) return project ? draw_neighbour<true, true>() : draw_neighbour<true, false>();
-  return project ? draw_neighbour<false, true>() : draw_neighbour<false, false>();
+  if (step) return project ? of_isa<true, true>() : of_isa<true, false>();
+  return project ? of_isa<false, true>() : of_isa<false, false>();
 }
+#else
+DrawNeighbour draw_neighbour(bool, bool) { return nullptr; }
+#endif
 
 }  // namespace atlas::cpu

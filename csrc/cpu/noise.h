@@ -28,6 +28,6 @@ struct Pixels {
 // the last ones, which fill no vector, are left, and all where the loop does not give neighbour()'s bits.
 using DrawNeighbour = int64_t (*)(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t first);
 
-DrawNeighbour draw_neighbour(bool step, bool project);  // for the current instruction set
+DrawNeighbour draw_neighbour(bool step, bool project);  // for the current instruction set; null: there is none
 
 }  // namespace atlas::cpu

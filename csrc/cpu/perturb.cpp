@@ -15,7 +15,7 @@ struct Job {
   bool streaming;
   int64_t seed, base;
   FillWords fill;
-  DrawNeighbour draw, step_and_draw;  // the second only where nothing passes through a buffer
+  DrawNeighbour draw, step_and_draw;  // of fp32; the second where nothing passes through a buffer; null: not to be used
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t copies;
 };
@@ -49,7 +49,8 @@ ATLAS_HD Place locate(const Job& job, int64_t unit) {
 }
 
 template <bool Project, class T>
-ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, const PerturbRow<T>& row, int64_t size) {
+ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, const PerturbRow<T>& row,
+                         int64_t size) {
   ATLAS_IVDEP for (int64_t i = 0; i < size; ++i)
     z[i] = neighbour<Project>(adv[i], uniform<T>(words[i]), Project ? x[i] : T(0), row);
 }
@@ -115,11 +116,12 @@ template <class T> struct Body {
                                       const T* adv, const T* x) {
     int64_t done = 0;
     if constexpr (sizeof(T) == 4)
-      done = job.draw({z, adv, x, at.size, nullptr, nullptr, nullptr}, row, counter(job, at, k), first_group(job, at));
+      if (job.draw)
+        done = job.draw({z, adv, x, at.size, {}, {}, {}}, row, counter(job, at, k), first_group(job, at));
     last_neighbours(job, at, row, k, done, z, adv, x);
   }
 
-  // With the step before it, and a copy of x. The result of the step.
+  // With the step before it, and a copy of x: the result of the step.
   static ATLAS_HD const T* first_neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, T* z,
                                                 const T* adv, const T* x) {
     const Pass& p = job.p;
@@ -129,7 +131,8 @@ template <class T> struct Body {
     T* copy = p.out_x.data ? static_cast<T*>(p.out_x.data) + offset : moved;
     int64_t done = 0;
     if constexpr (sizeof(T) == 4)
-      done = job.step_and_draw({z, adv, x, at.size, grad, moved, copy}, row, counter(job, at, 0), first_group(job, at));
+      done = job.step_and_draw({z, adv, x, at.size, grad, moved, copy}, row, counter(job, at, 0),
+                               first_group(job, at));
     for (int64_t i = done; i < at.size; ++i) {
       const T centre = x[i], to = pgd_step(adv[i], sign<T>(grad[i]), centre, row);
       copy[i] = centre;
@@ -140,8 +143,8 @@ template <class T> struct Body {
   }
 
   // Those from number `done` on.
-  static ATLAS_HD void last_neighbours(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k, int64_t done,
-                                       T* z, const T* adv, const T* x) {
+  static ATLAS_HD void last_neighbours(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k,
+                                       int64_t done, T* z, const T* adv, const T* x) {
     const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];
@@ -194,8 +197,10 @@ template <class T> Job plan(const Pass& p) {
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
-  job.draw = draw_neighbour(false, p.project);
-  if (unbuffered && p.count && p.grad.data) job.step_and_draw = draw_neighbour(true, p.project);
+  if (sizeof(T) == 4) {
+    job.draw = draw_neighbour(false, p.project);
+    if (unbuffered && p.count && p.grad.data) job.step_and_draw = draw_neighbour(true, p.project);
+  }
   return job;
 }
 

@@ -8,7 +8,7 @@ namespace atlas::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 10;  // at once on a processor, of kernels that know: so many registers that all loads come first
+constexpr int kBlocks = 10;  // at once on a processor, of the kernels for the usual case: registers to load all first
 
 template <class T> struct Job {
   Pass p;
@@ -25,8 +25,8 @@ struct Direction {
   static __device__ __forceinline__ float from(double v) { return sign<float>(v); }
 };
 
-// What a kernel has to do: looked up in the job, or known when it is compiled. of_rows: by numbers that differ between
-// samples or channels.
+// What a kernel has to do: looked up in the job, or known when it is compiled, for the usual case. of_rows: by numbers
+// that differ between samples or channels.
 template <bool Noise> struct Asked {
   static constexpr bool known = false, noise = Noise;
   template <class T> static __device__ __forceinline__ bool step(const Job<T>& job) { return job.p.grad.data; }
@@ -129,8 +129,9 @@ template <class Access, class Parts> struct Tile {
     write(job, p.out_z, k * job.numel, z);
   }
 
-  __device__ __forceinline__ void write(const Job<T>& job, const AtlasImages& to, int64_t offset, const Values& z) const {
-    if (inside) Access::store(to, offset, z, job.walk, at);
+  __device__ __forceinline__ void write(const Job<T>& job, const AtlasImages& to, int64_t offset,
+                                        const Values& values) const {
+    if (inside) Access::store(to, offset, values, job.walk, at);
   }
 };
 
@@ -197,7 +198,7 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
       for (const AtlasImages* i : images) whole = whole && (!i->data || is_vector(*i, elements));
       return whole;
     };
-    // Two tiles a thread, to have more under way.
+    // The usual case. Two tiles a thread, to have more under way.
     if ((flat || in_planes) && vectors(4) && single && !job.rows_differ && !q.cast.data && job.numel >> 33 == 0) {
       using Plain = Vectors<4, 1, true>;
       if (!p.count) return walk<Plain, 2, Known<true, false, false>>(job, where);
