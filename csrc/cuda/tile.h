@@ -123,8 +123,8 @@ inline bool is_vector(const AtlasImages& images, int64_t elements) {
 
 // Access to 16- and 32-bit tensors in vectors of V elements, into which their planes can be cut. Either C is 1, and all
 // tensors lie in planes; or C is the number of channels, and a unit is C vectors in either order. V = 8: 16 bits only.
-// Plain, so that nothing is asked: all tensors are fp32 and lie in planes, all channels are alike, and there are at most
-// 2^31 units, of V = 4 and C = 1.
+// Plain, so that nothing is asked: all tensors are fp32 and lie in planes, all channels are alike, and there are at
+// most 2^31 units, of V = 4 and C = 1.
 template <int V, int C, bool Plain = false> struct Vectors {
   using T = float;
   using Unit = std::conditional_t<Plain, uint32_t, int64_t>;
