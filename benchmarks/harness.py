@@ -137,7 +137,8 @@ def _once_cpu(call: Call, repeats: int) -> float:
 def _once_cuda(call: Call, repeats: int) -> float:
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()  # also keeps the device busy while the call is enqueued, so that events time the kernel
+    for _ in range(8):  # more than once, so that the device is busy until all is enqueued: events time kernels alone
+        flush.zero_()
     start.record()
     call()
     end.record()
