@@ -30,7 +30,7 @@ def core() -> ModuleType:
             f"the native core is not built for this Python ({error}); run `pip install -e .` in the source tree, and "
             "start Python where no other folder is called atlas_kernels"
         ) from error
-    if not hasattr(module, "Plan"):
+    if not hasattr(module, "plain"):
         raise ImportError(
             "the native core was built from other files than these; run `pip install -e .` in the source tree again"
         )
