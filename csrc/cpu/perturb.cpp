@@ -193,7 +193,7 @@ template <class T> Job plan(const Pass& p) {
   job.plane_major = same_order && !job.p.adv.channels_last;
   // A tile may be longer than a buffer when nothing passes through one; with noise it is to stay in the first cache.
   const bool unbuffered = direct && job.plane_major && !job.streaming && (p.count || p.out_adv.data);
-  job.tile = !unbuffered ? kTile : p.count ? 3 * kTile : 16 * kTile;
+  job.tile = !unbuffered ? kTile : p.count ? 6 * kTile : 16 * kTile;
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
