@@ -6,8 +6,10 @@ Below the checks and the backends, which both need it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ def core() -> ModuleType:
             f"the native core is not built for this Python ({error}); run `pip install -e .` in the source tree, and "
             "start Python where no other folder is called atlas_kernels"
         ) from error
-    if not hasattr(module, "Plan"):
+    if not hasattr(module, "plain"):
         raise ImportError(
             "the native core was built from other files than these; run `pip install -e .` in the source tree again"
         )
@@ -66,11 +68,22 @@ def problem() -> str | None:
 
 def advise_huge_pages(t: torch.Tensor) -> torch.Tensor:
     """``t``, just allocated; if it is a large CPU tensor, with huge pages under it where the system has them."""
-    if t.nbytes < _HUGE or not t.is_cpu or torch.compiler.is_compiling() or type(t) is not torch.Tensor:
+    if not t.is_cpu or t.nbytes < _HUGE or torch.compiler.is_compiling() or type(t) is not torch.Tensor:
         return t
     if problem() is None:
         core().advise_huge_pages(t.data_ptr(), t.nbytes)
     return t
+
+
+_PLAIN = {torch.Tensor, float, int, bool, type(None)}
+
+
+def plain_check() -> Callable[[tuple[Any, ...]], bool]:
+    """What says, quickly, whether arguments are of the types that eager code has: no subclass of Tensor among them."""
+    if problem() is None:
+        check: Callable[[tuple[Any, ...]], bool] = core().plain
+        return check
+    return lambda args: _PLAIN.issuperset(map(type, args))
 
 
 def alike(*images: torch.Tensor) -> bool:

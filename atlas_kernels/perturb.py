@@ -403,10 +403,9 @@ def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
     return False
 
 
@@ -419,7 +418,8 @@ def _refuse_out(*outs: Tensor | None) -> None:
 
 
 def _checked(out: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    require_out("out", out, shape, like, dtype)
+    if shape != like.shape or not alike(like, out) or out.requires_grad:
+        require_out("out", out, shape, like, dtype)
     return out
 
 

@@ -55,6 +55,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if ROWS:
         write("medians, one process, contenders in turn; floor = bytes of the model at the run's own copy bandwidth")
         write(aligned([HEADER, *(row.table_line() for row in ROWS)]))
+        for line in filter(None, (row.target_line() for row in ROWS)):
+            write(line)
     if STEP_ROWS:
         for line in ("", "whole training steps, small", *step_table.NOTES, aligned(step_table.table(STEP_ROWS))):
             write(line)

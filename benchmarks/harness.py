@@ -37,19 +37,32 @@ class Row:
     times: dict[str, float]  # seconds, medians; "ours" and the contenders
     copy_bandwidth: float  # bytes/s of copying the same amount, same run
     checked: bool  # ours gave the expected result in this run
+    target: float | None = None  # the share of that bandwidth which is aimed at
 
     def best(self, *prefixes: str) -> float | None:
         """The fastest contender whose name starts with one of these."""
         times = [t for name, t in self.times.items() if name.startswith(prefixes)]
         return min(times) if times else None
 
+    @property
+    def share(self) -> float:
+        """Of the copy bandwidth."""
+        return self.bytes / self.times["ours"] / self.copy_bandwidth
+
+    def target_line(self) -> str:
+        """Figure and target, where there is one."""
+        if self.target is None:
+            return ""
+        verdict = "reached" if self.share >= self.target else "MISSED"
+        return f"{self.op} {self.size}: {self.share:.0%} of copy, target {self.target:.0%}: {verdict}"
+
     def table_line(self) -> list[str]:
         ours = self.times["ours"]
         bandwidth = self.bytes / ours
         ratios = ["-" if best is None else f"{best / ours:.2f}x" for best in (self.best("plain"), self.best("compile"))]
         others = ", ".join(f"{name} {t * 1e6:.1f}" for name, t in self.times.items() if name != "ours")
-        floor, share = self.bytes / self.copy_bandwidth, bandwidth / self.copy_bandwidth
-        numbers = [f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{floor * 1e6:.1f}", f"{share:.0%}"]
+        floor = self.bytes / self.copy_bandwidth
+        numbers = [f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{floor * 1e6:.1f}", f"{self.share:.0%}"]
         return [self.op, self.size, *numbers, *ratios, others]
 
 
@@ -124,7 +137,8 @@ def _once_cpu(call: Call, repeats: int) -> float:
 def _once_cuda(call: Call, repeats: int) -> float:
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()  # also keeps the device busy while the call is enqueued, so that events time the kernel
+    for _ in range(8):  # more than once, so that the device is busy until all is enqueued: events time kernels alone
+        flush.zero_()
     start.record()
     call()
     end.record()
@@ -139,13 +153,14 @@ def copy_calls(numel: int, device: torch.device) -> Call:
 
 
 def measure(
-    op: str, size: tuple[int, ...], model_bytes: int, calls: dict[str, Call], checked: bool, device: torch.device
-) -> Row:
+    op: str, size: tuple[int, ...], model_bytes: int, calls: dict[str, Call], checked: bool, device: torch.device,
+    target: float | None = None,
+) -> Row:  # fmt: skip
     """Measure ``calls`` ("ours" among them) against a copy that moves as many bytes."""
     numel = model_bytes // 8
     times = interleaved({**calls, "copy": copy_calls(numel, device)}, device)
     bandwidth = 8 * numel / times.pop("copy")
-    return Row(op, "x".join(map(str, size)), model_bytes, times, bandwidth, checked)
+    return Row(op, "x".join(map(str, size)), model_bytes, times, bandwidth, checked, target)
 
 
 def environment() -> dict[str, object]:

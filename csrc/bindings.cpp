@@ -213,6 +213,18 @@ struct Tensor : DLTensor {
   }
 };
 
+// Whether all are of the types that eager code hands to an operator: no subclass of Tensor, no other library's number.
+bool plain(const py::tuple& args) {
+  const auto tensor = reinterpret_cast<PyTypeObject*>(torch().tensor.ptr());
+  for (size_t i = 0; i < args.size(); ++i) {
+    PyObject* const object = PyTuple_GET_ITEM(args.ptr(), i);
+    PyTypeObject* const type = Py_TYPE(object);
+    if (type != tensor && object != Py_None && type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type)
+      return false;
+  }
+  return true;
+}
+
 // Whether these are plain images, float and dense, of one shape and device, the first two of one type.
 bool alike(const py::args& tensors) {
   Tensor first, t;
@@ -487,6 +499,7 @@ PYBIND11_MODULE(_C, m) {
       .def("check", py::overload_cast<const py::tuple&, bool>(&Plan::check, py::const_));
   m.attr("DONE") = int(Plan::kDone);
   m.attr("LOOK") = int(Plan::kLook);
+  m.def("plain", &plain);
   m.def("alike", &alike);
   m.def("on_cuda", [](int device) { on_cuda = device; });  // tests run the CUDA kernels on the host
   m.def("first_outside", &first_outside);

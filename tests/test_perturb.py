@@ -92,6 +92,14 @@ def test_bits_where_values_are_special(device):
         check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(device), project=True)
 
 
+@pytest.mark.parametrize("radius", [0.0, 2.0**-103, 2.0**-104, 1e-40, 1e30])
+def test_bits_of_tiny_and_large_radii(radius, device):
+    """Around zero, where the noise itself is seen: 2^-23 of a tiny radius is a denormal number, and not exact."""
+    x = torch.zeros(2, 3, 16, 20, device=device)
+    clip = {"clip_min": -1e38, "clip_max": 1e38}
+    check_against_reference(x, x, x, radius, 0.0, radius, key=ak.noise_key(device), **clip)
+
+
 def test_bits_above_the_size_where_results_are_streamed():
     """Larger than any last-level cache's half that we know of would be slow: streaming starts at half of this one's."""
     adv, grad, x = problem((24, 3, 256, 256))
@@ -107,12 +115,14 @@ def test_bits_of_each_isa_and_thread_count(isa, threads, restored_isa_and_thread
     torch.set_num_threads(threads)
     for shape, dtype, layouts in [
         ((64, 3, 33, 31), torch.float32, "ccc"),
+        ((8, 3, 32, 32), torch.float32, "ccc"),
         ((32, 3, 32, 32), torch.bfloat16, "lcl"),
         ((33, 5, 9, 9), torch.float64, "ccc"),
         ((16, 3, 24, 24), torch.float16, "lll"),
     ]:
         adv, grad, x = problem(shape, dtype=dtype, layouts=layouts, special=True)
-        check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(), project=True)
+        for project in (True, False):
+            check_against_reference(adv, grad, x, 0.1, 0.03, 0.05, key=ak.noise_key(), project=project)
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ..core import plain_check
 from ..environment import CHOICES, did_you_mean, setting
 from ..schema import NAMESPACE, OPERATORS, arguments_of, define, require_given
 from ..transforms import kernel_under_transforms, refuse_derivatives
@@ -128,7 +129,7 @@ def _implementation(stem: str, name: str) -> Callable[[tuple[Any, ...]], None]:
         for i in written:
             out = args[i]
             if out is not None and not out.is_inference():
-                bump_version((out,))
+                bump_version(out)
 
     return run
 
@@ -163,13 +164,19 @@ def caller(name: str) -> Callable[..., None]:
     operator = _operator(name)
     implementation = _implementations[name]
     compiling, modes, level = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, _functorch_level
-    plain = {torch.Tensor, float, int, bool, type(None)}.issuperset
+    plain: Callable[[tuple[Any, ...]], bool] | None = None
 
     def call(*args: Any) -> None:
-        if compiling() or modes() or level() is not None or not plain(map(type, args)):
+        nonlocal plain
+        if compiling() or modes() or level() is not None:
             operator(*args)
-        else:
+            return
+        if plain is None:  # not at import, see _from_environment
+            plain = plain_check()
+        if plain(args):
             implementation(args)
+        else:
+            operator(*args)
 
     return call
 

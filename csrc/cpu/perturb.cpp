@@ -15,6 +15,7 @@ struct Job {
   bool streaming;
   int64_t seed, base;
   FillWords fill;
+  DrawNeighbour draw, step_and_draw;  // of fp32; the second where nothing passes through a buffer; null: not to be used
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t copies;
 };
@@ -48,7 +49,8 @@ ATLAS_HD Place locate(const Job& job, int64_t unit) {
 }
 
 template <bool Project, class T>
-ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, const PerturbRow<T>& row, int64_t size) {
+ATLAS_HD void neighbours(T* z, const T* adv, const uint32_t* words, const T* x, const PerturbRow<T>& row,
+                         int64_t size) {
   ATLAS_IVDEP for (int64_t i = 0; i < size; ++i)
     z[i] = neighbour<Project>(adv[i], uniform<T>(words[i]), Project ? x[i] : T(0), row);
 }
@@ -71,9 +73,10 @@ template <class T> struct Body {
     for (int i = 0; i < 2; ++i)
       if (images[i]->data) tiles[i] = load(*images[i], job.shape, at, buffers[i]);
     const T *adv = tiles[0], *const x = tiles[1];
-    if (p.grad.data && (!p.active || p.active[at.sample])) adv = step_tile(job, at, row, adv, x, buffers[0]);
+    const bool steps = p.grad.data && (!p.active || p.active[at.sample]), at_once = steps && job.step_and_draw;
+    if (steps && !at_once) adv = step_tile(job, at, row, adv, x, buffers[0]);
 
-    for (int64_t i = 0; i < job.copies + p.count; ++i) {
+    for (int64_t i = at_once ? job.copies : 0; i < job.copies + p.count; ++i) {
       if (i < job.copies) {
         store(job.copy[i].to, job.shape, at, job.copy[i].of_x ? x : adv, job.streaming);
         continue;
@@ -82,13 +85,15 @@ template <class T> struct Body {
       Place to = at;
       to.sample += k * p.batch;
       T* tile = in_place_of(p.out_z, job.shape, to, z, job.streaming);
-      neighbour_tile(job, at, row, k, tile, adv, x);
+      if (at_once && k == 0) adv = first_neighbour_tile(job, at, row, tile, adv, x);
+      else neighbour_tile(job, at, row, k, tile, adv, x);
       store(p.out_z, job.shape, to, tile, job.streaming);
     }
   }
 
-  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& row, const T* adv,
-                                     const T* x, T* buffer) {
+  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& of, const T* adv, const T* x,
+                                     T* buffer) {
+    const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     alignas(64) T sign_tile[kTile];
     const T* grad = load<T, SignOf<T>>(job.p.grad, job.shape, at, sign_tile);
     // Always in place when tiles are longer than a buffer (see plan()).
@@ -97,19 +102,60 @@ template <class T> struct Body {
     return to;
   }
 
-  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
-                                      const T* adv, const T* x) {
+  static ATLAS_HD NoiseCounter counter(const Job& job, const Place& at, int64_t k) {
     const Pass& p = job.p;
     const int64_t sample = p.ids ? p.ids[at.sample] : wrapping_sum(job.base, at.sample);
-    const int64_t first = at.channel * groups_per_plane(job.shape.pixels) + at.first / 4;
+    return {job.seed, sample, p.draw, p.stream, uint32_t(k)};
+  }
+
+  static ATLAS_HD uint32_t first_group(const Job& job, const Place& at) {
+    return uint32_t(at.channel * groups_per_plane(job.shape.pixels) + at.first / 4);
+  }
+
+  static ATLAS_HD void neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, int64_t k, T* z,
+                                      const T* adv, const T* x) {
+    int64_t done = 0;
+    if constexpr (sizeof(T) == 4)
+      if (job.draw)
+        done = job.draw({z, adv, x, at.size, {}, {}, {}}, row, counter(job, at, k), first_group(job, at));
+    last_neighbours(job, at, row, k, done, z, adv, x);
+  }
+
+  // With the step before it, and a copy of x: the result of the step.
+  static ATLAS_HD const T* first_neighbour_tile(const Job& job, const Place& at, const PerturbRow<T>& row, T* z,
+                                                const T* adv, const T* x) {
+    const Pass& p = job.p;
+    const int64_t offset = job.shape.offset(at, false);
+    const T* grad = static_cast<const T*>(p.grad.data) + offset;
+    T* moved = static_cast<T*>(p.out_adv.data) + offset;
+    T* copy = p.out_x.data ? static_cast<T*>(p.out_x.data) + offset : moved;
+    int64_t done = 0;
+    if constexpr (sizeof(T) == 4)
+      done = job.step_and_draw({z, adv, x, at.size, grad, moved, copy}, row, counter(job, at, 0),
+                               first_group(job, at));
+    for (int64_t i = done; i < at.size; ++i) {
+      const T centre = x[i], to = pgd_step(adv[i], sign<T>(grad[i]), centre, row);
+      copy[i] = centre;
+      moved[i] = to;
+    }
+    last_neighbours(job, at, row, 0, done, z, moved, x);
+    return moved;
+  }
+
+  // Those from number `done` on.
+  static ATLAS_HD void last_neighbours(const Job& job, const Place& at, const PerturbRow<T>& of, int64_t k,
+                                       int64_t done, T* z, const T* adv, const T* x) {
+    const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     static_assert(kTile % (4 * kGroupsAtOnce) == 0, "the last words of a tile must fit its buffer");
     alignas(64) uint32_t words[kTile];
-    job.fill(words, NoiseCounter(job.seed, sample, p.draw, p.stream, uint32_t(k)), uint32_t(first),
-             groups_per_plane(at.size));
-    if (p.project)
-      neighbours<true>(z, adv, words, x, row, at.size);
-    else
-      neighbours<false>(z, adv, words, x, row, at.size);
+    for (; done < at.size; done += kTile) {
+      const int64_t size = at.size - done < kTile ? at.size - done : kTile;
+      job.fill(words, counter(job, at, k), first_group(job, at) + uint32_t(done / 4), groups_per_plane(size));
+      if (job.p.project)
+        neighbours<true>(z + done, adv + done, words, x + done, row, size);
+      else
+        neighbours<false>(z + done, adv + done, words, x, row, size);
+    }
   }
 };
 
@@ -137,18 +183,24 @@ template <class T> Job plan(const Pass& p) {
   if (same_order && !p.count && !per_channel(p)) {
     for (AtlasImages* i : images) i->channels_last = 0;
     job.shape = {1, per_sample(p) ? p.channels * p.pixels : numel};
+  } else if (same_order && !p.adv.channels_last && !per_channel(p) && p.pixels % 4 == 0) {
+    job.shape = {1, p.channels * p.pixels};  // the groups of one plane follow those of the plane before
   }
   if (p.out_x.data) job.copy[job.copies++] = {job.p.out_x, true};
   if (p.out_adv.data) job.copy[job.copies++] = {job.p.out_adv, false};
   if (p.cast.data) job.copy[job.copies++] = {job.p.cast, false};
   job.streaming = outgrows_cache(written * numel);
   job.plane_major = same_order && !job.p.adv.channels_last;
-  // A tile may be longer than a buffer when nothing passes through one.
-  const bool unbuffered = direct && job.plane_major && !p.count && !job.streaming && p.out_adv.data;
-  job.tile = unbuffered ? 16 * kTile : kTile;
+  // A tile may be longer than a buffer when nothing passes through one; with noise it is to stay in the first cache.
+  const bool unbuffered = direct && job.plane_major && !job.streaming && (p.count || p.out_adv.data);
+  job.tile = !unbuffered ? kTile : p.count ? 6 * kTile : 16 * kTile;
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
+  if (sizeof(T) == 4) {
+    job.draw = draw_neighbour(false, p.project);
+    if (unbuffered && p.count && p.grad.data) job.step_and_draw = draw_neighbour(true, p.project);
+  }
   return job;
 }
 

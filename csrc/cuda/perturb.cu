@@ -8,6 +8,7 @@ namespace atlas::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 10;  // at once on a processor, of the kernels for the usual case: registers to load all first
 
 template <class T> struct Job {
   Pass p;
@@ -16,7 +17,7 @@ template <class T> struct Job {
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t numel;
   int copies;
-  bool rows_differ;  // in parameters, activity or sample number
+  bool rows_differ;  // in parameters or activity
 };
 
 // The direction is all that matters of a gradient: taken before fp64 is narrowed, so that a tiny one keeps it.
@@ -24,105 +25,146 @@ struct Direction {
   static __device__ __forceinline__ float from(double v) { return sign<float>(v); }
 };
 
+// What a kernel has to do: looked up in the job, or known when it is compiled, for the usual case. of_rows: by numbers
+// that differ between samples or channels.
+template <bool Noise> struct Asked {
+  static constexpr bool known = false, noise = Noise;
+  template <class T> static __device__ __forceinline__ bool step(const Job<T>& job) { return job.p.grad.data; }
+  template <class T> static __device__ __forceinline__ bool ball(const Job<T>& job) { return job.p.x.data; }
+  template <class T> static __device__ __forceinline__ bool project(const Job<T>& job) { return job.p.project; }
+  template <class T> static __device__ __forceinline__ bool of_rows(const Job<T>& job) { return job.rows_differ; }
+};
+
+template <bool Step, bool Noise, bool Project> struct Known {
+  static constexpr bool known = true, noise = Noise;
+  template <class T> static __device__ __forceinline__ constexpr bool step(const Job<T>&) { return Step; }
+  template <class T> static __device__ __forceinline__ constexpr bool ball(const Job<T>&) { return Step || Project; }
+  template <class T> static __device__ __forceinline__ constexpr bool project(const Job<T>&) { return Project; }
+  template <class T> static __device__ __forceinline__ constexpr bool of_rows(const Job<T>&) { return false; }
+};
+
 // One unit in the registers of one thread.
-template <class Access> struct Tile {
+template <class Access, class Parts> struct Tile {
   using T = typename Access::T;
+  using Unit = typename Access::Unit;
   using Values = typename Access::Values;
   static constexpr int V = Access::kPixels, C = Access::kChannels;
 
+  bool inside;  // else it is another thread's unit, and not written here
   Place at;
   PerturbRow<T> row[C];
   uint8_t active;
   int64_t id;
   typename Access::Raw adv, grad, x;
+  Values v, centre;
 
   // Issues every load that does not hang on another one.
-  __device__ __forceinline__ void read(const Job<T>& job, int64_t unit) {
+  __device__ __forceinline__ void read(const Job<T>& job, Unit unit, bool is_inside) {
     const Pass& p = job.p;
-    at = Access::locate(job.walk, unit);
+    inside = is_inside;
+    at = Access::locate(job.walk, inside ? unit : Unit(job.walk.units - 1));
     Access::template fetch<Rounded>(adv, p.adv, job.walk, at);
-    if (p.x.data) Access::template fetch<Rounded>(x, p.x, job.walk, at);
-    if (p.grad.data) Access::template fetch<Direction>(grad, p.grad, job.walk, at);
+    if (Parts::ball(job)) Access::template fetch<Rounded>(x, p.x, job.walk, at);
+    if (Parts::step(job)) Access::template fetch<Direction>(grad, p.grad, job.walk, at);
     for (int c = 0; c < C; ++c)
       row[c] = {job.eps.value, job.step_size.value, job.radius.value, job.clip_min.value, job.clip_max.value};
     active = 1;
     id = 0;
-    if (!job.rows_differ) return;
+    if (Parts::noise && p.ids) id = p.ids[at.sample];
+    if (!Parts::of_rows(job)) return;
     for (int c = 0; c < C; ++c)
       row[c] = {job.eps.at(at.sample), job.step_size.at(at.sample), job.radius.at(at.sample),
                 job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c)};
     if (p.active) active = p.active[at.sample];
-    if (p.ids) id = p.ids[at.sample];
   }
 
-  template <bool Noise> __device__ __forceinline__ void write(const Job<T>& job, int64_t seed, int64_t base) const {
+  // Makes the step, and writes what comes before the neighbours.
+  __device__ __forceinline__ void move(const Job<T>& job) {
     const Pass& p = job.p;
-    Values v, centre = {}, out;
+    Values out;
+    for (int c = 0; c < C; ++c)
+      for (int j = 0; j < V; ++j) centre[c][j] = 0;
     Access::decode(v, adv, p.adv);
-    if (p.x.data) Access::decode(centre, x, p.x);
-    if (p.grad.data) {
+    if (Parts::ball(job)) Access::decode(centre, x, p.x);
+    if (Parts::step(job)) {
       Access::decode(out, grad, p.grad);
-      step(v, out, centre, p.descend);
+      step(out, p.descend, Parts::of_rows(job));
     }
-    for (int i = 0; i < job.copies; ++i) {
-      for (int c = 0; c < C; ++c)
-        for (int j = 0; j < V; ++j) out[c][j] = job.copy[i].of_x ? centre[c][j] : v[c][j];
-      Access::store(job.copy[i].to, 0, out, job.walk, at);
-    }
-    if constexpr (Noise) {
-      const uint32_t count = uint32_t(p.count);
-      for (uint32_t k = 0; k < count; ++k) {
-        const int64_t own = p.ids ? id : wrapping_sum(base, at.sample);
-        neighbours(out, NoiseCounter(seed, own, p.draw, p.stream, k), v, centre, job);
-        Access::store(p.out_z, k * job.numel, out, job.walk, at);
+    if constexpr (Parts::known) {
+      if (Parts::step(job) && p.out_x.data) write(job, p.out_x, 0, centre);
+      if (Parts::step(job)) write(job, p.out_adv, 0, v);
+    } else {
+      for (int i = 0; i < job.copies; ++i) {
+        for (int c = 0; c < C; ++c)
+          for (int j = 0; j < V; ++j) out[c][j] = job.copy[i].of_x ? centre[c][j] : v[c][j];
+        write(job, job.copy[i].to, 0, out);
       }
     }
   }
 
-  __device__ __forceinline__ void step(Values& v, const Values& grad, const Values& centre, bool descend) const {
+  __device__ __forceinline__ void step(const Values& grad, bool descend, bool may_rest) {
     for (int c = 0; c < C; ++c) {
       PerturbRow<T> r = row[c];
       if (descend) r.step = -r.step;
       for (int j = 0; j < V; ++j) {
         const T moved = pgd_step(v[c][j], sign<T>(grad[c][j]), centre[c][j], r);
-        v[c][j] = active ? moved : v[c][j];
+        v[c][j] = !may_rest || active ? moved : v[c][j];
       }
     }
   }
 
-  __device__ __forceinline__ void neighbours(Values& z, const NoiseCounter& counter, const Values& v,
-                                             const Values& centre, const Job<T>& job) const {
+  __device__ __forceinline__ void neighbour(const Job<T>& job, int64_t seed, int64_t base, uint32_t k) const {
+    const Pass& p = job.p;
+    const NoiseCounter counter(seed, p.ids ? id : wrapping_sum(base, at.sample), p.draw, p.stream, k);
+    Values z;
     for (int c = 0; c < C; ++c) {
       const Words4 words = counter.group(at.group + uint32_t(c * job.walk.groups));
-      if (job.p.project) {
-        for (int j = 0; j < 4; ++j) z[c][j] = neighbour<true>(v[c][j], uniform<T>(words.w[j]), centre[c][j], row[c]);
+      if (Parts::project(job)) {
+        for (int j = 0; j < 4; ++j)
+          z[c][j] = atlas::neighbour<true>(v[c][j], uniform<T>(words.w[j]), centre[c][j], row[c]);
       } else {
-        for (int j = 0; j < 4; ++j) z[c][j] = neighbour<false>(v[c][j], uniform<T>(words.w[j]), T(0), row[c]);
+        for (int j = 0; j < 4; ++j) z[c][j] = atlas::neighbour<false>(v[c][j], uniform<T>(words.w[j]), T(0), row[c]);
       }
     }
+    write(job, p.out_z, k * job.numel, z);
+  }
+
+  __device__ __forceinline__ void write(const Job<T>& job, const AtlasImages& to, int64_t offset,
+                                        const Values& values) const {
+    if (inside) Access::store(to, offset, values, job.walk, at);
   }
 };
 
-// Plain stores, no cache hints: the network reads next what is written here, and at the usual sizes finds it in L2.
-template <class Access, int Tiles, bool Noise>
-__global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ Job<typename Access::T> job) {
-  const int64_t unit = int64_t(blockIdx.x) * kThreads * Tiles + threadIdx.x;
-  if (unit >= job.walk.units) return;
-  Tile<Access> tiles[Tiles];
+// Plain stores, no cache hints: the network reads next what is written here, and at the usual sizes finds it in L2. At
+// large sizes hints gain nothing, nor do other block sizes or a cheaper generator: on an H200 the memory is the limit.
+template <class Access, int Tiles, class Parts>
+__global__ void __launch_bounds__(kThreads, Parts::known ? kBlocks : 0)
+    perturb_kernel(const __grid_constant__ Job<typename Access::T> job) {
+  using Unit = typename Access::Unit;
+  const Unit unit = Unit(blockIdx.x) * (kThreads * Tiles) + threadIdx.x, units = Unit(job.walk.units);
+  if (unit >= units) return;
+  Tile<Access, Parts> tiles[Tiles];
 #pragma unroll
-  for (int i = 0; i < Tiles; ++i)
-    if (i == 0 || unit + i * kThreads < job.walk.units) tiles[i].read(job, unit + i * kThreads);
+  for (int i = 0; i < Tiles; ++i) tiles[i].read(job, unit + i * kThreads, i == 0 || unit + i * kThreads < units);
   // Out here the compiler sees that the key is the same for all threads, and schedules its rounds once a warp.
-  const int64_t* const key = Noise ? job.p.key : nullptr;
-  const int64_t seed = key ? key[0] : 0, base = key ? key[1] : 0;
+  int64_t seed = 0, base = 0;
+  if (Parts::noise && (Parts::known || job.p.key)) seed = job.p.key[0], base = job.p.key[1];
 #pragma unroll
-  for (int i = 0; i < Tiles; ++i)
-    if (i == 0 || unit + i * kThreads < job.walk.units) tiles[i].template write<Noise>(job, seed, base);
+  for (int i = 0; i < Tiles; ++i) tiles[i].move(job);
+  if constexpr (Parts::noise) {
+    const uint32_t count = uint32_t(job.p.count);
+    uint32_t k = 0;
+    if (!Parts::known && count == 0) return;
+    do {
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) tiles[i].neighbour(job, seed, base, k);
+    } while (++k < count);
+  }
 }
 
-template <class Access, int Tiles, bool Noise> int walk(Job<typename Access::T>& job, const AtlasWhere& where) {
+template <class Access, int Tiles, class Parts> int walk(Job<typename Access::T>& job, const AtlasWhere& where) {
   job.walk.template begin<Access>(job.numel / (job.walk.channels * job.walk.pixels));
-  return launch(where, job.walk.units, Tiles, kThreads, perturb_kernel<Access, Tiles, Noise>, job);
+  return launch(where, job.walk.units, Tiles, kThreads, perturb_kernel<Access, Tiles, Parts>, job);
 }
 
 template <class T> int run(const Pass& p, const AtlasWhere& where) {
@@ -131,14 +173,15 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
   if (job.numel == 0) return ATLAS_OK;
   Pass& q = job.p;
   AtlasImages* const images[] = {&q.adv, &q.grad, &q.x, &q.out_x, &q.out_adv, &q.cast, &q.out_z};
-  bool in_planes = true, channels_last = true;
+  bool in_planes = true, channels_last = true, single = p.grad.data || p.count;
   for (const AtlasImages* i : images) {
+    single = single && (!i->data || i->dtype == kFloat32);
     in_planes = in_planes && !(i->data && i->channels_last);
     channels_last = channels_last && !(i->data && !i->channels_last);
   }
   const bool per_sample = p.active || p.eps.per_row || p.step_size.per_row || p.radius.per_row;
   const bool per_channel = p.clip_min.per_row || p.clip_max.per_row;
-  job.rows_differ = per_sample || per_channel || p.ids;
+  job.rows_differ = per_sample || per_channel;
   const bool flat = (in_planes || channels_last) && !p.count && !per_channel;
   if (flat) {  // a pixel's place means nothing: run through memory as it lies
     for (AtlasImages* i : images) i->channels_last = 0;
@@ -156,12 +199,22 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
       for (const AtlasImages* i : images) whole = whole && (!i->data || is_vector(*i, elements));
       return whole;
     };
-    if (flat && vectors(8)) return walk<Vectors<8, 1>, 1, false>(job, where);
-    if (flat && vectors(4)) return walk<Vectors<4, 1>, 2, false>(job, where);  // two tiles, to have more under way
-    if (in_planes && vectors(4)) return walk<Vectors<4, 1>, 1, true>(job, where);
-    if (p.channels == 3 && vectors(4)) return walk<Vectors<4, 3>, 1, true>(job, where);
+    // The usual case. Two tiles a thread, to have more under way.
+    if ((flat || in_planes) && vectors(4) && single && !job.rows_differ && !q.cast.data && job.numel >> 33 == 0) {
+      using Plain = Vectors<4, 1, true>;
+      if (!p.count) return walk<Plain, 2, Known<true, false, false>>(job, where);
+      if (!p.grad.data)
+        return p.project ? walk<Plain, 2, Known<false, true, true>>(job, where)
+                         : walk<Plain, 2, Known<false, true, false>>(job, where);
+      return p.project ? walk<Plain, 2, Known<true, true, true>>(job, where)
+                       : walk<Plain, 2, Known<true, true, false>>(job, where);
+    }
+    if (flat && vectors(8)) return walk<Vectors<8, 1>, 1, Asked<false>>(job, where);
+    if (flat && vectors(4)) return walk<Vectors<4, 1>, 2, Asked<false>>(job, where);
+    if (in_planes && vectors(4)) return walk<Vectors<4, 1>, 1, Asked<true>>(job, where);
+    if (p.channels == 3 && vectors(4)) return walk<Vectors<4, 3>, 1, Asked<true>>(job, where);
   }
-  return walk<Singles<T>, 1, true>(job, where);
+  return walk<Singles<T>, 1, Asked<true>>(job, where);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../api.h"
 #include "../core/platform.h"
 
@@ -24,13 +26,15 @@ inline Divisor divisor(int64_t value, int64_t bound) {
 
 struct Quotient { int64_t whole, rest; };
 
+__device__ __forceinline__ Quotient divide_narrow(uint32_t n, const Divisor& by) {
+  const int32_t whole = int32_t(__umulhi(n << 1, uint32_t(by.magic)));
+  const int32_t rest = int32_t(n) - whole * int32_t(by.value);
+  return rest < 0 ? Quotient{whole - 1, rest + int32_t(by.value)} : Quotient{whole, rest};
+}
+
 __device__ __forceinline__ Quotient divide(int64_t n, const Divisor& by) {
   if (by.magic == 0) return {0, n};
-  if (by.narrow) {
-    const int32_t whole = int32_t(__umulhi(uint32_t(n) << 1, uint32_t(by.magic)));
-    const int32_t rest = int32_t(n) - whole * int32_t(by.value);
-    return rest < 0 ? Quotient{whole - 1, rest + int32_t(by.value)} : Quotient{whole, rest};
-  }
+  if (by.narrow) return divide_narrow(uint32_t(n), by);
   const int64_t whole = int64_t(__umul64hi(uint64_t(n) << 1, by.magic)), rest = n - whole * by.value;
   return rest < 0 ? Quotient{whole - 1, rest + by.value} : Quotient{whole, rest};
 }
@@ -119,13 +123,20 @@ inline bool is_vector(const AtlasImages& images, int64_t elements) {
 
 // Access to 16- and 32-bit tensors in vectors of V elements, into which their planes can be cut. Either C is 1, and all
 // tensors lie in planes; or C is the number of channels, and a unit is C vectors in either order. V = 8: 16 bits only.
-template <int V, int C> struct Vectors {
+// Plain, so that nothing is asked: all tensors are fp32 and lie in planes, all channels are alike, and there are at
+// most 2^31 units, of V = 4 and C = 1.
+template <int V, int C, bool Plain = false> struct Vectors {
   using T = float;
+  using Unit = std::conditional_t<Plain, uint32_t, int64_t>;
   using Values = T[C][V];
   using Raw = uint32_t[C * V];
   static constexpr int kPixels = V, kChannels = C;
 
-  static __device__ __forceinline__ Place locate(const Walk& walk, int64_t unit) {
+  static __device__ __forceinline__ Place locate(const Walk& walk, Unit unit) {
+    if constexpr (Plain) {
+      const Quotient sample = divide_narrow(unit, walk.by_sample);
+      return {sample.whole, 0, V, int64_t(unit) * V, 0, uint32_t(sample.rest)};
+    }
     const Quotient sample = divide(unit, walk.by_sample);
     const int64_t channel = C == 1 && walk.per_channel ? divide(sample.rest, walk.by_groups).whole : 0;
     return {sample.whole, channel, V, unit * V + sample.whole * (C - 1) * walk.pixels, unit * V * C,
@@ -134,7 +145,7 @@ template <int V, int C> struct Vectors {
 
   // The first element of vector c.
   static __device__ __forceinline__ int64_t vector(const AtlasImages& of, const Walk& walk, const Place& at, int c) {
-    return at.first(of) + c * (of.channels_last ? V : walk.pixels);
+    return Plain ? at.in_planes : at.first(of) + c * (of.channels_last ? V : walk.pixels);
   }
 
   // Leaves the elements as they are, so that nothing waits for them yet: all tensors are under way at once.
@@ -143,7 +154,7 @@ template <int V, int C> struct Vectors {
     for (int c = 0; c < C; ++c) {
       const int64_t first = vector(from, walk, at, c);
       if constexpr (V == 4) {
-        if (from.dtype == kFloat32) {
+        if (Plain || from.dtype == kFloat32) {
           load_words<4 * V>(raw + c * V, static_cast<const float*>(from.data) + first);
           continue;
         }
@@ -153,7 +164,7 @@ template <int V, int C> struct Vectors {
   }
 
   static __device__ __forceinline__ void decode(Values& to, const Raw& raw, const AtlasImages& from) {
-    with_dtype<16 / V>(from.dtype, [&](auto stored) {
+    with_dtype<16 / V>(Plain ? kFloat32 : from.dtype, [&](auto stored) {
       using S = decltype(stored);
       for (int c = 0; c < C; ++c)
         for (int j = 0; j < V; ++j)
@@ -164,7 +175,7 @@ template <int V, int C> struct Vectors {
   // `offset`: of the batch in the tensor.
   static __device__ __forceinline__ void store(const AtlasImages& to, int64_t offset, const Values& v, const Walk& walk,
                                                const Place& at) {
-    with_dtype<16 / V>(to.dtype, [&](auto stored) {
+    with_dtype<16 / V>(Plain ? kFloat32 : to.dtype, [&](auto stored) {
       using S = decltype(stored);
       constexpr int kWords = V * sizeof(S) / 4;
       uint32_t words[C * kWords];
@@ -185,6 +196,7 @@ template <class Compute> struct Singles {
   using T = Compute;
   using Values = T[1][4];
   using Raw = Values;
+  using Unit = int64_t;
   static constexpr int kPixels = 4, kChannels = 1;
 
   static __device__ __forceinline__ Place locate(const Walk& walk, int64_t unit) {

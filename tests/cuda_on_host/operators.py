@@ -78,7 +78,8 @@ KEY = torch.tensor([-(2**62) - 12345, 2**33 + 7])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (33, 3, 8, 12), (130, 1, 4, 4), (3, 3, 2, 2)], ids=str)
 def test_shapes_and_dtypes(shape, dtype):
-    check(*problem(shape, dtype=dtype, special=True), key=KEY)
+    for project in (False, True):
+        check(*problem(shape, dtype=dtype, special=True), key=KEY, project=project)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (2, 5, 7, 3), (2, 4, 4, 4), (3, 3, 3, 5)], ids=str)
