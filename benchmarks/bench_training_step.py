@@ -181,12 +181,12 @@ class Contest:
             torch._dynamo.reset()  # else networks of earlier rows count as recompilations, of which there may be few
             self.kinds[" compiled"] = torch.compile(self.made.model, dynamic=False)  # type: ignore[assignment]
         if bench.settings.graphs and not self.made.method.no_graph:
-            self.kinds[" graphs"] = self.made.model
+            self.kinds |= {f"{kind} graphs": model for kind, model in self.kinds.items()}
         self.calls = {f"published {project}".strip(): self._published(bench, p) for project, p in self._ways}
         for (kind, model), dtype in itertools.product(self.kinds.items(), ("fp32", "bf16")):
-            recorder = bench.recorder if kind == " graphs" else None
-            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", recorder)
-            self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder)
+            recorder = bench.recorder if kind.endswith(" graphs") else None
+            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", recorder, cache=not kind)
+            self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder, cache=not kind)
 
     @property
     def _ways(self) -> Iterable[tuple[str, Published]]:
@@ -204,7 +204,7 @@ class Contest:
                     with keep_memory() if name.startswith("ours") else nullcontext():
                         self._first(name, call)
             except CaptureFailed as failure:
-                self.row.missing[" graphs"] = str(failure)
+                self.row.missing[next(kind for kind in KINDS if name.endswith(kind))] = str(failure)
         for kind in self.row.missing:
             del self.kinds[kind]
         few = self.batch.x if self.step.by_data else self.batch.x[:8]
@@ -260,7 +260,7 @@ class Contest:
         algorithm, start, how = published(self.made.method, batch, self.key)
         return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how)[1]
 
-    def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None) -> Call:
+    def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None, cache: bool) -> Call:
         """A step as the engine makes it."""
         run, losses = self.made, Losses(self.made)
         graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
@@ -269,13 +269,13 @@ class Contest:
         def call() -> Tensor:
             run.model.train()
             descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, self.batch.ids))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache):
                 return train_step(model, self.batch, self.key, run.state, descent)[0]
 
         return call
 
-    def _bare(self, model: nn.Module, dtype: str, recorder: Recorder | None) -> Call:
-        run, x = partial(Bare(model, self.batch.x, dtype == "bf16").run, self.passes[dtype]), self.batch.x
+    def _bare(self, model: nn.Module, dtype: str, recorder: Recorder | None, cache: bool) -> Call:
+        run, x = partial(Bare(model, self.batch.x, dtype == "bf16", cache).run, self.passes[dtype]), self.batch.x
         captures: list[Capture[None]] = []
 
         def replay() -> None:

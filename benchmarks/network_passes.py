@@ -64,12 +64,14 @@ Pass = Attack | Look | Learn | FirstLayer
 class Bare:
     """Runs passes of ``model`` on the images ``x`` [B, ...], under bfloat16 autocast if ``bf16``.
 
-    A compiled model is run as compiled, but for what needs double backward.
+    cache: whether autocast keeps its cast weights, as it does in eager steps. A compiled model is run as compiled, but
+    for what needs double backward.
     """
 
     model: nn.Module
     x: Tensor
     bf16: bool = False
+    cache: bool = True
     _constants: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, passes: Sequence[Pass]) -> None:
@@ -132,7 +134,7 @@ class Bare:
         return getattr(self.model, "_orig_mod", self.model)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=self.cache)
 
     def _side_by_side(self, wide: int) -> Tensor:
         if wide == 1:

@@ -34,8 +34,8 @@ NOTES = (
     "published step gave it in double precision; in fp32 it is further from that, for rounding decides the signs of "
     "gradients that are all but zero.",
 )
-#: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps.
-KINDS = (" compiled", " graphs")
+#: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps, both. A longer name comes first.
+KINDS = (" compiled graphs", " compiled", " graphs")
 HEADER = (
     "step", "published ms", "F", "ours fp32 ms", "x", "ours bf16 ms", "x", "F", "network fp32", "network bf16",
     "MiB published", "ours fp32", "ours bf16", "rounds",
