@@ -63,8 +63,9 @@ class StepGraph:
             self._phase = here
         kind = method.variant(state), *((t.shape, t.stride(), t.dtype) for t in batch)
         if phase is None or not self._works or kind not in self._captures:
+            outcome = self._step(model, batch, key, state, descent)
             self._captures[kind] = None
-            return self._step(model, batch, key, state, descent)
+            return outcome
         rates = [descent.rate(update) for update in range(method.updates)]
         try:
             given = torch.tensor(rates, pin_memory=key.is_cuda).to(key.device, non_blocking=True)
