@@ -299,6 +299,22 @@ def test_compiled_for_the_backward_too(compiler: None, name: str, averaging: str
     assert passes_per_step(run) == pytest.approx(passes_per_step(plain))
 
 
+@pytest.mark.parametrize("compiler", ["inductor"], indirect=True)
+def test_by_the_code_that_torch_generates(compiler: None) -> None:
+    """Convolution, BatchNorm and ReLU with the gradients of attack and training, on this machine's compiler."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(6)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+
+    chosen = config("one_step_adv", optimizer="sgd", channels_last=True)
+    plain = engine.train(chosen, splits=splits(train=32), model=net())
+    run = engine.train(dataclasses.replace(chosen, compile=True), splits=splits(train=32), model=net())
+    assert graphs() == 2
+    for (key, a), b in zip(weights(run.model).items(), weights(plain.model).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_goes_on_compiled_or_not(compiler: None, tmp_path: Path, first: bool) -> None:
     chosen = config("adv", epochs=2, schedule="constant", averaging="ema", compile=first)
