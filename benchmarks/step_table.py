@@ -92,7 +92,7 @@ class StepRow:
         if self.problem:
             return [[f"{self.step}: {self.problem}"]]
         lines = [self._line(name, "") for name in self.published]
-        kinds = [kind for kind in KINDS if f"ours fp32{kind}" in self.seconds]
+        kinds = [kind for kind in KINDS if {f"ours fp32{kind}", f"ours bf16{kind}"} & self.seconds.keys()]
         lines += [self._line(self.published[0], kind) for kind in kinds]
         return lines + [[f"{self.step}{kind}: {reason}"] for kind, reason in self.missing.items()]
 
@@ -111,9 +111,11 @@ class StepRow:
         return [label + kind, self._ms(published), passes[0], *times, passes[1], *shares, *memory, rounds]
 
     def _ms(self, name: str) -> str:
-        return f"{1e3 * statistics.median(self.seconds[name]):.1f}"
+        return f"{1e3 * statistics.median(self.seconds[name]):.1f}" if name in self.seconds else "-"
 
     def _quotient(self, above: str, below: str, form: str) -> str:
+        if below not in self.seconds:
+            return "-"
         quotients = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
         low, high, _ = median_interval(quotients)
         return f"{statistics.median(quotients):{form}} ({low:{form}} to {high:{form}})"

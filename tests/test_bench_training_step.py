@@ -234,7 +234,7 @@ def test_compiled_in_graphs(name: str, graphs: int, small: bench.Bench, monkeypa
     """The bare passes are compiled as ours are: all code is shared but that of a look, whose weights are not frozen."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setitem(bench.SHAPES, "digits", ((2, 8, 8), 0.1))  # strides of one channel may be any
-    settings = dataclasses.replace(small.settings, graphs=True, compile=True)
+    settings = dataclasses.replace(small.settings, graphs=True, compile="bf16")
     contest = bench.Contest(bench.Bench(settings, recorded), name)
     assert set(contest.kinds) == {"", " compiled", " graphs", " compiled graphs"}
     before = compiled.graphs()
@@ -243,6 +243,11 @@ def test_compiled_in_graphs(name: str, graphs: int, small: bench.Bench, monkeypa
             for _ in range(3):
                 contest.calls[f"{side} bf16{kind}"]()
     assert compiled.graphs() - before == graphs
+    contest.calls["published"]()
+    contest.row.passes, contest.row.losses = {"published": 1.0, "ours": 1.0}, {"published": 1.0, "ours fp32": 1.0}
+    contest.round(0)
+    lines = {line[0]: line for line in contest.row.lines()}
+    assert lines[f"{name} compiled graphs"][3:5] == ["-", "-"] and "%" in lines[f"{name} compiled graphs"][9]
 
 
 def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:

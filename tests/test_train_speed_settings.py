@@ -475,6 +475,17 @@ def test_a_run_with_checkpointed_activations_is_the_same_run(name: str, awp: flo
     assert passes_per_step(plain) + 0.5 < passes_per_step(run), "and they are counted"
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_tries_its_algorithms_while_a_run_lasts(wanted: bool) -> None:
+    seen: list[bool] = []
+
+    def look(row: dict[str, Any]) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+
+    engine.train(config("standard", cudnn_benchmark=wanted), splits=splits(), on_epoch=look)
+    assert seen == [wanted] and not torch.backends.cudnn.benchmark
+
+
 # --- the host's memory, and what does not go together
 
 

@@ -257,6 +257,11 @@ class TrainConfig(metaclass=_Lenient):
     cuda_graphs: Literal["none", "attack", "step"] = option(
         "none", "capture attacks, or whole training steps, once, and replay them: for networks small for their GPU"
     )
+    cudnn_benchmark: bool = option(
+        False,
+        "cuDNN tries its algorithms at the first convolution of each shape, and takes the fastest. Two runs may then "
+        "differ in the last place, as may a resumed one from one that was not",
+    )
     checkpoint_activations: bool = option(
         False,
         "training forwards keep the input of each block alone, and the backward runs the block again: up to a forward "

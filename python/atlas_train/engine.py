@@ -20,7 +20,7 @@ from .data import DataSplits, identity
 from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
 from .interrupts import terminable
-from .machine import on_host
+from .machine import cudnn_benchmark, on_host
 from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
@@ -122,7 +122,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     try:
         for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):
             display.say(note)
-        with on_host(c.threads):
+        with on_host(c.threads), cudnn_benchmark(c.cudnn_benchmark):
             fit(run, display, board, on_epoch)
         if run.average and (unbegun := run.average.unbegun(run.epoch)):
             display.say(unbegun)

@@ -39,6 +39,17 @@ def autocast(precision: str, device: torch.device, *, cache: bool = True) -> tor
 
 
 @contextmanager
+def cudnn_benchmark(wanted: bool) -> Iterator[None]:
+    """cuDNN chooses its algorithms by trying them, if ``wanted``, and then as before."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def on_host(threads: int | None) -> Iterator[None]:
     """torch with so many CPU threads (None: as it is) and with freed memory kept, and then as before."""
     before = torch.get_num_threads()
