@@ -7,18 +7,21 @@ in the dtype, layout and modes of the step itself. What a step takes beyond that
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels.attacks.cast_weights import cast_once
 from harness import synchronise
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Forwards, each with a backward to the input alone; the weights are frozen. rows: of the batch, default all."""
+    """Forwards, each with a backward to the input alone; the weights are frozen, and cast once. rows: of the batch,
+    default all."""
 
     steps: int
     mode: str = "train"
@@ -27,7 +30,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Look:
-    """Forwards without gradients."""
+    """Forwards without gradients, in an attack."""
 
     count: int
     mode: str
@@ -94,19 +97,24 @@ class Bare:
         return times[1] - times[0], times[2] - times[1]
 
     def _attack(self, attack: Attack) -> None:
-        self.model.train(attack.mode == "train").requires_grad_(False)
-        with self._autocast():
+        with self._attacked(attack.mode):
             for _ in range(attack.steps):
                 leaf = self.x[: attack.rows].detach().requires_grad_()
                 z = self.model(leaf)
                 torch.autograd.grad(z, leaf, self._cotangent(z))
-        self.model.requires_grad_(True)
 
     def _look(self, look: Look) -> None:
-        self.model.train(look.mode == "train")
-        with self._autocast(), torch.no_grad():
+        with self._attacked(look.mode), torch.no_grad():
             for _ in range(look.count):
                 self.model(self.x[: look.rows])
+
+    @contextmanager
+    def _attacked(self, mode: str) -> Iterator[None]:
+        """As attacks run the network: frozen, its weights cast once."""
+        self.model.train(mode == "train").requires_grad_(False)
+        with self._autocast(), cast_once(self.model, self.x.device.type):
+            yield
+        self.model.requires_grad_(True)
 
     def _learn(self, learn: Learn) -> None:
         outputs: list[Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -291,9 +291,15 @@ def test_autocast_that_is_switched_within_the_network(x: Tensor) -> None:
     check_equal(ready(then(forward, conv=CONV, bn=BN, conv2=nn.Conv2d(6, 6, 1), bn2=BN), x), x)
 
 
+def in_part(net: nn.Module) -> nn.Module:
+    return nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [lambda net: torch.compile(net, backend="eager"), torch.jit.script])
-def test_compiled_code_is_left_alone(make: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
+@pytest.mark.parametrize("make", [in_part, torch.jit.script])
+def test_scripts_and_networks_compiled_in_part_are_left_alone(
+    make: Callable[[nn.Module], nn.Module], x: Tensor
+) -> None:
     model = ready(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(216, 5)), x)
     made = make(model)
     with Execution("bf16"), attacking(made, "keep", None):
@@ -301,10 +307,85 @@ def test_compiled_code_is_left_alone(make: Callable[[nn.Module], nn.Module], x: 
     assert all(map(torch.equal, passes(made, x), passes(model, x)))
 
 
-@pytest.mark.parametrize("make", [NETWORKS["bias"][0], lambda: nn.Linear(192, 5)])
+class Compiler:
+    """Runs graphs as they are, and notes how many inputs in 16 bits each has."""
+
+    def __init__(self) -> None:
+        self.graphs: list[int] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(sum(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in inputs))
+        return graph.forward  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    torch._dynamo.reset()
+    yield Compiler()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_network_is_cast_once_and_compiled_once(compiler: Compiler, x: Tensor, y: Tensor) -> None:
+    """Attack after attack, with training in between that writes the weights; the plain network beside it."""
+    model = ready(NETWORKS["preact_resnet18"][0], x)
+    compiled = torch.compile(model, backend=compiler, dynamic=False)
+    key, attack = torch.tensor([5, 6], device=x.device), PGD(EPS, steps=3)
+    for _ in range(3):
+        with Execution("bf16"):
+            a, b = (attack(network, x, y, key=key) for network in (compiled, model))
+        assert torch.equal(a, b) and not torch.equal(a, x)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+    assert compiler.graphs == [22], "21 layers, one of them with a bias"
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("meanwhile", [by_another_parameter, a_functional_call, another_autocast, a_copy])
+def test_changes_within_an_attack_on_a_compiled_network(
+    meanwhile: Callable[..., Tensor], compiler: Compiler, x: Tensor
+) -> None:
+    found = []
+    for compile in (True, False):
+        model = ready(NETWORKS["bias"][0], x)
+        network: Any = torch.compile(model, backend=compiler) if compile else model
+        with Execution("bf16"), attacking(network, "keep", None):
+            network(x)
+            found.append(meanwhile(network if meanwhile is another_autocast else Names(network), x))
+    assert torch.equal(*found)
+
+
+def compiled_linear() -> nn.Module:
+    return torch.compile(nn.Linear(192, 5), backend="eager")
+
+
+class Names(nn.Module):
+    """A network under the names of its parts, whether compiled or not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.conv = network.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def test_graphs_of_both_16_bit_types_keep_their_memory(compiler: Compiler, x: Tensor) -> None:
+    model = ready(NETWORKS["bias"][0], x)
+    network = torch.compile(model, backend=compiler)
+    where: dict[str, set[int]] = {"bf16": set(), "fp16": set()}
+    for name in ("bf16", "fp16", "bf16", "fp16"):
+        with Execution(name), attacking(network, "keep", None):
+            where[name].add(vars(model.conv)["forward"].__self__._weight.data_ptr())
+        model.conv.weight = nn.Parameter(model.conv.weight.detach() * 2, requires_grad=False)
+    assert all(len(places) == 1 for places in where.values())
+
+
+@pytest.mark.parametrize("make", [NETWORKS["bias"][0], lambda: nn.Linear(192, 5), compiled_linear])
 def test_the_network_is_not_kept_alive(make: Callable[[], nn.Module]) -> None:
     execution, model, x = Execution("bf16"), make(), torch.rand(IMAGES)
-    x = x.flatten(1) if isinstance(model, nn.Linear) else x
+    x = x if isinstance(model, Then) else x.flatten(1)
     model(x)
     with execution, attacking(model, "eval", None):
         model(x)

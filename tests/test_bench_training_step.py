@@ -229,9 +229,9 @@ def test_other_kinds_of_ours(small: bench.Bench) -> None:
     assert set(bench.Contest(made, "mma").kinds) == {""}, "a step of MMA cannot be a graph"
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("atlas", 2), ("trades", 4)])
+@pytest.mark.parametrize(("name", "graphs"), [("atlas", 2), ("trades", 3)])
 def test_compiled_in_graphs(name: str, graphs: int, small: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bare passes are compiled as ours are: all code is shared but that of a look, whose weights are not frozen."""
+    """The bare passes are compiled as ours are: all code is shared."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setitem(bench.SHAPES, "digits", ((2, 8, 8), 0.1))  # strides of one channel may be any
     settings = dataclasses.replace(small.settings, graphs=True, compile="bf16")
