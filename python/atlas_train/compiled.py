@@ -63,7 +63,8 @@ class CompiledStep:
             with config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
                 outcome = self._train_step(model, batch, key, state, descent)
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-            reason = f"the network cannot be compiled ({one_line(error)})"
+            said = one_line(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]
+            reason = f"the network cannot be compiled ({said})"
             if begin_anew is None:
                 raise RuntimeError(
                     f"{reason}: set compile=False, or on_compile_error='eager' for a run that goes on uncompiled if "
