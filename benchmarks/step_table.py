@@ -102,6 +102,9 @@ class StepRow:
         times, shares = [], []
         for dtype in ("fp32", "bf16"):
             ours = f"ours {dtype}{kind}"
+            if ours not in self.seconds:  # compiled in the other dtype alone
+                times, shares = [*times, "-", "-"], [*shares, "-"]
+                continue
             times += [self._ms(ours), self._quotient(published, ours, ".2f")]
             shares.append(self._quotient(f"bare {dtype}{kind}", ours, ".1%"))
         memory = [f"{self.memory[name] / 2**20:.0f}" if name in self.memory else "-" for name in
@@ -111,11 +114,9 @@ class StepRow:
         return [label + kind, self._ms(published), passes[0], *times, passes[1], *shares, *memory, rounds]
 
     def _ms(self, name: str) -> str:
-        return f"{1e3 * statistics.median(self.seconds[name]):.1f}" if name in self.seconds else "-"
+        return f"{1e3 * statistics.median(self.seconds[name]):.1f}"
 
     def _quotient(self, above: str, below: str, form: str) -> str:
-        if below not in self.seconds:
-            return "-"
         quotients = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
         low, high, _ = median_interval(quotients)
         return f"{statistics.median(quotients):{form}} ({low:{form}} to {high:{form}})"
