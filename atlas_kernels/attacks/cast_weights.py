@@ -46,7 +46,7 @@ def cast_once(model: Callable[[Tensor], Any], device_type: str) -> Iterator[None
                 cast += [_cast(module, dtype, kept) for module in whole if (dtype := _other_dtype(module)) is not None]
                 _fill(cast)
         for layer in cast:
-            vars(layer.layer)["forward"] = layer.run
+            vars(layer.layer)["forward"] = layer.forward
         yield
 
 
@@ -59,20 +59,20 @@ class _Cast:
     """A convolution or linear layer, and the weights to run it with."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        self.layer, self._device = layer, layer.weight.device.type
+        self.layer, self._device, self.forward = layer, layer.weight.device.type, partial(_run, self)
         self._autocast: torch.dtype | str = dtype
         self.sources: dict[str, Tensor | None] = dict(layer._parameters)
         self.versions: dict[str, int | None] = {}
         self._kinds = self._kinds_now()
         # In a CUDA graph the graph's own memory; of the layout that the weights have.
         weight, bias = layer.weight, layer.bias
-        self._weight = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-        self._bias = None if bias is None else torch.empty_like(bias, dtype=dtype, requires_grad=False)
+        self.weight = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        self.bias = None if bias is None else torch.empty_like(bias, dtype=dtype, requires_grad=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Cast:
         """That of a copied network, whose weights go ways of their own."""
         made = copy(self)
-        made.layer, made._autocast = deepcopy(self.layer, memo), _NEVER
+        made.layer, made._autocast, made.forward = deepcopy(self.layer, memo), _NEVER, partial(_run, made)
         return made
 
     def _kinds_now(self) -> list[Any]:
@@ -85,22 +85,10 @@ class _Cast:
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """What is cast, and what it is cast to."""
-        pairs = ((self.layer.weight, self._weight), (self.layer.bias, self._bias))
+        pairs = ((self.layer.weight, self.weight), (self.layer.bias, self.bias))
         return [(t, low) for t, low in pairs if low is not None]
 
-    def run(self, input: Tensor) -> Tensor:
-        """The layer's ``forward``."""
-        layer = self.layer
-        out: Tensor
-        if not self._is_as_prepared():
-            out = type(layer).forward(layer, input)
-        elif type(layer) is nn.Linear:
-            out = F.linear(input, self._weight, self._bias)
-        else:
-            out = layer._conv_forward(input, self._weight, self._bias)
-        return out
-
-    def _is_as_prepared(self) -> bool:
+    def is_as_prepared(self) -> bool:
         """Whether this call is the one prepared for."""
         own, traced = self.layer._parameters, torch.compiler.is_compiling()
         return _autocast_dtype(self._device) == self._autocast and all(
@@ -109,6 +97,19 @@ class _Cast:
             and (traced or _version(t) == self.versions[name])
             for name, t in self.sources.items()
         )
+
+
+def _run(cast: _Cast, input: Tensor) -> Tensor:
+    """The layer's ``forward``."""
+    layer = cast.layer
+    out: Tensor
+    if not cast.is_as_prepared():
+        out = type(layer).forward(layer, input)
+    elif type(layer) is nn.Linear:
+        out = F.linear(input, cast.weight, cast.bias)
+    else:
+        out = layer._conv_forward(input, cast.weight, cast.bias)
+    return out
 
 
 _Kept = dict[tuple[nn.Module, torch.dtype], _Cast]
