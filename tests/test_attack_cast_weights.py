@@ -259,12 +259,15 @@ def test_changes_within_an_attack_are_seen(meanwhile: Callable[..., Tensor], x: 
     assert torch.equal(*found)
 
 
-def test_weights_that_are_attacked_themselves_get_their_gradient(x: Tensor, y: Tensor) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_that_are_attacked_themselves_get_their_gradient(compile: bool, x: Tensor, y: Tensor) -> None:
     """AWP frees the weights within the contract; a prepared copy would be all that is differentiated."""
     model = ready(NETWORKS["bias"][0], x).requires_grad_(True)
+    network: Any = torch.compile(model, backend="eager") if compile else model
     with Execution("bf16"):
-        directions = AdvWeightPerturb(model, None, None, 0.1).calc_awp(x, y)
-    assert set(directions) == {"conv.weight", "head.weight"}
+        PGD(EPS, steps=1)(network, x, y)
+        directions = AdvWeightPerturb(network, None, None, 0.1).calc_awp(x, y)
+    assert {name.removeprefix("_orig_mod.") for name in directions} == {"conv.weight", "head.weight"}
 
 
 def test_a_hook_that_makes_the_weights_is_heeded(x: Tensor) -> None:
