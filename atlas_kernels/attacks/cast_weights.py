@@ -64,7 +64,7 @@ class _Cast:
         self.sources: dict[str, Tensor | None] = dict(layer._parameters)
         self.versions: dict[str, int | None] = {}
         self._kinds = self._kinds_now()
-        # In a CUDA graph the graph's own memory; of the layout that the weights have.
+        # New memory, in a CUDA graph the graph's own (that of compiled networks is kept); in the layout of the weights.
         weight, bias = layer.weight, layer.bias
         self.weight = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         self.bias = None if bias is None else torch.empty_like(bias, dtype=dtype, requires_grad=False)
