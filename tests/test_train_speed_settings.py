@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from atlas_kernels import memory, noise_key
 from atlas_kernels.attacks.execution import current_execution
-from atlas_train import checkpoint, compiled, engine, methods, models, optimizers, progress
+from atlas_train import checkpoint, compiled_step, engine, methods, models, optimizers, progress
 from atlas_train import run as runs
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, resolved
@@ -275,7 +275,7 @@ def test_a_network_that_is_compiled_again_and_again_stops_the_run(
     compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch would run it uncompiled from some number of graphs on, and warn of it once."""
-    monkeypatch.setattr(compiled, "LIMIT", 1)
+    monkeypatch.setattr(compiled_step, "LIMIT", 1)
     with pytest.raises(RuntimeError, match="cannot be compiled .*FailOnRecompileLimitHit"):
         engine.train(config("adv", compile=True), splits=splits())
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from atlas_kernels.capture import Capture, cuda_graph
 from atlas_train import checkpoint, engine, methods, optimizers, segment, watch
-from atlas_train.compiled import CompiledStep
 from atlas_train.compiled import graphs as graphs_compiled
+from atlas_train.compiled_step import CompiledStep
 from atlas_train.config import TrainConfig
 from atlas_train.methods import AWP, MMA, Method
 from atlas_train.run import Run

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import average_bn, checkpoint, data, models, progress, rescue
-from .compiled import CompiledStep, TrainStep
+from .compiled_step import CompiledStep, TrainStep
 from .config import TrainConfig
 from .data import DataSplits, identity
 from .descent import OptimizerDescent
