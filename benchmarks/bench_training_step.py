@@ -29,6 +29,7 @@ from atlas_kernels import keep_memory
 from atlas_kernels.attacks.held import put_back
 from atlas_kernels.capture import Capture, CaptureFailed, Recorder, cuda_graph
 from atlas_train import data, methods, models
+from atlas_train.compiled import LIMIT, compiled_network
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batch, DataSplits, Images
 from atlas_train.descent import OptimizerDescent
@@ -56,7 +57,7 @@ LEAST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of a table share; None: the network's own."""
+    """What all rows of a table share; None: the network's own. compile: in which dtypes, "fp32", "bf16" or "both"."""
 
     network: str = "small_cnn"
     data_dir: str | None = None
@@ -65,8 +66,9 @@ class Settings:
     steps: int = 10
     rounds: int = 5
     row_seconds: float = 40.0
-    compile: bool = False
+    compile: str | None = None
     graphs: bool = False
+    cudnn_benchmark: bool = False
     device: str = "cpu"
 
     @property
@@ -83,6 +85,7 @@ class Bench:
 
     def __init__(self, settings: Settings, recorder: Recorder = cuda_graph) -> None:
         self.settings, self.device, self.recorder = settings, torch.device(settings.device), recorder
+        torch.backends.cudnn.benchmark = settings.cudnn_benchmark
         torch.manual_seed(0)
         self.splits = images(settings)
         channels = self.splits.train.shape[0]
@@ -99,7 +102,7 @@ class Bench:
         """The same in double precision, where both sides differ by rounding alone and that does not grow."""
         made = copy.copy(self)
         made.model = copy.deepcopy(self.model).double()
-        made.settings = replace(self.settings, compile=False, graphs=False)
+        made.settings = replace(self.settings, compile=None, graphs=False)
         return made
 
     def run(self, method: str, hyper: dict[str, Any]) -> Run:
@@ -179,14 +182,17 @@ class Contest:
         self.kinds = {"": self.made.model}
         if bench.settings.compile:
             torch._dynamo.reset()  # else networks of earlier rows count as recompilations, of which there may be few
-            self.kinds[" compiled"] = torch.compile(self.made.model, dynamic=False)  # type: ignore[assignment]
+            torch._dynamo.config.recompile_limit = LIMIT
+            self.kinds[" compiled"] = compiled_network(self.made.model, self.made.method)
         if bench.settings.graphs and not self.made.method.no_graph:
-            self.kinds[" graphs"] = self.made.model
+            self.kinds |= {f"{kind} graphs": model for kind, model in self.kinds.items()}
         self.calls = {f"published {project}".strip(): self._published(bench, p) for project, p in self._ways}
         for (kind, model), dtype in itertools.product(self.kinds.items(), ("fp32", "bf16")):
-            recorder = bench.recorder if kind == " graphs" else None
-            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", recorder)
-            self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder)
+            if "compiled" in kind and bench.settings.compile not in ("both", dtype):
+                continue
+            recorder = bench.recorder if kind.endswith(" graphs") else None
+            self.calls[f"ours {dtype}{kind}"] = self._ours(model, dtype == "bf16", recorder, cache=not kind)
+            self.calls[f"bare {dtype}{kind}"] = self._bare(model, dtype, recorder, cache=not kind)
 
     @property
     def _ways(self) -> Iterable[tuple[str, Published]]:
@@ -204,7 +210,7 @@ class Contest:
                     with keep_memory() if name.startswith("ours") else nullcontext():
                         self._first(name, call)
             except CaptureFailed as failure:
-                self.row.missing[" graphs"] = str(failure)
+                self.row.missing[next(kind for kind in KINDS if name.endswith(kind))] = str(failure)
         for kind in self.row.missing:
             del self.kinds[kind]
         few = self.batch.x if self.step.by_data else self.batch.x[:8]
@@ -229,6 +235,8 @@ class Contest:
         with keep_memory():
             Bare(self.made.model, self.batch.x).run(list(trained))  # untimed: the memory of a training under way
             for kind, dtype in itertools.product(self.kinds, ("fp32", "bf16")):
+                if f"ours {dtype}{kind}" not in self.calls:
+                    continue
                 for side in ("ours", "bare")[:: -1 if number % 2 else 1]:
                     self._time(f"{side} {dtype}{kind}", self.calls[f"{side} {dtype}{kind}"])
 
@@ -260,7 +268,7 @@ class Contest:
         algorithm, start, how = published(self.made.method, batch, self.key)
         return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how)[1]
 
-    def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None) -> Call:
+    def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None, cache: bool) -> Call:
         """A step as the engine makes it."""
         run, losses = self.made, Losses(self.made)
         graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
@@ -269,13 +277,13 @@ class Contest:
         def call() -> Tensor:
             run.model.train()
             descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, self.batch.ids))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache):
                 return train_step(model, self.batch, self.key, run.state, descent)[0]
 
         return call
 
-    def _bare(self, model: nn.Module, dtype: str, recorder: Recorder | None) -> Call:
-        run, x = partial(Bare(model, self.batch.x, dtype == "bf16").run, self.passes[dtype]), self.batch.x
+    def _bare(self, model: nn.Module, dtype: str, recorder: Recorder | None, cache: bool) -> Call:
+        run, x = partial(Bare(model, self.batch.x, dtype == "bf16", cache).run, self.passes[dtype]), self.batch.x
         captures: list[Capture[None]] = []
 
         def replay() -> None:
@@ -354,11 +362,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"after {LEAST_ROUNDS} rounds a row ends once it has taken so long; default: %(default)s",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="also ours and its passes with torch.compile of the network"
+        "--compile",
+        nargs="?",
+        const="bf16",
+        choices=("both", "fp32", "bf16"),
+        help="also ours and its passes with torch.compile of the network, in this dtype; --compile alone: bf16",
     )
     parser.add_argument(
         "--graphs", action="store_true", help="also ours and its passes as CUDA graphs of a whole step; CUDA only"
     )
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its algorithms; for all alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="write FILE (JSON) and its twin in markdown after every row"

@@ -42,7 +42,8 @@ CHOICES = (
     Choice("bf16, in the attack", {"attack_precision": "bf16"}),
     Choice("bf16, in training too", {"precision": "bf16"}),
     Choice("cuda_graphs, of the attack", {"cuda_graphs": True}),
-    Choice("compile, in place of graphs", {"compile": True, "cuda_graphs": False}),
+    Choice("cuda_graphs, of the whole step", {"step_graphs": True}),
+    Choice("compile", {"compile": True}),
 )
 
 
@@ -50,8 +51,8 @@ def rows_of(base: Setting, compiled: bool) -> dict[Choice, Setting]:
     """Each choice that can be had here, with all that it stands for."""
     found = {}
     for choice in CHOICES:
-        needs = base.device == "cpu" if choice.adds.get("cuda_graphs") else choice.adds.get("compile") and not compiled
-        if not needs:
+        graphs = choice.adds.keys() & {"cuda_graphs", "step_graphs"}
+        if not (base.device == "cpu" if graphs else choice.adds.get("compile") and not compiled):
             base = found[choice] = replace(base, **choice.adds)
     return found
 

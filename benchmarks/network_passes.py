@@ -7,18 +7,21 @@ in the dtype, layout and modes of the step itself. What a step takes beyond that
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels.attacks.cast_weights import cast_once
 from harness import synchronise
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Forwards, each with a backward to the input alone; the weights are frozen. rows: of the batch, default all."""
+    """Forwards, each with a backward to the input alone; the weights are frozen, and cast once. rows: of the batch,
+    default all."""
 
     steps: int
     mode: str = "train"
@@ -27,7 +30,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Look:
-    """Forwards without gradients."""
+    """Forwards without gradients, in an attack."""
 
     count: int
     mode: str
@@ -64,12 +67,14 @@ Pass = Attack | Look | Learn | FirstLayer
 class Bare:
     """Runs passes of ``model`` on the images ``x`` [B, ...], under bfloat16 autocast if ``bf16``.
 
-    A compiled model is run as compiled, but for what needs double backward.
+    cache: whether autocast keeps its cast weights, as it does in eager steps. A compiled model is run as compiled, but
+    for what needs double backward.
     """
 
     model: nn.Module
     x: Tensor
     bf16: bool = False
+    cache: bool = True
     _constants: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, passes: Sequence[Pass]) -> None:
@@ -92,19 +97,24 @@ class Bare:
         return times[1] - times[0], times[2] - times[1]
 
     def _attack(self, attack: Attack) -> None:
-        self.model.train(attack.mode == "train").requires_grad_(False)
-        with self._autocast():
+        with self._attacked(attack.mode):
             for _ in range(attack.steps):
                 leaf = self.x[: attack.rows].detach().requires_grad_()
                 z = self.model(leaf)
                 torch.autograd.grad(z, leaf, self._cotangent(z))
-        self.model.requires_grad_(True)
 
     def _look(self, look: Look) -> None:
-        self.model.train(look.mode == "train")
-        with self._autocast(), torch.no_grad():
+        with self._attacked(look.mode), torch.no_grad():
             for _ in range(look.count):
                 self.model(self.x[: look.rows])
+
+    @contextmanager
+    def _attacked(self, mode: str) -> Iterator[None]:
+        """As attacks run the network: frozen, its weights cast once."""
+        self.model.train(mode == "train").requires_grad_(False)
+        with self._autocast(), cast_once(self.model, self.x.device.type):
+            yield
+        self.model.requires_grad_(True)
 
     def _learn(self, learn: Learn) -> None:
         outputs: list[Tensor] = []
@@ -132,7 +142,7 @@ class Bare:
         return getattr(self.model, "_orig_mod", self.model)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=self.cache)
 
     def _side_by_side(self, wide: int) -> Tensor:
         if wide == 1:

@@ -34,8 +34,8 @@ NOTES = (
     "published step gave it in double precision; in fp32 it is further from that, for rounding decides the signs of "
     "gradients that are all but zero.",
 )
-#: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps.
-KINDS = (" compiled", " graphs")
+#: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps, both. A longer name comes first.
+KINDS = (" compiled graphs", " compiled", " graphs")
 HEADER = (
     "step", "published ms", "F", "ours fp32 ms", "x", "ours bf16 ms", "x", "F", "network fp32", "network bf16",
     "MiB published", "ours fp32", "ours bf16", "rounds",
@@ -92,7 +92,7 @@ class StepRow:
         if self.problem:
             return [[f"{self.step}: {self.problem}"]]
         lines = [self._line(name, "") for name in self.published]
-        kinds = [kind for kind in KINDS if f"ours fp32{kind}" in self.seconds]
+        kinds = [kind for kind in KINDS if {f"ours fp32{kind}", f"ours bf16{kind}"} & self.seconds.keys()]
         lines += [self._line(self.published[0], kind) for kind in kinds]
         return lines + [[f"{self.step}{kind}: {reason}"] for kind, reason in self.missing.items()]
 
@@ -102,6 +102,9 @@ class StepRow:
         times, shares = [], []
         for dtype in ("fp32", "bf16"):
             ours = f"ours {dtype}{kind}"
+            if ours not in self.seconds:  # compiled in the other dtype alone
+                times, shares = [*times, "-", "-"], [*shares, "-"]
+                continue
             times += [self._ms(ours), self._quotient(published, ours, ".2f")]
             shares.append(self._quotient(f"bare {dtype}{kind}", ours, ".1%"))
         memory = [f"{self.memory[name] / 2**20:.0f}" if name in self.memory else "-" for name in

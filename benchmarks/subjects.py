@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import PGD, Execution, attack_cotangent, noise_key, pgd_step, random_start
+from atlas_kernels.capture import CaptureFailed
 from atlas_train import data, methods, models
-from atlas_train.methods import Batch, State
+from atlas_train.descent import OptimizerDescent
+from atlas_train.methods import Batch, Method, State
+from atlas_train.step_graph import StepGraph
 from harness import Call, seconds
 from network_passes import Bare, Pass
 
@@ -24,7 +27,10 @@ SHORTEST = 0.02  # seconds of a measurement
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, what it is given and how it is run. attack_precision: of the attack alone. threads: of the CPU."""
+    """A network, what it is given and how it is run.
+
+    attack_precision: of the attack alone. cuda_graphs: of attacks, step_graphs: of training steps. threads: of the CPU.
+    """
 
     network: str = "preact_resnet18"
     width: int | None = None
@@ -35,6 +41,7 @@ class Setting:
     attack_precision: str = "keep"
     channels_last: bool = True
     cuda_graphs: bool = False
+    step_graphs: bool = False
     compile: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -139,13 +146,31 @@ class Update:
 def training_step(s: Setting, method: str, **hyper: Any) -> Call:
     """One batch of a training method, as the trainer runs it."""
     model, batch, key = network_of(s), batch_of(s), noise_key(s.device)
-    made, update, execution = methods.build(method, EPS, hyper), Update(model), _execution(s)
+    made, state = methods.build(method, EPS, hyper), State(size=len(batch.y))
+    if s.step_graphs:
+        return _in_graphs(s, made, model, batch, key, state)
+    update, execution = Update(model), _execution(s)
 
     def run() -> None:
         with execution, s.autocast():
-            made.train_step(model, batch, key, State(size=len(batch.y)), update)
+            made.train_step(model, batch, key, state, update)
 
     return run
+
+
+def _in_graphs(s: Setting, made: Method, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Call:
+    sgd = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9, weight_decay=5e-4, fused=True)
+    graph, execution = StepGraph(made, sgd, _no_graph), Execution(s.attack_precision)
+
+    def run() -> None:
+        with execution, s.autocast():
+            graph(model, batch, key, state, OptimizerDescent(sgd, lambda update: 0.0))
+
+    return run
+
+
+def _no_graph(reason: str) -> None:
+    raise CaptureFailed(reason)
 
 
 def matrix_product(s: Setting) -> tuple[Call, float]:

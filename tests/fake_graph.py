@@ -46,6 +46,11 @@ def recorded(call: Callable[[], Any], device: torch.device, *, warmup: int, pool
 class _Strict(TorchDispatchMode):
     """Raises where a capture would."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs as such inside, as it does in a capture; else torch would leave it out for good."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         masked = name.startswith("aten::index") and any(

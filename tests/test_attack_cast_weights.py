@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -195,7 +195,7 @@ def test_weights_keep_their_layout(x: Tensor) -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=memory_format)
         with Execution("bf16"), attacking(model, "eval", None):
-            assert vars(model.conv)["forward"].__self__._weight.stride() == model.conv.weight.stride()
+            assert vars(model.conv)["forward"].args[0].weight.stride() == model.conv.weight.stride()
 
 
 # What changes within an attack is seen.
@@ -259,12 +259,15 @@ def test_changes_within_an_attack_are_seen(meanwhile: Callable[..., Tensor], x: 
     assert torch.equal(*found)
 
 
-def test_weights_that_are_attacked_themselves_get_their_gradient(x: Tensor, y: Tensor) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_that_are_attacked_themselves_get_their_gradient(compile: bool, x: Tensor, y: Tensor) -> None:
     """AWP frees the weights within the contract; a prepared copy would be all that is differentiated."""
     model = ready(NETWORKS["bias"][0], x).requires_grad_(True)
+    network: Any = torch.compile(model, backend="eager") if compile else model
     with Execution("bf16"):
-        directions = AdvWeightPerturb(model, None, None, 0.1).calc_awp(x, y)
-    assert set(directions) == {"conv.weight", "head.weight"}
+        PGD(EPS, steps=1)(network, x, y)
+        directions = AdvWeightPerturb(network, None, None, 0.1).calc_awp(x, y)
+    assert {name.removeprefix("_orig_mod.") for name in directions} == {"conv.weight", "head.weight"}
 
 
 def test_a_hook_that_makes_the_weights_is_heeded(x: Tensor) -> None:
@@ -291,9 +294,15 @@ def test_autocast_that_is_switched_within_the_network(x: Tensor) -> None:
     check_equal(ready(then(forward, conv=CONV, bn=BN, conv2=nn.Conv2d(6, 6, 1), bn2=BN), x), x)
 
 
+def in_part(net: nn.Module) -> nn.Module:
+    return nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [lambda net: torch.compile(net, backend="eager"), torch.jit.script])
-def test_compiled_code_is_left_alone(make: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
+@pytest.mark.parametrize("make", [in_part, torch.jit.script])
+def test_scripts_and_networks_compiled_in_part_are_left_alone(
+    make: Callable[[nn.Module], nn.Module], x: Tensor
+) -> None:
     model = ready(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(216, 5)), x)
     made = make(model)
     with Execution("bf16"), attacking(made, "keep", None):
@@ -301,10 +310,86 @@ def test_compiled_code_is_left_alone(make: Callable[[nn.Module], nn.Module], x: 
     assert all(map(torch.equal, passes(made, x), passes(model, x)))
 
 
-@pytest.mark.parametrize("make", [NETWORKS["bias"][0], lambda: nn.Linear(192, 5)])
+class Compiler:
+    """Runs graphs as they are, and notes how many inputs in 16 bits each has."""
+
+    def __init__(self) -> None:
+        self.graphs: list[int] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(sum(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in inputs))
+        return graph.forward  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    torch._dynamo.reset()
+    yield Compiler()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_network_is_cast_once_and_compiled_once(compiler: Compiler, x: Tensor, y: Tensor) -> None:
+    """Attack after attack, with training in between that writes the weights; the plain network beside it."""
+    model = ready(NETWORKS["preact_resnet18"][0], x)
+    compiled = torch.compile(model, backend=compiler, dynamic=False)
+    key, attack = torch.tensor([5, 6], device=x.device), PGD(EPS, steps=3)
+    for _ in range(3):
+        with Execution("bf16"):
+            a, b = (attack(network, x, y, key=key) for network in (compiled, model))
+        assert torch.equal(a, b) and not torch.equal(a, x)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+    assert compiler.graphs == [22], "21 layers, one of them with a bias"
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("meanwhile", [by_another_parameter, a_functional_call, another_autocast, a_copy])
+def test_changes_within_an_attack_on_a_compiled_network(
+    meanwhile: Callable[..., Tensor], compiler: Compiler, x: Tensor
+) -> None:
+    found = []
+    for compile in (True, False):
+        model = ready(NETWORKS["bias"][0], x)
+        network: Any = torch.compile(model, backend=compiler) if compile else model
+        with Execution("bf16"), attacking(network, "keep", None):
+            network(x)
+            found.append(meanwhile(network if meanwhile is another_autocast else Names(network), x))
+    assert torch.equal(*found)
+
+
+def compiled_linear() -> nn.Module:
+    return torch.compile(nn.Linear(192, 5), backend="eager")
+
+
+class Names(nn.Module):
+    """A network under the names of its parts, whether compiled or not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.conv = network.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def test_what_compiled_code_and_graphs_read_stays_where_it_is(compiler: Compiler, x: Tensor) -> None:
+    """One place for each 16-bit type, also where a parameter is replaced by another."""
+    model = ready(NETWORKS["bias"][0], x)
+    network = torch.compile(model, backend=compiler)
+    where: dict[str, set[int]] = {"bf16": set(), "fp16": set()}
+    for name in ("bf16", "fp16", "bf16", "fp16"):
+        with Execution(name), attacking(network, "keep", None):
+            where[name].add(vars(model.conv)["forward"].args[0].weight.data_ptr())
+        model.conv.weight = nn.Parameter(model.conv.weight.detach() * 2, requires_grad=False)
+    assert all(len(places) == 1 for places in where.values()) and where["bf16"] != where["fp16"]
+
+
+@pytest.mark.parametrize("make", [NETWORKS["bias"][0], lambda: nn.Linear(192, 5), compiled_linear])
 def test_the_network_is_not_kept_alive(make: Callable[[], nn.Module]) -> None:
     execution, model, x = Execution("bf16"), make(), torch.rand(IMAGES)
-    x = x.flatten(1) if isinstance(model, nn.Linear) else x
+    x = x if isinstance(model, Then) else x.flatten(1)
     model(x)
     with execution, attacking(model, "eval", None):
         model(x)

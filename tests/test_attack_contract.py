@@ -370,6 +370,28 @@ def test_overrides_of_train_are_not_called(x: Tensor, y: Tensor) -> None:
     PGD(EPS, steps=1, attack_mode="train")(model, x, y)
 
 
+def test_buffers_are_copied_together_as_they_are_one_by_one(device: torch.device) -> None:
+    given = [
+        torch.randn(3),
+        torch.tensor(4),
+        torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.randn(5, dtype=torch.float64).expand(2, 5),
+        torch.randn(4, 6)[:, ::2],
+        torch.empty(0),
+        nn.Parameter(torch.randn(2)),
+    ]
+    given = [t.to(device) for t in given]
+    given.append(given[0])
+    together, one_by_one = (held.copies_of(given, lambda t: choice) for choice in (True, False))  # noqa: B023
+    assert list(map(sorted, (together, one_by_one))) == [sorted({id(t) for t in given})] * 2
+    for t in given:
+        a, b = together[id(t)], one_by_one[id(t)]
+        assert torch.equal(a, t) and a.stride() == b.stride() and a.dtype == t.dtype
+        assert not a.requires_grad and (
+            a.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() or not t.numel()
+        )
+
+
 def test_a_compiled_model(model: Net, x: Tensor, y: Tensor) -> None:
     compiled = torch.compile(model, backend="eager")
     key = noise_key(x.device)

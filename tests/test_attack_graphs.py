@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from atlas_kernels import FGSM, PGD, Execution, backend, noise_key
 from atlas_kernels.attacks import graphs
@@ -108,6 +109,30 @@ def test_replays_are_the_attack(net, device, execution, name) -> None:
         assert all(torch.equal(v, moved[k]) for k, v in net.state_dict().items())
         assert net.training and all(p.requires_grad and p.grad is None for p in net.parameters())
     assert execution.graphs.recordings == 1
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_compiled_network(net, device, execution, mode) -> None:
+    """Compiled once, in the run before the recording; its weights are cast anew at every replay."""
+    torch._dynamo.reset()
+    execution.precision = "bf16"
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    network = torch.compile(net, backend=backend, dynamic=False)
+    attack, eager = PGD(EPS, steps=2, attack_mode=mode), Execution("bf16")
+    before, made = counters["stats"]["unique_graphs"], []
+    for _ in range(4):
+        x, y = case(device)
+        key = noise_key(device)
+        with execution:
+            got = attack.run(network, x, y, key=key)
+        made.append(counters["stats"]["unique_graphs"] - before)
+        with eager:
+            assert equal(got, attack.run(network, x, y, key=key))
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.mul_(0.9)
+    assert made == [1] * 4 and execution.graphs.recordings == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ import scaling
 import subjects
 from atlas_kernels.attacks import batch, objective
 from atlas_train.config import from_file
+from atlas_train.step_graph import StepGraph
+from fake_graph import recorded
 from scaling import ATTACK, METHODS, Point, operations, operators_of, passes_of, points, product_of, row, study, work_of
 from scaling_report import AXES, PRECISIONS, draw, tables
 from subjects import Setting, Timed
@@ -183,7 +186,23 @@ def test_choices_add_up(tmp_path: Path, capsys) -> None:
     lines = choices.table([row | {"attack": [t], "step": [4 * t]} for row, t in times], 1)
     assert lines[3][1:] == ["2000.0", "2.00x", "4.00x", "8000.0", "2.00x", "4.00x"]
     assert list(choices.rows_of(base, compiled=True).values())[-1].compile
-    assert any(s.cuda_graphs for s in choices.rows_of(Setting(device="cuda"), compiled=False).values())
+    *_, steps, both = choices.rows_of(Setting(device="cuda"), compiled=True).values()
+    assert steps.cuda_graphs and steps.step_graphs and not steps.compile and both.step_graphs and both.compile
+
+
+def test_a_training_step_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StepGraph] = []
+
+    def step_graph(*args: Any) -> StepGraph:
+        made.append(StepGraph(*args, recorder=recorded))
+        return made[-1]
+
+    monkeypatch.setattr(subjects, "StepGraph", step_graph)
+    call = subjects.training_step(replace(SMALL, precision="bf16", step_graphs=True), "trades", steps=2)
+    for _ in range(3):
+        call()
+    (capture,) = made[0]._captures.values()
+    assert capture is not None
 
 
 @pytest.mark.parametrize(

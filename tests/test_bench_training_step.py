@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import harness
 import steps
 from atlas_kernels import memory
 from atlas_kernels.capture import CaptureFailed
-from atlas_train import methods, optimizers
+from atlas_train import compiled, methods, optimizers
 from fake_graph import recorded
 from network_passes import first_layer
 
@@ -226,6 +227,27 @@ def test_other_kinds_of_ours(small: bench.Bench) -> None:
     assert [line[0] for line in row.lines()] == ["trades", "trades graphs"]
     assert not row.missing
     assert set(bench.Contest(made, "mma").kinds) == {""}, "a step of MMA cannot be a graph"
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("atlas", 2), ("trades", 3)])
+def test_compiled_in_graphs(name: str, graphs: int, small: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bare passes are compiled as ours are: all code is shared."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setitem(bench.SHAPES, "digits", ((2, 8, 8), 0.1))  # strides of one channel may be any
+    settings = dataclasses.replace(small.settings, graphs=True, compile="bf16")
+    contest = bench.Contest(bench.Bench(settings, recorded), name)
+    assert set(contest.kinds) == {"", " compiled", " graphs", " compiled graphs"}
+    before = compiled.graphs()
+    for kind in (" compiled", " compiled graphs"):
+        for side in ("ours", "bare"):
+            for _ in range(3):
+                contest.calls[f"{side} bf16{kind}"]()
+    assert compiled.graphs() - before == graphs
+    contest.calls["published"]()
+    contest.row.passes, contest.row.losses = {"published": 1.0, "ours": 1.0}, {"published": 1.0, "ours fp32": 1.0}
+    contest.round(0)
+    lines = {line[0]: line for line in contest.row.lines()}
+    assert lines[f"{name} compiled graphs"][3:5] == ["-", "-"] and "%" in lines[f"{name} compiled graphs"][9]
 
 
 def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:

@@ -16,15 +16,16 @@ from torch._dynamo.utils import counters
 
 from atlas_kernels import memory, noise_key
 from atlas_kernels.attacks.execution import current_execution
-from atlas_train import checkpoint, engine, methods, models, optimizers, progress
+from atlas_train import checkpoint, compiled_step, engine, methods, models, optimizers, progress
 from atlas_train import run as runs
+from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.methods import Batch, State
 from atlas_train.passes import count_passes, passes_per_step
 from atlas_train.recompute import Recomputed, blocks
 from atlas_train.step_graph import StepGraph
 from beside_published import Steps
-from tiny_runs import EPS, TINY, same, splits, weights
+from tiny_runs import EPS, TINY, Lines, same, splits, weights
 
 #: Methods whose attacks the hook below does not see: they have none, or one of the first layer or of sure samples.
 UNSEEN = {name for name in methods.names() if not methods.get(name).adversarial} | {"free", "yopo", "mma"}
@@ -179,6 +180,10 @@ def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_writ
 # --- torch.compile
 
 
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
 @pytest.fixture(params=["eager"])
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """torch.compile without a code generator: what is traced, and how often, is what is looked at here."""
@@ -189,23 +194,90 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     torch._dynamo.reset()
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
+INSIDE = ("yopo", "jacobian", "grad_align", "cure", "llr")  # which look inside, or differentiate twice
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in INSIDE])
 def test_a_compiled_run_is_the_same_run(compiler: None, name: str) -> None:
     plain = engine.train(config(name, epochs=2), splits=splits(train=32))
     assert graphs() == 0
     after: list[int] = []
+    lines = Lines()
     run = engine.train(
-        config(name, epochs=2, compile=True), splits=splits(train=32), on_epoch=lambda row: after.append(graphs())
+        config(name, epochs=2, compile=True, val_every=1),
+        splits=splits(train=32),
+        on_epoch=lambda row: after.append(graphs()),
+        display=lines,
     )
     assert same(weights(run.model), weights(plain.model))
     assert [row["loss"] for row in run.history] == [row["loss"] for row in plain.history]
-    inside = name in ("yopo", "llr", "jacobian")  # these look inside, or differentiate twice: documented
-    assert after[1] <= 3 and (after[0] == 0) == inside
-    assert after[0] == after[1] or name == "mma"  # whose attack meets other sizes, see below
+    assert 0 < after[0] <= after[1] <= 3
+    said = [line for line in lines.said if "compile" in line]
+    assert " of the network in step 1, which took " in said[0]
+    assert (after[0] == after[1] and len(said) == 1) or name == "mma"  # whose attack meets other sizes, see below
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_methods_that_compiled_code_cannot_serve_are_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match=f"compile=True cannot be had with {name}, which .*: set compile=False"):
+        engine.train(config(name, compile=True), splits=splits(), folder=folder)
+    with pytest.raises(ValueError, match=f"cannot be had with {name}"):
+        compare(config(compile=True, beside=(name,), out_dir=str(folder)), splits=splits())
+    assert not folder.exists()
+
+
+class InTwo(nn.Module):
+    """BatchNorm and dropout, and then a part that is compiled on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3))
+        self.last = nn.Linear(144, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        torch._dynamo.graph_break()
+        return self.last(h)
+
+
+@pytest.mark.parametrize(("number", "made"), [(1, 0), (4, 3)])
+def test_a_network_that_cannot_be_compiled_stops_the_run_or_is_trained_as_it_is(
+    compiler: None, number: int, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth graph is the end of the training forward: statistics have moved, and dropout has drawn."""
+    seen = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise RuntimeError("no compiler for this")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend=backend))  # type: ignore[attr-defined]
+    chosen = config("adv", compile=True, epochs=2)
+    plain = engine.train(dataclasses.replace(chosen, compile=False), splits=splits(train=32), model=InTwo())
+    with pytest.raises(RuntimeError, match="cannot be compiled .*no compiler for this.*on_compile_error='eager'"):
+        engine.train(chosen, splits=splits(train=32), model=InTwo())
+    torch._dynamo.reset()
+    seen, lines = 0, Lines()
+    asked = dataclasses.replace(chosen, on_compile_error="eager")
+    run = engine.train(asked, splits=splits(train=32), model=InTwo(), display=lines)
+    assert same(weights(run.model), weights(plain.model)) and run.network is run.model
+    said = [line for line in lines.said if "compile" in line]
+    assert "no compiler for this" in said[0] and "goes on without, as on_compile_error='eager' says" in said[0]
+    assert len(said) == 1 + (made > 0) and (not made or f"{made} graphs" in said[1])
+
+
+def test_a_network_that_is_compiled_again_and_again_stops_the_run(
+    compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would run it uncompiled from some number of graphs on, and warn of it once."""
+    monkeypatch.setattr(compiled_step, "LIMIT", 1)
+    with pytest.raises(RuntimeError, match="cannot be compiled .*FailOnRecompileLimitHit"):
+        engine.train(config("adv", compile=True), splits=splits())
 
 
 def test_graphs_stay_few_where_batches_differ_in_size(compiler: None) -> None:
@@ -225,6 +297,22 @@ def test_compiled_for_the_backward_too(compiler: None, name: str, averaging: str
     for (key, a), b in zip(weights(run.final_model).items(), weights(plain.final_model).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
     assert passes_per_step(run) == pytest.approx(passes_per_step(plain))
+
+
+@pytest.mark.parametrize("compiler", ["inductor"], indirect=True)
+def test_by_the_code_that_torch_generates(compiler: None) -> None:
+    """Convolution, BatchNorm and ReLU with the gradients of attack and training, on this machine's compiler."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(6)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+
+    chosen = config("one_step_adv", optimizer="sgd", channels_last=True)
+    plain = engine.train(chosen, splits=splits(train=32), model=net())
+    run = engine.train(dataclasses.replace(chosen, compile=True), splits=splits(train=32), model=net())
+    assert graphs() == 2
+    for (key, a), b in zip(weights(run.model).items(), weights(plain.model).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -385,6 +473,17 @@ def test_a_run_with_checkpointed_activations_is_the_same_run(name: str, awp: flo
     )
     assert same(weights(run.model), weights(plain.model))
     assert passes_per_step(plain) + 0.5 < passes_per_step(run), "and they are counted"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_tries_its_algorithms_while_a_run_lasts(wanted: bool) -> None:
+    seen: list[bool] = []
+
+    def look(row: dict[str, Any]) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+
+    engine.train(config("standard", cudnn_benchmark=wanted), splits=splits(), on_epoch=look)
+    assert seen == [wanted] and not torch.backends.cudnn.benchmark
 
 
 # --- the host's memory, and what does not go together

@@ -7,6 +7,7 @@ and raises at what would wait for the device.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from atlas_kernels.capture import Capture, cuda_graph
 from atlas_train import checkpoint, engine, methods, optimizers, segment, watch
+from atlas_train.compiled import graphs as graphs_compiled
+from atlas_train.compiled_step import CompiledStep
 from atlas_train.config import TrainConfig
 from atlas_train.methods import AWP, MMA, Method
 from atlas_train.run import Run
 from atlas_train.step_graph import StepGraph, require_recordable
 from fake_graph import recorded
-from tiny_runs import TINY, splits, weights
+from tiny_runs import TINY, Lines, splits, weights
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4}
 #: Forms of methods beside the default ones.
@@ -103,12 +106,13 @@ class Graphs:
 
         patch.setattr(Capture, "__call__", counted)
 
-    def step(self, run: Run, display: Any) -> StepGraph:
+    def step(self, run: Run, display: Any) -> Any:
         def record(*args: Any, **how: Any) -> Any:
             self.recordings += 1
             return self.recorder(*args, **how)
 
-        return StepGraph(run.method, run.optimizer, self.said.append, record)
+        step = StepGraph(run.method, run.optimizer, self.said.append, record)
+        return CompiledStep(run, step, display.say) if run.config.compile and display else step
 
 
 def config(device: torch.device, **changed: Any) -> TrainConfig:
@@ -220,6 +224,72 @@ def test_bf16(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.said == []
     run = trained(dataclasses.replace(settings, method="trades"))
     assert graphs.said == [] and run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+@pytest.fixture
+def compiler(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile, on a CPU without a code generator: there operators are what the stand-in for a graph records."""
+    torch._dynamo.reset()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"method": "atlas"},
+        {"method": "atlas", "train_precision": "bf16", "channels_last": True},
+        {"method": "atlas", "hyper": {"local": "radius"}},
+        {"method": "trades", "hyper": {"steps": 2, "bn_compat": True}, "attack_precision": "bf16"},
+        {"method": "free", "hyper": {"replays": 2}},
+        {"method": "adv", "hyper": {"steps": 2, "attack_mode": "train"}, "awp": 0.01},
+    ],
+    ids=lambda form: "-".join(map(str, form.values())),
+)
+def test_graphs_of_a_compiled_network(
+    form: dict[str, Any], compiler: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack and training, in their modes and with their gradients, in every step of every epoch: compiled once."""
+    settings = config(device, compile=True, val_every=1, **form)
+    eager, lines, made = trained(settings), Lines(), []
+    before = graphs_compiled()
+    graphs = Graphs(monkeypatch, device)
+    torch._dynamo.reset()
+    run = trained(settings, display=lines, on_epoch=lambda row: made.append(graphs_compiled() - before))
+    assert_same(run, eager)
+    assert graphs.recordings == 1 and graphs.replays >= 10 and graphs.said == []
+    assert 0 < made[0] <= 4 and made == made[:1] * 3
+    said = [line for line in lines.said if "compile" in line]
+    assert len(said) == 1 and said[0].startswith(f"compile: {made[0]} graph") and " in step 1, which took " in said[0]
+
+
+def test_a_last_batch_of_another_size_is_compiled_once(
+    compiler: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(run: Run, step: Any) -> list[int]:
+        """Epochs of two batches of 16 and one of 7."""
+        made = []
+        for _ in range(3):
+            run.model.train()
+            for number, batch in enumerate(list(run.batches)[:3]):
+                batch = methods.Batch(*(t[: 7 if number == 2 else 16] for t in batch))
+                descent = engine.OptimizerDescent(run.optimizer, run.rate)
+                with run.training():
+                    step(run.network, batch, torch.tensor([run.step, 0], device=device), run.state, descent)
+                run.step += 1
+            made.append(graphs_compiled())
+        return made
+
+    settings = config(device, method="atlas", compile=True)
+    eager, graphed = (engine.prepare(settings, splits(), net(), None) for _ in range(2))
+    steps(eager, eager.method.train_step)
+    torch._dynamo.reset()
+    before, graphs = graphs_compiled(), Graphs(monkeypatch, device)
+    made = steps(graphed, graphs.step(graphed, None))
+    assert_same(graphed, eager)
+    assert made == [before + 4] * 3 and graphs.recordings == 2 and graphs.replays == 7 and graphs.said == []
 
 
 def test_what_graphs_trained_can_be_resumed_eagerly_and_the_other_way(

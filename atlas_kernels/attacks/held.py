@@ -154,15 +154,16 @@ class _Held:
             _put_mode(module, mode)
         for parameter in self.found[_put_trainable]:
             _put_trainable(parameter, False)
+        places = {place: tensors for place, tensors in self.found[_put_tensors].items() if place[1] != "__dict__"}
+        fresh = copies_of(tensor for tensors in places.values() for tensor in tensors.values() if tensor is not None)
         copies: dict[int, Tensor] = {}  # what two modules share stays shared
-        for (module, store), tensors in self.found[_put_tensors].items():
-            if store != "__dict__":
-                present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-                for tensor in present.values():
-                    if id(tensor) not in copies:
-                        copy = tensor.detach().clone()
-                        copies[id(tensor)] = copy if store == "_buffers" else nn.Parameter(copy, requires_grad=False)
-                _put_tensors((module, store), {name: copies[id(tensor)] for name, tensor in present.items()})
+        for (module, store), tensors in places.items():
+            present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            for tensor in present.values():
+                if id(tensor) not in copies:
+                    copy = fresh[id(tensor)]
+                    copies[id(tensor)] = copy if store == "_buffers" else nn.Parameter(copy, requires_grad=False)
+            _put_tensors((module, store), {name: copies[id(tensor)] for name, tensor in present.items()})
         for module in self.found[_put_sync]:
             _put_sync(module, (False, False))  # its reducer would wait for a backward to the weights, and other ranks
         for generator, seed in seeds.items():
@@ -195,6 +196,24 @@ class _Held:
     def _leave(self) -> None:
         if self in _under_way:
             _under_way.remove(self)
+
+
+def copies_of(tensors: Iterable[Tensor], together: Callable[[Tensor], bool] = lambda t: t.is_cuda) -> dict[int, Tensor]:
+    """Copies by the ids of what they are of. Those on a GPU are made together: one by one, the statistics of many
+    BatchNorm layers take more launches than a convolution of each."""
+    copies: dict[int, Tensor] = {}
+    groups: dict[Any, dict[int, Tensor]] = {}
+    for t in tensors:
+        if type(t) is Tensor and together(t):
+            groups.setdefault((t.device, t.dtype, t.layout), {})[id(t)] = t
+        else:
+            copies[id(t)] = t.detach().clone()
+    with torch.no_grad():
+        for group in groups.values():
+            made = [torch.empty_like(t) for t in group.values()]
+            torch._foreach_copy_(made, list(group.values()))
+            copies |= dict(zip(group, made, strict=True))
+    return copies
 
 
 def modes_of(modules: Iterable[nn.Module]) -> dict[nn.Module, bool]:

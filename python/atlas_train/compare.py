@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, progress, schema
+from . import checkpoint, methods, progress, schema
 from .autoattack import autoattack, require_autoattack
+from .compiled import require_compilable
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, identity, with_extra
 from .engine import load_splits, train
@@ -73,6 +74,8 @@ def compare(
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)
+    for name in methods_of(config) if config.compile else ():
+        require_compilable(methods.get(name))
     with ExitStack() as stack:
         stack.enter_context(terminable())
         if not folders:

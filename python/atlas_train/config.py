@@ -247,11 +247,20 @@ class TrainConfig(metaclass=_Lenient):
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(
         False,
-        "torch.compile of the network in attacks and training. Methods that look inside the network or differentiate "
-        "twice run it as it is there, and so do probe and evaluation",
+        "torch.compile of the network in attacks and training, also in graphs of whole steps; a minute or so in the "
+        "first step. Not with yopo, jacobian, grad_align, cure and llr, which look inside the network or differentiate "
+        "twice; probe and evaluation run it as it is",
+    )
+    on_compile_error: Literal["stop", "eager"] = option(
+        "stop", "a network that cannot be compiled stops the run in its first step, or is trained uncompiled"
     )
     cuda_graphs: Literal["none", "attack", "step"] = option(
         "none", "capture attacks, or whole training steps, once, and replay them: for networks small for their GPU"
+    )
+    cudnn_benchmark: bool = option(
+        False,
+        "cuDNN tries its algorithms at the first convolution of each shape, and takes the fastest. Two runs may then "
+        "differ in the last place, as may a resumed one from one that was not",
     )
     checkpoint_activations: bool = option(
         False,

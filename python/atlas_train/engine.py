@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import average_bn, checkpoint, data, models, progress, rescue
+from .compiled_step import CompiledStep, TrainStep
 from .config import TrainConfig
 from .data import DataSplits, identity
 from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
 from .interrupts import terminable
-from .machine import on_host
-from .methods import Batch, Metrics, State
+from .machine import cudnn_benchmark, on_host
 from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
@@ -35,7 +35,6 @@ from .validation import better
 from .watch import collapse, watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
-TrainStep = Callable[[nn.Module, Batch, Tensor, State, OptimizerDescent], tuple[Tensor, Metrics]]
 
 
 def train(
@@ -123,7 +122,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     try:
         for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):
             display.say(note)
-        with on_host(c.threads):
+        with on_host(c.threads), cudnn_benchmark(c.cudnn_benchmark):
             fit(run, display, board, on_epoch)
         if run.average and (unbegun := run.average.unbegun(run.epoch)):
             display.say(unbegun)
@@ -259,10 +258,10 @@ def _ended(run: Run, sign: str | None) -> str:
 
 
 def make_train_step(run: Run, display: progress.Display) -> TrainStep:
-    """What trains on a batch: the method itself, or graphs of its step."""
-    if run.config.cuda_graphs == "step":
-        return StepGraph(run.method, run.optimizer, display.say)
-    return run.method.train_step
+    """What trains on a batch: the method itself, or graphs of its step; on a compiled network under its watch."""
+    graphs = run.config.cuda_graphs == "step"
+    step: TrainStep = StepGraph(run.method, run.optimizer, display.say) if graphs else run.method.train_step
+    return CompiledStep(run, step, display.say) if run.config.compile else step
 
 
 def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> dict[str, Any]:

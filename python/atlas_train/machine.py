@@ -33,9 +33,20 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The network in "fp32" or "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: str, device: torch.device, *, cache: bool = True) -> torch.autocast:
+    """The network in "fp32" or "bf16". cache: whether a cast weight is kept for its next use."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache)
+
+
+@contextmanager
+def cudnn_benchmark(wanted: bool) -> Iterator[None]:
+    """cuDNN chooses its algorithms by trying them, if ``wanted``, and then as before."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

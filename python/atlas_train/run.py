@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from atlas_kernels import Execution
 
 from . import averaging, models, optimizers
+from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits, Images, held_out
 from .fine_tuning import begin_with
@@ -105,7 +106,9 @@ class Run:
     @contextmanager
     def training(self) -> Iterator[None]:
         """How the forwards and backwards of a step are run: its attacks, and the rest."""
-        with autocast(self.config.train_precision, self.device), self.execution, self.recomputed(self.model):
+        # Compiled code casts its weights itself, and is made for one setting of the cache: that of steps in graphs.
+        cast = autocast(self.config.train_precision, self.device, cache=not self.config.compile)
+        with cast, self.execution, self.recomputed(self.model):
             yield
 
     def recomputed(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -158,9 +161,11 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         models.require_usable(model, arch["name"], few, splits.num_classes)
     method = config.build_method()
     method.require(model)
+    if config.compile:
+        require_compilable(method)
     if config.checkpoint_activations:
         require_recomputable(method, model)
-    network = cast(nn.Module, torch.compile(model)) if config.compile else model
+    network = compiled_network(model, method) if config.compile else model
     precision = config.attack_precision or config.train_precision
     execution = Execution(precision, cuda_graphs=config.cuda_graphs == "attack")
     optimizer = optimizers.make(config, model)

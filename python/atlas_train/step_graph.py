@@ -63,8 +63,9 @@ class StepGraph:
             self._phase = here
         kind = method.variant(state), *((t.shape, t.stride(), t.dtype) for t in batch)
         if phase is None or not self._works or kind not in self._captures:
+            outcome = self._step(model, batch, key, state, descent)
             self._captures[kind] = None
-            return method.train_step(model, batch, key, state, descent)
+            return outcome
         rates = [descent.rate(update) for update in range(method.updates)]
         try:
             given = torch.tensor(rates, pin_memory=key.is_cuda).to(key.device, non_blocking=True)
@@ -74,21 +75,28 @@ class StepGraph:
             self._works = False
             self._say(f"cuda_graphs='step' cannot be had here, and the run goes on without: {failure}")
             self._optimizer.zero_grad(set_to_none=True)
-            return method.train_step(model, batch, key, state, descent)
+            return self._step(model, batch, key, state, descent)
         loss, metrics = capture(*inputs)
         for group in self._optimizer.param_groups:
             group["lr"] = rates[-1]
         descent.look(loss, metrics)
         return loss, metrics
 
+    def _step(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: OptimizerDescent) -> Outcome:
+        """One step of the method, under autocast without its cache, recorded or not.
+
+        A cast weight that the cache kept would be the graph's memory in eager code, or the other way round. Steps that
+        are not recorded do without it too, as ``torch.compile`` compiles for one setting of it.
+        """
+        device = batch.x.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+            return self._method.train_step(model, batch, key, state, descent)
+
     def _record(self, model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> Capture[Outcome]:
         def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, rates: Tensor) -> Outcome:
             descent = OptimizerDescent(self._optimizer, rates.unbind().__getitem__)
-            device = x.device.type
-            dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-            # No cache: a cast weight that it kept would be the graph's memory in eager code, or the other way round.
-            with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
-                return self._method.train_step(model, Batch(x, y, ids), key, state, descent)
+            return self._step(model, Batch(x, y, ids), key, state, descent)
 
         moved = [value for kept in self._optimizer.state.values() for value in kept.values()]
         written = [*model.parameters(), *model.buffers(), *moved, *state.memory.values()]

@@ -67,6 +67,10 @@ class Method(ABC):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Why a step cannot be one CUDA graph, where it cannot: "name, which waits for ...".
     no_graph: ClassVar[str] = ""
+    #: Why the network cannot be compiled, where it cannot: "name, which looks into ...".
+    no_compile: ClassVar[str] = ""
+    #: Whether the network meets batches of sizes that depend on the data.
+    sizes_vary: ClassVar[bool] = False
     #: Norms of the ball that its adversaries can live in.
     norms: ClassVar[tuple[Norm, ...]] = ("linf",)
 

@@ -40,6 +40,7 @@ class CURE(Method):
     """
 
     name: ClassVar[str] = "cure"
+    no_compile: ClassVar[str] = "cure, which differentiates a gradient at the input once more"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
 

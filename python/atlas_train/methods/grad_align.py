@@ -43,6 +43,7 @@ class GradAlign(Method):
     """
 
     name: ClassVar[str] = "grad_align"
+    no_compile: ClassVar[str] = "grad_align, which differentiates a gradient at the input once more"
 
     weight: float | None = option(
         None,

@@ -32,6 +32,7 @@ class Jacobian(Method):
     """
 
     name: ClassVar[str] = "jacobian"
+    no_compile: ClassVar[str] = "jacobian, which differentiates a gradient at the input once more"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
 

@@ -55,6 +55,7 @@ class LLR(Method):
     """
 
     name: ClassVar[str] = "llr"
+    no_compile: ClassVar[str] = "llr, which differentiates a gradient at the input once more"
     lengths: ClassVar[tuple[str, ...]] = ()  # the steps of Adam are longer than the ball is wide
 
     steps: int = option(10, "K, steps of the inner Adam", low=1)

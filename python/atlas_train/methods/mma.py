@@ -57,6 +57,7 @@ class MMA(Method):
     name: ClassVar[str] = "mma"
     lengths: ClassVar[tuple[str, ...]] = ("d_max", "min_eps")
     no_graph: ClassVar[str] = "mma, which waits to know how many samples it is sure of, and takes them out of the batch"
+    sizes_vary: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"steps": 40, "d_max": 0.45, "min_eps": 0.1},
         "cifar10": {"steps": 10, "d_max": 32 / 255, "min_eps": 0.005},

@@ -36,10 +36,11 @@ class YOPO(Method):
 
     It follows the published pre-res18 code. That of WRN-34 and MNIST means to leave the full pass out of f1's gradient,
     but restores a tensor which autograd has added to in place: what it does depends on how gradients were zeroed. The
-    published MNIST network has a ReLU inside f1 (see ``first_layer``). Hooks find f1: ``torch.compile`` is bypassed.
+    published MNIST network has a ReLU inside f1 (see ``first_layer``). Hooks find f1, in a compiled network too.
     """
 
     name: ClassVar[str] = "yopo"
+    no_compile: ClassVar[str] = "yopo, which finds its first layer by hooks inside the network"
     lengths: ClassVar[tuple[str, ...]] = ("sigma",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"outer": 5, "inner": 10, "sigma": OfEps(1 / 30)},
