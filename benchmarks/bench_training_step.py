@@ -37,7 +37,7 @@ from atlas_train.nonfinite import Losses
 from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
-from harness import Call, environment, median_interval, peak_memory, seconds
+from harness import Call, environment, median_interval, peak_memory, seconds, strict_fp32
 from network_passes import Bare, Learn, Pass
 from step_table import KINDS, NOTES, StepRow, listed, read, report, table
 from steps import STEPS, Published, Step
@@ -193,7 +193,10 @@ class Contest:
         return self.step.published.items()
 
     def look(self) -> StepRow:
-        """The first step of each contender, untimed: loss, passes, memory, and whether there is anything to time."""
+        """The first step of each contender, untimed: loss, passes, memory, and whether there is anything to time.
+
+        Those whose losses are compared make it in strict fp32. A graph is recorded as it will be timed.
+        """
         for name, call in self.calls.items():
             if name.endswith(tuple(self.row.missing)):
                 continue
@@ -237,6 +240,7 @@ class Contest:
 
     def _first(self, name: str, call: Call) -> None:
         losses: list[Any] = []
+        is_compared = name.startswith("published") or name == "ours fp32"  # the others begin with its statistics
         if name.endswith(KINDS):
             for _ in range(2):
                 call()  # compiles; of a graph, the eager step and the one that is recorded
@@ -244,12 +248,13 @@ class Contest:
         else:
             model, x = self.made.model, self.batch.x
             peaks: list[int] = []
-            passes = count_passes(
-                model, x, lambda: peaks.append(peak_memory(lambda: losses.append(call()), self.device))
-            )
+            with strict_fp32() if is_compared else nullcontext():
+                passes = count_passes(
+                    model, x, lambda: peaks.append(peak_memory(lambda: losses.append(call()), self.device))
+                )
             self.row.passes["ours" if name == "ours fp32" else name] = passes
             self.row.memory[name] = peaks[0]
-        if name.startswith("published") or name == "ours fp32":  # the others begin with the statistics it left
+        if is_compared:
             self.row.losses[name] = float(losses[0])
 
     def _published(self, bench: Bench, published: Published) -> Call:

@@ -13,7 +13,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -87,6 +88,18 @@ def seconds(call: Call, device: torch.device) -> float:
     call()
     synchronise(device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def strict_fp32() -> Iterator[None]:
+    """float32 is float32 inside, on CUDA too, where convolutions by PyTorch's default round their inputs to TF32."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def peak_memory(call: Call, device: torch.device) -> int:

@@ -238,3 +238,20 @@ def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:
     assert not any("graphs" in name for name in row.seconds) and "ours fp32" in row.seconds
     said = [line[0] for line in row.lines()]
     assert said[0] == "standard" and said[1].startswith("standard graphs: ") and "it waits for the device" in said[1]
+
+
+def test_losses_are_compared_without_tf32_and_times_are_in_the_default(
+    small: bench.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    contest, seen = bench.Contest(small, "standard"), []
+
+    def noted(name: str, call: harness.Call) -> harness.Call:
+        return lambda: (seen.append((name, torch.backends.cudnn.allow_tf32)), call())[1]
+
+    contest.calls = {name: noted(name, call) for name, call in contest.calls.items()}
+    contest.look()
+    assert seen == [("published", False), ("ours fp32", False), ("ours bf16", True)]
+    seen.clear()
+    contest.round(0)
+    assert len(seen) == 5 and all(allowed for _, allowed in seen)
