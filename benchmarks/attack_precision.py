@@ -200,8 +200,8 @@ def network(o: argparse.Namespace) -> tuple[nn.Module, DataSplits, float, str]:
     return run.final_model, splits, run.config.eps, f"{where}, trained in {run.seconds:.0f} s"
 
 
-def study(o: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, and what they are rows of; prints each row's progress."""
+def study(o: argparse.Namespace) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+    """The rows so far, after each, and what they are rows of; prints each row's progress."""
     model, splits, eps, origin = network(o)
     device = usable_device(o.device)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -214,12 +214,12 @@ def study(o: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
         clean = statistics.fmean(
             right for batch in batches for right in classified(model, batch.x, batch.y)[1].double().tolist()
         )
+        facts = {"dataset": splits.name, "network": origin, "images": len(images), "clean": clean, "eps": fraction(eps)}
         changed_signs(model, PGD(eps), batches[0], key)  # warm-up
         for setting in settings(o.steps, o.other_steps):
             rows.append(compare(model, batches, eps, setting, key))
             print(f"  {setting.objective}, {setting.attack_mode}, {setting.steps} steps", flush=True)
-    facts = {"dataset": splits.name, "network": origin, "images": len(images), "clean": clean, "eps": fraction(eps)}
-    return rows, facts
+            yield rows, facts
 
 
 HEADER = [
@@ -273,17 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(arguments)
     if o.threads:
         torch.set_num_threads(o.threads)
-    rows, facts = study(o)
-    lines, said = table(rows), conclusion(rows)
-    title = f"{facts['dataset']}: attacks in bf16 against fp32"
-    about = f"{facts['network']}; clean {facts['clean']:.1%}; {facts['images']:,} test images, eps {facts['eps']}."
+    asked = {name: value for name, value in vars(o).items() if name not in ("data_dir", "results", "checkpoint")}
+    for rows, facts in study(o):
+        lines, said = table(rows), conclusion(rows)
+        title = f"{facts['dataset']}: attacks in bf16 against fp32"
+        about = f"{facts['network']}; clean {facts['clean']:.1%}; {facts['images']:,} test images, eps {facts['eps']}."
+        if o.results:
+            values = {"settings": asked, **facts, "confidence": CONFIDENCE, "conclusion": said}
+            found = [asdict(row) | {"difference": row.difference._asdict()} for row in rows]
+            parts = [said, about, markdown(lines), NOTE]
+            write(Path(o.results), title, command_line(__file__, arguments), {**values, "rows": found}, parts)
     print("\n".join(["", title, "", about, "", aligned(lines), "", NOTE, "", said]))
-    if o.results:
-        asked = {name: value for name, value in vars(o).items() if name not in ("data_dir", "results", "checkpoint")}
-        values = {"settings": asked, **facts, "confidence": CONFIDENCE, "conclusion": said}
-        found = [asdict(row) | {"difference": row.difference._asdict()} for row in rows]
-        parts = [said, about, markdown(lines), NOTE]
-        write(Path(o.results), title, command_line(__file__, arguments), {**values, "rows": found}, parts)
     return 0
 
 

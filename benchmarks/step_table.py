@@ -111,11 +111,15 @@ class StepRow:
         rounds = str(len(self.seconds[published]))
         return [label + kind, self._ms(published), passes[0], *times, passes[1], *shares, *memory, rounds]
 
+    def quotients(self, above: str, below: str) -> list[float]:
+        """Of the times of one contender and another, round by round."""
+        return [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+
     def _ms(self, name: str) -> str:
         return f"{1e3 * statistics.median(self.seconds[name]):.1f}"
 
     def _quotient(self, above: str, below: str, form: str) -> str:
-        quotients = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+        quotients = self.quotients(above, below)
         low, high, _ = median_interval(quotients)
         return f"{statistics.median(quotients):{form}} ({low:{form}} to {high:{form}})"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
@@ -177,13 +176,24 @@ def test_choices_add_up(tmp_path: Path, capsys) -> None:
     assert last.channels_last and last.precision == last.attack_precision == "bf16"
     assert not any(s.compile or s.cuda_graphs for s in found.values())
     assert [c.keep for c in found][:3] == [False, False, True] and not next(iter(found.values())).channels_last
-    rows = choices.measure(found, steps=1, rounds=2)
+    *_, rows = choices.measure(found, steps=1, rounds=2)
     assert all(len(row["attack"]) == len(row["step"]) == 2 for row in rows)
     times = zip(rows, (8, 4, 2, 2, 2), strict=True)
     lines = choices.table([row | {"attack": [t], "step": [4 * t]} for row, t in times], 1)
     assert lines[3][1:] == ["2000.0", "2.00x", "4.00x", "8000.0", "2.00x", "4.00x"]
     assert list(choices.rows_of(base, compiled=True).values())[-1].compile
     assert any(s.cuda_graphs for s in choices.rows_of(Setting(device="cuda"), compiled=False).values())
+
+
+def test_choices_are_written_after_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0] * 12)  # of the 10 of a round
+    for work in ("attack", "training_step"):
+        monkeypatch.setattr(subjects, work, lambda *args, **how: lambda: None)
+    monkeypatch.setattr(choices, "seconds", lambda call, device: next(times))
+    with pytest.raises(RuntimeError, match="StopIteration"):  # cut off in the second
+        choices.main(["--device", "cpu", "--results", str(tmp_path / "choices.json")])
+    rows = json.loads((tmp_path / "choices.json").read_text())["rows"]
+    assert [row["attack"] + row["step"] for row in rows] == [[1.0, 1.0]] * 5
 
 
 @pytest.mark.parametrize(
@@ -220,9 +230,3 @@ def test_profile_of_a_step(monkeypatch, capsys, tmp_path) -> None:
 def test_the_training_on_a_gpu_is_a_configuration() -> None:
     config = from_file(BENCHMARKS / "cifar10-gpu.json")
     assert (config.method, *config.beside) == ("atlas", "one_step_adv", "adv", "trades")
-
-
-def test_parts_of_the_gpu_script_are_known() -> None:
-    asked = ["bash", str(BENCHMARKS / "on_gpu.sh"), "--nothing"]
-    said = subprocess.run(asked, capture_output=True, text=True)
-    assert said.returncode == 2 and "--tests --operators --attacks --steps --scaling --training" in said.stderr
