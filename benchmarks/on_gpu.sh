@@ -75,6 +75,9 @@ run_attacks() {
 run_steps() {
   run training-step python benchmarks/bench_training_step.py --network preact_resnet18 --batch-size 128 --rounds 5 \
     --row-seconds 20 --graphs "${data[@]}" --results "$results-training-step.json"
+  run training-step-compiled python benchmarks/bench_training_step.py --network preact_resnet18 --batch-size 128 \
+    --rounds 5 --row-seconds 20 --methods atlas,trades --graphs --compile "${data[@]}" \
+    --results "$results-training-step-compiled.json"
   python benchmarks/targets.py "$results"
   run profile python benchmarks/profile_step.py --method trades --batch-size 128 "${data[@]}" \
     --results "$results-profile.json"

@@ -65,6 +65,11 @@ class StepRow:
     command: str = ""
     commit: str = ""
 
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> StepRow:
+        """The row that ``report`` wrote."""
+        return cls(**{name: value for name, value in written.items() if name != "published"})
+
     @property
     def published(self) -> list[str]:
         return [name for name in self.losses if name.startswith("published")]
@@ -146,7 +151,7 @@ def read(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> list[StepRow]:
         if name not in ("rounds", "row_seconds", "commit") and before.get(name) != now.get(name):
             raise ValueError(f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}: take another file")
     made = {"command": found["command"], "commit": found["environment"].get("commit", "")}
-    return [StepRow(**{**made, **{key: row[key] for key in row if key != "published"}}) for row in found["rows"]]
+    return [StepRow.of({**made, **row}) for row in found["rows"]]
 
 
 def _kept(rows: Sequence[StepRow], command: str) -> list[str]:

@@ -56,10 +56,11 @@ def test_the_rest_goes_on_when_a_command_fails_or_its_part_has_no_time_left(tmp_
     how = {"slow": "bench_training_step", "broken": "bench_attacks"}
     done = run(tmp_path, "--attacks", "--steps", "--scaling", "--seconds", "2", **how)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-5:] == [
+    assert done.stderr.splitlines()[-6:] == [
         "Not all went well:",
         "- attacks ended with status 3",
         "- training-step was cut off after 2 seconds",
+        "- training-step-compiled was not begun, for its part had no time left",
         "- profile was not begun, for its part had no time left",
         "- choices was not begun, for its part had no time left",
     ]
