@@ -31,9 +31,9 @@ NOTES = (
     "statistics around them, which holds the true median with a probability of 75% for 3 rounds, 88% for 4, 94% for 5 "
     "and 95% or more from 6 on. MiB: the most that torch holds at once in a step beyond weights, momentum and images.",
     f"A row has times only if ours in fp32 and the published step gave the same loss, to {TOLERANCE:g} of it, in a "
-    "first step without TF32, whose memory this is too; times are in PyTorch's default, on CUDA TF32 in convolutions. "
-    "*: the published step gave it in double precision; in fp32 it is further from that, for rounding decides the "
-    "signs of gradients that are all but zero.",
+    "step without TF32; times and memory are in PyTorch's default, on CUDA TF32 in convolutions. *: the published step "
+    "gave it in double precision; in fp32 it is further from that, for rounding decides the signs of gradients that "
+    "are all but zero.",
 )
 #: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps.
 KINDS = (" compiled", " graphs")

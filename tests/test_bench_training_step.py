@@ -42,6 +42,13 @@ def small() -> Iterator[bench.Bench]:
         yield bench.Bench(bench.Settings("digits_net", width=8, steps=K, rounds=2))
 
 
+def test_the_network_is_no_other_in_eval_mode(small: bench.Bench) -> None:
+    batch = next(iter(small.run("standard", {}).batches))
+    top = small.model.eval()(batch.x).topk(2).values
+    assert bench.sure(small.model(batch.x), batch.y) >= 0.5 * len(batch.y) and (top[:, 0] - top[:, 1]).max() < 20
+    assert small.model.train().training
+
+
 def test_every_method_has_a_row_and_adv_has_both_ways() -> None:
     assert {step.method for step in steps.STEPS.values()} == set(methods.names())
     assert len(steps.STEPS["adv"].published) == 2 and steps.STEPS["adr trades"].hyper == {"form": "trades"}
