@@ -34,6 +34,7 @@ from atlas_train.evaluate import SUBSET_SEED, eval_mode
 from atlas_train.machine import usable_device
 from atlas_train.options import fraction
 from atlas_train.stored import opened
+from harness import strict_fp32
 from tables import Table, aligned, command_line, markdown, write
 
 CONFIDENCE = 0.95
@@ -210,7 +211,7 @@ def study(o: argparse.Namespace) -> Iterator[tuple[list[Row], dict[str, Any]]]:
     key = noise_key(device, generator=torch.Generator(device).manual_seed(o.seed))
     rows: list[Row] = []
     print(f"{splits.name}: {origin}; {len(images):,} test images, eps {fraction(eps)}", flush=True)
-    with eval_mode(model), keep_memory():
+    with eval_mode(model), keep_memory(), strict_fp32():
         clean = statistics.fmean(
             right for batch in batches for right in classified(model, batch.x, batch.y)[1].double().tolist()
         )
@@ -263,8 +264,9 @@ NOTE = (
     "difference: robust accuracy under bf16 attacks less that under fp32 attacks (positive: bf16 is weaker), with its "
     f"{CONFIDENCE:.0%} interval, paired by image; p: McNemar, exact. fooled by one only: images that only the fp32 / "
     "only the bf16 attack fools. loss: mean cross-entropy, and bf16's less fp32's with its standard error. signs: "
-    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. Adversaries "
-    "are judged by the network in float32 and in eval mode, whatever the attack."
+    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. fp32 is "
+    "without TF32, on a GPU too. Adversaries are judged by the network in float32 and in eval mode, whatever the "
+    "attack."
 )
 
 
