@@ -108,7 +108,9 @@ def rows() -> list[dict]:
         for batch in (2, 4)
         for work in (ATTACK, "atlas")
     ]
-    return study(some, rounds=2)
+    one, two = study(some, rounds=2)
+    assert [r["at"] for r in one] == [r["at"] for r in two]
+    return two
 
 
 def test_rows_and_tables(rows: list[dict]) -> None:
@@ -135,7 +137,7 @@ def test_figures(rows: list[dict], tmp_path: Path) -> None:
 
 
 def test_script_writes_and_draws_again(rows: list[dict], tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(scaling, "study", lambda found, rounds: rows)
+    monkeypatch.setattr(scaling, "study", lambda found, rounds: iter([rows]))
     results = tmp_path / "scaling-x.json"
     scaling.main(["--quick", "--results", str(results), "--device", "cpu"])
     assert "PGD, small_cnn of width 4, by batch" in capsys.readouterr().out
@@ -157,7 +159,7 @@ def test_turns_are_taken_in_every_order() -> None:
         order.append(name)
         time.sleep(2 * subjects.SHORTEST)  # long enough that nothing is repeated
 
-    found = subjects.in_turn({name: (partial(call, name), 1) for name in "abcd"}, 5, "cpu")
+    *_, found = subjects.in_turn({name: (partial(call, name), 1) for name in "abcd"}, 5, "cpu")
     assert all(2 * subjects.SHORTEST <= t.low <= t.median <= t.high for t in found.values())
     rounds = ["".join(order[-4 * k - 4 : -4 * k or None]) for k in range(5)]
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 1
@@ -165,7 +167,7 @@ def test_turns_are_taken_in_every_order() -> None:
 
 def test_short_calls_are_repeated_and_threads_are_put_back() -> None:
     before, seen = torch.get_num_threads(), []
-    subjects.in_turn({n: (lambda: seen.append(torch.get_num_threads()), n) for n in (2, 1)}, 1, "cpu")
+    list(subjects.in_turn({n: (lambda: seen.append(torch.get_num_threads()), n) for n in (2, 1)}, 1, "cpu"))
     assert set(seen) == {1, 2} and len(seen) > 100 and torch.get_num_threads() == before
 
 
