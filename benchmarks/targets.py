@@ -3,7 +3,7 @@
     python benchmarks/targets.py benchmarks/results/GPU
 
 reads what the benchmarks wrote there: GPU.json of the operators, GPU-training-step.json and
-GPU-training-step-compiled.json of whole steps at batch 128.
+GPU-training-step-compiled.json of whole steps at batch 128. Writes the table to GPU-targets.md, and its JSON beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import Row
 from step_table import StepRow
-from tables import Table, aligned
+from tables import Table, aligned, markdown, write
 
 SIZE = "512x3x224x224"
 #: Of the bandwidth of a copy, at that size.
@@ -76,5 +76,12 @@ def _line(what: str, found: float | None, *, least: float = 0, most: float = inf
     return [what, wanted, f"{found:{form}}", "reached" if least <= found <= most else "missed"]
 
 
+def main(results: str) -> None:
+    lines = table(results)
+    print(f"\n{aligned(lines)}")
+    command = "python benchmarks/targets.py RESULTS"
+    write(Path(f"{results}-targets.json"), "Targets of a GPU", command, {"targets": lines[1:]}, [markdown(lines)])
+
+
 if __name__ == "__main__":
-    print(f"\n{aligned(table(*sys.argv[1:]))}")
+    main(*sys.argv[1:])
