@@ -45,18 +45,13 @@ class Row:
         times = [t for name, t in self.times.items() if name.startswith(prefixes)]
         return min(times) if times else None
 
-    @property
-    def of_copy(self) -> float:
-        """Its bandwidth, by the model, over that of the copy."""
-        return self.bytes / self.times["ours"] / self.copy_bandwidth
-
     def table_line(self) -> list[str]:
         ours = self.times["ours"]
         bandwidth = self.bytes / ours
         ratios = ["-" if best is None else f"{best / ours:.2f}x" for best in (self.best("plain"), self.best("compile"))]
         others = ", ".join(f"{name} {t * 1e6:.1f}" for name, t in self.times.items() if name != "ours")
-        floor = self.bytes / self.copy_bandwidth
-        numbers = [f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{floor * 1e6:.1f}", f"{self.of_copy:.0%}"]
+        floor, share = self.bytes / self.copy_bandwidth, bandwidth / self.copy_bandwidth
+        numbers = [f"{ours * 1e6:.1f}", f"{bandwidth / 1e9:.1f}", f"{floor * 1e6:.1f}", f"{share:.0%}"]
         return [self.op, self.size, *numbers, *ratios, others]
 
 

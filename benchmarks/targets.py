@@ -16,7 +16,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from harness import Row
 from step_table import StepRow
 from tables import Table, aligned, markdown, write
 
@@ -34,9 +33,10 @@ def table(results: str) -> Table:
 
 
 def of_operators(results: str) -> Iterator[list[str]]:
-    rows = {row["op"]: Row(**row) for row in _read(f"{results}.json").get("rows", ()) if row["size"] == SIZE}
+    rows = {row["op"]: row for row in _read(f"{results}.json").get("rows", ()) if row["size"] == SIZE}
     for op, share in COPY.items():
-        found = rows[op].of_copy if op in rows else None
+        row = rows.get(op)
+        found = row and row["bytes"] / row["times"]["ours"] / row["copy_bandwidth"]
         yield _line(f"{op} at {SIZE}, of copy", found, least=share, percent=True)
 
 
