@@ -96,7 +96,7 @@ class _Rounded(torch.autograd.Function):
 
 def close(mode: str, adv: Tensor, wide: Tensor, y: Tensor, slack: float, model: Scaled, attack: Any, bits: int) -> bool:
     """Whether the accuracies are as near as ``slack``; or as near, but for that, as those of float32 attacks of which
-    each layer is rounded at random to so many bits, in the farthest of eight. Where samples are coupled, or a gradient
+    each layer is rounded at random to so many bits, in the farthest of 24. Where samples are coupled, or a gradient
     is hardly there, rounding alone decides a few of the images: which, depends on the order of sums."""
     found, expected = (accuracy(model.net, mode, images, y) for images in (adv, wide))
     if abs(found - expected) <= slack:
@@ -104,7 +104,7 @@ def close(mode: str, adv: Tensor, wide: Tensor, y: Tensor, slack: float, model: 
     rounded, generator = copy.deepcopy(model), torch.Generator(y.device).manual_seed(0)
     for layer in rounded.net:
         layer.register_forward_hook(lambda module, args, out: _Rounded.apply(out, 2.0**-bits, generator))
-    others = [accuracy(model.net, mode, attack(rounded), y) for _ in range(8)]
+    others = [accuracy(model.net, mode, attack(rounded), y) for _ in range(24)]
     return abs(found - expected) <= slack + max(abs(other - expected) for other in others)
 
 
