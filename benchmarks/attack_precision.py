@@ -34,6 +34,7 @@ from atlas_train.evaluate import SUBSET_SEED, eval_mode
 from atlas_train.machine import usable_device
 from atlas_train.options import fraction
 from atlas_train.stored import opened
+from harness import strict_fp32
 from tables import Table, aligned, command_line, markdown, write
 
 CONFIDENCE = 0.95
@@ -200,8 +201,8 @@ def network(o: argparse.Namespace) -> tuple[nn.Module, DataSplits, float, str]:
     return run.final_model, splits, run.config.eps, f"{where}, trained in {run.seconds:.0f} s"
 
 
-def study(o: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, and what they are rows of; prints each row's progress."""
+def study(o: argparse.Namespace) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+    """The rows so far, after each, and what they are rows of; prints each row's progress."""
     model, splits, eps, origin = network(o)
     device = usable_device(o.device)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -210,16 +211,16 @@ def study(o: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     key = noise_key(device, generator=torch.Generator(device).manual_seed(o.seed))
     rows: list[Row] = []
     print(f"{splits.name}: {origin}; {len(images):,} test images, eps {fraction(eps)}", flush=True)
-    with eval_mode(model), keep_memory():
+    with eval_mode(model), keep_memory(), strict_fp32():
         clean = statistics.fmean(
             right for batch in batches for right in classified(model, batch.x, batch.y)[1].double().tolist()
         )
+        facts = {"dataset": splits.name, "network": origin, "images": len(images), "clean": clean, "eps": fraction(eps)}
         changed_signs(model, PGD(eps), batches[0], key)  # warm-up
         for setting in settings(o.steps, o.other_steps):
             rows.append(compare(model, batches, eps, setting, key))
             print(f"  {setting.objective}, {setting.attack_mode}, {setting.steps} steps", flush=True)
-    facts = {"dataset": splits.name, "network": origin, "images": len(images), "clean": clean, "eps": fraction(eps)}
-    return rows, facts
+            yield rows, facts
 
 
 HEADER = [
@@ -263,8 +264,9 @@ NOTE = (
     "difference: robust accuracy under bf16 attacks less that under fp32 attacks (positive: bf16 is weaker), with its "
     f"{CONFIDENCE:.0%} interval, paired by image; p: McNemar, exact. fooled by one only: images that only the fp32 / "
     "only the bf16 attack fools. loss: mean cross-entropy, and bf16's less fp32's with its standard error. signs: "
-    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. Adversaries "
-    "are judged by the network in float32 and in eval mode, whatever the attack."
+    "pixels whose first step goes another way in bf16. time: fp32's over bf16's, the median over batches. fp32 is "
+    "without TF32, on a GPU too. Adversaries are judged by the network in float32 and in eval mode, whatever the "
+    "attack."
 )
 
 
@@ -273,17 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(arguments)
     if o.threads:
         torch.set_num_threads(o.threads)
-    rows, facts = study(o)
-    lines, said = table(rows), conclusion(rows)
-    title = f"{facts['dataset']}: attacks in bf16 against fp32"
-    about = f"{facts['network']}; clean {facts['clean']:.1%}; {facts['images']:,} test images, eps {facts['eps']}."
+    asked = {name: value for name, value in vars(o).items() if name not in ("data_dir", "results", "checkpoint")}
+    for rows, facts in study(o):
+        lines, said = table(rows), conclusion(rows)
+        title = f"{facts['dataset']}: attacks in bf16 against fp32"
+        about = f"{facts['network']}; clean {facts['clean']:.1%}; {facts['images']:,} test images, eps {facts['eps']}."
+        if o.results:
+            values = {"settings": asked, **facts, "confidence": CONFIDENCE, "conclusion": said}
+            found = [asdict(row) | {"difference": row.difference._asdict()} for row in rows]
+            parts = [said, about, markdown(lines), NOTE]
+            write(Path(o.results), title, command_line(__file__, arguments), {**values, "rows": found}, parts)
     print("\n".join(["", title, "", about, "", aligned(lines), "", NOTE, "", said]))
-    if o.results:
-        asked = {name: value for name, value in vars(o).items() if name not in ("data_dir", "results", "checkpoint")}
-        values = {"settings": asked, **facts, "confidence": CONFIDENCE, "conclusion": said}
-        found = [asdict(row) | {"difference": row.difference._asdict()} for row in rows]
-        parts = [said, about, markdown(lines), NOTE]
-        write(Path(o.results), title, command_line(__file__, arguments), {**values, "rows": found}, parts)
     return 0
 
 

@@ -389,7 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(arguments)
     if o.threads:
         torch.set_num_threads(o.threads)
-    known = {**WORKLOADS, "small": SMALL}
+    known, command = {**WORKLOADS, "small": SMALL}, command_line(__file__, arguments)
+    tolerances = {"loss_tolerance": LOSS_TOLERANCE, "fooled_tolerance": FOOLED_TOLERANCE, "rounding": ROUNDING}
     parts, measured, refused = [], [], 0
     for name in o.only:
         work, task = known[name], make_task(known[name], torch.device(o.device))
@@ -400,12 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join([f"\n{heading}\n", aligned(lines), *notes]), flush=True)
         parts += [f"## {heading}", markdown(lines), *notes]
         measured.append({"name": name, **asdict(work), "rows": [asdict(row) for row in rows]})
+        if o.results:
+            values = {**tolerances, "workloads": measured}
+            write(Path(o.results), "Attacks, ours and others'", command, values, [*parts, NOTE])
     print(f"\n{NOTE}")
-    if o.results:
-        command = command_line(__file__, arguments)
-        tolerances = {"loss_tolerance": LOSS_TOLERANCE, "fooled_tolerance": FOOLED_TOLERANCE, "rounding": ROUNDING}
-        values = {**tolerances, "workloads": measured}
-        write(Path(o.results), "Attacks, ours and others'", command, values, [*parts, NOTE])
     return int(refused > 0)
 
 

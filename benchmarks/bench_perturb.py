@@ -13,6 +13,7 @@ import torch
 
 import atlas_kernels as ak
 from harness import Call, measure
+from targets import COPY
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(1, 1, 28, 28), (128, 1, 28, 28), (128, 3, 32, 32), (512, 3, 32, 32), (32, 3, 224, 224)]
@@ -20,8 +21,6 @@ LARGE = (512, 3, 224, 224)  # of a GPU, far beyond its cache
 if DEVICE.type == "cuda":
     SIZES.append(LARGE)
 EPS, STEP, RADIUS, COUNT = 8 / 255, 2 / 255, 4 / 255, 2
-# Shares of the copy bandwidth at the large size; noise costs arithmetic beside the memory.
-TARGETS = {"pgd_step": 0.9, "random_start": 0.9, "sample_neighbours": 0.85, "pgd_step_neighbours": 0.85}
 
 pytestmark = pytest.mark.parametrize("size", SIZES, ids=str)
 
@@ -70,7 +69,7 @@ def run(report, op, size, floats_per_pixel, ours, contenders, *inputs):  # type:
         calls[f"compile {name}"] = lambda compiled=compiled: compiled(*inputs)
     checked = torch.equal(ours().clone(), in_reference(ours))  # a copy: both may write the same buffer
     bytes_moved = 4 * floats_per_pixel * inputs[0].numel()
-    target = TARGETS[op.split()[0]] if size == LARGE else None
+    target = COPY.get(op) if size == LARGE else None
     report(measure(op, size, bytes_moved, calls, checked, DEVICE, target), ours)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from atlas_kernels import keep_memory
 from atlas_kernels.attacks.held import put_back
@@ -38,7 +39,7 @@ from atlas_train.nonfinite import Losses
 from atlas_train.passes import count_passes
 from atlas_train.run import Run, prepare
 from atlas_train.step_graph import StepGraph
-from harness import Call, environment, median_interval, peak_memory, seconds
+from harness import Call, environment, median_interval, peak_memory, seconds, strict_fp32
 from network_passes import Bare, Learn, Pass
 from step_table import KINDS, NOTES, StepRow, listed, read, report, table
 from steps import STEPS, Published, Step
@@ -96,7 +97,11 @@ class Bench:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # both sides then see the same network
         self.model = model.to(self.device).train()
-        warm_up(self.model, list(self.run("standard", {}).batches))
+        batches = list(self.run("standard", {}).batches)
+        warm_up(self.model, batches)
+        # Running statistics of a few batches make another network in eval mode, so sure of all that the gradients of
+        # published attacks are 0 in float64.
+        update_bn((batch.x for batch in batches), self.model)
 
     def double(self) -> Bench:
         """The same in double precision, where both sides differ by rounding alone and that does not grow."""
@@ -199,7 +204,10 @@ class Contest:
         return self.step.published.items()
 
     def look(self) -> StepRow:
-        """The first step of each contender, untimed: loss, passes, memory, and whether there is anything to time."""
+        """The first step of each contender, untimed: loss, passes, memory, and whether there is anything to time.
+
+        Those whose losses are compared make it in strict fp32, and on CUDA one more as they will be timed.
+        """
         for name, call in self.calls.items():
             if name.endswith(tuple(self.row.missing)):
                 continue
@@ -245,19 +253,24 @@ class Contest:
 
     def _first(self, name: str, call: Call) -> None:
         losses: list[Any] = []
+        is_compared = name.startswith("published") or name == "ours fp32"  # the others begin with its statistics
         if name.endswith(KINDS):
             for _ in range(2):
                 call()  # compiles; of a graph, the eager step and the one that is recorded
-            self.row.memory[name] = peak_memory(lambda: losses.append(call()), self.device)
+            if not name.endswith("graphs"):  # which hold their memory between steps too
+                self.row.memory[name] = peak_memory(call, self.device)
         else:
             model, x = self.made.model, self.batch.x
             peaks: list[int] = []
-            passes = count_passes(
-                model, x, lambda: peaks.append(peak_memory(lambda: losses.append(call()), self.device))
-            )
+            with strict_fp32() if is_compared else nullcontext():
+                passes = count_passes(
+                    model, x, lambda: peaks.append(peak_memory(lambda: losses.append(call()), self.device))
+                )
+            if is_compared and self.device.type == "cuda":
+                peaks[0] = peak_memory(call, self.device)
             self.row.passes["ours" if name == "ours fp32" else name] = passes
             self.row.memory[name] = peaks[0]
-        if name.startswith("published") or name == "ours fp32":  # the others begin with the statistics it left
+        if is_compared:
             self.row.losses[name] = float(losses[0])
 
     def _published(self, bench: Bench, published: Published) -> Call:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,8 +57,8 @@ def rows_of(base: Setting, compiled: bool) -> dict[Choice, Setting]:
     return found
 
 
-def measure(found: dict[Choice, Setting], steps: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the attack and of the training step in every round, a row per choice."""
+def measure(found: dict[Choice, Setting], steps: int, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Seconds of the attack and of the training step in every round so far, a row per choice; after each round."""
     rows: list[dict[str, Any]] = []
     calls = {}
     for choice, s in found.items():
@@ -70,7 +70,7 @@ def measure(found: dict[Choice, Setting], steps: int, rounds: int) -> list[dict[
                 for work, call in own.items():
                     call()  # compiles, and fills the memory that is kept
                     row[work].append(seconds(call, torch.device(row["device"])))
-    return rows
+        yield rows
 
 
 def table(rows: Sequence[dict[str, Any]], steps: int) -> Table:
@@ -105,12 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     image = 28 if o.network == "small_cnn" else 32
     base = Setting(o.network, o.width, o.batch_size, image, threads=torch.get_num_threads(), device=o.device)
-    rows = measure(rows_of(base, o.compile), o.steps, o.rounds)
-    lines, title = table(rows, o.steps), f"Choices, one after the other: {o.network}, batch of {o.batch_size}"
+    title = f"Choices, one after the other: {o.network}, batch of {o.batch_size}"
+    command = command_line(__file__, arguments)
+    for rows in measure(rows_of(base, o.compile), o.steps, o.rounds):
+        lines = table(rows, o.steps)
+        if o.results:
+            write(o.results, title, command, {"steps": o.steps, "rows": rows}, [markdown(lines), NOTE])
     print(f"{title}\n\n{aligned(lines)}\n\n{NOTE}")
-    if o.results:
-        values = {"steps": o.steps, "rows": rows}
-        write(o.results, title, command_line(__file__, arguments), values, [markdown(lines), NOTE])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Collects the rows of a benchmark run and prints them as one table, with the environment; --results writes them."""
+"""Collects the rows of a benchmark run and prints them as one table, with the environment.
+
+``--results=FILE`` writes them, as they come.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def report(benchmark):  # type: ignore[no-untyped-def]
+def report(benchmark, pytestconfig):  # type: ignore[no-untyped-def]
     """Record a row, and time its "ours" through pytest-benchmark as well. A row that failed its check fails the run."""
 
     def record(row: Row, ours) -> None:  # type: ignore[no-untyped-def]
         assert row.checked, f"{row.op} at {row.size} gave a wrong result: no time is reported"
         ROWS.append(row)
+        if target := pytestconfig.getoption("--results"):
+            write_json(Path(target), as_json(ROWS))
         benchmark.extra_info.update(times=row.times, copy_bandwidth=row.copy_bandwidth, bytes=row.bytes)
         benchmark.pedantic(ours, rounds=9, iterations=5, warmup_rounds=1)
 
@@ -61,6 +66,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in ("", "whole training steps, small", *step_table.NOTES, aligned(step_table.table(STEP_ROWS))):
             write(line)
     if ROWS and (target := config.getoption("--results")):
-        path = Path(target)
-        write_json(path, as_json(ROWS))
-        write(f"written to {path}")
+        write(f"written to {target}")

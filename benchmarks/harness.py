@@ -13,8 +13,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 
@@ -102,6 +104,18 @@ def seconds(call: Call, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def strict_fp32() -> Iterator[None]:
+    """float32 is float32 inside, on CUDA too, where convolutions by PyTorch's default round their inputs to TF32."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
 def peak_memory(call: Call, device: torch.device) -> int:
     """Bytes that torch holds at once in ``call()`` at most, beyond what it held before."""
     if device.type == "cuda":
@@ -187,6 +201,7 @@ def environment() -> dict[str, object]:
     return facts
 
 
+@cache
 def _run(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"

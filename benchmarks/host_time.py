@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -27,7 +27,6 @@ from atlas_kernels import backends
 from bench_losses import with_backward
 from bench_perturb import COUNT, EPS, RADIUS, STEP
 from harness import Call, environment, synchronise
-from tables import aligned
 
 DEVICE = images.DEVICE
 SIZES = [(1, 1, 28, 28), (128, 3, 32, 32)]
@@ -129,16 +128,21 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that begin so")
     options = parser.parse_args()
     rows = [*floors(), *(row for size in SIZES for row in image_rows(size)), *loss_rows((128, 10))]
-    lines = []
+    for name, value in environment().items():
+        print(f"  {name}: {value}")
+    print(_line(HEADER), flush=True)
     for name, size, *calls in (row for row in rows if row[0].startswith(options.only)):
         ours, *others = (call and per_call(call, options.calls, options.runs) for call in calls)
         assert ours is not None
         times = [*ours, *(None if other is None else other[0] for other in others)]
         shown = ("" if t is None else f"{1e6 * t:.2f}" for t in times)
-        lines.append([name, size, *shown, str(TARGETS.get(name, ""))])
-    for name, value in environment().items():
-        print(f"  {name}: {value}")
-    print(aligned([HEADER, *lines]))
+        print(_line([name, size, *shown, str(TARGETS.get(name, ""))]), flush=True)
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Of a table that is printed as it comes."""
+    name, *rest = cells
+    return f"{name:40}" + "".join(f"{cell:>13}" for cell in rest)
 
 
 if __name__ == "__main__":

@@ -133,15 +133,16 @@ def every_work(axis: str, setting: Setting) -> Iterator[Point]:
     yield from (Point(axis, method, setting, 1) for method in METHODS)
 
 
-def study(found: Sequence[Point], rounds: int) -> list[dict[str, Any]]:
-    """Times everything in turn; a row per point, seconds and floating-point operations of the whole batch."""
+def study(found: Sequence[Point], rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Times everything in turn; after each round a row per point, seconds and floating-point operations of the whole
+    batch."""
     device = found[0].setting.device
     pieces = {of(p): None for p in found for of in (work_of, passes_of, product_of)}
     pieces |= {operators_of(p): None for p in found if p.work == ATTACK}
     with keep_memory():
-        timed = in_turn({piece: (piece.call(), piece.setting.threads) for piece in pieces}, rounds, device)
         flops = {piece: operations(piece.call()) for piece in dict.fromkeys(work_of(p) for p in found)}
-    return [row(p, timed, flops[work_of(p)]) for p in found]
+        for timed in in_turn({piece: (piece.call(), piece.setting.threads) for piece in pieces}, rounds, device):
+            yield [row(p, timed, flops[work_of(p)]) for p in found]
 
 
 def row(p: Point, timed: dict[Piece, Timed], flops: int) -> dict[str, Any]:
@@ -183,15 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if o.plots_only:
         rows = json.loads(o.results.read_text(encoding="utf-8"))["rows"]
     else:
-        rows = study(list(points(o.device, o.quick)), o.rounds)
-        found = tables(rows)
+        command = command_line(__file__, arguments)
+        for rows in study(list(points(o.device, o.quick)), o.rounds):
+            found = tables(rows)
+            if o.results:
+                parts = [part for heading, table in found.items() for part in (f"## {heading}", markdown(table))]
+                write(o.results, "Cost per image against sizes", command, {"rows": rows}, [*parts, NOTE])
         for heading, table in found.items():
             print(f"\n{heading}\n\n{aligned(table)}")
         print(f"\n{NOTE}")
-        if o.results:
-            parts = [part for heading, table in found.items() for part in (f"## {heading}", markdown(table))]
-            command = command_line(__file__, arguments)
-            write(o.results, "Cost per image against sizes", command, {"rows": rows}, [*parts, NOTE])
     for path in draw(rows, o.plots, name) if o.plots else ():
         print(f"drawn: {path}")
 

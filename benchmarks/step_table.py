@@ -30,9 +30,10 @@ NOTES = (
     "layout, modes and widths. Both are medians over rounds of quotients of one round, with the interval of the order "
     "statistics around them, which holds the true median with a probability of 75% for 3 rounds, 88% for 4, 94% for 5 "
     "and 95% or more from 6 on. MiB: the most that torch holds at once in a step beyond weights, momentum and images.",
-    f"A row has times only if ours in fp32 and the published step gave the same loss, to {TOLERANCE:g} of it. *: the "
-    "published step gave it in double precision; in fp32 it is further from that, for rounding decides the signs of "
-    "gradients that are all but zero.",
+    f"A row has times only if ours in fp32 and the published step gave the same loss, to {TOLERANCE:g} of it, in a "
+    "step without TF32; times and memory are in PyTorch's default, on CUDA TF32 in convolutions. *: the published step "
+    "gave it in double precision; in fp32 it is further from that, for rounding decides the signs of gradients that "
+    "are all but zero.",
 )
 #: Of ours and its passes: torch.compile of the network, CUDA graphs of whole steps, both. A longer name comes first.
 KINDS = (" compiled graphs", " compiled", " graphs")
@@ -63,6 +64,11 @@ class StepRow:
     missing: dict[str, str] = field(default_factory=dict)
     command: str = ""
     commit: str = ""
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> StepRow:
+        """The row that ``report`` wrote."""
+        return cls(**{name: value for name, value in written.items() if name != "published"})
 
     @property
     def published(self) -> list[str]:
@@ -113,11 +119,15 @@ class StepRow:
         rounds = str(len(self.seconds[published]))
         return [label + kind, self._ms(published), passes[0], *times, passes[1], *shares, *memory, rounds]
 
+    def quotients(self, above: str, below: str) -> list[float]:
+        """Of the times of one contender and another, round by round."""
+        return [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+
     def _ms(self, name: str) -> str:
         return f"{1e3 * statistics.median(self.seconds[name]):.1f}"
 
     def _quotient(self, above: str, below: str, form: str) -> str:
-        quotients = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+        quotients = self.quotients(above, below)
         low, high, _ = median_interval(quotients)
         return f"{statistics.median(quotients):{form}} ({low:{form}} to {high:{form}})"
 
@@ -144,7 +154,7 @@ def read(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> list[StepRow]:
         if name not in ("rounds", "row_seconds", "commit") and before.get(name) != now.get(name):
             raise ValueError(f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}: take another file")
     made = {"command": found["command"], "commit": found["environment"].get("commit", "")}
-    return [StepRow(**{**made, **{key: row[key] for key in row if key != "published"}}) for row in found["rows"]]
+    return [StepRow.of({**made, **row}) for row in found["rows"]]
 
 
 def _kept(rows: Sequence[StepRow], command: str) -> list[str]:

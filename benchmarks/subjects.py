@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -192,9 +192,10 @@ class Timed:
 
 def in_turn(
     calls: Mapping[Any, tuple[Call, int]], rounds: int, device: str, shortest: float = 0.02
-) -> dict[Any, Timed]:
+) -> Iterator[dict[Any, Timed]]:
     """Times every call (with its number of CPU threads) once a round, each round in an order of its own, so that a
-    machine that drifts makes spread and no trend. Calls shorter than ``shortest`` seconds are repeated."""
+    machine that drifts makes spread and no trend; gives what is known after each round. Calls shorter than ``shortest``
+    seconds are repeated."""
     before, samples = torch.get_num_threads(), {name: [] for name in calls}  # type: ignore[var-annotated]
     repeats = dict.fromkeys(calls, 1)
     for number in range(-1, rounds):
@@ -209,8 +210,9 @@ def in_turn(
                 repeats[name] = max(1, round(SHORTEST / taken))
             else:
                 samples[name].append(taken)
-    torch.set_num_threads(before)
-    return {name: Timed(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+        torch.set_num_threads(before)
+        if number >= 0:
+            yield {name: Timed(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
 
 
 def _repeat(call: Call, count: int) -> None:

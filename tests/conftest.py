@@ -1,7 +1,12 @@
-"""Settings every test runs under: uninitialised memory is NaN, so an output that a kernel forgot to write fails."""
+"""Settings every test runs under: uninitialised memory is NaN, so an output that a kernel forgot to write fails.
+
+On CUDA float32 is float32, also in convolutions, which by PyTorch's default may round their inputs to TF32; and what
+PyTorch and its libraries can compute to the same bits in every call, they do.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +18,31 @@ import torch
 from atlas_kernels import backend
 from atlas_kernels.backends import triton, unavailable_reason
 from atlas_kernels.core import available_isas, force_isa
+from failures import pytest_addoption, pytest_configure  # noqa: F401 (pytest looks for them here)
 
 # The same draws in every run, so that a change is judged and not the dice; `--hypothesis-profile default` rolls them.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
+# Of cuBLAS; without it torch warns of every matrix product. Read when the first is made, here or in a test's process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tf32() -> Iterator[None]:
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    yield
+    convolutions.allow_tf32, products.allow_tf32 = before
+
+
 @pytest.fixture(autouse=True)
 def _strict_memory():
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what switches the filling on
+    torch.use_deterministic_algorithms(True, warn_only=True)  # also what switches the filling on
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before

@@ -8,12 +8,14 @@ import pickle
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from atlas_kernels import PGD, Execution, noise_key
+from atlas_kernels.attacks import attacking
 from atlas_kernels.attacks.execution import current_execution
 from atlas_kernels.compat.trades import trades_loss
 from atlas_train.models import build
@@ -77,6 +79,15 @@ def test_the_inner_of_two_counts_and_the_outer_comes_back(case) -> None:
         attack(model, x, y)
     attack(model, x, y)
     assert model.dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_a_function_runs_where_its_modules_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seen = nn.Linear(2, 2, device="meta"), []
+    monkeypatch.setattr(Execution, "around", lambda self, model, device: nullcontext(seen.append(device.type)))
+    for device in (None, torch.device("cuda")):
+        with attacking(lambda v: net(v), "keep", None, device=device):
+            pass
+    assert seen == ["meta", "cuda"]
 
 
 def test_one_execution_serves_again_and_within_itself(case) -> None:

@@ -81,6 +81,33 @@ def still(adv: Tensor, x: Tensor) -> Tensor:
     return (adv == x).flatten(1).all(1)
 
 
+class _Rounded(torch.autograd.Function):
+    """Off by a random share of at most ``size``, and so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, size: float, generator: torch.Generator) -> Tensor:
+        ctx.how = size, generator
+        return h * (1 + size * torch.empty_like(h).uniform_(-1, 1, generator=generator))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Rounded.forward(ctx, grad, *ctx.how), None, None
+
+
+def close(mode: str, adv: Tensor, wide: Tensor, y: Tensor, slack: float, model: Scaled, attack: Any, bits: int) -> bool:
+    """Whether the accuracies are as near as ``slack``; or as near, but for that, as those of float32 attacks of which
+    each layer is rounded at random to so many bits, in the farthest of 24. Where samples are coupled, or a gradient
+    is hardly there, rounding alone decides a few of the images: which, depends on the order of sums."""
+    found, expected = (accuracy(model.net, mode, images, y) for images in (adv, wide))
+    if abs(found - expected) <= slack:
+        return True
+    rounded, generator = copy.deepcopy(model), torch.Generator(y.device).manual_seed(0)
+    for layer in rounded.net:
+        layer.register_forward_hook(lambda module, args, out: _Rounded.apply(out, 2.0**-bits, generator))
+    others = [accuracy(model.net, mode, attack(rounded), y) for _ in range(24)]
+    return abs(found - expected) <= slack + max(abs(other - expected) for other in others)
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_16_bit_attacks_are_as_strong_as_in_float32(case, mode, scale) -> None:
@@ -88,11 +115,11 @@ def test_16_bit_attacks_are_as_strong_as_in_float32(case, mode, scale) -> None:
     model, attack = Scaled(net, scale), PGD(EPS, steps=5, random_start=False, attack_mode=mode)
     with Execution("fp32"):
         wide = attack(model, x, y)
-    for precision, slack in (("fp16", 2), ("bf16", 4)):
+    for precision, slack, bits in (("fp16", 2, 11), ("bf16", 4, 8)):
         with Execution(precision):
             adv = attack(model, x, y)
         assert not (still(adv, x) & ~still(wide, x)).any()
-        assert abs(accuracy(net, mode, adv, y) - accuracy(net, mode, wide, y)) <= slack / B
+        assert close(mode, adv, wide, y, slack / B, model, lambda rounded: attack(rounded, x, y), bits)
     assert accuracy(net, mode, x, y) > 0.9 > accuracy(net, mode, wide, y) + 0.2, "an attack worth the name"
 
 
@@ -207,7 +234,10 @@ def test_a_row_that_is_lost_is_computed_in_float32(case, how) -> None:
         wanted = PGD(EPS, steps=3, random_start=False, count_correct=True).run(model, x, y).kappa
         best = PGD(EPS, steps=3, random_start=False, keep="best").run(model, x, y)
     assert torch.equal(counted[lost], wanted[lost]) and torch.equal(judged.fooled[lost], best.fooled[lost])
-    torch.testing.assert_close(judged.objective[lost], best.objective[lost], rtol=1e-3, atol=1e-6)
+    # Logits that are not lost are those of float16: each of three layers rounds weights, inputs and outputs to 11 bits,
+    # and the objective moves by at most twice as much as a logit.
+    rounding = 0 if how == "activations" else 2 * 9 * 2**-11 * model(judged.adv).abs().max().item()
+    torch.testing.assert_close(judged.objective[lost], best.objective[lost], rtol=1e-3, atol=1e-6 + rounding)
 
 
 @pytest.mark.parametrize("how", LOSSES)
@@ -321,7 +351,12 @@ def test_drop_ins_go_where_they_go_in_float32(case, monkeypatch, name, half) -> 
     assert not (still(adv.float(), x) & ~still(wide, x)).any()
     along = nn.functional.cosine_similarity((adv.float() - x).flatten(1), (wide - x).flatten(1))
     assert along.median() > 0.9
-    assert abs(accuracy(net, "eval", adv, y) - accuracy(net, "eval", wide, y)) <= 0.03
+
+    def again(rounded: nn.Module) -> Tensor:
+        torch.manual_seed(1)
+        return dropped_in(name, rounded, x, y)
+
+    assert close("eval", adv, wide, y, 0.03, model, again, 11)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

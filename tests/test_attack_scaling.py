@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
@@ -112,7 +111,9 @@ def rows() -> list[dict]:
         for batch in (2, 4)
         for work in (ATTACK, "atlas")
     ]
-    return study(some, rounds=2)
+    one, two = study(some, rounds=2)
+    assert [r["at"] for r in one] == [r["at"] for r in two]
+    return two
 
 
 def test_rows_and_tables(rows: list[dict]) -> None:
@@ -139,7 +140,7 @@ def test_figures(rows: list[dict], tmp_path: Path) -> None:
 
 
 def test_script_writes_and_draws_again(rows: list[dict], tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(scaling, "study", lambda found, rounds: rows)
+    monkeypatch.setattr(scaling, "study", lambda found, rounds: iter([rows]))
     results = tmp_path / "scaling-x.json"
     scaling.main(["--quick", "--results", str(results), "--device", "cpu"])
     assert "PGD, small_cnn of width 4, by batch" in capsys.readouterr().out
@@ -161,7 +162,7 @@ def test_turns_are_taken_in_every_order() -> None:
         order.append(name)
         time.sleep(2 * subjects.SHORTEST)  # long enough that nothing is repeated
 
-    found = subjects.in_turn({name: (partial(call, name), 1) for name in "abcd"}, 5, "cpu")
+    *_, found = subjects.in_turn({name: (partial(call, name), 1) for name in "abcd"}, 5, "cpu")
     assert all(2 * subjects.SHORTEST <= t.low <= t.median <= t.high for t in found.values())
     rounds = ["".join(order[-4 * k - 4 : -4 * k or None]) for k in range(5)]
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 1
@@ -169,7 +170,7 @@ def test_turns_are_taken_in_every_order() -> None:
 
 def test_short_calls_are_repeated_and_threads_are_put_back() -> None:
     before, seen = torch.get_num_threads(), []
-    subjects.in_turn({n: (lambda: seen.append(torch.get_num_threads()), n) for n in (2, 1)}, 1, "cpu")
+    list(subjects.in_turn({n: (lambda: seen.append(torch.get_num_threads()), n) for n in (2, 1)}, 1, "cpu"))
     assert set(seen) == {1, 2} and len(seen) > 100 and torch.get_num_threads() == before
 
 
@@ -180,7 +181,7 @@ def test_choices_add_up(tmp_path: Path, capsys) -> None:
     assert last.channels_last and last.precision == last.attack_precision == "bf16"
     assert not any(s.compile or s.cuda_graphs for s in found.values())
     assert [c.keep for c in found][:3] == [False, False, True] and not next(iter(found.values())).channels_last
-    rows = choices.measure(found, steps=1, rounds=2)
+    *_, rows = choices.measure(found, steps=1, rounds=2)
     assert all(len(row["attack"]) == len(row["step"]) == 2 for row in rows)
     times = zip(rows, (8, 4, 2, 2, 2), strict=True)
     lines = choices.table([row | {"attack": [t], "step": [4 * t]} for row, t in times], 1)
@@ -203,6 +204,17 @@ def test_a_training_step_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
     (capture,) = made[0]._captures.values()
     assert capture is not None
+
+
+def test_choices_are_written_after_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0] * 12)  # of the 10 of a round
+    for work in ("attack", "training_step"):
+        monkeypatch.setattr(subjects, work, lambda *args, **how: lambda: None)
+    monkeypatch.setattr(choices, "seconds", lambda call, device: next(times))
+    with pytest.raises(RuntimeError, match="StopIteration"):  # cut off in the second
+        choices.main(["--device", "cpu", "--results", str(tmp_path / "choices.json")])
+    rows = json.loads((tmp_path / "choices.json").read_text())["rows"]
+    assert [row["attack"] + row["step"] for row in rows] == [[1.0, 1.0]] * 5
 
 
 @pytest.mark.parametrize(
@@ -239,9 +251,3 @@ def test_profile_of_a_step(monkeypatch, capsys, tmp_path) -> None:
 def test_the_training_on_a_gpu_is_a_configuration() -> None:
     config = from_file(BENCHMARKS / "cifar10-gpu.json")
     assert (config.method, *config.beside) == ("atlas", "one_step_adv", "adv", "trades")
-
-
-def test_parts_of_the_gpu_script_are_known() -> None:
-    asked = ["bash", str(BENCHMARKS / "on_gpu.sh"), "--nothing"]
-    said = subprocess.run(asked, capture_output=True, text=True)
-    assert said.returncode == 2 and "--tests --operators --attacks --steps --scaling --training" in said.stderr

@@ -426,7 +426,7 @@ def test_kl_reference_is_made_once_and_is_constant(model: Rowwise, key: torch.Te
 def test_a_nan_gradient_does_not_move_its_pixel() -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x.register_hook(lambda g: g.index_fill(1, torch.tensor([1]), torch.nan))
+            x.register_hook(lambda g: g.index_fill(1, torch.tensor([1], device=g.device), torch.nan))
             return x.sum((2, 3))
 
     x, y = images() * 0.5 + 0.25, torch.zeros(8, dtype=torch.int64)
@@ -632,7 +632,7 @@ def test_compact_in_train_mode_down_to_one_sample(options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("options", [{"keep": "best"}, {"restarts": 2}, {"keep": "best", "compact": True}], ids=str)
 def test_where_the_logits_are_nan_a_sample_counts_as_fooled(options):
-    x = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = random(8, 1, 4, 4, generator=torch.Generator().manual_seed(0), make=torch.rand).float()
     x[:, 0, 0, 0] = torch.tensor([0.9, 0.1]).repeat(4)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     y = linear(x).argmax(1)

@@ -43,6 +43,13 @@ def small() -> Iterator[bench.Bench]:
         yield bench.Bench(bench.Settings("digits_net", width=8, steps=K, rounds=2))
 
 
+def test_the_network_is_no_other_in_eval_mode(small: bench.Bench) -> None:
+    batch = next(iter(small.run("standard", {}).batches))
+    top = small.model.eval()(batch.x).topk(2).values
+    assert bench.sure(small.model(batch.x), batch.y) >= 0.5 * len(batch.y) and (top[:, 0] - top[:, 1]).max() < 20
+    assert small.model.train().training
+
+
 def test_every_method_has_a_row_and_adv_has_both_ways() -> None:
     assert {step.method for step in steps.STEPS.values()} == set(methods.names())
     assert len(steps.STEPS["adv"].published) == 2 and steps.STEPS["adr trades"].hyper == {"form": "trades"}
@@ -260,3 +267,20 @@ def test_a_row_without_graphs_says_why(small: bench.Bench) -> None:
     assert not any("graphs" in name for name in row.seconds) and "ours fp32" in row.seconds
     said = [line[0] for line in row.lines()]
     assert said[0] == "standard" and said[1].startswith("standard graphs: ") and "it waits for the device" in said[1]
+
+
+def test_losses_are_compared_without_tf32_and_times_are_in_the_default(
+    small: bench.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    contest, seen = bench.Contest(small, "standard"), []
+
+    def noted(name: str, call: harness.Call) -> harness.Call:
+        return lambda: (seen.append((name, torch.backends.cudnn.allow_tf32)), call())[1]
+
+    contest.calls = {name: noted(name, call) for name, call in contest.calls.items()}
+    contest.look()
+    assert seen == [("published", False), ("ours fp32", False), ("ours bf16", True)]
+    seen.clear()
+    contest.round(0)
+    assert len(seen) == 5 and all(allowed for _, allowed in seen)

@@ -40,7 +40,7 @@ class Fake:
         training = any(module.training for module in self.model.modules())
         Fake.seen |= {"x": x, "batch_size": batch_size, "training": training}
         Fake.seen["trainable"] = any(p.requires_grad for p in self.model.parameters())
-        return x, torch.where(torch.arange(len(y)) % 2 == 0, y, y + 1)
+        return x, torch.where(torch.arange(len(y), device=y.device) % 2 == 0, y, y + 1)
 
 
 @pytest.fixture

@@ -27,7 +27,10 @@ from atlas_train.step_graph import StepGraph, require_recordable
 from fake_graph import recorded
 from tiny_runs import TINY, Lines, splits, weights
 
+#: SGD moves a weight by its gradient. Adam would blow up what rounding makes of gradients that are zero in exact
+#: arithmetic, such as that of a bias before BatchNorm: to whole steps.
 SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4}
+ADAM = {"optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0}
 #: Forms of methods beside the default ones.
 FORMS: list[dict[str, Any]] = [
     *({"method": name} for name in methods.names() if not methods.get(name).no_graph),
@@ -116,7 +119,7 @@ class Graphs:
 
 
 def config(device: torch.device, **changed: Any) -> TrainConfig:
-    return TrainConfig(**TINY | {"device": device.type, "probe_size": 0, "epochs": 3} | changed)
+    return TrainConfig(**TINY | {"device": device.type, "probe_size": 0, "epochs": 3} | SGD | changed)
 
 
 def trained(config: TrainConfig, model: nn.Module | None = None, **more: Any) -> Run:
@@ -135,15 +138,15 @@ def kept(run: Run) -> dict[str, Tensor]:
 
 
 def assert_same(graphs: Run, eager: Run) -> None:
+    """To the bit, on a GPU too, where the same kernels run in the same order, in tests by deterministic algorithms."""
     mine, theirs = kept(graphs), kept(eager)
     assert mine.keys() == theirs.keys()
-    exact = eager.device.type == "cpu"
-    for name, value in theirs.items():
-        assert torch.equal(mine[name], value) if exact else torch.allclose(mine[name], value, 1e-3, 1e-4), name
+    other = {n: float((mine[n] - v).abs().max()) for n, v in theirs.items() if not torch.equal(mine[n], v)}
+    assert not other, f"largest differences: {other}"
     drop = ("seconds", "images_per_s")
     for a, b in zip(graphs.history, eager.history, strict=True):
         values = {name: value for name, value in b.items() if name not in drop and value is not None}
-        assert {name: a[name] for name in values} == pytest.approx(values, rel=0 if exact else 1e-3)
+        assert {name: a[name] for name in values} == values
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
@@ -181,11 +184,11 @@ def test_a_collapse_is_taken_back_as_by_eager_steps(
 @pytest.mark.parametrize(
     "how",
     [
-        {"optimizer": "adam"},
-        {"optimizer": "adam", "weight_decay": 1e-2},
-        SGD,
-        SGD | {"momentum": 0.0, "weight_decay": 0.0},
-        SGD | {"method": "free"},
+        ADAM,
+        ADAM | {"weight_decay": 1e-2},
+        {},
+        {"momentum": 0.0, "weight_decay": 0.0},
+        {"method": "free"},
         {"averaging": "ema", "ema_decay": 0.9},
         {"averaging": "swa", "swa_start": 0.0},
         {"averaging": "swa", "swa_start": 0.0, "average_bn": "method"},
@@ -194,7 +197,7 @@ def test_a_collapse_is_taken_back_as_by_eager_steps(
         {"optimizer": "adam", "clip_norm": 0.5, "schedule": "linear", "lr_warmup": 1.0},
         {"channels_last": True},
     ],
-    ids=lambda how: "-".join(map(str, how.values())),
+    ids=lambda how: "-".join(map(str, how.values())) or "sgd",
 )
 def test_optimisers_schedule_and_averages(
     how: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -352,7 +355,7 @@ def test_each_shape_has_its_graph(method: str, device: torch.device, monkeypatch
 def test_a_recording_trains_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[dict[str, Tensor]] = []
     after: list[dict[str, Tensor]] = []
-    run = engine.prepare(config(device, method="free", **SGD), splits(), net(0.3), None)
+    run = engine.prepare(config(device, method="free"), splits(), net(0.3), None)
     graphs = Graphs(monkeypatch, device)
 
     def noted(*args: Any, **how: Any) -> Any:
@@ -410,7 +413,7 @@ class Growing(Net):
         return logits if self.forwards == 1 else self.late(logits)
 
 
-@pytest.mark.parametrize(("how", "replays"), [({"optimizer": "adam"}, 0), (SGD, 11)], ids=["adam", "sgd"])
+@pytest.mark.parametrize(("how", "replays"), [(ADAM, 0), (SGD, 11)], ids=["adam", "sgd"])
 def test_an_optimiser_makes_no_memory_in_a_graph(
     how: dict[str, Any], replays: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,7 @@ def test_evaluation_is_that_of_the_run_on_its_own_data(tmp_path: Path) -> None:
     (after,) = compare(TrainConfig(**settings), splits=splits(), show="silent", say=lambda text: None).values()
     run = out / "standard"
     lines: list[str] = []
-    (again,) = evaluate_checkpoint(run, splits=splits(), say=lines.append).values()
+    (again,) = evaluate_checkpoint(run, splits=splits(), device="cpu", say=lines.append).values()
     assert replace(again.evaluation, seconds=0) == replace(after.evaluation, seconds=0)
     assert again.evaluation.images == 30 and not any("note" in line for line in lines)
     assert again.data == identity.record(splits(), ("test",))
@@ -154,7 +154,8 @@ def test_evaluation_is_that_of_the_run_on_its_own_data(tmp_path: Path) -> None:
     assert f"note: not the data that {run} was made on" in lines
     with pytest.raises(ValueError, match="knows 4 classes, and the data have 5"):
         evaluate_checkpoint(run, splits=replace(splits(), num_classes=5), other_data=True)
-    (only,) = evaluate_checkpoint(out, splits=splits(), say=lines.append).values()  # the folder of one run
+    # the folder of one run
+    (only,) = evaluate_checkpoint(out, splits=splits(), device="cpu", say=lines.append).values()
     assert only.evaluation.clean == again.evaluation.clean
 
 

@@ -79,6 +79,7 @@ class Attack:
             kappa (Zhang et al. 2021, arXiv 2010.01736, algorithm 1); for objective "kl" too it needs y. Not with
             restarts > 1, keep="best" or compact.
         attack_mode: mode of the model's modules during the attack: "eval", "train" (all of them) or "keep" (as found).
+            On CUDA an RNN of cuDNN has no backward in eval mode: set ``torch.backends.cudnn.enabled = False`` for it.
         update_buffers: in train mode, let the running statistics of BatchNorm move with every forward of the attack,
             as some published training code does; else the model works on copies of them.
         clip_min, clip_max: image range, numbers or one value per channel.

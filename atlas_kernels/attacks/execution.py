@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import flag, require_choice
 from .batch import Batch
 from .cast_weights import cast_once
 from .contract import leave_no_trace
 from .graphs import Graphs
-from .held import at_the_end
+from .held import at_the_end, modules_of
 from .objective import Model
 
 Result = TypeVar("Result")
@@ -109,13 +109,18 @@ class Execution:
 
 @contextmanager
 def attacking(
-    model: Callable[[Tensor], Any], attack_mode: str, key: Tensor | None, *, update_buffers: bool = False
+    model: Callable[[Tensor], Any],
+    attack_mode: str,
+    key: Tensor | None,
+    *,
+    update_buffers: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[None]:
     """What any attack runs in: ``leave_no_trace``, where the arguments are explained, and how the ``Execution`` around
-    has the network run."""
+    has the network run. device: where; default: that of the key, or of the network's first parameter."""
     with (
         leave_no_trace(model, attack_mode, key, update_buffers=update_buffers),
-        current_execution().around(model, _device_of(model, key)),
+        current_execution().around(model, device or _device_of(model, key)),
     ):
         yield
 
@@ -138,7 +143,11 @@ def run(
 
     def call(batch: Batch, again: bool = False) -> Result:
         with attacking(
-            model, attack_mode, batch.key if batch.seeded else None, update_buffers=update_buffers and not again
+            model,
+            attack_mode,
+            batch.key if batch.seeded else None,
+            update_buffers=update_buffers and not again,
+            device=batch.x.device,
         ):
             return loop(model, batch)
 
@@ -161,8 +170,8 @@ def current_execution() -> Execution:
 
 
 def _device_of(model: Callable[[Tensor], Tensor], key: Tensor | None) -> torch.device:
-    """Where an attack on ``model`` runs."""
+    """Where an attack on ``model``, or on the modules that a function calls, runs."""
     if key is not None:
         return key.device
-    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    first = next((parameter for module in modules_of(model) for parameter in module.parameters()), None)
     return torch.device("cpu") if first is None else first.device

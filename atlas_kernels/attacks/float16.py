@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture import capturing
 from ..layout import column, compute_dtype
 from ..outputs import Model
+from ..vjp import vjp
 from .held import generators, modes_of, modules_of, put_back
 
 #: Networks that ran in float16 by themselves when last attacked; and of networks, whether their closed nodes hold it.
@@ -104,7 +105,7 @@ def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled:
     if is_used(model, x, z):
         grad, unit, _ = pulled_back(z, x, cotangent, coupled)
         return grad * unit
-    return torch.autograd.grad(z, x, cotangent.to(z.dtype))[0]
+    return vjp(z, x, cotangent)
 
 
 def unit_of(cotangent: Tensor, *, coupled: bool = False) -> Tensor:
@@ -147,7 +148,7 @@ def pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple
     finite."""
     largest = _largest(cotangent, coupled)
     unit = _power_of_two(largest)
-    (grad,) = torch.autograd.grad(z, x, (cotangent / unit).to(z.dtype))
+    grad = vjp(z, x, cotangent / unit)
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait

@@ -21,6 +21,7 @@ from ..layout import compute_dtype
 from ..objectives import Cotangent, attack_cotangent
 from ..outputs import Model as Model
 from ..outputs import logits_of, require_rows_of_logits
+from ..vjp import vjp
 from . import float16
 from .held import modules_of
 
@@ -140,9 +141,9 @@ class Objective:
             return self._gradient_of_float16(model, leaf, z, sized)
         if z.dtype == torch.bfloat16:
             cotangent = self.cotangent(self.bounded(model, float16.wide(z), sized)) * float16.LIFT
-            (grad,) = torch.autograd.grad(z, leaf, cotangent.to(z.dtype))
+            grad = vjp(z, leaf, cotangent)
             return z, grad / float16.LIFT if sized else grad
-        return z, torch.autograd.grad(z, leaf, self.cotangent(self.bounded(model, z.detach(), sized)))[0]
+        return z, vjp(z, leaf, self.cotangent(self.bounded(model, z.detach(), sized)))
 
     def _gradient_of_float16(self, model: Model, x: Tensor, z: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
         """``gradient`` in float16: x is the leaf, and z its logits."""

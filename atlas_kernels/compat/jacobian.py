@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import whole
 from ..layout import compute_dtype
 from ..outputs import logits_of
+from ..vjp import vjp
 
 
 class JacobianReg(nn.Module):
@@ -42,7 +43,7 @@ class JacobianReg(nn.Module):
         count = C if self.n == -1 else self.n
         total = torch.zeros((), device=y.device)
         for k in range(count):
-            (Jv,) = torch.autograd.grad(y, x, self._vector(y, k), create_graph=True, allow_unused=True)
+            Jv = vjp(y, x, self._vector(y, k), create_graph=True, allow_unused=True)
             if Jv is None:
                 raise ValueError("y does not depend on x: compute y from this x, outside torch.no_grad()")
             total = total + Jv.to(compute_dtype(Jv.dtype)).square().sum()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from .checkpoint import load_weights
 from .config import TrainConfig
@@ -35,7 +35,9 @@ class Averaging:
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
         self._config = config
         self._every_batch = config.averaging == "ema"
-        self._average = AveragedModel(model, multi_avg_fn=self._ema if self._every_batch else None, use_buffers=True)
+        # Of SWA torch has another form on CUDA, which refuses BatchNorm's counters.
+        means = {"multi_avg_fn": self._ema} if self._every_batch else {"avg_fn": get_swa_avg_fn()}
+        self._average = AveragedModel(model, use_buffers=True, **means)
         self._first_epoch = config.swa_start * config.epochs
         self._copied = [not value.is_floating_point() or bool(value.isinf().any()) for value in _values(model)]
 

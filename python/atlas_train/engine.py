@@ -50,7 +50,8 @@ def train(
 
     Args:
         config: the settings; with ``config.resume`` the run in that checkpoint goes on, to the same bits as if it had
-            never stopped, if settings, machine and thread count are the same.
+            never stopped, if settings, machine and thread count are the same; on CUDA to rounding, unless
+            ``torch.use_deterministic_algorithms`` says otherwise.
         splits: data of your own, by whose name the run is then known; default: ``config.dataset``. ``stored`` has what
             resumes and evaluates such a run.
         model: a network of your own, images in [0, 1] -> logits; default: ``config.model``.

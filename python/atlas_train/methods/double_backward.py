@@ -16,6 +16,7 @@ from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import float16
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
+from atlas_kernels.vjp import vjp
 
 from ..data import Batch
 from ..noise import normal
@@ -59,8 +60,7 @@ def pulled_back(logits: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Tr
     x: a leaf that requires a gradient, from which the logits were computed. Row b is the derivative of the whole
     batch's ``sum_i v_i . z_i``: with BatchNorm in train mode the rows are coupled.
     """
-    (grad,) = torch.autograd.grad(logits, x, v.to(logits.dtype), retain_graph=True, create_graph=create_graph)
-    return wide(grad).flatten(1)
+    return wide(vjp(logits, x, v, retain_graph=True, create_graph=create_graph)).flatten(1)
 
 
 def squared_projections(logits: Tensor, x: Tensor, v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from atlas_kernels import pgd_step, random_start
 from atlas_kernels.attacks import attacking
 from atlas_kernels.outputs import logits_of
+from atlas_kernels.vjp import vjp
 
 from ..data import Batch, OfEps
 from ..options import option, suggestion
@@ -111,7 +112,7 @@ class YOPO(Method):
         with attacking(first.model, "keep", key):
             for _ in range(self.inner):
                 leaf = adv.requires_grad_()
-                (grad,) = torch.autograd.grad(first(leaf.clamp(0, 1)), leaf, cotangent)
+                grad = vjp(first(leaf.clamp(0, 1)), leaf, cotangent)
                 adv = pgd_step(leaf.detach(), grad, x, self.eps, self._sigma)
         return adv
 

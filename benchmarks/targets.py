@@ -1,0 +1,87 @@
+"""What a GPU is to reach, beside what it reached.
+
+    python benchmarks/targets.py benchmarks/results/GPU
+
+reads what the benchmarks wrote there: GPU.json of the operators, GPU-training-step.json and
+GPU-training-step-compiled.json of whole steps at batch 128. Writes the table to GPU-targets.md, and its JSON beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from step_table import StepRow
+from tables import Table, aligned, markdown, write
+
+SIZE = "512x3x224x224"
+#: Of the bandwidth of a copy, at that size; noise costs arithmetic beside the memory.
+COPY = {"pgd_step": 0.9, "random_start": 0.9, "sample_neighbours n=2": 0.85, "pgd_step_neighbours n=2": 0.85}
+NETWORK = {"network": "preact_resnet18", "batch_size": 128}
+#: Of a step by the fastest kind of ours in bf16: milliseconds, the published step's time over it, the share of its
+#: passes, of the same kind.
+MILLISECONDS, FACTOR, SHARE = {"atlas": 7.5}, {"trades": 5.0}, {"atlas": 0.9, "trades": 0.9}
+
+
+def table(results: str) -> Table:
+    return [["target", "wanted", "found", ""], *of_operators(results), *of_steps(results)]
+
+
+def of_operators(results: str) -> Iterator[list[str]]:
+    rows = {row["op"]: row for row in _read(f"{results}.json").get("rows", ()) if row["size"] == SIZE}
+    for op, share in COPY.items():
+        row = rows.get(op)
+        found = row and row["bytes"] / row["times"]["ours"] / row["copy_bandwidth"]
+        yield _line(f"{op} at {SIZE}, of copy", found, least=share, percent=True)
+
+
+def of_steps(results: str) -> Iterator[list[str]]:
+    for step in SHARE:
+        row, ours = _fastest(results, step)
+        bare, what = ours.replace("ours", "bare"), f"{step} step, batch 128" + f", {ours}" * bool(ours)
+        if step in MILLISECONDS:
+            found = 1e3 * statistics.median(row.seconds[ours]) if ours else None
+            yield _line(f"{what}, ms", found, most=MILLISECONDS[step])
+        if step in FACTOR:
+            found = statistics.median(row.quotients(row.published[0], ours)) if ours else None
+            yield _line(f"{what}, x", found, least=FACTOR[step])
+        found = statistics.median(row.quotients(bare, ours)) if ours else None
+        yield _line(f"{what}, its passes", found, least=SHARE[step], percent=True)
+
+
+def _fastest(results: str, step: str) -> tuple[StepRow, str]:
+    """The fastest contender of ours in bf16 ("" where none was measured), and its row."""
+    found = [(StepRow(step), "")]
+    for read in (_read(f"{results}-training-step{kind}.json") for kind in ("", "-compiled")):
+        if read and all(read["settings"][name] == value for name, value in NETWORK.items()):
+            rows = [StepRow.of(row) for row in read["rows"] if row["step"] == step]
+            found += [(row, name) for row in rows for name in row.seconds if name.startswith("ours bf16")]
+    return min(found, key=lambda one: statistics.median(one[0].seconds[one[1]]) if one[1] else inf)
+
+
+def _read(path: str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}  # type: ignore[no-any-return]
+
+
+def _line(what: str, found: float | None, *, least: float = 0, most: float = inf, percent: bool = False) -> list[str]:
+    form = ".1%" if percent else ".2f"
+    wanted = f">= {least:{form}}" if least else f"<= {most:{form}}"
+    if found is None:
+        return [what, wanted, "-", "not measured"]
+    return [what, wanted, f"{found:{form}}", "reached" if least <= found <= most else "missed"]
+
+
+def main(results: str) -> None:
+    lines = table(results)
+    print(f"\n{aligned(lines)}")
+    command = "python benchmarks/targets.py RESULTS"
+    write(Path(f"{results}-targets.json"), "Targets of a GPU", command, {"targets": lines[1:]}, [markdown(lines)])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
