@@ -102,6 +102,45 @@ def compactness(h: Tensor, h_adv: Tensor, labels: Tensor, scale: float, squared:
     return factor * (torch.stack(rows) if rows else clean.sum(1))
 
 
+def batch_norm_double_backward(
+    x: Tensor,
+    g: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    weight_cotangent: Tensor | None,
+    bias_cotangent: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of cotangents g of the output and v, .. of the first gradients: the derivatives by g, x and weight, of
+    ``<v, w r (g - avg(g) - xhat avg(g xhat))>`` (in training; else ``<v, w r g>``) and ``<weight_cotangent, sum(g xhat)>
+    + <bias_cotangent, sum(g)>``. xhat = r (x - mean), r = invstd; sums and averages are over each channel."""
+    dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    r, middle, w, a, b = (
+        None if t is None else t.view(shape) for t in (invstd, mean, weight, weight_cotangent, bias_cotangent)
+    )
+    assert r is not None
+    xhat, s = (x - middle) * r, r if w is None else r * w
+
+    def rest(u: Tensor) -> Tensor:
+        """What the first backward leaves of u in training: nothing along 1 and xhat."""
+        return u - u.mean(dims, keepdim=True) - xhat * (u * xhat).mean(dims, keepdim=True)
+
+    if training:
+        left = rest(v)
+        by_weight = (left * g).sum(dims, keepdim=True) * r
+        along = (g * xhat).mean(dims, keepdim=True) * left + (v * xhat).mean(dims, keepdim=True) * rest(g)
+        by_g, by_x = s * left, -s * r * (xhat * (left * g).mean(dims, keepdim=True) + along)
+    else:
+        by_g, by_x, by_weight = s * v, torch.zeros_like(x), (v * g).sum(dims, keepdim=True) * r
+    if a is not None:
+        by_g, by_x = by_g + a * xhat, by_x + a * r * (rest(g) if training else g)
+    if b is not None:
+        by_g = by_g + b
+    return by_g, by_x, by_weight.flatten()
+
+
 def gairat_weights(kappa: Tensor, steps: int, lam: float) -> Tensor:
     half = steps // 2
     log_weights = F.logsigmoid(2 * lam + 10 / half * (half - kappa.double()))

@@ -1,0 +1,162 @@
+"""BatchNorm whose gradient can be differentiated again at the cost of a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from . import backends, formulas
+from .checks import FLOATS
+from .layout import compute_dtype, dense
+from .transforms import followed
+
+_double_backward = backends.caller("batch_norm_double_backward")
+_plain = F.batch_norm
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm`` with a fused second derivative: for losses that a gradient is part of.
+
+    Output, gradients and running statistics are PyTorch's, to the bit. Where that gradient was taken with
+    ``create_graph=True``, its own backward is one kernel that reads x and the two cotangents twice, where PyTorch's
+    makes some thirty passes; the result differs from PyTorch's by rounding. ``FusedBatchNorm`` brings it to networks as
+    they are.
+
+    Arguments and exceptions are those of ``torch.nn.functional.batch_norm``, which also runs by itself where nothing is
+    differentiated, in ``torch.compile``, in forward mode and under torch.func, and on other devices than CPU and CUDA.
+    Differentiable any number of times.
+    """
+    parameters = weight, bias
+    if not _is_ours(input, parameters):
+        return _plain(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training:
+        _require_several(input)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class FusedBatchNorm(TorchFunctionMode):
+    """Inside this context ``torch.nn.functional.batch_norm``, and with it every layer of ``torch.nn`` that calls it, is
+    ``batch_norm`` of this module: for forwards whose gradient is differentiated again. Of this thread alone.
+
+    SyncBatchNorm that does communicate, and layers that were compiled or scripted, stay as they are.
+    """
+
+    @classmethod
+    def is_entered(cls) -> bool:
+        """Whether the caller is inside such a context."""
+        return any(isinstance(mode, cls) for mode in _get_current_function_mode_stack())
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (batch_norm if func is _plain else func)(*args, **(kwargs or {}))
+
+
+def _is_ours(x: Any, parameters: tuple[Tensor | None, ...]) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(x) is not Tensor:
+        return False
+    given = [x, *(t for t in parameters if isinstance(t, Tensor))]
+    if not any(t.requires_grad for t in given) or any(t.layout != torch.strided for t in given):
+        return False
+    usual = x.device.type in ("cpu", "cuda") and x.dtype in FLOATS and x.ndim >= 2 and x.numel() > 0
+    return usual and not followed(*given)
+
+
+def _require_several(x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps):  # type: ignore[no-untyped-def]
+        out, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+        )
+        ctx.save_for_backward(x, weight, running_mean, running_var, mean, invstd, reserve)
+        ctx.rest = training, eps, kind
+        return out
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        grads = _FirstBackward.apply(cotangent, *ctx.saved_tensors, *ctx.rest, ctx.needs_input_grad[:3])
+        return *grads, *[None] * 5
+
+
+class _FirstBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, cotangent, x, weight, running_mean, running_var, mean, invstd, reserve, training, eps, kind, needed
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cotangent, x, weight, *((mean, invstd) if training else (running_mean, running_var)))
+        ctx.rest = training, eps
+        return torch.ops.aten._batch_norm_impl_index_backward(
+            kind, x, cotangent, weight, running_mean, running_var, mean, invstd, training, eps, list(needed), reserve
+        )
+
+    @staticmethod
+    def backward(ctx, x_cotangent, weight_cotangent, bias_cotangent):  # type: ignore[no-untyped-def]
+        cotangents = x_cotangent, weight_cotangent, bias_cotangent
+        if all(t is None for t in cotangents):
+            return (None,) * 12
+        cotangent, x, weight, *statistics = ctx.saved_tensors
+        again = _formula if torch.is_grad_enabled() else _kernel
+        grads = again(x, cotangent, weight, statistics, cotangents, ctx.needs_input_grad[:3], *ctx.rest)
+        return *grads, *[None] * 9
+
+
+def _kernel(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
+    """The derivatives by cotangent, x and weight, where they are needed."""
+    dtype = compute_dtype(x.dtype)
+    x_cotangent, *of_parameters = cotangents
+    shape, x = x.shape, dense(x if x.ndim > 2 else x.unsqueeze(2))
+
+    def like(t: Tensor | None) -> Tensor:
+        if t is None:
+            return torch.zeros_like(x)
+        t = t.view(x.shape).to(x.dtype)
+        return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(dtype).contiguous()
+
+    mean, spread = map(wide, statistics)
+    invstd = spread if training else (spread + eps).rsqrt()
+    by_cotangent = torch.empty_like(x) if needed[0] else None
+    by_x = torch.empty_like(x) if needed[1] and (training or of_parameters[0] is not None) else None
+    by_weight = torch.empty_like(mean) if needed[2] and weight is not None else None
+    _double_backward(
+        x, like(cotangent), like(x_cotangent), mean, invstd, wide(weight), *map(wide, of_parameters), training,
+        by_cotangent, by_x, by_weight,
+    )  # fmt: skip
+    by_images = (None if t is None else t.view(shape) for t in (by_cotangent, by_x))
+    return *by_images, None if by_weight is None else by_weight.to(weight.dtype)
+
+
+def _formula(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
+    """The same from differentiable operations, statistics of the batch included."""
+    dtype = compute_dtype(x.dtype)
+    wide, g, v, w, a, b = (None if t is None else t.to(dtype) for t in (x, cotangent, cotangents[0], weight, *cotangents[1:]))
+    if training:
+        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+    else:
+        mean, var = (t.to(dtype) for t in statistics)
+    v = torch.zeros_like(wide) if v is None else v
+    made = formulas.batch_norm_double_backward(wide, g, v, mean, (var + eps).rsqrt(), w, a, b, training)
+    sources = cotangent, x, weight
+    return [t.to(s.dtype) if n and s is not None else None for t, s, n in zip(made, sources, needed, strict=True)]
