@@ -38,6 +38,14 @@ template <class V> struct BatchNormTerms {
     vc += v_ * c;
     gc += g_ * c;
   }
+  ATLAS_HD void add(const BatchNormTerms& other) {
+    v += other.v;
+    g += other.g;
+    vg += other.vg;
+    vc += other.vc;
+    gc += other.gc;
+  }
+  ATLAS_HD V at(int k) const { return k == 0 ? v : k == 1 ? g : k == 2 ? vg : k == 3 ? vc : gc; }
 };
 
 // by g: v, c, 1; by x: v, g, c, 1.

@@ -210,12 +210,10 @@ template <template <class, class, int> class Body, class T, class S> void pass(J
 
 template <class T, class S> int run(const AtlasBatchNorm& p, int threads) {
   if (const int status = status_of(p)) return status;
-  Job job = {p, has_channel_rows(p), false, p.blocks, 0};
-  if (!job.rows) {  // whole samples, enough of them to be worth a unit
-    constexpr int64_t kShare = 16384;
-    job.blocks = least(least(p.blocks, p.batch), p.batch * p.pixels / kShare);
-    if (job.blocks < 1) job.blocks = 1;
-  }
+  Job job = {p, has_channel_rows(p), false, 0, 0};
+  // Shares that are worth a unit; whole samples, where they are cut into planes.
+  const int64_t size = p.batch * p.pixels, worth = job.rows ? size / 256 : least(size / 16384, p.batch);
+  job.blocks = worth < 1 ? 1 : least(worth, p.blocks);
   const int64_t outputs = (p.cotangent_grad.data != nullptr) + (p.x_grad.data != nullptr);
   job.streaming = outgrows_cache(outputs * p.batch * p.channels * p.pixels * int64_t(sizeof(S)));
   if (needs_sums(p)) pass<Sums, T, S>(job, threads);

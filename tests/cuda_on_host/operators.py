@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+import test_batch_norm as batch_norm
 import test_pairwise as pairwise
 from atlas_kernels.core import core
 from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
@@ -345,6 +346,17 @@ def test_compactness_of_special_features(special):
 
 def test_compactness_of_nothing():
     pairwise.test_an_empty_batch_has_no_pairs("cpu")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [*batch_norm.SHAPES, (130, 4, 8, 8), (300, 260, 2, 1)], ids=str)
+def test_batch_norm(shape, dtype, training):
+    """The operator itself, on aligned tensors and others, against the reference in float64."""
+    for last, shift, parameters in itertools.product((False, True), (False, True), (False, True)):
+        p = batch_norm.problem(shape, dtype=dtype, last=last)
+        batch_norm.check_operator(p, unaligned if shift else torch.clone, training=training, parameters=parameters)
+
 
 
 def ran(library) -> set[int]:
