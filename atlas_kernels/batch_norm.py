@@ -40,12 +40,11 @@ def batch_norm(
     differentiated, in ``torch.compile``, in forward mode and under torch.func, and on other devices than CPU and CUDA.
     Differentiable any number of times.
     """
-    parameters = weight, bias
-    if not _is_ours(input, parameters):
+    if not _is_ours(input, weight, bias):
         return _plain(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         _require_several(input)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 class FusedBatchNorm(TorchFunctionMode):
@@ -66,17 +65,18 @@ class FusedBatchNorm(TorchFunctionMode):
         return (batch_norm if func is _plain else func)(*args, **(kwargs or {}))
 
 
-def _is_ours(x: Any, parameters: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(x) is not Tensor:
+def _is_ours(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    given = [x, *(t for t in parameters if isinstance(t, Tensor))]
+    given = [t for t in (x, weight, bias) if isinstance(t, Tensor)]
     if not any(t.requires_grad for t in given) or any(t.layout != torch.strided for t in given):
         return False
-    usual = x.device.type in ("cpu", "cuda") and x.dtype in FLOATS and x.ndim >= 2 and x.numel() > 0
-    return usual and not followed(*given)
+    usual = type(x) is Tensor and x.device.type in ("cpu", "cuda") and x.dtype in FLOATS
+    return usual and x.ndim >= 2 and x.numel() > 0 and not followed(*given)
 
 
 def _require_several(x: Tensor) -> None:
+    """As PyTorch says it."""
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
@@ -110,8 +110,7 @@ class _FirstBackward(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx, x_cotangent, weight_cotangent, bias_cotangent):  # type: ignore[no-untyped-def]
-        cotangents = x_cotangent, weight_cotangent, bias_cotangent
+    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
         if all(t is None for t in cotangents):
             return (None,) * 12
         cotangent, x, weight, *statistics = ctx.saved_tensors
@@ -122,41 +121,42 @@ class _FirstBackward(torch.autograd.Function):
 
 def _kernel(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
     """The derivatives by cotangent, x and weight, where they are needed."""
-    dtype = compute_dtype(x.dtype)
-    x_cotangent, *of_parameters = cotangents
-    shape, x = x.shape, dense(x if x.ndim > 2 else x.unsqueeze(2))
+    shape, wide = x.shape, compute_dtype(x.dtype)
+    x = dense(x if x.ndim > 2 else x.unsqueeze(2))
 
-    def like(t: Tensor | None) -> Tensor:
+    def like(t):  # type: ignore[no-untyped-def]
         if t is None:
             return torch.zeros_like(x)
         t = t.view(x.shape).to(x.dtype)
         return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
-    def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(dtype).contiguous()
+    def numbers(t):  # type: ignore[no-untyped-def]
+        return None if t is None else t.to(wide).contiguous()
 
-    mean, spread = map(wide, statistics)
-    invstd = spread if training else (spread + eps).rsqrt()
+    mean, spread, weights, *of_parameters = map(numbers, (*statistics, weight, *cotangents[1:]))
     by_cotangent = torch.empty_like(x) if needed[0] else None
-    by_x = torch.empty_like(x) if needed[1] and (training or of_parameters[0] is not None) else None
+    by_x = torch.empty_like(x) if needed[1] and (training or cotangents[1] is not None) else None
     by_weight = torch.empty_like(mean) if needed[2] and weight is not None else None
     _double_backward(
-        x, like(cotangent), like(x_cotangent), mean, invstd, wide(weight), *map(wide, of_parameters), training,
-        by_cotangent, by_x, by_weight,
+        x, like(cotangent), like(cotangents[0]), mean, spread if training else (spread + eps).rsqrt(), weights,
+        *of_parameters, training, by_cotangent, by_x, by_weight,
     )  # fmt: skip
-    by_images = (None if t is None else t.view(shape) for t in (by_cotangent, by_x))
-    return *by_images, None if by_weight is None else by_weight.to(weight.dtype)
+    images = (None if t is None else t.view(shape) for t in (by_cotangent, by_x))
+    return *images, None if by_weight is None else by_weight.to(weight.dtype)
 
 
 def _formula(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
-    """The same from differentiable operations, statistics of the batch included."""
+    """The same from differentiable operations, the statistics of the batch included."""
     dtype = compute_dtype(x.dtype)
-    wide, g, v, w, a, b = (None if t is None else t.to(dtype) for t in (x, cotangent, cotangents[0], weight, *cotangents[1:]))
+
+    def wide(t):  # type: ignore[no-untyped-def]
+        return None if t is None else t.to(dtype)
+
+    mean, var = map(wide, statistics)
     if training:
-        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
-    else:
-        mean, var = (t.to(dtype) for t in statistics)
-    v = torch.zeros_like(wide) if v is None else v
-    made = formulas.batch_norm_double_backward(wide, g, v, mean, (var + eps).rsqrt(), w, a, b, training)
+        var, mean = torch.var_mean(wide(x), [0, *range(2, x.ndim)], correction=0)
+    v = torch.zeros_like(x) if cotangents[0] is None else cotangents[0]
+    invstd, (weights, a, b) = (var + eps).rsqrt(), map(wide, (weight, *cotangents[1:]))
+    made = formulas.batch_norm_double_backward(wide(x), wide(cotangent), wide(v), mean, invstd, weights, a, b, training)
     sources = cotangent, x, weight
     return [t.to(s.dtype) if n and s is not None else None for t, s, n in zip(made, sources, needed, strict=True)]

@@ -113,32 +113,32 @@ def batch_norm_double_backward(
     bias_cotangent: Tensor | None,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of cotangents g of the output and v, .. of the first gradients: the derivatives by g, x and weight, of
-    ``<v, w r (g - avg(g) - xhat avg(g xhat))>`` (in training; else ``<v, w r g>``) and ``<weight_cotangent, sum(g xhat)>
-    + <bias_cotangent, sum(g)>``. xhat = r (x - mean), r = invstd; sums and averages are over each channel."""
+    """The derivatives by g, x and weight of ``<v, w r (g - avg(g) - xhat avg(g xhat))>`` (in training; ``<v, w r g>``
+    where mean and invstd are constants) plus ``<weight_cotangent, sum(g xhat)> + <bias_cotangent, sum(g)>``, the
+    first gradients of BatchNorm. xhat = r (x - mean), r = invstd; sums and averages are over each channel."""
     dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-    r, middle, w, a, b = (
-        None if t is None else t.view(shape) for t in (invstd, mean, weight, weight_cotangent, bias_cotangent)
-    )
-    assert r is not None
-    xhat, s = (x - middle) * r, r if w is None else r * w
+    r = invstd.view(shape)
+    xhat, s = (x - mean.view(shape)) * r, r if weight is None else r * weight.view(shape)
+
+    def average(u: Tensor) -> Tensor:
+        return u.mean(dims, keepdim=True)
 
     def rest(u: Tensor) -> Tensor:
         """What the first backward leaves of u in training: nothing along 1 and xhat."""
-        return u - u.mean(dims, keepdim=True) - xhat * (u * xhat).mean(dims, keepdim=True)
+        return u - average(u) - xhat * average(u * xhat) if training else u
 
+    left = rest(v)
+    by_g, by_weight = s * left, ((left * g).sum(dims, keepdim=True) * r).flatten()
     if training:
-        left = rest(v)
-        by_weight = (left * g).sum(dims, keepdim=True) * r
-        along = (g * xhat).mean(dims, keepdim=True) * left + (v * xhat).mean(dims, keepdim=True) * rest(g)
-        by_g, by_x = s * left, -s * r * (xhat * (left * g).mean(dims, keepdim=True) + along)
+        along = average(g * xhat) * left + average(v * xhat) * rest(g)
+        by_x = -s * r * (xhat * average(left * g) + along)
     else:
-        by_g, by_x, by_weight = s * v, torch.zeros_like(x), (v * g).sum(dims, keepdim=True) * r
-    if a is not None:
-        by_g, by_x = by_g + a * xhat, by_x + a * r * (rest(g) if training else g)
-    if b is not None:
-        by_g = by_g + b
-    return by_g, by_x, by_weight.flatten()
+        by_x = torch.zeros_like(x)
+    if weight_cotangent is not None:
+        by_g, by_x = by_g + weight_cotangent.view(shape) * xhat, by_x + weight_cotangent.view(shape) * r * rest(g)
+    if bias_cotangent is not None:
+        by_g = by_g + bias_cotangent.view(shape)
+    return by_g, by_x, by_weight
 
 
 def gairat_weights(kappa: Tensor, steps: int, lam: float) -> Tensor:

@@ -348,15 +348,15 @@ def test_compactness_of_nothing():
     pairwise.test_an_empty_batch_has_no_pairs("cpu")
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [*batch_norm.SHAPES, (130, 4, 8, 8), (300, 260, 2, 1)], ids=str)
-def test_batch_norm(shape, dtype, training):
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 132, 2, 2), (130, 8), (2, 3, 2, 3, 4), (1, 2, 40, 52)], ids=str)
+def test_batch_norm(shape, dtype):
     """The operator itself, on aligned tensors and others, against the reference in float64."""
-    for last, shift, parameters in itertools.product((False, True), (False, True), (False, True)):
+    for last, shift, training in itertools.product((False, True), (False, True), (False, True)):
         p = batch_norm.problem(shape, dtype=dtype, last=last)
-        batch_norm.check_operator(p, unaligned if shift else torch.clone, training=training, parameters=parameters)
-
+        batch_norm.check_operator(
+            p, unaligned if shift else torch.clone, training=training, parameters=training == last
+        )
 
 
 def ran(library) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...formulas import batch_norm_double_backward as formula
+from ... import formulas
 from ...layout import compute_dtype
 
 
@@ -13,9 +13,10 @@ def batch_norm_double_backward(
     x, cotangent, x_cotangent, mean, invstd, weight, weight_cotangent, bias_cotangent, training, cotangent_grad, x_grad,
     weight_grad,
 ):  # fmt: skip
-    wide = compute_dtype(x.dtype)
-    images = (t.to(wide) for t in (x, cotangent, x_cotangent))
-    made = formula(*images, mean, invstd, weight, weight_cotangent, bias_cotangent, training)
+    x, cotangent, x_cotangent = (t.to(compute_dtype(t.dtype)) for t in (x, cotangent, x_cotangent))
+    made = formulas.batch_norm_double_backward(
+        x, cotangent, x_cotangent, mean, invstd, weight, weight_cotangent, bias_cotangent, training
+    )
     for out, t in zip((cotangent_grad, x_grad, weight_grad), made, strict=True):
         if out is not None:
             out.copy_(t)
