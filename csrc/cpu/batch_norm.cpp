@@ -163,8 +163,10 @@ template <class T, class S, int Bytes> struct Results : Strips<T, S, Bytes> {
       }
       if (p.x_grad.data) {
         const Strip g = Base::load(p.cotangent, first, count);
-        ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i)
-          out.of[i] = (x_v.of[i] * v.of[i] + x_g.of[i] * g.of[i]) + (x_c.of[i] * c.of[i] + x_1.of[i]);
+        ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          out.of[i] = x_g.of[i] * g.of[i];
+          if (p.training) out.of[i] = (out.of[i] + x_v.of[i] * v.of[i]) + (x_c.of[i] * c.of[i] + x_1.of[i]);
+        }
         Base::store(p.x_grad, first, count, out, job.streaming);
       }
     });

@@ -193,8 +193,10 @@ __global__ void __launch_bounds__(kThreads) results_kernel(const __grid_constant
       out.store(p.cotangent_grad, first);
     }
     if (p.x_grad.data) {
-      for (int i = 0; i < V; ++i)
-        out.of[i] = (of[3][i] * v.of[i] + of[4][i] * g.of[i]) + (of[5][i] * c.of[i] + of[6][i]);
+      for (int i = 0; i < V; ++i) {
+        out.of[i] = of[4][i] * g.of[i];
+        if (p.training) out.of[i] = (out.of[i] + of[3][i] * v.of[i]) + (of[5][i] * c.of[i] + of[6][i]);
+      }
       out.store(p.x_grad, first);
     }
   }
