@@ -85,30 +85,32 @@ def test_shapes_and_dtypes(shape, dtype, training, engine):
         check(problem(shape, dtype=dtype, last=last, device=engine), training=training)
 
 
-def check_operator(p, laid=torch.clone, *, training, parameters=True):
-    """The results of the operator itself, against the reference in float64, which is given the same statistics."""
-    wide = p["weight"].dtype
+def run_operator(p, laid=torch.clone, *, training, parameters=True):
+    """What the operator itself is given, and what it makes of that."""
     if p["x"].ndim == 2:  # as the public function does
         p = p | {n: p[n].unsqueeze(2) for n in ("x", "cotangent", "v")}
-    images = [laid(p[n]) for n in ("x", "cotangent", "v")]
-    dims = [0, *range(2, p["x"].ndim)]
-    mean, var = p["x"].double().mean(dims), p["x"].double().var(dims, correction=0)
-    per_channel = [mean.to(wide), (var + 1e-5).rsqrt().to(wide)]
-    per_channel += [p[n] if parameters else None for n in ("weight", "weight_cotangent", "bias_cotangent")]
+    dims, wide = [0, *range(2, p["x"].ndim)], p["weight"].dtype
+    var, mean = torch.var_mean(p["x"].double(), dims, correction=0)
+    given = [laid(p[n]) for n in ("x", "cotangent", "v")] + [mean.to(wide), (var + 1e-5).rsqrt().to(wide)]
+    given += [p[n] if parameters else None for n in ("weight", "weight_cotangent", "bias_cotangent")]
     outs = [laid(torch.full_like(p["x"], torch.nan)) for _ in range(2)] + [torch.full_like(p["weight"], torch.nan)]
-    OP(*images, *per_channel, training, *outs)
+    OP(*given, training, *outs)
+    return given, outs
+
+
+def check_operator(p, laid=torch.clone, *, training, parameters=True):
+    """Against the reference in float64, which is given the same statistics."""
+    inputs, outs = run_operator(p, laid, training=training, parameters=parameters)
+    double = [None if t is None else t.double() for t in inputs]
     exact = [torch.empty_like(t, dtype=torch.float64) for t in outs]
     with ak.backend("reference"):
-        double = [None if t is None else t.double() for t in (*images, *per_channel)]
         OP(*double, training, *exact)
-    terms = (p["v"] * p["cotangent"]).double().abs().sum(dims) * double[4]
-    sizes = [*(t.abs().max() for t in exact[:2]), terms.max()]
-    for a, c, size in zip(outs, exact, sizes, strict=True):
+    terms = (double[1] * double[2]).abs().transpose(0, 1).flatten(1).sum(1) * double[4]
+    for a, c, size in zip(outs, exact, (*(t.abs().max() for t in exact[:2]), terms.max()), strict=True):
         assert (a.double() - c).abs().max() <= torch.finfo(a.dtype).eps * 16 * size
     alone = torch.full_like(p["weight"], torch.nan)
-    OP(*images, *per_channel, training, None, None, alone)
+    OP(*inputs, training, None, None, alone)
     assert same_bits(alone, outs[2])
-    return outs
 
 
 @pytest.mark.parametrize("parameters", [True, False])
@@ -125,14 +127,14 @@ def test_each_isa_and_the_same_bits_for_any_number_of_threads(isa, restored_isa_
     if isa not in available_isas():
         pytest.skip(f"this machine cannot run {isa}")
     force_isa(isa)
-    for shape, last in (((33, 70, 40, 2), True), ((70, 5, 30, 41), False), ((9000, 3), False)):
+    for shape, last in (((9, 70, 40, 2), True), ((30, 5, 30, 41), False), ((9000, 3), False)):
         for dtype in (torch.float32, torch.bfloat16):
             p = problem(shape, dtype=dtype, last=last)
             torch.set_num_threads(1)
-            alone = check_operator(p, training=True)
+            alone = run_operator(p, training=True)[1]
             for threads in (2, 3, 8):
                 torch.set_num_threads(threads)
-                together = check_operator(p, training=True)
+                together = run_operator(p, training=True)[1]
                 assert all(same_bits(a, b) for a, b in zip(alone, together, strict=True))
 
 
@@ -340,7 +342,7 @@ def test_compile_fullgraph(device):
         return batch_norm(x * 2, *running, p["weight"], p["bias"], True).square().sum()
 
     grads = []
-    for f in (torch.compile(loss, fullgraph=True), loss):
+    for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
         moved = [t.clone() for t in running]
         grads.append((*torch.autograd.grad(f(x, *moved), x), *moved))
     for a, b in zip(*grads, strict=True):
