@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import backends, formulas
 from .checks import FLOATS
@@ -33,46 +32,29 @@ def batch_norm(
 
     Output, gradients and running statistics are PyTorch's, to the bit. Where that gradient was taken with
     ``create_graph=True``, its own backward is one kernel that reads x and the two cotangents twice, where PyTorch's
-    makes some thirty passes; the result differs from PyTorch's by rounding. ``FusedBatchNorm`` brings it to networks as
-    they are.
+    makes some thirty passes; the result differs from PyTorch's by rounding. ``double_backward.FastDoubleBackward``
+    brings it to networks as they are.
 
     Arguments and exceptions are those of ``torch.nn.functional.batch_norm``, which also runs by itself where nothing is
     differentiated, in ``torch.compile``, in forward mode and under torch.func, and on other devices than CPU and CUDA.
     Differentiable any number of times.
     """
-    if not _is_ours(input, weight, bias):
+    if not is_differentiated(input, weight, bias):
         return _plain(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         _require_several(input)
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
-class FusedBatchNorm(TorchFunctionMode):
-    """Inside this context ``torch.nn.functional.batch_norm``, and with it every layer of ``torch.nn`` that calls it, is
-    ``batch_norm`` of this module: for forwards whose gradient is differentiated again. Of this thread alone.
-
-    SyncBatchNorm that does communicate, and layers that were compiled or scripted, stay as they are.
-    """
-
-    @classmethod
-    def is_entered(cls) -> bool:
-        """Whether the caller is inside such a context."""
-        return any(isinstance(mode, cls) for mode in _get_current_function_mode_stack())
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return (batch_norm if func is _plain else func)(*args, **(kwargs or {}))
-
-
-def _is_ours(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
+def is_differentiated(x: Any, *parameters: Tensor | None) -> bool:
+    """Whether gradients are recorded of this call, of a layer on plain tensors, and by nobody but autograd."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    given = [t for t in (x, weight, bias) if isinstance(t, Tensor)]
-    if not any(t.requires_grad for t in given) or any(t.layout != torch.strided for t in given):
+    given = [x, *(t for t in parameters if t is not None)]
+    if any(type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.dtype not in FLOATS for t in given):
         return False
-    usual = type(x) is Tensor and x.device.type in ("cpu", "cuda") and x.dtype in FLOATS
-    return usual and x.ndim >= 2 and x.numel() > 0 and not followed(*given)
+    usual = x.device.type in ("cpu", "cuda") and x.ndim >= 2 and x.numel() > 0
+    return usual and any(t.requires_grad for t in given) and not followed(*given)
 
 
 def _require_several(x: Tensor) -> None:
@@ -81,32 +63,53 @@ def _require_several(x: Tensor) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
-class _BatchNorm(torch.autograd.Function):
+class Layer(torch.autograd.Function):
+    """Of images, weight and bias (or their gradients); what it computes in is the type of its result."""
+
+    @staticmethod
+    def wanted(ctx: Any) -> list[bool]:
+        """Which of the first three gradients this backward needs. ``needs_input_grad`` says which there may be: those
+        of the weights, too, where that of the images alone was asked for."""
+        after = iter(ctx.next_functions)  # of the tensors among the inputs
+        reached = [next(after)[0] if there else None for there in ctx.there]
+        return [node is not None and _is_reached(node) for node in reached]
+
+
+def _is_reached(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
+        return True
+
+
+class _BatchNorm(Layer):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps):  # type: ignore[no-untyped-def]
         out, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
         ctx.save_for_backward(x, weight, running_mean, running_var, mean, invstd, reserve)
+        ctx.there = True, weight is not None, bias is not None
         ctx.rest = training, eps, kind
         return out
 
     @staticmethod
     def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        grads = _FirstBackward.apply(cotangent, *ctx.saved_tensors, *ctx.rest, ctx.needs_input_grad[:3])
+        grads = _FirstBackward.apply(cotangent, *ctx.saved_tensors, *ctx.rest, Layer.wanted(ctx))
         return *grads, *[None] * 5
 
 
-class _FirstBackward(torch.autograd.Function):
+class _FirstBackward(Layer):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, cotangent, x, weight, running_mean, running_var, mean, invstd, reserve, training, eps, kind, needed
     ):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cotangent, x, weight, *((mean, invstd) if training else (running_mean, running_var)))
+        ctx.there = True, True, weight is not None
         ctx.rest = training, eps
         return torch.ops.aten._batch_norm_impl_index_backward(
-            kind, x, cotangent, weight, running_mean, running_var, mean, invstd, training, eps, list(needed), reserve
+            kind, x, cotangent, weight, running_mean, running_var, mean, invstd, training, eps, needed, reserve
         )
 
     @staticmethod
@@ -115,7 +118,7 @@ class _FirstBackward(torch.autograd.Function):
             return (None,) * 12
         cotangent, x, weight, *statistics = ctx.saved_tensors
         again = _formula if torch.is_grad_enabled() else _kernel
-        grads = again(x, cotangent, weight, statistics, cotangents, ctx.needs_input_grad[:3], *ctx.rest)
+        grads = again(x, cotangent, weight, statistics, cotangents, Layer.wanted(ctx), *ctx.rest)
         return *grads, *[None] * 9
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, unavailable_reason
 from atlas_kernels.backends.door import DoorError
-from atlas_kernels.batch_norm import FusedBatchNorm, batch_norm
+from atlas_kernels.batch_norm import batch_norm
 from atlas_kernels.core import available_isas, force_isa
+from atlas_kernels.double_backward import FastDoubleBackward
 from operator_cases import Dispatched, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -259,7 +260,7 @@ class Net(nn.Module):
 def trained(net, x, fused, **options):
     """Loss with a penalty on its gradient at x, the gradients of all parameters, and every buffer afterwards."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with FusedBatchNorm() if fused else torch.enable_grad():
+    with FastDoubleBackward() if fused else torch.enable_grad():
         logits = net(x)
     (grad,) = torch.autograd.grad(logits.square().sum(), x, create_graph=True)
     loss = logits.logsumexp(1).sum() + grad.square().sum()
@@ -285,14 +286,14 @@ def test_layers_of_every_kind(last, training, device):
 
 def test_the_context_begins_and_ends():
     x, net = torch.rand(4, 3, 8, 8).requires_grad_(), Net()
-    assert not FusedBatchNorm.is_entered()
-    with FusedBatchNorm():
-        assert FusedBatchNorm.is_entered() and "_BatchNorm" in net.layers[1](net.layers[0](x)).grad_fn.name()
+    assert not FastDoubleBackward.is_entered()
+    with FastDoubleBackward():
+        assert FastDoubleBackward.is_entered() and "_BatchNorm" in net.layers[1](net.layers[0](x)).grad_fn.name()
         with torch.no_grad():
             assert net(x).grad_fn is None
         with pytest.raises(ValueError, match="expected 4D input"):
             net.layers[1](x[0])
-    assert not FusedBatchNorm.is_entered() and "NativeBatchNorm" in net.layers[1](net.layers[0](x)).grad_fn.name()
+    assert not FastDoubleBackward.is_entered() and "NativeBatchNorm" in net.layers[1](net.layers[0](x)).grad_fn.name()
 
 
 class Doubled(nn.BatchNorm2d):

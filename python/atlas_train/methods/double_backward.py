@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import float16
-from atlas_kernels.batch_norm import FusedBatchNorm
+from atlas_kernels.double_backward import FastDoubleBackward
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 
@@ -27,8 +27,8 @@ from .terms import uncompiled, wide
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """For forwards whose gradient is differentiated again: attention by its plain kernel, as the fused ones cannot, and
-    BatchNorm with a fused second derivative."""
-    with sdpa_kernel(SDPBackend.MATH), FusedBatchNorm():
+    convolutions and BatchNorm with cheap second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), FastDoubleBackward():
         yield
 
 
