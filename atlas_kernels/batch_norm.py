@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class _BatchNorm(Layer):
         )
         ctx.save_for_backward(x, weight, running_mean, running_var, mean, invstd, reserve)
         ctx.there = True, weight is not None, bias is not None
-        ctx.rest = training, eps, kind
+        # The backend that is asked for here: backwards on a GPU run in threads of their own.
+        ctx.rest = training, eps, backends.forced_backend(), kind
         return out
 
     @staticmethod
@@ -102,12 +104,12 @@ class _BatchNorm(Layer):
 class _FirstBackward(Layer):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, cotangent, x, weight, running_mean, running_var, mean, invstd, reserve, training, eps, kind, needed
+        ctx, cotangent, x, weight, running_mean, running_var, mean, invstd, reserve, training, eps, forced, kind, needed
     ):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cotangent, x, weight, *((mean, invstd) if training else (running_mean, running_var)))
         ctx.there = True, True, weight is not None
-        ctx.rest = training, eps
+        ctx.rest = training, eps, forced
         return torch.ops.aten._batch_norm_impl_index_backward(
             kind, x, cotangent, weight, running_mean, running_var, mean, invstd, training, eps, needed, reserve
         )
@@ -115,14 +117,14 @@ class _FirstBackward(Layer):
     @staticmethod
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
         if all(t is None for t in cotangents):
-            return (None,) * 12
+            return (None,) * 13
         cotangent, x, weight, *statistics = ctx.saved_tensors
         again = _formula if torch.is_grad_enabled() else _kernel
         grads = again(x, cotangent, weight, statistics, cotangents, Layer.wanted(ctx), *ctx.rest)
-        return *grads, *[None] * 9
+        return *grads, *[None] * 10
 
 
-def _kernel(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
+def _kernel(x, cotangent, weight, statistics, cotangents, needed, training, eps, forced):  # type: ignore[no-untyped-def]
     """The derivatives by cotangent, x and weight, where they are needed."""
     shape, wide = x.shape, compute_dtype(x.dtype)
     x = dense(x if x.ndim > 2 else x.unsqueeze(2))
@@ -140,15 +142,16 @@ def _kernel(x, cotangent, weight, statistics, cotangents, needed, training, eps)
     by_cotangent = torch.empty_like(x) if needed[0] else None
     by_x = torch.empty_like(x) if needed[1] and (training or cotangents[1] is not None) else None
     by_weight = torch.empty_like(mean) if needed[2] and weight is not None else None
-    _double_backward(
-        x, like(cotangent), like(cotangents[0]), mean, spread if training else (spread + eps).rsqrt(), weights,
-        *of_parameters, training, by_cotangent, by_x, by_weight,
-    )  # fmt: skip
+    with backends.backend(forced) if forced else nullcontext():
+        _double_backward(
+            x, like(cotangent), like(cotangents[0]), mean, spread if training else (spread + eps).rsqrt(), weights,
+            *of_parameters, training, by_cotangent, by_x, by_weight,
+        )  # fmt: skip
     images = (None if t is None else t.view(shape) for t in (by_cotangent, by_x))
     return *images, None if by_weight is None else by_weight.to(weight.dtype)
 
 
-def _formula(x, cotangent, weight, statistics, cotangents, needed, training, eps):  # type: ignore[no-untyped-def]
+def _formula(x, cotangent, weight, statistics, cotangents, needed, training, eps, _):  # type: ignore[no-untyped-def]
     """The same from differentiable operations, the statistics of the batch included."""
     dtype = compute_dtype(x.dtype)
 

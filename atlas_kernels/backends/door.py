@@ -20,7 +20,7 @@ from ..schema import FIXED, Argument, arguments_of, parse
 from .guard import DoorError, require_plain, takes_in_place
 
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
-_SHARE, _SHARES = 64, 1024  # how much of a channel a block of BatchNorm's sums covers at least, and the most blocks
+_SHARE, _SHARES = 64, 512  # how much of a channel a block of BatchNorm's sums covers at least, and the most blocks
 # What a kernel needs besides, and how it is made of the operator's arguments: the core never allocates.
 _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "compactness": (

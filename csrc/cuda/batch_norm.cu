@@ -7,10 +7,10 @@
 namespace atlas::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRun = 32;            // terms that are summed one after another
-constexpr int kFoldChannels = 8;    // of a block that folds
-constexpr int64_t kShare = 2048;    // elements of a plane's channel that are worth a block
+constexpr int kThreads = 128, kFoldThreads = 256;
+constexpr int kRun = 32;          // terms that are summed one after another
+constexpr int kFoldChannels = 8;  // of a block that folds
+constexpr int64_t kShare = 2048;  // elements of a plane's channel that are worth a block
 
 template <class S> struct compute_type { using T = float; };
 template <> struct compute_type<double> { using T = double; };
@@ -99,44 +99,44 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   T mean[V] = {};
   if (with_x) at.spread(mean, static_cast<const T*>(p.mean));
   BatchNormTerms<T> sum[V] = {}, part[V] = {};
-  int run = 0;
-  for (int64_t vector = at.inside ? at.first : at.last; vector < at.last; vector += at.step) {
-    const int64_t first = at.element(job, vector);
-    const auto v = Elements<S, V>::load(p.x_cotangent, first), g = Elements<S, V>::load(p.cotangent, first);
-    Elements<S, V> c = {};
-    if (with_x) {
-      c = Elements<S, V>::load(p.x, first);
-      for (int i = 0; i < V; ++i) c.of[i] -= mean[i];
+  for (int64_t vector = at.inside ? at.first : at.last; vector < at.last;) {
+    const int64_t end = vector + kRun * at.step < at.last ? vector + kRun * at.step : at.last;
+#pragma unroll 2
+    for (; vector < end; vector += at.step) {
+      const int64_t first = at.element(job, vector);
+      const auto v = Elements<S, V>::load(p.x_cotangent, first), g = Elements<S, V>::load(p.cotangent, first);
+      Elements<S, V> c = {};
+      if (with_x) {
+        c = Elements<S, V>::load(p.x, first);
+        for (int i = 0; i < V; ++i) c.of[i] -= mean[i];
+      }
+      for (int i = 0; i < V; ++i) part[i].add(v.of[i], g.of[i], c.of[i]);
     }
-    for (int i = 0; i < V; ++i) part[i].add(v.of[i], g.of[i], c.of[i]);
-    if (++run == kRun) {
-      for (int i = 0; i < V; ++i) sum[i].add(part[i]), part[i] = {};
-      run = 0;
-    }
+    for (int i = 0; i < V; ++i) sum[i].add(part[i]), part[i] = {};
   }
-  for (int i = 0; i < V; ++i) sum[i].add(part[i]);
 
-  double* const to = p.partial + at.block * kBatchNormSlots * p.channels + at.channel;
+  double* const to = p.partial + at.block * kBatchNormSlots * p.channels;
   if constexpr (Rows) {
-    __shared__ T folded[kThreads];
+    // [term][channel of a vector][thread], which threads of one column add up.
+    __shared__ T folded[kBatchNormSums * V][kThreads];
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      for (int k = 0; k < kBatchNormSums; ++k) {
-        folded[threadIdx.x] = sum[i].at(k);
-        __syncthreads();
-        if (int(threadIdx.x) < job.wide && at.inside) {
-          double total = 0;
-          for (int other = threadIdx.x; other < kThreads; other += job.wide) total += double(folded[other]);
-          to[k * p.channels + i] = total;
-        }
-        __syncthreads();
-      }
+      for (int k = 0; k < kBatchNormSums; ++k) folded[k * V + i][threadIdx.x] = sum[i].at(k);
+    __syncthreads();
+    const int64_t begin = at.channel - int(threadIdx.x) % job.wide * V;
+    for (int n = threadIdx.x; n < kBatchNormSums * V * job.wide; n += kThreads) {
+      const int channel = n % (V * job.wide), k = n / (V * job.wide);
+      if (begin + channel >= p.channels) continue;
+      double total = 0;
+      for (int from = channel / V; from < kThreads; from += job.wide) total += double(folded[k * V + channel % V][from]);
+      to[k * p.channels + begin + channel] = total;
+    }
   } else {
     for (int k = 0; k < kBatchNormSums; ++k) {
       double total = 0;
       for (int i = 0; i < V; ++i) total += double(sum[i].at(k));
       total = block_sum<kThreads>(total);
-      if (threadIdx.x == 0) to[k * p.channels] = total;
+      if (threadIdx.x == 0) to[k * p.channels + at.channel] = total;
     }
   }
 }
@@ -146,14 +146,15 @@ template <class T> __device__ __forceinline__ double number(const void* per_chan
 }
 
 // The sums of all blocks, then the coefficients in the place of the first.
-template <class T> __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ Job job) {
+template <class T> __global__ void __launch_bounds__(kFoldThreads) fold_kernel(const __grid_constant__ Job job) {
   const AtlasBatchNorm& p = job.p;
-  constexpr int kRows = kThreads / kFoldChannels;
+  constexpr int kRows = kFoldThreads / kFoldChannels;
   __shared__ double folded[kBatchNormSums][kRows][kFoldChannels];
   const int lane = threadIdx.x % kFoldChannels, row = threadIdx.x / kFoldChannels;
   const int64_t channel = int64_t(blockIdx.x) * kFoldChannels + lane;
   double sums[kBatchNormSums] = {};
   if (needs_sums(p) && channel < p.channels)
+#pragma unroll 4
     for (int64_t block = row; block < job.blocks; block += kRows)
       for (int k = 0; k < kBatchNormSums; ++k) sums[k] += p.partial[(block * kBatchNormSlots + k) * p.channels + channel];
   for (int k = 0; k < kBatchNormSums; ++k) folded[k][row][lane] = sums[k];
@@ -180,24 +181,34 @@ __global__ void __launch_bounds__(kThreads) results_kernel(const __grid_constant
   if (with_x) at.spread(mean, static_cast<const T*>(p.mean));
 #pragma unroll
   for (int k = 0; k < kBatchNormSlots - 1; ++k) at.spread(of[k], p.partial + k * p.channels);
-  for (int64_t vector = at.inside ? at.first : at.last; vector < at.last; vector += at.step) {
-    const int64_t first = at.element(job, vector);
-    const auto v = Elements<S, V>::load(p.x_cotangent, first);
-    Elements<S, V> c = {}, g = {}, out;
-    if (with_x) c = Elements<S, V>::load(p.x, first);
-    if (p.x_grad.data) g = Elements<S, V>::load(p.cotangent, first);
-    if (with_x)
-      for (int i = 0; i < V; ++i) c.of[i] -= mean[i];
-    if (p.cotangent_grad.data) {
-      for (int i = 0; i < V; ++i) out.of[i] = of[0][i] * v.of[i] + of[1][i] * c.of[i] + of[2][i];
-      out.store(p.cotangent_grad, first);
+  constexpr int kAtOnce = 2;  // all of them loaded before the first is stored
+  for (int64_t vector = at.inside ? at.first : at.last; vector < at.last; vector += kAtOnce * at.step) {
+    Elements<S, V> v[kAtOnce], c[kAtOnce] = {}, g[kAtOnce] = {}, out;
+    int64_t first[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int64_t own = vector + n * at.step;
+      first[n] = at.element(job, own < at.last ? own : vector);
+      v[n] = Elements<S, V>::load(p.x_cotangent, first[n]);
+      if (with_x) c[n] = Elements<S, V>::load(p.x, first[n]);
+      if (p.x_grad.data) g[n] = Elements<S, V>::load(p.cotangent, first[n]);
     }
-    if (p.x_grad.data) {
-      for (int i = 0; i < V; ++i) {
-        out.of[i] = of[4][i] * g.of[i];
-        if (p.training) out.of[i] = (out.of[i] + of[3][i] * v.of[i]) + (of[5][i] * c.of[i] + of[6][i]);
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (vector + n * at.step >= at.last) break;
+      if (with_x)
+        for (int i = 0; i < V; ++i) c[n].of[i] -= mean[i];
+      if (p.cotangent_grad.data) {
+        for (int i = 0; i < V; ++i) out.of[i] = of[0][i] * v[n].of[i] + of[1][i] * c[n].of[i] + of[2][i];
+        out.store(p.cotangent_grad, first[n]);
       }
-      out.store(p.x_grad, first);
+      if (p.x_grad.data) {
+        for (int i = 0; i < V; ++i) {
+          out.of[i] = of[4][i] * g[n].of[i];
+          if (p.training) out.of[i] = (out.of[i] + of[3][i] * v[n].of[i]) + (of[5][i] * c[n].of[i] + of[6][i]);
+        }
+        out.store(p.x_grad, first[n]);
+      }
     }
   }
 }
@@ -220,7 +231,7 @@ template <class S, int V, bool Rows> int passes(Job job, const AtlasWhere& where
   const int64_t threads = job.blocks * job.tiles * kThreads;
   int status = ATLAS_OK;
   if (needs_sums(p)) status = launch(where, threads, 1, kThreads, sums_kernel<S, V, Rows>, job);
-  if (!status) status = launch(where, p.channels * (kThreads / kFoldChannels), 1, kThreads, fold_kernel<T>, job);
+  if (!status) status = launch(where, p.channels * (kFoldThreads / kFoldChannels), 1, kFoldThreads, fold_kernel<T>, job);
   if (!status && (p.cotangent_grad.data || p.x_grad.data))
     status = launch(where, threads, 1, kThreads, results_kernel<S, V, Rows>, job);
   return status;
