@@ -125,7 +125,7 @@ def check_operator(p, laid=torch.clone, *, training, parameters=True):
 
 @pytest.mark.parametrize("parameters", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_operator_itself(training, parameters, engine):
+def test_the_operator_itself_at_all_sizes(training, parameters, engine):
     for shape in SHAPES:
         for last in (False, True) if len(shape) == 4 else (False,):
             p = problem(shape, dtype=torch.float32, last=last, device=engine)
