@@ -11,12 +11,11 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from . import backends, formulas
-from .checks import FLOATS
-from .layout import compute_dtype, dense
+from .checks import FLOATS, flag, kind_of, number_in, require_float_images, require_strided
+from .layout import compute_dtype, dense, require_memory
 from .transforms import followed
 
 _double_backward = backends.caller("batch_norm_double_backward")
-_plain = F.batch_norm
 
 
 def batch_norm(
@@ -31,20 +30,58 @@ def batch_norm(
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` with a fused second derivative: for losses that a gradient is part of.
 
-    Output, gradients and running statistics are PyTorch's, to the bit. Where that gradient was taken with
-    ``create_graph=True``, its own backward is one kernel that reads x and the two cotangents twice, where PyTorch's
-    makes some thirty passes; the result differs from PyTorch's by rounding. ``double_backward.FastDoubleBackward``
-    brings it to networks as they are.
+    Arguments, output, gradients and running statistics are PyTorch's, to the bit. Where a gradient was taken with
+    ``create_graph=True``, its own backward reads the input and the two cotangents twice, where PyTorch makes some
+    thirty passes; it differs from that by rounding. ``FastDoubleBackward`` brings it to networks as they are.
 
-    Arguments and exceptions are those of ``torch.nn.functional.batch_norm``, which also runs by itself where nothing is
-    differentiated, in ``torch.compile``, in forward mode and under torch.func, and on other devices than CPU and CUDA.
-    Differentiable any number of times.
+    Differentiable any number of times. PyTorch's function runs where nothing is differentiated, in ``torch.compile``,
+    in forward mode and under torch.func, and on other devices than CPU and CUDA. Raises ``TypeError`` and
+    ``ValueError`` that name the argument.
     """
-    if not is_differentiated(input, weight, bias):
-        return _plain(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training:
-        _require_several(input)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    _require(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both, or None for both")
+    if not flag("training", training) and running_mean is None:
+        raise ValueError("running_mean must be given where training is False: there are no other statistics")
+    numbers = number_in("momentum", momentum, 0.0, 1.0), number_in("eps", eps, 0.0)
+    return differentiable(input, running_mean, running_var, weight, bias, training, *numbers)
+
+
+def _require(x: Tensor, per_channel: dict[str, Tensor | None]) -> None:
+    require_float_images("input", x)
+    require_memory("input", x)
+    if x.ndim < 2:
+        raise ValueError(f"input has shape {list(x.shape)}, expected [batch, channels, ...]")
+    given = {name: t for name, t in per_channel.items() if t is not None}
+    for name, t in given.items():
+        if not isinstance(t, Tensor) or t.dtype not in (x.dtype, compute_dtype(x.dtype)):
+            raise TypeError(f"{name} must be a tensor of {compute_dtype(x.dtype)}, got {kind_of(t)}")
+        require_strided(name, t)
+        require_memory(name, t)
+        if t.shape != x.shape[1:2] or t.device != x.device:
+            got = f"{list(t.shape)} on {t.device}"
+            raise ValueError(f"{name} is {got}, expected [{x.shape[1]}] on {x.device}, one number per channel")
+    if len({t.dtype for t in given.values()}) > 1:
+        got = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
+        raise TypeError(f"{' and '.join(given)} must be of one dtype, got {got}")
+
+
+def differentiable(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``batch_norm``, which refuses in PyTorch's words what PyTorch refuses."""
+    if not is_differentiated(x, weight, bias):
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 def is_differentiated(x: Any, *parameters: Tensor | None) -> bool:
@@ -56,12 +93,6 @@ def is_differentiated(x: Any, *parameters: Tensor | None) -> bool:
         return False
     usual = x.device.type in ("cpu", "cuda") and x.ndim >= 2 and x.numel() > 0
     return usual and any(t.requires_grad for t in given) and not followed(*given)
-
-
-def _require_several(x: Tensor) -> None:
-    """As PyTorch says it."""
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
 class Layer(torch.autograd.Function):

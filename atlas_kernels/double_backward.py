@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from .batch_norm import Layer, batch_norm, is_differentiated
+from .batch_norm import Layer, differentiable, is_differentiated
 
 
 class FastDoubleBackward(TorchFunctionMode):
@@ -111,7 +111,7 @@ class _FirstBackward(Layer):
 
 
 _FASTER: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: batch_norm,
+    F.batch_norm: differentiable,
     torch.conv1d: _convolution(torch.conv1d, 1),
     torch.conv2d: _convolution(torch.conv2d, 2),
     torch.conv3d: _convolution(torch.conv3d, 3),
