@@ -30,41 +30,97 @@ ATLAS_HD Unit locate(const Job& job, int64_t unit, int64_t wide) {
   return {block, channel, width, first, last, channel, p.channels, width};
 }
 
-// T: the compute type; S: the stored one; Bytes: of a register.
+// A register of T, of Bytes, and how it lies in memory as S.
+template <class T, class S, int Bytes> struct Stored {
+  typedef T Values __attribute__((vector_size(Bytes)));
+  static constexpr int kLanes = Bytes / sizeof(T);
+
+  static ATLAS_HD Values load(const S* from) {
+    T lanes[kLanes];
+    ATLAS_IVDEP for (int l = 0; l < kLanes; ++l) lanes[l] = convert<T>(from[l]);
+    Values values;
+    memcpy(&values, lanes, Bytes);
+    return values;
+  }
+  static ATLAS_HD void store(S* to, const Values& values) {
+    T lanes[kLanes];
+    memcpy(lanes, &values, Bytes);
+    ATLAS_IVDEP for (int l = 0; l < kLanes; ++l) to[l] = convert<S>(lanes[l]);
+  }
+};
+
+template <class T, int Bytes> struct Stored<T, T, Bytes> {
+  typedef T Values __attribute__((vector_size(Bytes)));
+
+  static ATLAS_HD Values load(const T* from) {
+    Values values;
+    memcpy(&values, from, Bytes);
+    return values;
+  }
+  static ATLAS_HD void store(T* to, const Values& values) { memcpy(to, &values, Bytes); }
+};
+
+template <int Bytes> struct Bits;
+#define ATLAS_BITS(Bytes)                                               \
+  template <> struct Bits<Bytes> {                                      \
+    typedef uint32_t Words __attribute__((vector_size(Bytes)));         \
+    typedef uint16_t Halves __attribute__((vector_size(Bytes / 2)));    \
+  };
+ATLAS_BITS(16)
+ATLAS_BITS(32)
+ATLAS_BITS(64)
+#undef ATLAS_BITS
+
+// In lanes, what platform.h does with one number: loops this short do not become vectors.
+template <int Bytes> struct Stored<float, bfloat16_t, Bytes> {
+  typedef float Values __attribute__((vector_size(Bytes)));
+  using Words = typename Bits<Bytes>::Words;
+  using Halves = typename Bits<Bytes>::Halves;
+
+  static ATLAS_HD Values load(const bfloat16_t* from) {
+    Halves halves;
+    memcpy(&halves, from, sizeof(halves));
+    const Words bits = __builtin_convertvector(halves, Words) << 16;
+    Values values;
+    memcpy(&values, &bits, Bytes);
+    return values;
+  }
+  static ATLAS_HD void store(bfloat16_t* to, const Values& values) {
+    Words bits;
+    memcpy(&bits, &values, Bytes);
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words made = (bits & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
+    const Halves halves = __builtin_convertvector(made, Halves);
+    memcpy(to, &halves, sizeof(halves));
+  }
+};
+
+// T: the compute type; S: the stored one.
 template <class T, class S, int Bytes> struct Strips {
   typedef T Values __attribute__((vector_size(Bytes)));
   static constexpr int kLanes = Bytes / sizeof(T), kAtOnce = Bytes == 64 ? 4 : 2, kWide = kLanes * kAtOnce;
 
-  // Neighbours in memory, of one channel or one of each. Lanes beyond the edge are 0.
+  // Neighbours in memory, of one channel or one of each.
   struct Strip {
     Values of[kAtOnce];
   };
 
-  static ATLAS_HD Strip load(const AtlasImages& from, int64_t first, int64_t count) {
-    const S* s = static_cast<const S*>(from.data) + first;
-    Strip strip;
-    ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i) {
-      alignas(Bytes) T lanes[kLanes] = {};
-      const int64_t left = count - i * kLanes;
-      if (left >= kLanes) {
-        ATLAS_IVDEP for (int l = 0; l < kLanes; ++l) lanes[l] = convert<T>(s[i * kLanes + l]);
-      } else {
-        for (int64_t l = 0; l < left; ++l) lanes[l] = convert<T>(s[i * kLanes + l]);
-      }
-      memcpy(&strip.of[i], lanes, Bytes);
-    }
-    return strip;
+  // Some elements, a register at most; lanes beyond them are 0.
+  static ATLAS_HD Values load(const AtlasImages& from, int64_t first, int64_t count) {
+    const S* const s = static_cast<const S*>(from.data) + first;
+    if (count >= kLanes) return Stored<T, S, Bytes>::load(s);
+    S some[kLanes] = {};
+    for (int64_t l = 0; l < count; ++l) some[l] = s[l];
+    return Stored<T, S, Bytes>::load(some);
   }
 
-  static ATLAS_HD void store(const AtlasImages& to, int64_t first, int64_t count, const Strip& strip, bool streaming) {
+  static ATLAS_HD void store(const AtlasImages& to, int64_t first, int64_t count, Values values, bool streaming) {
     S* const s = static_cast<S*>(to.data) + first;
-    alignas(64) T lanes[kWide];
-    alignas(64) S stored[kWide];
-    memcpy(lanes, &strip, sizeof(strip));
-    ATLAS_IVDEP for (int l = 0; l < kWide; ++l) stored[l] = convert<S>(lanes[l]);
-    if (streaming) stream_out(s, stored, count);
-    else if (count == kWide) memcpy(s, stored, sizeof(stored));
-    else for (int64_t l = 0; l < count; ++l) s[l] = stored[l];
+    if (count >= kLanes && !streaming) return Stored<T, S, Bytes>::store(s, values);
+    alignas(64) S some[kLanes];
+    Stored<T, S, Bytes>::store(some, values);
+    if (count >= kLanes) return stream_out(s, some, kLanes);
+    for (int64_t l = 0; l < count; ++l) s[l] = some[l];
   }
 
   // What belongs to the channels of a unit.
@@ -76,21 +132,23 @@ template <class T, class S, int Bytes> struct Strips {
     return strip;
   }
 
+  // x - mean, where it counts.
   static ATLAS_HD Strip spread_mean(const Job& job, const Unit& at) {
     return needs_x(job.p) ? spread(at, static_cast<const T*>(job.p.mean)) : Strip{};
   }
-
-  static ATLAS_HD Strip centred(const Job& job, int64_t first, int64_t count, const Strip& mean) {
-    if (!needs_x(job.p)) return {};
-    Strip strip = load(job.p.x, first, count);
-    ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i) strip.of[i] -= mean.of[i];
-    return strip;
+  static ATLAS_HD Values centred(const Job& job, int64_t first, int64_t count, const Values& mean) {
+    return needs_x(job.p) ? load(job.p.x, first, count) - mean : Values{};
   }
 
-  // Calls use(first element, how many) for every strip.
-  template <class Use> static ATLAS_HD void walk(const Unit& at, Use&& use) {
+  // Calls use(register of a strip, first element, how many) for all elements, and done() after each strip.
+  template <class Use, class Done> static ATLAS_HD void walk(const Unit& at, Use&& use, Done&& done) {
     for (int64_t i = at.first; i < at.last; ++i)
-      for (int64_t j = 0; j < at.length; j += kWide) use(at.begin + i * at.stride + j, least(kWide, at.length - j));
+      for (int64_t j = 0; j < at.length; j += kWide) {
+        const int64_t first = at.begin + i * at.stride + j, count = at.length - j;
+        ATLAS_UNROLL for (int r = 0; r < kAtOnce; ++r)
+          if (r * kLanes < count) use(r, first + r * kLanes, count - r * kLanes);
+        done();
+      }
   }
 };
 
@@ -112,12 +170,15 @@ template <class T, class S, int Bytes> struct Sums : Strips<T, S, Bytes> {
     double totals[kBatchNormSums][kWide] = {};
     Terms sums[kAtOnce] = {};
     int run = 0;
-    Base::walk(at, [&](int64_t first, int64_t count) ATLAS_INLINE_LAMBDA {
-      const Strip v = Base::load(p.x_cotangent, first, count), g = Base::load(p.cotangent, first, count);
-      const Strip c = Base::centred(job, first, count, mean);
-      ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i) sums[i].add(v.of[i], g.of[i], c.of[i]);
-      if (++run == kRun) add_to(totals, sums), run = 0;
-    });
+    Base::walk(
+        at,
+        [&](int r, int64_t first, int64_t count) ATLAS_INLINE_LAMBDA {
+          sums[r].add(Base::load(p.x_cotangent, first, count), Base::load(p.cotangent, first, count),
+                      Base::centred(job, first, count, mean.of[r]));
+        },
+        [&]() ATLAS_INLINE_LAMBDA {
+          if (++run == kRun) add_to(totals, sums), run = 0;
+        });
     add_to(totals, sums);
     double* const to = p.partial + at.block * kBatchNormSlots * p.channels + at.channel;
     for (int k = 0; k < kBatchNormSums; ++k) {
@@ -139,8 +200,8 @@ template <class T, class S, int Bytes> struct Sums : Strips<T, S, Bytes> {
 
 template <class T, class S, int Bytes> struct Results : Strips<T, S, Bytes> {
   using Base = Strips<T, S, Bytes>;
-  using typename Base::Strip;
-  using Base::kAtOnce, Base::kWide;
+  using typename Base::Strip, typename Base::Values;
+  using Base::kWide;
 
   static ATLAS_HD void run(const Job& job, int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) run_unit(job, locate(job, unit, kWide));
@@ -153,23 +214,21 @@ template <class T, class S, int Bytes> struct Results : Strips<T, S, Bytes> {
     Strip of[kBatchNormSlots - 1];
     for (int k = 0; k < kBatchNormSlots - 1; ++k) of[k] = Base::spread(at, p.partial + k * p.channels);
     const Strip &g_v = of[0], &g_c = of[1], &g_1 = of[2], &x_v = of[3], &x_g = of[4], &x_c = of[5], &x_1 = of[6];
-    Base::walk(at, [&](int64_t first, int64_t count) ATLAS_INLINE_LAMBDA {
-      const Strip c = Base::centred(job, first, count, mean), v = Base::load(p.x_cotangent, first, count);
-      Strip out;
-      if (p.cotangent_grad.data) {
-        ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i)
-          out.of[i] = g_v.of[i] * v.of[i] + g_c.of[i] * c.of[i] + g_1.of[i];
-        Base::store(p.cotangent_grad, first, count, out, job.streaming);
-      }
-      if (p.x_grad.data) {
-        const Strip g = Base::load(p.cotangent, first, count);
-        ATLAS_UNROLL for (int i = 0; i < kAtOnce; ++i) {
-          out.of[i] = x_g.of[i] * g.of[i];
-          if (p.training) out.of[i] = (out.of[i] + x_v.of[i] * v.of[i]) + (x_c.of[i] * c.of[i] + x_1.of[i]);
-        }
-        Base::store(p.x_grad, first, count, out, job.streaming);
-      }
-    });
+    Base::walk(
+        at,
+        [&](int r, int64_t first, int64_t count) ATLAS_INLINE_LAMBDA {
+          const Values v = Base::load(p.x_cotangent, first, count), c = Base::centred(job, first, count, mean.of[r]);
+          if (p.cotangent_grad.data) {
+            const Values out = g_v.of[r] * v + g_c.of[r] * c + g_1.of[r];
+            Base::store(p.cotangent_grad, first, count, out, job.streaming);
+          }
+          if (p.x_grad.data) {
+            Values out = x_g.of[r] * Base::load(p.cotangent, first, count);
+            if (p.training) out = (out + x_v.of[r] * v) + (x_c.of[r] * c + x_1.of[r]);
+            Base::store(p.x_grad, first, count, out, job.streaming);
+          }
+        },
+        []() ATLAS_INLINE_LAMBDA {});
   }
 };
 
