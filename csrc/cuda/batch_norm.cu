@@ -91,7 +91,7 @@ template <int V, bool Rows> struct Share {
 };
 
 template <class S, int V, bool Rows>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 1) sums_kernel(const __grid_constant__ Job job) {
   using T = typename compute_type<S>::T;
   const AtlasBatchNorm& p = job.p;
   const bool with_x = needs_x(p);
