@@ -133,7 +133,7 @@ def test_the_operator_itself_at_all_sizes(training, parameters, engine):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
-def test_each_isa_and_the_same_bits_for_any_number_of_threads(isa, restored_isa_and_threads):
+def test_each_isa_and_the_same_results_for_any_number_of_threads(isa, restored_isa_and_threads):
     if isa not in available_isas():
         pytest.skip(f"this machine cannot run {isa}")
     force_isa(isa)
