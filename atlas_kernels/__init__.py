@@ -9,6 +9,8 @@ from __future__ import annotations
 from .attacks import FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
+from .batch_norm import batch_norm
+from .double_backward import FastDoubleBackward
 from .losses import (
     atlas_loss,
     cross_entropy,
@@ -37,11 +39,13 @@ __all__ = [
     "BackendUnavailable",
     "Cotangent",
     "Execution",
+    "FastDoubleBackward",
     "LastStep",
     "atlas_loss",
     "attack_cotangent",
     "augment",
     "backend",
+    "batch_norm",
     "can_keep_memory",
     "compactness",
     "cross_entropy",

@@ -102,6 +102,45 @@ def compactness(h: Tensor, h_adv: Tensor, labels: Tensor, scale: float, squared:
     return factor * (torch.stack(rows) if rows else clean.sum(1))
 
 
+def batch_norm_double_backward(
+    x: Tensor,
+    g: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    weight_cotangent: Tensor | None,
+    bias_cotangent: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivatives by g, x and weight of ``<v, w r (g - avg(g) - xhat avg(g xhat))>`` (in training; ``<v, w r g>``
+    where mean and invstd are constants) plus ``<weight_cotangent, sum(g xhat)> + <bias_cotangent, sum(g)>``, the
+    first gradients of BatchNorm. xhat = r (x - mean), r = invstd; sums and averages are over each channel."""
+    dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    r = invstd.view(shape)
+    xhat, s = (x - mean.view(shape)) * r, r if weight is None else r * weight.view(shape)
+
+    def average(u: Tensor) -> Tensor:
+        return u.mean(dims, keepdim=True)
+
+    def rest(u: Tensor) -> Tensor:
+        """What the first backward leaves of u in training: nothing along 1 and xhat."""
+        return u - average(u) - xhat * average(u * xhat) if training else u
+
+    left = rest(v)
+    by_g, by_weight = s * left, ((left * g).sum(dims, keepdim=True) * r).flatten()
+    if training:
+        along = average(g * xhat) * left + average(v * xhat) * rest(g)
+        by_x = -s * r * (xhat * average(left * g) + along)
+    else:
+        by_x = torch.zeros_like(x)
+    if weight_cotangent is not None:
+        by_g, by_x = by_g + weight_cotangent.view(shape) * xhat, by_x + weight_cotangent.view(shape) * r * rest(g)
+    if bias_cotangent is not None:
+        by_g = by_g + bias_cotangent.view(shape)
+    return by_g, by_x, by_weight
+
+
 def gairat_weights(kappa: Tensor, steps: int, lam: float) -> Tensor:
     half = steps // 2
     log_weights = F.logsigmoid(2 * lam + 10 / half * (half - kappa.double()))

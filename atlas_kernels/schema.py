@@ -51,6 +51,13 @@ OPERATORS: dict[str, dict[str, str]] = {
         "float factor, wide[batch]!? value, wide[]!? total, wide[batch, features]!? grad, "
         "wide[batch, features]!? adv_grad",
     },
+    # The derivatives of <x_cotangent, gradient by x> + <weight_cotangent, .. by weight> + <bias_cotangent, .. by bias>.
+    "batch_norm": {
+        "batch_norm_double_backward": "images[batch] x, images[batch] cotangent, images[batch] x_cotangent, "
+        "wide[channels] mean, wide[channels] invstd, wide[channels]? weight, wide[channels]? weight_cotangent, "
+        "wide[channels]? bias_cotangent, bool training, images[batch]!? cotangent_grad, images[batch]!? x_grad, "
+        "wide[channels]!? weight_grad",
+    },
     # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
     "perturb_norms": {
         "random_start_norm": f"images[batch] x=adv, int norm, number[batch] eps, {_CLIP}, {_NOISE}, images[batch]! out",

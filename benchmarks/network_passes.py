@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from atlas_kernels.attacks.cast_weights import cast_once
+from atlas_kernels.double_backward import FastDoubleBackward
 from harness import synchronise
 
 
@@ -125,7 +126,8 @@ class Bare:
                 if forward.to_input or forward.slopes:
                     inputs.append(leaf.requires_grad_())
                 model = self._eager if forward.slopes else self.model
-                z = model.train(forward.mode == "train")(leaf)
+                with FastDoubleBackward() if forward.slopes else nullcontext():
+                    z = model.train(forward.mode == "train")(leaf)
                 outputs.append(z)
                 for _ in range(forward.slopes):
                     outputs += torch.autograd.grad(z, leaf, self._cotangent(z), create_graph=True)

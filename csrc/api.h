@@ -76,6 +76,19 @@ struct AtlasAugment { ATLAS_AUGMENT(ATLAS_FIELD) };
   F(int32_t, dtype) F(int32_t, squared)
 struct AtlasPairwise { ATLAS_PAIRWISE(ATLAS_FIELD) };
 
+// The second derivative of BatchNorm, see core/batch_norm.h. x, the cotangents and what is written: of one dtype and order.
+// mean, invstd (of the batch if `training`, else constants) and what is per channel: in the compute type. Null: 1 for the
+// weight, 0 for a cotangent; not wanted. partial: workspace [blocks, 8, channels]; sums of a share of the batch, then, in
+// the first block, the coefficients of the results.
+#define ATLAS_BATCH_NORM(F) \
+  F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) F(int64_t, blocks) \
+  F(AtlasImages, x) F(AtlasImages, cotangent) F(AtlasImages, x_cotangent) \
+  F(AtlasImages, cotangent_grad) F(AtlasImages, x_grad) F(void*, weight_grad) \
+  F(const void*, mean) F(const void*, invstd) F(const void*, weight) \
+  F(const void*, weight_cotangent) F(const void*, bias_cotangent) \
+  F(double*, partial) F(int32_t, training)
+struct AtlasBatchNorm { ATLAS_BATCH_NORM(ATLAS_FIELD) };
+
 // The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
 //   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad; l1 with `largest` > 0: along
 //                                                       the sign of that many of the largest entries instead
@@ -143,6 +156,7 @@ ATLAS_EXPORT const char* atlas_cuda_error(int status);
 ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_batch_norm(const AtlasBatchNorm* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_losses(const AtlasLosses* params, const AtlasWhere* where);

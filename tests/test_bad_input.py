@@ -158,6 +158,40 @@ def test_message_of_compactness(error, message, call):
         call()
 
 
+C = torch.rand(3)
+
+
+def normalise(x=X, mean=C, var=C, weight=C, bias=C, training=True, **rest):
+    return ak.batch_norm(x, mean, var, weight, bias, training, **rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "input must be a tensor, got list", lambda: normalise([1.0])),
+        (TypeError, "input must be a float tensor, got torch.int64", lambda: normalise(X.long())),
+        (TypeError, "input must be a strided tensor, got layout torch.sparse_coo", lambda: normalise(X.to_sparse())),
+        (ValueError, r"input has shape \[3\], expected \[batch, channels, ...\]", lambda: normalise(C)),
+        (TypeError, "weight must be a tensor of torch.float32, got torch.float64", lambda: normalise(weight=C.double())),
+        (TypeError, "bias must be a tensor of torch.float32, got float", lambda: normalise(bias=0.0)),
+        (TypeError, "running_var must be a strided tensor, got layout", lambda: normalise(var=C.to_sparse())),
+        (ValueError, r"weight is \[2\] on cpu, expected \[3\] on cpu, one number per channel", lambda: normalise(weight=C[:2])),
+        (ValueError, r"running_mean is \[3\] on meta, expected \[3\] on cpu", lambda: normalise(mean=C.to("meta"))),
+        (TypeError, "must be of one dtype, got running_mean torch.float32, .* weight torch.float16",
+         lambda: normalise(X.half(), weight=C.half())),
+        (ValueError, "running_mean and running_var go together", lambda: normalise(mean=None)),
+        (ValueError, "running_mean must be given where training is False", lambda: normalise(mean=None, var=None, training=False)),
+        (TypeError, "training must be True or False, got 1", lambda: normalise(training=1)),
+        (ValueError, r"momentum must be a number in \[0, 1\], got 1.5", lambda: normalise(momentum=1.5)),
+        (ValueError, "eps must be a number >= 0, got nan", lambda: normalise(eps=NAN)),
+        (ValueError, "Expected more than 1 value per channel when training", lambda: normalise(X[:1, :, :1, :1])),
+    ],
+)  # fmt: skip
+def test_message_of_batch_norm(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -29,6 +29,7 @@ def valid_call(operator: str) -> dict[str, Any]:
         "count": 1, "project": True, "include_x": True, "descend": False, "norm": 1, "largest": 0, "draw": 0,
         "objective": 4,
         "steps": 10, "local": 0, "global_term": 0, "squared": False, "padding": 1, "flip": True,
+        "training": True,
         "key": torch.tensor([1, 2]), "ids": labels, "active": labels > 1, "labels": labels, "index": labels,
         "targets": (labels + 1) % batch, "kappa": torch.zeros_like(labels), "correct": labels > 1,
         "images": torch.zeros(IMAGES, dtype=torch.uint8), "reference": logits, "terms": torch.empty(3, batch),
@@ -45,7 +46,7 @@ def valid_call(operator: str) -> dict[str, Any]:
         elif a.name in ("weights", "value"):
             value = per_sample
         else:
-            value = images if operator in ("augment", *OPERATORS["perturb"], *OPERATORS["perturb_norms"]) else logits
+            value = images if a.type == "images" or operator == "augment" else logits
         found[a.name] = value.clone() if isinstance(value, Tensor) else value
     if operator == "pgd_step_neighbours":
         found["out"] = torch.empty(3 * batch, *IMAGES[1:])
@@ -53,6 +54,8 @@ def valid_call(operator: str) -> dict[str, Any]:
         found["out"] = torch.empty(batch)
     if operator == "atlas_loss":
         found["logits"], found["grad"] = torch.randn(3 * batch, classes), torch.empty(3 * batch, classes)
+    if operator == "batch_norm_double_backward":
+        found |= {a.name: torch.rand(3) for a in arguments_of(operator) if a.sides == ("channels",)}
     if operator == "compactness":
         found["grad"], found["adv_grad"] = torch.empty(batch, classes), torch.empty(batch, classes)
     return found
@@ -210,7 +213,9 @@ def test_the_core_refuses_what_is_no_address():
 def test_a_plan_of_the_core_takes_no_tensor_that_has_no_memory(stem):
     """Even where the caller says that the arguments were looked at."""
     for operator in OPERATORS[stem]:
-        plan, extra = plan_of(stem, operator), [torch.empty(1, 4, dtype=torch.float64)] * (operator == "compactness")
+        plan, extra = plan_of(stem, operator), []
+        if shape := {"compactness": (1, 4), "batch_norm_double_backward": (1, 8, 3)}.get(operator):
+            extra = [torch.empty(shape, dtype=torch.float64)]
         given = valid_call(operator)
         assert plan((*given.values(), *extra), 1, True) == core().DONE
         for i, a in enumerate(arguments_of(operator)):

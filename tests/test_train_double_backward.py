@@ -140,3 +140,38 @@ def test_fused_attention_has_no_second_derivative_so_the_plain_one_runs(
         torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12)
     x = batch.x.clone().requires_grad_()
     assert "FlashAttention" in Attention(Attends(True)).double()(x.flatten(2).unflatten(2, (2, 18))).grad_fn.name()
+
+
+class Blocks(nn.Module):
+    """Convolutions and BatchNorm in blocks that can be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = [nn.Sequential(nn.Conv2d(n, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Softplus()) for n in (3, 6)]
+        self.blocks, self.head = nn.Sequential(*wide), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(x).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("name, hyper", [("jacobian", {}), ("grad_align", {}), ("cure", {}), ("atlas", LOCAL[0])])
+def test_second_derivatives_are_pytorchs_also_of_what_is_computed_again(
+    name: str, hyper: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, batch = make()
+    batch = Batch(batch.x.double(), batch.y, batch.ids)
+    torch.manual_seed(0)
+    model = Blocks().double().train()
+    method, found = methods.build(name, EPS, hyper), []
+    for how in ("fast", "recomputed", "plain"):
+        if how == "plain":
+            monkeypatch.setattr("atlas_kernels.double_backward._FASTER", {})
+        copied = copy.deepcopy(model)
+        with Recomputed(copied) if how == "recomputed" else nullcontext():
+            loss, _ = method.loss(copied, batch, KEY, STATE)
+            grads = torch.autograd.grad(loss, list(copied.parameters()))
+        found.append([loss.detach(), *grads, *copied.buffers()])
+    for fast, recomputed, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-12)
+        assert torch.equal(fast, recomputed)

@@ -285,6 +285,10 @@ def test_raw_operators_never_lose_a_derivative():
     refused("x is being", lambda x: torch.ops.atlas_kernels.random_start(x, *rest), X)
     pairs = CLASSES, 0.99, False, 1.0, None, total, None, None
     refused("h is being", lambda h: torch.ops.atlas_kernels.compactness(h, H_ADV, *pairs), H)
+    images, numbers = [torch.rand(2, 3, 2, dtype=DOUBLE) for _ in range(4)], [torch.rand(3, dtype=DOUBLE) for _ in "12"]
+    again = torch.ops.atlas_kernels.batch_norm_double_backward
+    rest = *images[:2], *numbers, None, None, None, True, None, images[3], None
+    refused("x is being", lambda x: again(x, *rest), images[2])
 
 
 def test_an_attack_on_a_network_in_forward_mode():

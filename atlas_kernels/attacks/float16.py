@@ -36,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..batch_norm import Layer
 from ..capture import capturing
 from ..layout import column, compute_dtype
 from ..outputs import Model
@@ -80,13 +81,19 @@ def is_in_graph(z: Tensor) -> tuple[bool, set[type]]:
         node = left.pop()
         if any([result.dtype == torch.float16 for result in getattr(node, "_input_metadata", ())]):
             return True, closed
-        if isinstance(node, BackwardCFunction) or any([name in node.name() for name in _CLOSED]):
+        if _is_closed(node):
             closed.add(type(node))
         for before, _ in node.next_functions:
             if before is not None and before not in reached:
                 reached.add(before)
                 left.append(before)
     return False, closed
+
+
+def _is_closed(node: Any) -> bool:
+    if isinstance(node, BackwardCFunction):
+        return not issubclass(node._forward_cls, Layer)  # type: ignore[attr-defined]
+    return any([name in node.name() for name in _CLOSED])
 
 
 def are_coupled(model: Model) -> bool:

@@ -15,18 +15,28 @@ import torch
 from torch import Tensor
 
 from ..core import core
+from ..layout import plane_shape
 from ..schema import FIXED, Argument, arguments_of, parse
 from .guard import DoorError, require_plain, takes_in_place
 
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
+_SHARE, _SHARES = 64, 512  # how much of a channel a block of BatchNorm's sums covers at least, and the most blocks
 # What a kernel needs besides, and how it is made of the operator's arguments: the core never allocates.
 _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "compactness": (
         "float64[blocks, batch]! partial",
         lambda h, *_: torch.empty((-(-h.shape[-1:].numel() // _COLUMNS), *h.shape[:1]), dtype=torch.float64,
                                   device=h.device),
-    )
+    ),
+    "batch_norm_double_backward": (
+        "float64[blocks, 8, channels]! partial",
+        lambda x, *_: torch.empty(_sums_shape(*plane_shape(x.shape)), dtype=torch.float64, device=x.device),
+    ),
 }  # fmt: skip
+
+
+def _sums_shape(batch: int, channels: int, pixels: int) -> tuple[int, int, int]:
+    return min(max(batch * pixels // _SHARE, 1), _SHARES), 8, channels
 
 
 def plan_of(stem: str, operator: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import LOW, has_memory
+from ..layout import LOW, has_memory, is_channels_last
 from ..schema import NORMS, arguments_of, require_given
 
 
@@ -145,6 +145,16 @@ def _wrong_scale(given: _Given) -> str | None:
     return None if given["scale"] else "scale is 0, which pairs are divided by"
 
 
+def _wrong_likeness(given: _Given) -> str | None:
+    """BatchNorm's tensors lie in memory as x does."""
+    x = given["x"]
+    for name in ("cotangent", "x_cotangent", "cotangent_grad", "x_grad"):
+        t = given[name]
+        if t is not None and (t.dtype != x.dtype or is_channels_last(t) != is_channels_last(x)):
+            return f"{name} is {t.dtype} with strides {t.stride()}, expected {x.dtype} with strides {x.stride()}, as x"
+    return None
+
+
 def _lacks_a_part(given: _Given) -> str | None:
     """An objective has what it looks at."""
     lacks, objective = None, given["objective"]
@@ -173,6 +183,7 @@ _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
     **dict.fromkeys(("random_start_norm", "pgd_step_norm", "project"), _wrong_norm),
     "augment": _lacks_a_key,
     "compactness": _wrong_scale,
+    "batch_norm_double_backward": _wrong_likeness,
     "attack_cotangent": _lacks_a_part,
     "atlas_loss": _wrong_batches,
 }

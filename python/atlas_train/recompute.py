@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.attacks.held import put_back
+from atlas_kernels.double_backward import FastDoubleBackward
 
 #: What is computed again as one: a module, and the name of its method.
 Block = tuple[nn.Module, str]
@@ -81,16 +82,18 @@ _ATTENTION = {
 
 
 class _AsBefore:
-    """For a block's second run: modes and attention kernels of its first one, and copies of its buffers. Entered once
-    per backward."""
+    """For a block's second run: modes, attention kernels and derivatives of its first one, and copies of its buffers.
+    Entered once per backward."""
 
     def __init__(self, block: nn.Module) -> None:
         self._kernels = [kernel for kernel, enabled in _ATTENTION.items() if enabled()]
+        self._derivatives = FastDoubleBackward() if FastDoubleBackward.is_entered() else nullcontext()
         self._block, self._modes = block, {module: module.training for module in block.modules()}
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
         self._stack.enter_context(sdpa_kernel(self._kernels))
+        self._stack.enter_context(self._derivatives)
         self._stack.enter_context(put_back(self._block, self._modes, copy_buffers=True))
 
     def __exit__(self, *exception: Any) -> None:

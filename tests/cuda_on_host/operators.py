@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+import test_batch_norm as batch_norm
 import test_pairwise as pairwise
 from atlas_kernels.core import core
 from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
@@ -346,6 +347,17 @@ def test_compactness_of_special_features(special):
 
 def test_compactness_of_nothing():
     pairwise.test_an_empty_batch_has_no_pairs("cpu")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 132, 2, 2), (130, 8), (2, 3, 2, 3, 4), (1, 2, 40, 52)], ids=str)
+def test_batch_norm(shape, dtype):
+    """The operator itself, on aligned tensors and others, against the reference in float64."""
+    for last, shift, training in itertools.product((False, True), (False, True), (False, True)):
+        p = batch_norm.problem(shape, dtype=dtype, last=last)
+        batch_norm.check_operator(
+            p, unaligned if shift else torch.clone, training=training, parameters=training == last
+        )
 
 
 def ran(library) -> set[int]:

@@ -15,6 +15,7 @@ import atlas_kernels as ak
 
 from .draws import Draw
 from .judges import bits, roundings, units
+from .memory import is_plain
 
 Judge = Callable[..., "str | None"]
 
@@ -281,7 +282,46 @@ def _compactness(draw: Draw) -> Call:
     return Call("compactness", with_gradients, arguments, partial(roundings, tensors=("h", "h_adv")))
 
 
+def _twice(input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, **rest: Any) -> tuple[Tensor, ...]:
+    """The derivatives of BatchNorm's gradient by its cotangent and all that has one."""
+    running = [t.clone() if is_plain(t) else t for t in (running_mean, running_var)]
+    leaves = [t.detach().requires_grad_() if _can_have_gradient(t) else t for t in (input, weight, bias)]
+    out = ak.batch_norm(leaves[0], *running, *leaves[1:], **rest)
+    # Numbers of bfloat16, which are the same in every type.
+    cotangent, over = (
+        torch.linspace(a, b, out.numel(), device=out.device).cos().bfloat16() for a, b in ((0, 2), (3, 9))
+    )
+    cotangent, over = (t.to(out.dtype).view_as(out) for t in (cotangent, over))
+    (grad,) = torch.autograd.grad(out, leaves[0], cotangent.requires_grad_(), create_graph=True)
+    by = [cotangent, *(t for t in leaves[:2] if isinstance(t, Tensor))]
+    return torch.autograd.grad(grad, by, over, materialize_grads=True)
+
+
+def _batch_norm(draw: Draw) -> Call:
+    sizes = [0 if draw.chance(0.05) else draw.integer(2, 9), draw.integer(1, 70 if draw.chance(0.2) else 9)]
+    sizes += [draw.integer(1, 9) for _ in range(draw.integer(0, 3))]
+    dtype, per_channel = draw.dtype(), sizes[1:2]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    names = ["running_mean", "running_var", "weight", "bias"]
+    arguments: dict[str, Any] = {"input": draw.laid_out((draw.normal(sizes) + draw.one_of([0.0, 3.0])).to(dtype))}
+    arguments |= {name: draw.laid_out(draw.uniform(per_channel, 0.5, 2.0).to(wide)) for name in names}
+    arguments["training"] = draw.chance(0.7)
+    left_out = draw.one_of([[], [], names[2:], names[:2] if arguments["training"] else [], names[3:]])
+    arguments |= dict.fromkeys(left_out)
+    arguments["eps"] = draw.one_of([1e-5, 0.1])
+    return Call("batch_norm", _twice, arguments, _judged_where_it_varies)
+
+
+def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None:
+    """A channel whose values all but agree is divided by what rounding left of its spread, PyTorch's too."""
+    given = {**call.arguments, **changed}
+    values = given["input"].double().transpose(0, 1).flatten(1)
+    if given["training"] and values.numel() and not values.var(1, correction=0).min() > 0.01 * values.square().max():
+        return None
+    return roundings(ours, call, tensors=("input",), **changed)
+
+
 _ALL = (
     _random_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours, _augment,
-    _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness,
+    _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness, _batch_norm,
 )  # fmt: skip

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels import attack_cotangent, cross_entropy
 from atlas_kernels.attacks import float16
+from atlas_kernels.double_backward import FastDoubleBackward
 from atlas_kernels.layout import column
 from atlas_kernels.outputs import logits_of
 from atlas_kernels.vjp import vjp
@@ -23,9 +25,12 @@ from ..noise import normal
 from .terms import uncompiled, wide
 
 
-def twice_differentiable() -> AbstractContextManager[object]:
-    """For forwards whose gradient is differentiated again: attention by its plain kernel, as the fused ones cannot."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """For forwards whose gradient is differentiated again: attention by its plain kernel, as the fused ones cannot, and
+    convolutions and BatchNorm with cheap second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), FastDoubleBackward():
+        yield
 
 
 def loss_gradient(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
