@@ -591,9 +591,8 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
 def from_record(values: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """The configuration that a run wrote down, maybe one of an earlier version; of a retired setting that was off there
     is nothing to say."""
-    return from_dict(
-        {**EARLIER, **{key: value for key, value in values.items() if value or key not in RETIRED}}, source
-    )
+    off = {key for key in values.keys() & RETIRED.keys() if isinstance(values[key], int) and not values[key]}
+    return from_dict({**EARLIER, **{key: value for key, value in values.items() if key not in off}}, source)
 
 
 def from_file(path: str | os.PathLike[str], read: Callable[..., TrainConfig] = from_dict) -> TrainConfig:
