@@ -189,3 +189,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("cannot be read as .npz", tmp_path / "cut.npz")
     with pytest.raises(ValueError, match=r"training images are \[1, 8, 8\], extra images \[3, 8, 8\]: give both one"):
         DataSplits("bars", splits().train, splits().test, 4, 0.1, extra=images(5, 1, 3))
+
+
+@pytest.mark.parametrize("damage", ["data", "method of compression", "encrypted"])
+def test_a_compressed_file_that_is_damaged_is_refused(damage: str, tmp_path: Path) -> None:
+    """zipfile then raises zlib.error, NotImplementedError or RuntimeError."""
+    path = write(tmp_path / "a.npz", images(40, 1))
+    whole = bytearray(path.read_bytes())
+    entry = whole.find(b"PK\x01\x02")  # in the list at the end
+    place, value = {"data": (80, 0xFF), "method of compression": (entry + 10, 99), "encrypted": (entry + 8, 1)}[damage]
+    whole[place] = value
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="extra_data .*a.npz cannot be read as .npz"):
+        extra.read(path, (1, 8, 8))

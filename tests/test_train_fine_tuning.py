@@ -41,6 +41,7 @@ def test_every_form_of_weights_is_taken(trained: Path, tmp_path: Path) -> None:
         {"state_dict": {f"module.{name}": value for name, value in final.items()}, "epoch": 3}, tmp_path / "b.pth"
     )
     torch.save({"model": {k: v.double() if v.is_floating_point() else v for k, v in final.items()}}, tmp_path / "c.pt")
+    torch.save({f"_orig_mod.module.{name}": value for name, value in final.items()}, tmp_path / "d.pt")
     for path in (trained, trained / "last.pt", trained / checkpoint.export_name(), *sorted(tmp_path.iterdir())):
         assert same(first_weights(config(init=str(path))), final), path
     assert not same(first_weights(config()), final)

@@ -298,6 +298,15 @@ def test_one_step_adv_mixed_is_adv() -> None:
     assert made == methods.build("adv", EPS, {"steps": 4, "attack_mode": "eval"}, 0.1)
 
 
+@pytest.mark.parametrize("name", ["atlas", "one_step_adv"])
+def test_a_wide_start_is_of_the_batches_in_one_step_alone(name: str) -> None:
+    mixed = config(method=name, hyper={"wide_start": 2.0}, mix_share=0.5, mix_steps=3, epochs=1)
+    kinds = [part.in_use() for _, part in mixed.build_method().parts(State())]
+    assert [(kind.get("steps", 1), kind.get("wide_start", 0.0)) for kind in kinds] == [(1, 2.0), (3, 0.0)]
+    assert mixed.build_method().in_use()["wide_start"] == 2.0
+    trained(mixed)
+
+
 def test_passes_of_mixed_batches_are_the_mean() -> None:
     run = trained(config(method="one_step_adv", hyper={}, mix_share=0.25, mix_steps=3, epochs=1))
     one, three = (

@@ -67,6 +67,13 @@ def test_stop_ends_the_run_after_that_epoch(monkeypatch: pytest.MonkeyPatch, tmp
     assert resume(tmp_path, splits=splits(), on_collapse="warn").epoch == 6
 
 
+def test_a_run_that_came_to_its_last_epoch_did_not_end_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(monkeypatch, SERIES)
+    run, said = trained(tmp_path, **ROLLBACK | {"on_collapse": "stop", "early_stop": 2, "epochs": 4})
+    assert (run.epoch, run.best, run.ended) == (4, 2, "") and not any("the run ends after" in text for text in said)
+    assert checkpoint.load(tmp_path)["ended"] == ""
+
+
 def test_rollback_goes_on_from_the_best_with_one_step_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script(monkeypatch, SERIES)
     taken_back = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -54,6 +54,23 @@ def test_a_run_alone_leaves_its_results_too(tmp_path: Path) -> None:
     config = TrainConfig(**TINY | {"epochs": 1, "method": "standard", "out_dir": str(tmp_path)})
     compare(config, splits=splits(), show="silent", say=lambda text: None)
     assert list(json.loads((tmp_path / "standard" / "results.json").read_text())["methods"]) == ["standard"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "refused"),
+    [
+        ("llr", {"checkpoint_activations": True}, "checkpoint_activations: llr looks into the network"),
+        ("yopo", {"hyper": {"yopo.first_layer": "nothing"}}, "nothing"),
+    ],
+)
+def test_a_method_beside_that_cannot_be_had_is_refused_before_any_trains(
+    method: str, settings: dict[str, Any], refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atlas_train.compare.train", lambda *args, **how: pytest.fail("it trains"))
+    config = TrainConfig(**TINY | {"beside": (method,), "out_dir": str(tmp_path / "out")} | settings)
+    with pytest.raises(ValueError, match=refused):
+        compare(config, splits=splits(), show="silent")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_beside_means_every_method() -> None:

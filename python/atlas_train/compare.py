@@ -23,12 +23,12 @@ from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
 from .imported import is_import_path, without_place
 from .interrupts import Terminated, terminable
-from .machine import on_host
+from .machine import on_host, usable_device
 from .options import plain
 from .passes import passes_per_step
 from .report import write_curves
 from .results import Result, commit, environment, markdown, table
-from .run import Run
+from .run import Run, network_of, require_trainable
 from .saving import best_weights
 from .validation import rule, share
 from .watch import collapses
@@ -185,6 +185,7 @@ def _train_all(
 ) -> tuple[dict[str, Run], Results]:
     """The runs, and what they came to in the order of the table. Those that are there already go first."""
     owns = {name: _own(config, name, folder) for name, folder in folders.items()}
+    _require_all(config, owns, splits)
     runs: dict[str, Run] = {}
     results: Results = {}
     for name in sorted(owns, key=lambda name: owns[name].resume is None):
@@ -196,6 +197,18 @@ def _train_all(
         runs[run.config.label] = run
         results[run.config.label] = _result(run, splits, folders[name], say)
     return runs, {name: results[name] for name in (*config.beside, config.label)}
+
+
+def _require_all(config: TrainConfig, owns: Mapping[str, TrainConfig], splits: DataSplits) -> None:
+    """Raises ValueError if one of several methods cannot be had with these settings, before any of them trains."""
+    if len(owns) == 1:  # train says so
+        return
+    if config.mean is None:  # of runs of early versions, whose weights alone hold them
+        channels = splits.train.shape[0]
+        config = replace(config, mean=(0.0,) * channels, std=(1.0,) * channels)
+    model = network_of(config, splits).to(usable_device(config.device))
+    for own in owns.values():
+        require_trainable(own, model)
 
 
 def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:

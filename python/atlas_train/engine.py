@@ -251,6 +251,8 @@ def watched_epoch(
 
 def _ended(run: Run, sign: str | None) -> str:
     """Why the run is to end before its last epoch, if it is."""
+    if run.epoch == run.config.epochs:
+        return ""
     if sign and run.config.on_collapse == "stop":
         return f"training collapsed in epoch {run.epoch}"
     since, patience = run.epoch - run.best, run.config.early_stop

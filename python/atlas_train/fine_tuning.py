@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .options import one_line, plain
 
-#: What wrappers put before every name.
+#: What wrappers put before every name, in any order.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 6  # names of each kind in an error
 
@@ -67,9 +67,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     file = checkpoint.locate(file)
     weights = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
-    for prefix in _PREFIXES:
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    while prefix := next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
 

@@ -131,14 +131,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     }
     torch.manual_seed(config.seed)
     if model is None:
-        normalize = (config.mean, config.std) if config.mean else None
-        sizes = {name: arch[name] for name in ("num_classes", "in_channels", "width")}
-        model = models.network(config.model, normalize=normalize, activation=config.activation, **sizes)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            f"model {plain(arch['name'])} has no parameter that requires grad, so nothing can be trained: call "
-            ".requires_grad_() of what is to be trained"
-        )
+        model = network_of(config, splits)
     if config.init and not config.resume:
         begin_with(model, config.init)
     model = model.to(device)
@@ -159,18 +152,10 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     if arch["by_name"]:
         few = splits.train.images[:2].to(device).float() / 255
         models.require_usable(model, arch["name"], few, splits.num_classes)
-    method = config.build_method()
-    method.require(model)
-    if config.compile:
-        require_compilable(method)
-    if config.checkpoint_activations:
-        require_recomputable(method, model)
+    method, optimizer = require_trainable(config, model)
     network = compiled_network(model, method) if config.compile else model
     precision = config.attack_precision or config.train_precision
     execution = Execution(precision, cuda_graphs=config.cuda_graphs == "attack")
-    optimizer = optimizers.make(config, model)
-    if config.cuda_graphs == "step":
-        require_recordable(method, optimizer, config.on_nonfinite)
     return Run(
         config=config,
         method=method,
@@ -187,6 +172,39 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         average=averaging.make(config, model),
         validation=validation,
     )
+
+
+def network_of(config: TrainConfig, splits: DataSplits) -> nn.Module:
+    """The network that the configuration names, with weights that torch's generator draws."""
+    return models.network(
+        config.model,
+        normalize=(config.mean, config.std) if config.mean else None,
+        activation=config.activation,
+        num_classes=splits.num_classes,
+        in_channels=splits.train.shape[0],
+        width=config.width,
+    )
+
+
+def require_trainable(config: TrainConfig, model: nn.Module) -> tuple[Method, torch.optim.Optimizer]:
+    """The method and the optimiser. Raises ValueError where the method cannot have the network, on its device, or what
+    the settings of speed ask for."""
+    if not any(p.requires_grad for p in model.parameters()):
+        name = without_place(config.model) if config.model else type(model).__name__
+        raise ValueError(
+            f"model {plain(name)} has no parameter that requires grad, so nothing can be trained: call "
+            ".requires_grad_() of what is to be trained"
+        )
+    method = config.build_method()
+    method.require(model)
+    if config.compile:
+        require_compilable(method)
+    if config.checkpoint_activations:
+        require_recomputable(method, model)
+    optimizer = optimizers.make(config, model)
+    if config.cuda_graphs == "step":
+        require_recordable(method, optimizer, config.on_nonfinite)
+    return method, optimizer
 
 
 def require_recomputable(method: Method, model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def _arrays(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         if set(KEYS) <= set(names):
             with file:
                 return file[KEYS[0]], file[KEYS[1]]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:  # no archive, damaged, or objects in it
+    except Exception as error:  # no archive, objects in it, or damaged, which raises nearly anything
         raise ValueError(f"extra_data {plain(path)} cannot be read as .npz: {one_line(error)}") from error
     has = f"the arrays {', '.join(map(plain, names))}" if names else "no arrays by name"
     raise ValueError(f"extra_data {plain(path)} must hold image and label, images with their classes; it has {has}")

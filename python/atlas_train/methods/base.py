@@ -127,8 +127,8 @@ class Method(ABC):
                 f"mix_share needs a method that attacks in steps of a number that can be chosen, which {self.name} is "
                 "not: set mix_share=0, or choose another method, for example atlas or one_step_adv"
             )
-        changed: dict[str, Any] = {"steps": steps} | ({"step_size": None} if hasattr(self, "step_size") else {})
-        return replace(self, **changed)
+        changed: dict[str, Any] = {"steps": steps, "step_size": None, "wide_start": 0.0}  # which is of one step
+        return replace(self, **{name: value for name, value in changed.items() if hasattr(self, name)})
 
     @property
     def updates(self) -> int:
