@@ -144,7 +144,8 @@ def test_every_setting_and_hyper_parameter_is_a_flag_with_a_help(name: str, caps
         if field.name != "hyper":
             assert re.search(f"--{field.name.replace('_', '-')}[ ,]", text)
             assert field.metadata["help"] not in ("", "default: by data set")
-    boxes = dict(zip(*[iter(re.split(r"(\w+) options ", text)[1:])] * 2, strict=True))
+    words = re.split(r"([\w-]+) options ", text)
+    boxes = dict(zip((name.replace("-", "_") for name in words[1::2]), words[2::2], strict=True))
     assert list(boxes) == [*SECTIONS, *([name] if own else [])]
     assert all(f"--{key.replace('_', '-')}" in boxes[name] for key in own)
     for setting, box in {"val_size": "data", "clip_norm": "update", "swa_start": "averaging", "config": "run"}.items():
