@@ -130,7 +130,9 @@ def test_a_run_goes_on_with_its_own_extra_images_alone(tmp_path: Path) -> None:
     path, other = write(tmp_path / "more.npz", images(100, 1)), write(tmp_path / "other.npz", images(100, 2))
     engine.train(config(path, epochs=1), splits=splits(), folder=tmp_path / "run")
     again = {"splits": splits(), "epochs": 2}
-    with pytest.raises(FileNotFoundError, match="extra_data: there is no file more.npz.*say where it lies"):
+    with pytest.raises(
+        FileNotFoundError, match="extra_data: there is no file more.npz; say where it lies .* to resume a run"
+    ):
         resume(tmp_path / "run", **again)
     with pytest.raises(ValueError, match="other extra images. It has bars: .*100 extra images.*Give those it was made"):
         resume(tmp_path / "run", **again, extra_data=str(other))
