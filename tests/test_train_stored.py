@@ -168,7 +168,7 @@ def test_checkpoints_of_the_version_before_go_on_with_a_note(tmp_path: Path) -> 
     again = resume(tmp_path, splits=splits(), display=lines)
     assert same(weights(again.model), weights(whole.model))
     assert "kept no record of its images: it says bars, and nothing tells" in lines.said[0]
-    assert lines.said[1:] == ["resumed after epoch 1 of 2"]
+    assert lines.said[1:] == ["resumed after epoch 2 of 4"]
     old_version(tmp_path)
     said: list[str] = []
     evaluate_checkpoint(tmp_path, splits=splits(), steps=1, say=said.append)
