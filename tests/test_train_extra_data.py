@@ -191,3 +191,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("cannot be read as .npz", tmp_path / "cut.npz")
     with pytest.raises(ValueError, match=r"training images are \[1, 8, 8\], extra images \[3, 8, 8\]: give both one"):
         DataSplits("bars", splits().train, splits().test, 4, 0.1, extra=images(5, 1, 3))
+
+
+def test_the_file_of_the_documentation_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert extra.read("more.npz", (3, 32, 32)).shape == (3, 32, 32)
