@@ -25,8 +25,7 @@ def config(kind: str, **changed: Any) -> TrainConfig:
     more = {
         "averaging": kind,
         "method": "standard",
-        "ema_decay": 0.8,
-        "swa_start": 0.5,
+        **({"swa_start": 0.5} if kind == "swa" else {"ema_decay": 0.8}),
         "lr": 0.02,
         "ema_warmup": False,
     }
@@ -222,6 +221,21 @@ def test_an_average_that_never_began_is_said(tmp_path: Path) -> None:
     lines.said.clear()
     engine.train(config("swa", swa_start=0.75), splits=splits(), display=lines)
     assert not any("WARNING" in text for text in lines.said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"extra_share": 0.3}, "extra_share=0.3 changes nothing, as extra_data is not given"),
+        ({"ema_decay": 0.9}, "ema_decay=0.9 changes nothing, as averaging is none"),
+        ({"averaging": "ema", "swa_start": 0.5}, "swa_start=0.5 changes nothing, as averaging is ema"),
+        ({"average_bn": "clean"}, "average_bn=clean changes nothing, as averaging is none"),
+    ],
+)
+def test_a_setting_without_the_one_that_it_belongs_to_is_said(setting: dict[str, Any], why: str) -> None:
+    lines = Lines()
+    engine.train(TrainConfig(**TINY | {"epochs": 1} | setting), splits=splits(), display=lines)
+    assert lines.said == [f"WARNING: {why}"]
 
 
 def test_an_average_that_will_hold_its_first_weights_is_said() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from atlas_train import cli, flags, methods, progress
 from atlas_train import compare as comparing
-from atlas_train.config import TrainConfig
+from atlas_train.config import SECTIONS, TrainConfig
 from atlas_train.machine import usable_device
 
 pytest.importorskip("tyro")
@@ -143,11 +143,13 @@ def test_every_setting_and_hyper_parameter_is_a_flag_with_a_help(name: str, caps
     for field in [*dataclasses.fields(TrainConfig), *own.values()]:
         if field.name != "hyper":
             assert re.search(f"--{field.name.replace('_', '-')}[ ,]", text)
-            assert field.name in ("batch_size", "optimizer", "weight_decay") or field.metadata["help"] not in (
-                "",
-                "default: by data set",
-            )
-    assert text.count(f"[{name}]") - bool(own) == len(own)
+            assert field.metadata["help"] not in ("", "default: by data set")
+    words = re.split(r"([\w-]+) options ", text)
+    boxes = dict(zip((name.replace("-", "_") for name in words[1::2]), words[2::2], strict=True))
+    assert list(boxes) == [*SECTIONS, *([name] if own else [])]
+    assert all(f"--{key.replace('_', '-')}" in boxes[name] for key in own)
+    for setting, box in {"val_size": "data", "clip_norm": "update", "swa_start": "averaging", "config": "run"}.items():
+        assert f"--{setting.replace('_', '-')} " in boxes[box]
 
 
 def test_no_hyper_parameter_hides_a_setting() -> None:

@@ -130,7 +130,9 @@ def test_a_run_goes_on_with_its_own_extra_images_alone(tmp_path: Path) -> None:
     path, other = write(tmp_path / "more.npz", images(100, 1)), write(tmp_path / "other.npz", images(100, 2))
     engine.train(config(path, epochs=1), splits=splits(), folder=tmp_path / "run")
     again = {"splits": splits(), "epochs": 2}
-    with pytest.raises(FileNotFoundError, match="extra_data: there is no file more.npz.*say where it lies"):
+    with pytest.raises(
+        FileNotFoundError, match="extra_data: there is no file more.npz; say where it lies .* to resume a run"
+    ):
         resume(tmp_path / "run", **again)
     with pytest.raises(ValueError, match="other extra images. It has bars: .*100 extra images.*Give those it was made"):
         resume(tmp_path / "run", **again, extra_data=str(other))
@@ -202,3 +204,10 @@ def test_a_compressed_file_that_is_damaged_is_refused(damage: str, tmp_path: Pat
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="extra_data .*a.npz cannot be read as .npz"):
         extra.read(path, (1, 8, 8))
+
+
+def test_the_file_of_the_documentation_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert extra.read("more.npz", (3, 32, 32)).shape == (3, 32, 32)

@@ -342,7 +342,7 @@ def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) ->
     ("name", "value", "message"),
     [
         ("label_smoothing", 1.0, "must be a number >= 0 and < 1, got 1.0; write 0.1 for a tenth"),
-        ("clip_norm", -1.0, "must be a number >= 0, got -1.0; 0: any"),
+        ("clip_norm", -1.0, "must be a number >= 0, got -1.0; 0: no limit"),
         ("decay_norms", "some", "must be true or false, got 'some'"),
         ("schedule", "onecycle", "must be one of 'cyclic', 'piecewise', 'cosine', 'linear', 'one_cycle'"),
         ("lr_warmup", -2, "must be a number >= 0, got -2"),

@@ -152,9 +152,11 @@ def test_a_rescued_run_is_labelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_without_steps_the_run_ends_at_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script(monkeypatch, SERIES)
     run, said = trained(tmp_path, **ROLLBACK | {"method": "one_step_adv", "hyper": {}, "epochs": 6})
-    ended = "training collapsed in epoch 4, and a stronger attack is not to be had"
+    why = "one_step_adv has no attack steps, of which it could make more"
+    ended = f"training collapsed in epoch 4, and {why}"
     assert (run.epoch, run.best, run.ended) == (2, 2, ended)
-    assert said[-1] == f"{FELL} in epoch 4: back to epoch 2, the best, and the end: {ended}"
+    assert said[-1] == f"{FELL} in epoch 4: back to epoch 2, the best, where the run ends, as {why}"
+    assert not any("WARNING" in text for text in said)  # whose advice is followed already
     best, last = checkpoint.load(tmp_path / "best.pt"), checkpoint.load(tmp_path)
     assert same(best["model"], last["model"]) and same(weights(run.model), best["model"])
     assert resume(tmp_path, splits=splits()).epoch == 2
@@ -165,7 +167,7 @@ def test_a_run_that_collapses_again_and_again_ends(monkeypatch: pytest.MonkeyPat
     run, _ = trained(tmp_path, **ROLLBACK)
     assert (run.epoch, len(run.rescues), run.method.in_use()["steps"]) == (1, 4, 4)
     assert [each["changed"].get("steps") for each in run.rescues] == [[1, 2], [2, 3], [3, 4], None]
-    assert run.ended.endswith("a stronger attack is not to be had")
+    assert run.ended == "training collapsed in epoch 2, and 3 stronger attacks have not helped"
 
 
 def test_a_collapse_within_an_epoch_is_taken_back_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_weights_that_are_not_finite_are_taken_back_too(monkeypatch: pytest.Monk
     count = iter(range(1000))
     monkeypatch.setattr(engine.OptimizerDescent, "step", burst)
     run, said = trained(tmp_path, **ROLLBACK)
-    assert run.ended == "training collapsed in epoch 4, and a stronger attack is no remedy"
+    assert run.ended == "training collapsed in epoch 4, and a stronger attack does not help against that"
     assert (run.epoch, run.best) == (2, 2) and said[-1].startswith(
         "a loss or a weight that is not finite in epoch 4: back to"
     )

@@ -126,7 +126,7 @@ def test_a_method_without_an_attack_is_validated_on_clean_images(tmp_path: Path)
     assert all("val_pgd" not in row and row["val_clean"] > 0 for row in run.history)
     accuracies = [row["val_clean"] for row in run.history]
     assert run.best == accuracies.index(max(accuracies)) + 1
-    assert validation.rule(run) == "the highest clean accuracy on 16 validation images, then the earliest"
+    assert validation.rule("standard", 16) == "the highest clean accuracy on 16 validation images, then the earliest"
 
 
 def test_what_validation_costs_is_what_it_computes() -> None:
@@ -181,7 +181,14 @@ def test_of_equally_robust_epochs_the_more_accurate_is_the_best() -> None:
 
 def test_a_run_without_validation_keeps_no_best(tmp_path: Path) -> None:
     run = engine.train(TrainConfig(**TINY | {"epochs": 1}), splits=splits(), folder=tmp_path)
-    assert run.best == 0 and not (tmp_path / "best.pt").exists() and validation.rule(run) is None
+    assert run.best == 0 and not (tmp_path / "best.pt").exists() and validation.rule("atlas", 0) is None
+
+
+def test_the_table_says_where_the_last_epoch_is_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(monkeypatch, [0.3, 0.5, 0.6, 0.7])
+    lines: list[str] = []
+    compare(TrainConfig(**VALIDATED | {"out_dir": str(tmp_path)}), splits=splits(), show="silent", say=lines.append)
+    assert lines[-2].splitlines()[-1] == "the last epoch is also the best of atlas"
 
 
 def test_tables_and_files_give_best_and_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,7 +201,7 @@ def test_tables_and_files_give_best_and_last(monkeypatch: pytest.MonkeyPatch, tm
     assert table[2].startswith("atlas, last (epoch 4)") and table[3].startswith("atlas, best (epoch 2)")
     assert table[5].startswith(
         "best: the epoch with the highest PGD-10 accuracy on 16 validation images, of equal ones the highest clean "
-        "accuracy, then the earliest; it costs "
+        "accuracy, then the earliest; validation costs "
     )
     written = json.loads((tmp_path / "atlas" / "results.json").read_text())
     own = written["methods"]["atlas"]
@@ -205,7 +212,8 @@ def test_tables_and_files_give_best_and_last(monkeypatch: pytest.MonkeyPatch, tm
     (again,) = resume_compare(tmp_path / "atlas", splits=splits(), show="silent", say=lines.append).values()
     assert again == result and any("evaluated before" in line for line in lines)
     (found,) = evaluate_checkpoint(tmp_path / "atlas", splits=splits(), say=lines.append).values()
-    assert found.best is not None and (found.epoch, found.best.epoch) == (4, 2)
+    assert found.best is not None and (found.epoch, found.best.epoch, found.rule) == (4, 2, result.rule)
+    assert lines[-2] == "and the best epoch, 2:"
     drop = {"seconds": 0.0}
     for mine, theirs in ((found, result), (found.best, result.best)):
         assert dataclasses.replace(mine.evaluation, **drop) == dataclasses.replace(theirs.evaluation, **drop)

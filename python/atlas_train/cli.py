@@ -28,6 +28,7 @@ from .config import (
     AUTOATTACK_VERSION,
     MOST_THREADS,
     RETIRED,
+    SECTIONS,
     TrainConfig,
     added,
     from_file,
@@ -177,13 +178,10 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[s
     """
     method, own, argv = methods.get(name), base.hyper_of(name), _without_retired(argv)
     known = methods.hyper_parameters(method)
-    wanted = [
-        flags.text_flag("config", "JSON file with settings, by the names of the flags; flags override it"),
-        *flags.declared(TrainConfig, vars(base)),
-        *flags.declared(method, own, group=name),
-    ]
-    what = f"The hyper-parameters of {name} are marked [{name}]." if known else f"{name} has no hyper-parameters."
-    parsed = flags.parse(wanted, "train", f"Train an image classifier, evaluate it, and print a table. {what}", argv)
+    what = f"The hyper-parameters of {name} come last." if known else f"{name} has no hyper-parameters."
+    text = f"Train an image classifier, evaluate it, and print a table. {what}"
+    sections = [*_sections(base), (name, f"hyper-parameters of {name}", flags.declared(method, own, group=name))]
+    parsed = flags.parse_sections(sections, "train", text, argv)
     settings = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "hyper"}
     if kept:
         settings["beside"] = added(kept, settings["beside"], name)
@@ -191,6 +189,16 @@ def parse_train(name: str, base: TrainConfig, argv: Sequence[str], kept: tuple[s
     given = {key: value for key, value in chosen.items() if value is not None}  # auto: as if it were not given
     beside = {key: value for key, value in base.hyper.items() if "." in key and not key.startswith(f"{name}.")}
     return TrainConfig(**settings, hyper=beside | given)
+
+
+def _sections(base: TrainConfig) -> list[flags.Section]:
+    """The flags of all settings, in the sections of the help."""
+    settings = flags.declared(TrainConfig, vars(base))
+    settings += [flags.text_flag("config", "JSON file with settings, by the names of the flags; flags override it")]
+    names = [flag[0] for flag in settings]
+    firsts = [names.index(first) for _, first in SECTIONS.values()]
+    ends = zip(firsts, [*firsts[1:], len(names)], strict=True)
+    return [(name, about, settings[i:j]) for (name, (about, _)), (i, j) in zip(SECTIONS.items(), ends, strict=True)]
 
 
 def _without_retired(argv: Sequence[str]) -> list[str]:

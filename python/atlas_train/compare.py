@@ -263,6 +263,8 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     with on_host(c.threads):
         last = _attacked(c, model, run.epoch, splits, say)
         with best_weights(run) as better:
+            if better:
+                say(f"and the best epoch, {run.best}:")
             best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
         passes = passes_per_step(run)
     result = replace(
@@ -272,7 +274,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         passes=passes,
         skipped=run.skipped,
         best=best,
-        rule=rule(run),
+        rule=rule(c.method, c.val_size),
         validation_share=share(run, passes),
         collapses=[list(each) for each in collapses(run.history)],
         rescues=run.rescues,

@@ -33,6 +33,18 @@ RETIRED: dict[str, str] = {
 }
 #: What runs of earlier versions had, where a new run has another default: their records do not say it.
 EARLIER: dict[str, Any] = {"ema_warmup": False, "val_size": 0}
+#: The sections of the help: what each is about, and its first setting.
+SECTIONS = {
+    "method": ("how it is trained, and against which attack", "method"),
+    "data": ("images to train on, and those held out", "dataset"),
+    "network": ("what is trained, and from which weights", "model"),
+    "update": ("how the weights are updated", "epochs"),
+    "averaging": ("the weights that are exported", "averaging"),
+    "collapse": ("signs that training fails, and what follows (validation: --val-size)", "on_collapse"),
+    "evaluation": ("of test images, at the end", "eval_size"),
+    "speed": ("speed and memory; the result stays the same, up to precision", "train_precision"),
+    "run": ("where it runs, and where its files are", "seed"),
+}
 _AUTO = "default: by data set"
 AUTOATTACK = (
     "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
@@ -73,17 +85,52 @@ class TrainConfig(metaclass=_Lenient):
     hyper: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters of the method, e.g. {"radius": 0.1}; "adv.steps" reaches a method in ``beside``."""
 
+    beside: tuple[str, ...] = option(
+        None,
+        "other methods, trained with the same settings for the same table. all, alone: every method; --beside without "
+        "a name, or none: none; default: on digits standard and one_step_adv, else none. With the folder of a "
+        "comparison as --resume they are added to its methods",
+    )
+    eps: float = option(
+        None,
+        "radius of the ball, for images in [0, 1], e.g. 8/255; < 1 in l_inf alone; " + _AUTO,
+        above=0,
+        below=1,
+        of_linf=True,
+        hint="images are in [0, 1], so write 8/255 instead of 8",
+    )
+    norm: Norm = option(
+        "linf",
+        "threat model: the norm of the ball in training, validation and evaluation. l2 and l1: only for methods that "
+        "attack by PGD (its own steps then apply) or not at all; eps is then 128/255 and 12 on cifar10",
+    )
+    eps_warmup: int = option(
+        0,
+        "epochs at the start in which eps grows evenly: eps / (eps_warmup + 1) in the first, and so on; attack steps "
+        "shrink with it. Validation and evaluation use all of eps (Pang et al. 2021)",
+        low=0,
+        hint="whole epochs; 0: none",
+    )
+    mix_share: float = option(
+        0.0,
+        "share of the batches that are attacked with mix_steps steps instead of the method's own (not those in "
+        "beside); 0: none",
+        low=0,
+        below=1,
+        hint="write 0.1 for a tenth; 0: off",
+    )
+    mix_steps: int = option(10, "attack steps of the batches of mix_share; their step size is PGD's", low=1)
     awp: float = option(
         0.0,
-        "adversarial weight perturbation around the method (not those beside), as a share of each weight's norm; "
-        "0: off. Published: 0.01 for adv, 0.005 for trades",
+        "adversarial weight perturbation (not for those in beside), as a share of each weight's norm; 0: off. "
+        "Published: 0.01 for adv, 0.005 for trades (Wu et al. 2020)",
         low=0,
         below=1,
     )
     awp_warmup: int = option(
         0,
-        "first epochs, without the perturbation of weights; published: 0 for adv, 9 for trades. Some are needed where "
-        "accuracy stays at chance otherwise, as that of adv with awp 0.01 does on digits",
+        "epochs at the start without awp. Published: 0 for adv, 9 for trades; some are needed where accuracy stays at "
+        "chance otherwise, as with adv and awp 0.01 on digits",
         low=0,
     )
 
@@ -95,154 +142,166 @@ class TrainConfig(metaclass=_Lenient):
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
     train_size: int | None = option(
-        None, "train on this many images (a stratified draw); default: all that validation leaves", low=1
+        None,
+        "train on this many images, with the same share of each class; default: all but those of validation",
+        low=1,
     )
     val_size: int = option(
         None,
-        "training images held out for validation (a stratified draw by the seed, never trained on): after each epoch "
-        "they say which weights are kept as best.pt; 0: none. Default: 2 % of the images, but 500 to 1000, and at most "
-        "a tenth",
+        "training images held out for validation, which chooses best.pt; never trained on; 0: no validation. Default: "
+        "2 % of the images, but at least 500, and at most 1000 and a tenth of them",
         low=0,
     )
+    augment: bool = option(None, "random crop and flip; " + _AUTO)
     extra_data: str | None = option(
         None,
-        "more images to train on, generated ones say: an .npz file with image, uint8 [N, H, W, C], and label, the "
-        "layout of those that are published for CIFAR-10 (Gowal et al. 2021, arXiv 2110.09468)",
+        "more training images, real or generated: an .npz file with image (uint8 [N, H, W, C]) and label (integers "
+        "[N]), the layout of the published ones for CIFAR-10 (Gowal et al. 2021)",
     )
     extra_share: float = option(
         0.5,
-        "share of each batch that comes from extra_data; an epoch has as many batches as without. The default is that "
-        "of Carmon et al. 2019, arXiv 1905.13736",
+        "share of each batch that comes from extra_data; an epoch has as many batches as without it (0.5: Carmon et "
+        "al. 2019)",
         above=0,
         below=1,
+        hint="write 0.3 for 30 %",
     )
-    augment: bool = option(None, "random crop and flip; " + _AUTO)
-
-    model: str = option(
-        None, "network, by name, or code of your own: package.module:factory or path/to/file.py:factory; " + _AUTO
-    )
-    width: int | None = option(None, "width of the network; default: the network's own", low=1)
-    mean: tuple[float, ...] = option(
-        None, "of training images in [0, 1], a number for each channel: networks of ours normalise by it; " + _AUTO
-    )
-    std: tuple[float, ...] = option(None, "beside mean; " + _AUTO, above=0)
-    activation: Literal["relu", "silu", "gelu"] = option(
-        "relu",
-        "of networks of ours. relu, as published; silu (Swish; Gowal et al. 2020, arXiv 2010.03593) and gelu are "
-        "smooth (Xie et al. 2020, arXiv 2006.14536)",
-    )
-
     mixup: float = option(
         0.0,
-        "alpha of the Beta distribution by which two images and their labels are mixed (Zhang et al. 2018, arXiv "
-        "1710.09412), in every method whose loss can have two labels; 0: off. Rice et al. (2020, arXiv 2002.11569) "
-        "take 1.4",
+        "alpha of mixup, for every method whose loss can have two labels; 0: off. Published: 1.4 (Rice et al. 2020)",
         low=0,
         high=100,
     )
     cutmix: float = option(
         0.0,
-        "the same for CutMix, which puts a box of one image into the other (Yun et al. 2019, arXiv 1905.04899; 1.0 "
-        "there). Rebuffi et al. (2021, arXiv 2103.01946) find it to help where the weights are averaged",
+        "alpha of CutMix, for the same methods; 0: off. Published: 1 (Yun et al. 2019); it helps most with averaging "
+        "(Rebuffi et al. 2021)",
         low=0,
         high=100,
     )
+
+    model: str = option(
+        None,
+        f"network: {', '.join(models.names())}, or code of your own: package.module:factory or "
+        "path/to/file.py:factory; " + _AUTO,
+    )
+    width: int | None = option(None, "width of the network; default: the network's own", low=1)
+    activation: Literal["relu", "silu", "gelu"] = option(
+        "relu", "of the networks listed under --model; silu (Swish) and gelu are smooth (Gowal et al. 2020)"
+    )
     init: str | None = option(
         None,
-        "weights to begin with, for fine-tuning (cure was published for that): a run's folder, a checkpoint, or a "
-        ".safetensors or .pt file of weights by name. Default: drawn by seed",
+        "weights to start from, for fine-tuning: a run's folder, a checkpoint, or a .safetensors or .pt file of "
+        "weights by name. Default: random, by seed",
     )
-    label_smoothing: float = option(
-        0.0,
-        "share of the target that is spread evenly over the classes (Szegedy et al. 2016, arXiv 1512.00567), in every "
-        "cross-entropy of the method's loss; attacks and terms about slopes keep whole labels, but where one backward "
-        "serves attack and update (free, yopo). Pang et al. (2021, arXiv 2010.00467) find that 0.1 to 0.2 help PGD "
-        "training slightly",
-        low=0,
-        below=1,
-        hint="write 0.1 for a tenth; 0: off",
-    )
-
-    eps: float = option(
+    mean: tuple[float, ...] = option(
         None,
-        "radius of the ball for images in [0, 1], e.g. 8/255; < 1 in l_inf alone; " + _AUTO,
-        above=0,
-        below=1,
-        of_linf=True,
-        hint="images are in [0, 1], so write 8/255 instead of 8",
+        "mean of the training images in [0, 1], a number for each channel, by which the networks listed under --model "
+        "normalise; " + _AUTO,
     )
-    norm: Norm = option(
-        "linf",
-        "of the ball, in training, probe and evaluation. l2 and l1: for methods whose adversary is that of PGD, whose "
-        "own steps then apply (published ones are of l_inf), or that have none; eps there on cifar10: 128/255 and 12",
-    )
+    std: tuple[float, ...] = option(None, "standard deviation, beside mean; " + _AUTO, above=0)
 
-    eps_warmup: int = option(
-        0,
-        "first epochs with a smaller radius in training: in the e-th it is e / (eps_warmup + 1) of eps, and steps and "
-        "other lengths shrink with it, so that the attack keeps its shape. Evaluation and probe keep to eps. Pang et "
-        "al. (2021, arXiv 2010.00467), who shrink eps alone, find that it makes no difference",
-        low=0,
-        hint="whole epochs; 0: none",
-    )
-    mix_share: float = option(
-        0.0,
-        "share of the batches that the method (not those beside) attacks in mix_steps steps instead of its own; seed "
-        "and step decide which. A choice of ours; Wang et al. (2021, Multi-stage optimization based adversarial "
-        "training) mix one-step and multi-step adversaries in stages",
-        low=0,
-        below=1,
-        hint="write 0.1 for a tenth; 0: off",
-    )
-    mix_steps: int = option(10, "steps of these attacks, their step size PGD's own", low=1)
-
-    epochs: int = option(None, "passes over the data; " + _AUTO, low=1)
+    epochs: int = option(None, "passes over the training images; " + _AUTO, low=1)
     batch_size: int = option(
         None,
-        "images per update. The learning rate is not adapted to it: for sgd, Goyal et al. (2017, arXiv 1706.02677) "
-        "take it in proportion, with an lr_warmup; " + _AUTO,
+        "images per update. lr does not follow it: with sgd multiply lr by the same factor, and use lr_warmup (Goyal "
+        "et al. 2017); " + _AUTO,
         low=1,
     )
-    optimizer: Literal["sgd", "adam"] = option(None, _AUTO)
-    lr: float = option(None, "peak learning rate; " + _AUTO, above=0)
+    optimizer: Literal["sgd", "adam"] = option(None, "what turns gradients into updates; " + _AUTO)
+    lr: float = option(None, "highest learning rate; " + _AUTO, above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
-    weight_decay: float = option(None, _AUTO, low=0)
-    decay_norms: bool = option(
-        True,
-        "weight decay also of BatchNorm's weights and of biases, that is of what has one dimension, as in most "
-        "published code of the methods. --no-decay-norms: not of these, as in He et al. (2019, arXiv 1812.01187)",
-    )
-    clip_norm: float = option(
-        0.0,
-        "most that the l2 norm of all gradients together may be in an update; longer ones are scaled down to it "
-        "(Pascanu et al. 2013, arXiv 1211.5063). 0: any",
-        low=0,
-        hint="0: any",
-    )
     schedule: Literal["cyclic", "piecewise", "cosine", "linear", "one_cycle", "constant"] = option(
         "cyclic",
-        "of the learning rate: cyclic 0 -> lr -> 0, piecewise lr/10 at 50 % and lr/100 at 75 %, cosine lr -> 0, linear "
-        "lr -> 0, one_cycle lr/25 -> lr -> lr/250000 in half waves (Smith & Topin 2018, arXiv 1708.07120, with the "
-        "constants of torch's OneCycleLR, the momentum constant), constant",
+        "of the learning rate: cyclic 0 -> lr -> 0; piecewise lr, lr/10 from 50 %, lr/100 from 75 % of the steps; "
+        "cosine and linear lr -> 0; one_cycle lr/25 -> lr -> lr/250000 (Smith & Topin 2018; momentum stays constant); "
+        "constant",
     )
     cyclic_peak: float = option(
         None,
-        "share of steps before the peak of cyclic, by default by data set, or of one_cycle, by default 0.3",
+        "share of the steps before the highest rate of cyclic and one_cycle; default: by data set for cyclic, 0.3 for "
+        "one_cycle",
         low=0,
         below=1,
     )
     lr_warmup: float = option(
         0.0,
-        "epochs, whole or not, in which the learning rate grows evenly from 0 to that of the schedule (Goyal et al. "
-        "2017, arXiv 1706.02677: 5); cyclic and one_cycle begin so by themselves",
+        "epochs (0.5 is half of one) at the start in which the learning rate grows evenly from 0; not for cyclic and "
+        "one_cycle, which start low anyway. Published: 5 (Goyal et al. 2017)",
         low=0,
         hint="0: no warm-up",
     )
+    weight_decay: float = option(None, "share of the weights that is added to their gradients; " + _AUTO, low=0)
+    decay_norms: bool = option(
+        True,
+        "weight decay also for BatchNorm and biases, as in most published code; --no-decay-norms: not for these (He "
+        "et al. 2019)",
+    )
+    clip_norm: float = option(
+        0.0,
+        "gradient clipping: the largest l2 norm of all gradients together; longer ones are scaled down (Pascanu et al. "
+        "2013). 0: no limit",
+        low=0,
+        hint="0: no limit",
+    )
+    label_smoothing: float = option(
+        0.0,
+        "share of the label that is spread evenly over all classes, in the cross-entropies of the loss; attacks keep "
+        "whole labels (not in free and yopo). Published: 0.1 to 0.2 (Pang et al. 2021)",
+        low=0,
+        below=1,
+        hint="write 0.1 for a tenth; 0: off",
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "what follows a loss that is NaN or infinite. stop: the run ends; skip: the batch changes nothing (updates "
+        "that a method with several per batch has made stay), and CUDA waits for every loss",
+    )
+
+    averaging: Literal["none", "ema", "swa"] = option(
+        "none",
+        "average of the weights, BatchNorm's statistics included, which is then validated, evaluated and exported. "
+        "ema: moving average, after every batch; swa: mean over the last epochs (Izmailov et al. 2018)",
+    )
+    ema_decay: float = option(
+        0.999, "decay of ema: it averages over about 1 / (1 - decay) batches; take less for a short run", low=0, below=1
+    )
+    ema_warmup: bool = option(
+        True,
+        "after t batches ema's decay is at most (1 + t) / (10 + t), so that a short run forgets its first weights (as "
+        "in TensorFlow)",
+    )
+    swa_start: float = option(0.75, "share of the epochs that is over before swa begins", low=0, below=1)
+    average_bn: Literal["average", "clean", "method"] = option(
+        "average",
+        "where BatchNorm's statistics of the average come from. average: averaged as the weights are; clean: a pass "
+        "over the clean training images (Izmailov et al. 2018); method: a pass with the method's attack. The passes "
+        "are made after every epoch that has an average",
+    )
+
+    on_collapse: Literal["warn", "stop", "rollback"] = option(
+        "warn",
+        "what follows when training collapses (catastrophic overfitting). warn: a warning; stop: the run ends after "
+        "that epoch; rollback: it goes back to best.pt, and on with one attack step more, or ends there if the method "
+        "has no --steps. Methods in beside: warn",
+    )
+    early_stop: int = option(
+        0, "end the run after so many epochs in a row without a better one in validation; 0: never", low=0
+    )
+    probe_size: int = option(
+        64, "training images that PGD-5 attacks after each epoch, to see a collapse; 0: do not watch", low=0
+    )
+
+    eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
+    autoattack: int = option(0, AUTOATTACK, low=0)
+    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
+
     train_precision: Literal["fp32", "bf16"] = option(
         "fp32", "of the network where weights get gradients; bf16: autocast. Evaluation stays fp32"
     )
     attack_precision: Literal["fp32", "bf16"] | None = option(
-        None, "of the network in attacks, the probe's too; images and steps stay fp32. Default: as train_precision"
+        None,
+        "of the network in attacks, validation and probe; images and steps stay fp32. Default: as train_precision",
     )
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(
@@ -264,64 +323,13 @@ class TrainConfig(metaclass=_Lenient):
     )
     checkpoint_activations: bool = option(
         False,
-        "training forwards keep the input of each block alone, and the backward runs the block again: up to a forward "
-        "more each, for memory. The memory of attacks is unchanged",
+        "less memory in training, at the price of up to one forward more for each: the backward computes the inside of "
+        "each block again. The memory of attacks is unchanged",
     )
 
-    averaging: Literal["none", "ema", "swa"] = option(
-        "none",
-        "of the weights, BatchNorm's statistics included: ema after every batch; swa, the mean over the ends of the "
-        "last epochs. Validation, the final evaluation and the exported weights are then those of the average; the "
-        "probe looks at the weights being trained",
-    )
-    ema_decay: float = option(
-        0.999, "decay of ema, which remembers some 1 / (1 - decay) batches: take less for a short run", low=0, below=1
-    )
-    ema_warmup: bool = option(
-        True,
-        "ema's decay after t batches is at most (1 + t) / (10 + t), so that a short run is not still at its first "
-        "weights (as TensorFlow's ExponentialMovingAverage). Runs of versions without this setting go on without it",
-    )
-    swa_start: float = option(0.75, "share of the epochs before the first that swa takes", low=0, below=1)
-    average_bn: Literal["average", "clean", "method"] = option(
-        "average",
-        "BatchNorm's running statistics beside averaged weights: average, of those in training; clean, anew from the "
-        "training images (Izmailov et al. 2018, arXiv 1803.05407, who train without an attack); method, anew from what "
-        "the method trains on. The last two cost a pass over the images, or one with attacks, after every epoch that "
-        "has an average",
-    )
-    on_nonfinite: Literal["stop", "skip"] = option(
-        "stop",
-        "a loss that is NaN or infinite stops the run, or its batch is skipped: no update (those that a method with "
-        "several per batch has made stay), BatchNorm's statistics put back; CUDA then waits for every loss",
-    )
-
-    seed: int = option(0, "of the weights, the batches and the noise", low=0)
+    seed: int = option(0, "of the weights, the batches, the noise and the draw of val_size", low=0)
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=MOST_THREADS)
-
-    on_collapse: Literal["warn", "stop", "rollback"] = option(
-        "warn",
-        "what follows when training collapses (catastrophic overfitting). warn: it is said, and training goes on; "
-        "stop: the run ends after that epoch; rollback: it goes back to best.pt, and on from there with one attack "
-        "step more, or ends there if the method has no steps. best.pt is kept in any case. Methods in beside have warn",
-    )
-    early_stop: int = option(
-        0, "end the run when so many epochs in a row were no better in validation than the best before; 0: never", low=0
-    )
-    probe_size: int = option(
-        64, "training images watched for catastrophic overfitting with PGD-5 after each epoch; 0: do not watch", low=0
-    )
-    eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
-    autoattack: int = option(0, AUTOATTACK, low=0)
-    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
-    beside: tuple[str, ...] = option(
-        None,
-        "methods trained beside with the same settings, for the table. all, alone: every method; --beside without a "
-        "name, or none: none; default: on digits standard and one_step_adv, else none. With the folder of a comparison "
-        "as --resume they are added to its methods",
-    )
-
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
     resume: str | None = option(
         None,

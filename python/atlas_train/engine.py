@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .schedules import eps_share
 from .segment import Segment
 from .step_graph import StepGraph
 from .validation import better
-from .watch import collapse, watch
+from .watch import ADVICE, collapse, watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
 
@@ -137,9 +138,23 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
         export(run)
 
 
+#: Settings that change nothing where another setting has one of these values.
+_SWITCHES: dict[str, tuple[str, tuple[str | None, ...]]] = {
+    "extra_share": ("extra_data", (None,)),
+    "ema_decay": ("averaging", ("none", "swa")),
+    "swa_start": ("averaging", ("none", "ema")),
+    "average_bn": ("averaging", ("none",)),
+}
+
+
 def _without_effect(run: Run) -> list[str]:
     """What was asked for and will change little or nothing."""
     notes = run.average.notes(run.total_steps) if run.average else []
+    for field in fields(run.config):
+        switch, off = _SWITCHES.get(field.name, ("", ()))
+        value = getattr(run.config, field.name)
+        if switch and value != field.default and (state := getattr(run.config, switch)) in off:
+            notes.append(f"WARNING: {field.name}={value} changes nothing, as {switch} is {state or 'not given'}")
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
         notes.append(
             f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, "
@@ -244,6 +259,8 @@ def watched_epoch(
     sign = watch(run, row, display)
     if sign and rescue.goes_back(run):
         raise Collapsed(sign)
+    if sign:
+        display.say(f"WARNING: {sign} in epoch {run.epoch}: {ADVICE}")
     if sign and run.config.on_collapse == "rollback":
         display.say("there is nothing to go back to, as no epoch before was validated: training goes on")
     return row, sign

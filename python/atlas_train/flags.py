@@ -6,12 +6,15 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from .options import OF_RUN, alternatives, checked, hints, in_any_norm, limits
 
 AUTO, NONE = "auto", "none"
 Flag = tuple[str, Any, Any]
+#: A name, what its flags are about, and they.
+Section = tuple[str, str, Sequence[Flag]]
 
 
 def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[str], *, all_known: bool = True) -> Any:
@@ -20,9 +23,25 @@ def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[
     all_known: else flags that are not among these, --help too, are passed over.
     """
     tyro = require_tyro()
-    cls = dataclasses.make_dataclass(command, [(name, kind, dataclasses.field(default=d)) for name, kind, d in flags])
     how = {"prog": f"atlas {command}", "description": description, "args": list(argv)}
+    cls = _dataclass(command, flags)
     return tyro.cli(cls, **how) if all_known else tyro.cli(cls, **how, add_help=False, return_unknown_args=True)[0]
+
+
+def parse_sections(sections: Sequence[Section], command: str, description: str, argv: Sequence[str]) -> Any:
+    """``parse`` for flags of which the help shows each section in a box of its own, under its name."""
+    tyro = require_tyro()
+    boxes: list[Flag] = []
+    for name, about, flags in sections:
+        box = _dataclass(name, flags)
+        boxes.append((name, _annotated(box, tyro.conf.arg(help=about), tyro.conf.OmitArgPrefixes), box()))
+    parsed = parse(boxes, command, description, argv)
+    return SimpleNamespace(**{key: value for box in vars(parsed).values() for key, value in vars(box).items()})
+
+
+def _dataclass(name: str, flags: Sequence[Flag]) -> type:
+    fields = [(flag, kind, dataclasses.field(default=default)) for flag, kind, default in flags]
+    return dataclasses.make_dataclass(name, fields, frozen=True)  # frozen: may be a default itself
 
 
 def declared(cls: type, values: Mapping[str, Any], group: str = "") -> list[Flag]:
@@ -64,7 +83,7 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
     tyro = require_tyro()
     hint = hints(cls)[field.name]
     kind = alternatives(hint)[0]
-    argument = tyro.conf.arg(help=_help(field, group))
+    argument = tyro.conf.arg(help=_help(field))
     if kind is bool and field.default is not None:
         return field.name, _annotated(bool, argument), default
     many = typing.get_origin(kind) is tuple
@@ -85,9 +104,8 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
     return field.name, _annotated(Any, _spec(_metavar(kind), convert, many), argument), default
 
 
-def _help(field: dataclasses.Field[Any], group: str) -> str:
-    allowed = f"({limits(field)})" if limits(field) else ""
-    return " ".join(part for part in (f"[{group}]" if group else "", field.metadata["help"], allowed) if part)
+def _help(field: dataclasses.Field[Any]) -> str:
+    return f"{field.metadata['help']} ({limits(field)})" if limits(field) else field.metadata["help"]
 
 
 def _metavar(kind: Any) -> str:

@@ -52,14 +52,20 @@ def take_back(run: Run, epoch: int, sign: str, *, stronger: bool) -> str:
     run.method = run.config.build_method()
     saving.put(run, checkpoint.load(source, ("arch", "config")), source)
     run.rescues.append({"epoch": epoch, "back_to": run.epoch, "sign": sign, "changed": changed})
-    if not changed:
-        run.ended = f"training collapsed in epoch {epoch}, and a stronger attack " + (
-            "is not to be had" if stronger else "is no remedy"
-        )
+    why = "" if changed else _why_no_further(run, stronger)
+    run.ended = why and f"training collapsed in epoch {epoch}, and {why}"
     saving.save(run)
     more = ", ".join(f"{name} {now:.4g} (before: {then:.4g})" for name, (then, now) in changed.items())
-    so = f"on from there with {more}" if changed else f"the end: {run.ended}"
-    return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, and {so}"
+    so = f"and on from there with {more}" if changed else f"where the run ends, as {why}"
+    return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, {so}"
+
+
+def _why_no_further(run: Run, stronger: bool) -> str:
+    if not stronger:
+        return "a stronger attack does not help against that"
+    if "steps" in run.method.in_use():
+        return f"{MOST} stronger attacks have not helped"
+    return f"{run.config.method} has no attack steps, of which it could make more"
 
 
 def _stronger(run: Run) -> dict[str, list[Any]]:

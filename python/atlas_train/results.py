@@ -157,6 +157,8 @@ def _told(results: Mapping[str, Result]) -> list[str]:
         if result.rule:
             told.setdefault(result.rule, []).append(result.validation_share)
     lines = [f"best: the epoch with {rule}{_cost(shares)}" for rule, shares in told.items()]
+    if last := [name for name, result in results.items() if result.best and result.best.epoch == result.epoch]:
+        lines.append(f"the last epoch is also the best of {', '.join(last)}")
     for name, result in results.items():
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
         for rescue in result.rescues:
@@ -173,7 +175,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
 def _cost(shares: Sequence[float | None]) -> str:
     known = sorted(100 * share for share in shares if share is not None)
     ends = dict.fromkeys(f"{share:.1f}" for share in (*known[:1], *known[-1:]))
-    return f"; it costs {' to '.join(ends)} % of the passes of training" if known else ""
+    return f"; validation costs {' to '.join(ends)} % of the passes of training" if known else ""
 
 
 def _autoattack_header(rows: list[Result]) -> str:

@@ -148,6 +148,8 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     if changed:
         run.changes.append({"epoch": run.epoch, "changed": changed})
         notes += [text for text in (_told(run, changed), _stretched(run, old)) if text]
+    elif not run.ended:
+        notes.append(f"resumed after epoch {run.epoch} of {run.config.epochs}")
     return notes
 
 

@@ -25,6 +25,7 @@ from .machine import on_host, usable_device
 from .options import NORMS, Norm, plain
 from .results import Result
 from .run import Run
+from .validation import rule
 
 Path = str | os.PathLike[str]
 
@@ -162,8 +163,9 @@ def evaluate_checkpoint(
         epoch, best = description.get("epoch"), description.get("best")
         result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
         if best and best != epoch and os.path.isdir(path) and kept.exists():
+            say(f"and the best epoch, {best}:")
             with checkpoint.weights_of(kept, network):
-                result = replace(result, best=attacked(best))
+                result = replace(result, best=attacked(best), rule=rule(run["method"], run["val_size"]))
     return {label(run["method"], run.get("awp", 0)): result}
 
 

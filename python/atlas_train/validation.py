@@ -10,6 +10,7 @@ import torch
 from atlas_kernels import Execution
 from atlas_kernels.attacks import PGD
 
+from . import methods
 from .data import Batches
 from .evaluate import evaluating, survivors
 from .machine import autocast
@@ -50,14 +51,14 @@ def _standing(row: Mapping[str, Any]) -> tuple[float, float]:
     return row.get("val_pgd", clean), clean
 
 
-def rule(run: Run) -> str | None:
+def rule(method: str, val_size: int) -> str | None:
     """By what ``best.pt`` is chosen, in words; None without validation."""
-    if not run.validation:
+    if not val_size:
         return None
     first, then = f"PGD-{STEPS}", ", of equal ones the highest clean accuracy"
-    if not run.method.adversarial:
+    if not methods.get(method).adversarial:
         first, then = "clean", ""
-    return f"the highest {first} accuracy on {len(run.validation):,} validation images{then}, then the earliest"
+    return f"the highest {first} accuracy on {val_size:,} validation images{then}, then the earliest"
 
 
 def share(run: Run, passes_per_step: float | None) -> float | None:

@@ -28,18 +28,20 @@ _WATCHED = {
 Row = Mapping[str, Any]
 
 
+#: What to do about a collapse.
+ADVICE = (
+    "catastrophic overfitting, or a step too large. Try more attack steps, a smaller step_size, eps or lr, fewer "
+    "epochs, a term that keeps the loss smooth (atlas), or on_collapse='rollback'"
+)
+
+
 def watch(run: Run, row: dict[str, Any], display: progress.Display) -> str | None:
-    """After an epoch: PGD accuracy of a few training images, validation, and the sign of a collapse, which is said."""
+    """After an epoch: PGD accuracy of a few training images, validation, and the sign of a collapse."""
     row["probe"] = probe(run) if run.method.adversarial and run.config.probe_size else None
     if run.validation:
         row |= validate(run)
     display.epoch(row)
-    if sign := collapse(row, run.history):
-        display.say(
-            f"WARNING: {sign} in epoch {run.epoch}: catastrophic overfitting, or a step too large. Try more attack "
-            "steps, a smaller step_size, eps or lr, fewer epochs, or a term that keeps the loss smooth (atlas)"
-        )
-    return sign
+    return collapse(row, run.history)
 
 
 def collapse(row: Row, history: Sequence[Row]) -> str | None:

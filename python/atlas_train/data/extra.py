@@ -30,8 +30,8 @@ def read(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Images:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"extra_data: there is no file {plain(path)}; a checkpoint knows its name alone, so say where it lies "
-            "(--extra-data)"
+            f"extra_data: there is no file {plain(path)}; say where it lies (--extra-data), also to resume "
+            "a run, for a checkpoint holds its name without the folder"
         )
     pixels, labels = _arrays(path)
     channels, height, width = shape
