@@ -89,7 +89,7 @@ def differentiable(
 
 def is_differentiated(x: Any, *parameters: Tensor | None) -> bool:
     """Whether gradients are recorded of this call, of a layer on plain tensors, and by nobody but autograd."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not torch.is_grad_enabled():
         return False
     given = [x, *(t for t in parameters if t is not None)]
     if any(type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.dtype not in FLOATS for t in given):
