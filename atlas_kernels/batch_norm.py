@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import backends, formulas
 from .checks import FLOATS, flag, kind_of, number_in, require_float_images, require_strided
 from .layout import compute_dtype, dense, require_memory
-from .transforms import followed
+from .transforms import followed, is_wrapped
 
 _double_backward = backends.caller("batch_norm_double_backward")
 
@@ -34,9 +34,10 @@ def batch_norm(
     ``create_graph=True``, its own backward reads the input and the two cotangents twice, where PyTorch makes some
     thirty passes; it differs from that by rounding. ``FastDoubleBackward`` brings it to networks as they are.
 
-    Differentiable any number of times. PyTorch's function runs where nothing is differentiated, in ``torch.compile``,
-    in forward mode and under torch.func, and on other devices than CPU and CUDA. Raises ``TypeError`` and
-    ``ValueError`` that name the argument.
+    Differentiable any number of times, and right each time: third derivatives of PyTorch take the statistics of the
+    batch for constants. PyTorch's function runs where nothing is differentiated, in ``torch.compile`` and
+    ``torch.jit``, in forward mode and under torch.func, and on other devices than CPU and CUDA. Raises ``TypeError``
+    and ``ValueError`` that name the argument.
     """
     _require(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
     if (running_mean is None) != (running_var is None):
@@ -77,16 +78,18 @@ def differentiable(
     eps: float = 1e-5,
 ) -> Tensor:
     """``batch_norm``, which refuses in PyTorch's words what PyTorch refuses."""
-    if not is_differentiated(x, weight, bias):
+    plain = not is_differentiated(x, weight, bias)
+    if not plain:  # but refused
+        statistics = [t for t in (running_mean, running_var) if t is not None]
+        plain = training and (x.numel() == x.shape[1] or eps <= 0) or any(t.requires_grad for t in statistics)
+    if plain:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 def is_differentiated(x: Any, *parameters: Tensor | None) -> bool:
     """Whether gradients are recorded of this call, of a layer on plain tensors, and by nobody but autograd."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not torch.is_grad_enabled():
         return False
     given = [x, *(t for t in parameters if t is not None)]
     if any(type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.dtype not in FLOATS for t in given):
@@ -147,10 +150,11 @@ class _FirstBackward(Layer):
 
     @staticmethod
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
-        if all(t is None for t in cotangents):
+        given = [t for t in cotangents if t is not None]
+        if not given:
             return (None,) * 13
         cotangent, x, weight, *statistics = ctx.saved_tensors
-        again = _formula if torch.is_grad_enabled() else _kernel
+        again = _formula if torch.is_grad_enabled() or any(map(is_wrapped, (cotangent, *given))) else _kernel
         grads = again(x, cotangent, weight, statistics, cotangents, Layer.wanted(ctx), *ctx.rest)
         return *grads, *[None] * 10
 

@@ -16,6 +16,7 @@ import torch
 from .environment import CHOICES, setting
 
 ISAS = CHOICES["ATLAS_ISA"]
+OTHER_FILES = "the native core was built from other files than these; run `pip install -e .` in the source tree again"
 _HUGE = 4 << 20  # two huge pages, of which one at least is aligned
 
 
@@ -31,9 +32,7 @@ def core() -> ModuleType:
             "start Python where no other folder is called atlas_kernels"
         ) from error
     if not hasattr(module, "plain"):
-        raise ImportError(
-            "the native core was built from other files than these; run `pip install -e .` in the source tree again"
-        )
+        raise ImportError(OTHER_FILES)
     wanted = setting("ATLAS_ISA")
     if wanted is not None:
         force_isa(wanted, module)

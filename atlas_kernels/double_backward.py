@@ -23,7 +23,10 @@ class FastDoubleBackward(TorchFunctionMode):
     - The weights of a convolution get their second derivative from the kernel of the first. PyTorch takes a convolution
       with images in the place of filters there, which takes about as long as all its other passes together.
 
-    What is compiled, scripted or transposed, and SyncBatchNorm that does communicate, stays as it is.
+    What is compiled, scripted, traced or transposed, and SyncBatchNorm that does communicate, stays as it is. Under
+    autocast a convolution that is called several times has the gradient of its weight to rounding: autocast casts the
+    weight once, this in each call. ``torch.utils.checkpoint`` with ``use_reentrant=False`` calls the network again
+    outside of this context and fails: give it ``context_fn=lambda: (FastDoubleBackward(), FastDoubleBackward())``.
     """
 
     def __torch_function__(
@@ -49,10 +52,13 @@ def _convolution(plain: Callable[..., Tensor], sides: int) -> Callable[..., Tens
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        if isinstance(padding, str) or not is_differentiated(input, weight, bias) or input.ndim != sides + 2:
+        given = _autocast(input, weight, bias) if is_differentiated(input, weight, bias) else []
+        unlike = len({t.dtype for t in given if t is not None}) != 1  # none at all, or what PyTorch refuses
+        if isinstance(padding, str) or unlike or input.ndim != sides + 2:
             return plain(input, weight, bias, stride, padding, dilation, groups)
-        numbers = [[n] * sides if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
-        return _Convolution.apply(*_autocast(input, weight, bias), *numbers, False, [0] * sides, groups)
+        # One number may be of NumPy or a tensor, too.
+        numbers = [list(n) if isinstance(n, Sequence) else [int(n)] * sides for n in (stride, padding, dilation)]
+        return _Convolution.apply(*given, *numbers, False, [0] * sides, groups)
 
     return call
 

@@ -128,7 +128,7 @@ def batch_norm_double_backward(
         return u - average(u) - xhat * average(u * xhat) if training else u
 
     left = rest(v)
-    by_g, by_weight = s * left, ((left * g).sum(dims, keepdim=True) * r).flatten()
+    by_g, by_weight = s * left, (left * g).sum(dims) * invstd
     if training:
         along = average(g * xhat) * left + average(v * xhat) * rest(g)
         by_x = -s * r * (xhat * average(left * g) + along)

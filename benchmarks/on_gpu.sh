@@ -26,7 +26,7 @@ while (($#)); do
   esac
 done
 ((${#parts[@]})) || parts=("${known[@]}")
-gpu=$(python -c 'import torch; print(torch.cuda.get_device_name(0).replace(" ", "-"))' 2>/dev/null) || {
+gpu=$(python -c 'import re, torch; print(re.sub(r"[^\w.-]", "-", torch.cuda.get_device_name(0)))' 2>/dev/null) || {
   echo "torch sees no CUDA device here: this script needs one; \`python -m atlas_kernels\` says why" >&2; exit 1; }
 mkdir -p "$folder" && python -m atlas_kernels || exit
 results=$folder/$gpu
@@ -35,17 +35,22 @@ stems=$(python -c 'from atlas_kernels.schema import OPERATORS; print(*OPERATORS)
 
 # run NAME COMMAND...: within what is left of the part's time; what it prints is in a file of its own as well.
 run() {
-  local name=$1 left=$((seconds ? deadline - SECONDS : 0)) status
+  local name=$1 left=$((seconds ? deadline - SECONDS : 0)) began=$SECONDS status
   shift
   if ((seconds && left <= 0)); then failed+=("$name was not begun, for its part had no time left"); return; fi
   echo "== $name: $*"
   timeout --kill-after=20 "$left" "$@" 2>&1 | tee "$results-$name.txt"
   status=${PIPESTATUS[0]}
-  case $status in
-    0) ;;
-    124 | 137) failed+=("$name was cut off after $left seconds") ;;
-    *) failed+=("$name ended with status $status") ;;
-  esac
+  if ((seconds && SECONDS - began >= left && (status == 124 || status == 137))); then
+    failed+=("$name was cut off after $left seconds")
+  elif ((status)); then
+    failed+=("$name ended with status $status")
+  fi
+}
+
+# What was reached, beside what is to be; takes no time.
+show_targets() {
+  python benchmarks/targets.py "$results" || failed+=("targets ended with status $?")
 }
 
 run_tests() {
@@ -62,7 +67,7 @@ run_tests() {
 run_operators() {
   run operators python -m pytest --benchmark-only -q $(printf 'benchmarks/bench_%s.py ' $stems) --results="$results.json"
   run host-time python benchmarks/host_time.py
-  python benchmarks/targets.py "$results"
+  show_targets
 }
 
 run_attacks() {
@@ -78,7 +83,7 @@ run_steps() {
   run training-step-compiled python benchmarks/bench_training_step.py --network preact_resnet18 --batch-size 128 \
     --rounds 5 --row-seconds 20 --methods atlas,trades --graphs --compile "${data[@]}" \
     --results "$results-training-step-compiled.json"
-  python benchmarks/targets.py "$results"
+  show_targets
   run profile python benchmarks/profile_step.py --method trades --batch-size 128 "${data[@]}" \
     --results "$results-profile.json"
   run choices python benchmarks/choices.py --batch-size 128 --steps 10 --compile --results "$results-choices.json"

@@ -65,7 +65,12 @@ def _fastest(results: str, step: str) -> tuple[StepRow, str]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}  # type: ignore[no-any-return]
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SystemExit(f"{path} is not whole JSON ({error}): measure it again") from error
 
 
 def _line(what: str, found: float | None, *, least: float = 0, most: float = inf, percent: bool = False) -> list[str]:

@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class Failures:
     def __init__(self, path: Path) -> None:
         try:
-            self.file = path.open("w", buffering=1)  # a line is written when it ends
+            self.file = path.open("w", buffering=1, encoding="utf-8", errors="backslashreplace")  # by lines
         except OSError as error:
             raise pytest.UsageError(f"--failures cannot be written: {error}") from error
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from atlas_kernels.attacks import float16
 from atlas_kernels.double_backward import FastDoubleBackward
@@ -226,3 +228,74 @@ def test_only_inside_and_only_where_something_is_differentiated():
         assert kind(torch.func.functional_call(layer, {"weight": layer.weight * 2}, (x,))) == "_ConvolutionBackward"
         torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,))[1], F.conv2d(x, layer.weight))
     assert not FastDoubleBackward.is_entered() and kind(layer(x)) == "ConvolutionBackward0"
+
+
+#: What PyTorch takes in other forms than the usual, and what it refuses; x: images, w: filters, one: of each channel.
+ODD_CALLS = {
+    "stride of NumPy": lambda x, w, one: F.conv2d(x, w, stride=np.int64(2)),
+    "padding is a tensor": lambda x, w, one: F.conv2d(x, w, padding=torch.tensor(1)),
+    "bias of another dtype": lambda x, w, one: F.conv2d(x, w, one.float()),
+    "stride below 1": lambda x, w, one: F.conv2d(x, w, stride=0),
+    "statistics with a gradient": lambda x, w, one: F.batch_norm(x, one.requires_grad_(), one),
+    "eps of 0": lambda x, w, one: F.batch_norm(x, None, None, training=True, eps=0.0),
+    "eps below 0": lambda x, w, one: F.batch_norm(x, None, None, training=True, eps=-1.0),
+    "one value": lambda x, w, one: F.batch_norm(x[:1, :, :1, :1], None, None, training=True),
+    "no channels": lambda x, w, one: F.batch_norm(x[0, 0, 0], one, one, training=True),
+}
+
+
+@pytest.mark.parametrize("name", ODD_CALLS)
+def test_what_pytorch_takes_and_refuses(name):
+    def outcome(mode):
+        g = torch.Generator().manual_seed(0)
+        x, w = (torch.rand(s, generator=g).double().requires_grad_() for s in ((2, 3, 6, 6), (3, 3, 2, 2)))
+        try:
+            with mode:
+                return ODD_CALLS[name](x, w, torch.ones(3).double()).detach()
+        except (RuntimeError, ValueError) as error:
+            return f"{type(error)} {error}"
+
+    ours, theirs = outcome(FastDoubleBackward()), outcome(torch.enable_grad())
+    assert ours == theirs if isinstance(theirs, str) else same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_along_many_cotangents_at_once(training, device):
+    """As torch.autograd.functional.hessian(vectorize=True) asks for them."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4)).double()
+    net, x = net.to(device).train(training), torch.rand(3, 3, 4, 4, dtype=torch.float64, device=device)
+    many = torch.randn(2, *x.shape, dtype=x.dtype, device=device)
+
+    def second(mode):
+        leaf = x.clone().requires_grad_()
+        with mode:
+            z = copy.deepcopy(net)(leaf)
+        (grad,) = torch.autograd.grad(z.sin().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad, leaf, many, is_grads_batched=True)[0]
+
+    torch.testing.assert_close(second(FastDoubleBackward()), second(torch.enable_grad()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_traced_networks_are_pytorchs():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.rand(2, 3, 6, 6)
+    with FastDoubleBackward():
+        traced = torch.jit.trace(net, x)
+    assert same_bits(traced(x), net(x)) and "PythonOp" not in str(traced.inlined_graph)
+
+
+def test_checkpoints_have_it_from_their_contexts():
+    net, x = network().double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    net(x)
+
+    def found(**how):
+        leaf = x.clone().requires_grad_()
+        z = checkpoint(copy.deepcopy(net), leaf, use_reentrant=False, **how)
+        (grad,) = torch.autograd.grad(z.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    both = found(context_fn=lambda: (FastDoubleBackward(), FastDoubleBackward()))
+    torch.testing.assert_close(both, found(), rtol=1e-9, atol=1e-9)
+    with pytest.raises(CheckpointError), FastDoubleBackward():
+        checkpoint(net, x.requires_grad_(), use_reentrant=False).sum().backward()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+from atlas_kernels.backends import door
 from atlas_kernels.backends.door import DoorError
 from atlas_kernels.core import alike, available_isas, core, force_isa
 from operator_cases import problem, same_bits
@@ -25,6 +26,13 @@ def test_a_core_of_other_files_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "atlas_kernels._C", ModuleType("atlas_kernels._C"))
     with pytest.raises(ImportError, match="was built from other files than these; run `pip install -e .`"):
         core.__wrapped__()
+
+
+def test_a_core_without_an_operator_says_so(monkeypatch):
+    """As it was built before the operator came."""
+    monkeypatch.setattr(door, "arguments_of", lambda operator: ())
+    with pytest.raises(ImportError, match="new_operator: the native core was built from other files than these"):
+        door.plan_of("new_stem", "new_operator")
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,6 +22,7 @@ case "$*" in
   *OPERATORS*) exec echo perturb noise ;;
   *"$SLOW"*) exec sleep 20 ;;
   *"$BROKEN"*) exit 3 ;;
+  *"$KILLED"*) kill -KILL $$ ;;
 esac
 """
 
@@ -29,12 +30,13 @@ esac
 Done = subprocess.CompletedProcess[str]
 
 
-def run(tmp_path: Path, *options: str, slow: str = "nothing", broken: str = "nothing") -> Done:
+def run(tmp_path: Path, *options: str, slow: str = "nothing", broken: str = "nothing", killed: str = "nothing") -> Done:
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "python").write_text(PYTHON)
     (commands / "python").chmod(0o755)
     env = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "SLOW": slow, "BROKEN": broken}
+    env["KILLED"] = killed
     command = ["bash", str(SCRIPT), "--results", str(tmp_path / "results"), *options]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -67,6 +69,13 @@ def test_the_rest_goes_on_when_a_command_fails_or_its_part_has_no_time_left(tmp_
     results = tmp_path / "results"
     assert (results / "Some-GPU-training-step.txt").read_text().startswith("asked: benchmarks/bench_training_step.py")
     assert all((results / f"Some-GPU-{name}.txt").exists() for name in ("attack-precision", "scaling"))
+
+
+@pytest.mark.parametrize("limit", [[], ["--seconds", "60"]])
+def test_a_command_that_was_killed_is_not_said_to_be_out_of_time(tmp_path: Path, limit: list[str]) -> None:
+    done = run(tmp_path, "--operators", *limit, killed="host_time", broken="targets")
+    said = ["- host-time ended with status 137", "- targets ended with status 3"]
+    assert done.returncode == 1 and done.stderr.splitlines()[-2:] == said
 
 
 @pytest.mark.parametrize("options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"]])
@@ -104,3 +113,6 @@ def test_targets_beside_what_was_reached(tmp_path: Path) -> None:
     targets.main(results)
     written = (tmp_path / "GPU-targets.md").read_text()
     assert "| random_start at 512x3x224x224, of copy | >= 90.0% | 87.0% | missed |" in written
+    (tmp_path / "GPU-training-step.json").write_text('{"settings": {"netw')
+    with pytest.raises(SystemExit, match="GPU-training-step.json is not whole JSON .*: measure it again"):
+        targets.main(results)

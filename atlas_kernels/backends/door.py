@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import core
+from ..core import OTHER_FILES, core
 from ..layout import plane_shape
 from ..schema import FIXED, Argument, arguments_of, parse
 from .guard import DoorError, require_plain, takes_in_place
@@ -45,7 +45,10 @@ def plan_of(stem: str, operator: str) -> Any:
     if operator in _WORKSPACES:
         arguments = (*arguments, *parse(_WORKSPACES[operator][0]))
     words = [_words(operator, a) for a in arguments]
-    return core().Plan(stem, operator, words, dict(FIXED.get(operator, {})))
+    try:
+        return core().Plan(stem, operator, words, dict(FIXED.get(operator, {})))
+    except IndexError as error:  # it has no such stem
+        raise ImportError(f"{operator}: {OTHER_FILES}") from error
 
 
 def _words(operator: str, a: Argument) -> tuple[Any, ...]:

@@ -318,7 +318,8 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
     values = given["input"].double().transpose(0, 1).flatten(1)
     if given["training"] and values.numel() and not values.var(1, correction=0).min() > 0.01 * values.square().max():
         return None
-    return roundings(ours, call, tensors=("input",), **changed)
+    large = ("input", "weight") if given["weight"] is not None else ("input",)
+    return roundings(ours, call, tensors=large, values=0, **changed)
 
 
 _ALL = (

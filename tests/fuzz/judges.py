@@ -52,12 +52,14 @@ def units(ours: Any, call: Any, *, clean: str, **changed: Any) -> str | None:
 
 
 def roundings(
-    ours: Any, call: Any, *, tensors: tuple[str, ...] = (), wide: dict[str, Any] | None = None, **changed: Any
-) -> str | None:
+    ours: Any, call: Any, *, tensors: tuple[str, ...] = (), wide: dict[str, Any] | None = None, values: int = 1,
+    **changed: Any,
+) -> str | None:  # fmt: skip
     """Equal to the reference in float64 on the same numbers, up to the roundings of float32 and of the result's dtype.
 
     A sum has errors in proportion to its largest terms, so those are what the bound is taken from: the spread of a
-    row's logits, the result's own largest entry. tensors: the names of what may be large.
+    row's logits, the result's own largest entry. tensors: the names of what may be large. values: how many of the
+    results come before the gradients.
     """
     given = {**call.arguments, **changed}
     factors = [given[n] for n in ("weights", "beta", "local_weight", "global_weight") if given.get(n) is not None]
@@ -75,7 +77,7 @@ def roundings(
     in_double = any(given[name].dtype == torch.float64 for name in tensors)
     for i, (a, b) in enumerate(zip(parts(ours), parts(truth), strict=True)):
         right = _is_near(a, b, size, in_double)
-        if i and not finite:  # how much of a row's gradient a NaN takes along depends on what underflows
+        if i >= values and not finite:  # how much of a row's gradient a NaN takes along depends on what underflows
             right |= a.isnan() | b.isnan()
         if not bool(right.all()):
             return _difference(torch.where(right, b.to(a.dtype), a), b, "float64 up to rounding")
