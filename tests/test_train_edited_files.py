@@ -195,7 +195,7 @@ def test_an_edited_export_is_taken_or_refused(saved: Path, tmp_path: Path) -> No
     with safetensors.safe_open(saved / "model.safetensors", framework="pt") as file:
         description = json.loads(file.metadata()["atlas"])
     weights, path, seen = torch_files.load_file(saved / "model.safetensors"), tmp_path / "m.safetensors", Outcomes()
-    texts = [json.dumps(edited(description, *edit)) for edit in sample(edits(description, False), 150)]
+    texts = [json.dumps(edited(description, *edit)) for edit in sample(edits(description, False), 250)]
     for text in ["", "{", "[]", "null", "1", "[" * 10**5, *texts]:
         torch_files.save_file(weights, path, metadata={"atlas": text, "format": "pt"})
         seen.see(lambda: checkpoint.load_model(path), text)
