@@ -1,4 +1,4 @@
-"""Networks as they are, whose gradient can be differentiated again at the cost of a few passes."""
+"""A context in which the gradient of any network can be differentiated again at the cost of a few passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients along a cotangent that nothing computed on the way: the backward begins in the network itself."""
+"""Gradients along a given cotangent: the backward begins in the last layer, not in a loss."""
 
 from __future__ import annotations
 

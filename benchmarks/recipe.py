@@ -222,7 +222,7 @@ def run_all(runs: Iterator[Row], base: Row, path: Path, o: argparse.Namespace) -
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
-    """A table for each study, base and device, with the words above it."""
+    """A table for each study, base and device, and its title."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         base = ", ".join(f"{name} {value}" for name, value in row["base"].items() if value not in (None, []))

@@ -133,7 +133,7 @@ def test_losses_are_the_mean_over_both_labels(name: str) -> None:
 @pytest.mark.parametrize("name", MIXABLE)
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.4])
 def test_a_step_on_one_label_is_the_methods_own(name: str, share: float) -> None:
-    """With all of the share on one label, or the same label twice."""
+    """If one label has the whole share, or both labels are equal."""
     made = case()
     mixed = two_labels(made, share)
     alone = made.batch if share else made.batch._replace(y=mixed.second)

@@ -45,7 +45,7 @@ def test_without_noise_it_is_fgsm_from_the_image() -> None:
 
 @pytest.mark.parametrize("noise", [2.0, 0.5])
 def test_one_step_adv_and_atlas_can_start_from_the_same_noise(noise: float) -> None:
-    """The adversaries of all three are one, bit for bit; without its terms ATLAS' loss is too."""
+    """The three methods have the same adversaries, to the bit. ATLAS without its terms has the same loss, too."""
     made = case()
     mine = ours(NFGSM(EPS, noise_magnitude=noise), made)
     for method in (

@@ -17,11 +17,11 @@ from .run import Run
 
 
 def measure(run: Run) -> None:
-    """After an epoch: the average's statistics as ``average_bn`` says, from the images and the noise of that epoch.
+    """Computes the statistics of the averaged weights as ``average_bn`` says, on images and noise of the last epoch.
 
     clean: forwards on the images (Izmailov et al. 2018). method: the forwards by which the method would train the
-    average, attacks included. Each statistic is the mean over all forwards. The run itself moves on unseen: weights,
-    memory and random state are as before. The time counts as training.
+    average, attacks included. Each statistic is the mean over all forwards. Weights, memory and
+    random state of the run stay as they are. The time counts as training.
     """
     network = run.average.network() if run.average else None
     how = run.config.average_bn

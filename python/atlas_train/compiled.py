@@ -9,8 +9,8 @@ from torch import nn
 
 from .methods import Method
 
-#: Graphs of one network: of its modes, precisions and batch sizes, with and without gradients. torch stops at 8, and
-#: runs all others uncompiled.
+#: Most graphs of one network: there is one for each mode, precision, batch size and kind of gradient. Torch by itself
+#: stops at 8, and runs what follows uncompiled.
 LIMIT = 64
 
 

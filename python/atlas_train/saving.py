@@ -168,7 +168,8 @@ def put(run: Run, state: Mapping[str, Any], source: Path) -> None:
 
 
 def _restore_best(run: Run, source: Path) -> list[str]:
-    """best.pt beside a run that goes on, also in another folder or where it was stopped before that was written."""
+    """Puts best.pt into the folder of a resumed run. It may be missing there: the folder may be another one, or the
+    run was stopped before it was written. Returns what to tell the user if it is lost."""
     assert run.folder
     kept, own = source.parent / checkpoint.BEST, run.folder / checkpoint.BEST
     if run.best and run.best == run.epoch:

@@ -144,7 +144,7 @@ class Batches:
         )
 
     def _extra_order(self, count: int, epoch: int) -> torch.Tensor:
-        """Rows of extra samples, one for every place of the epoch, of which each batch takes its first ones."""
+        """Row numbers of extra samples, one for each sample of the epoch; a batch uses the first of its part."""
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(1, epoch)))
         return torch.from_numpy(rng.integers(count, size=len(self._labels))).to(self._labels.device)
 

@@ -35,7 +35,7 @@ class ResNet18(Classifier):
     linear. Any image size.
 
     The form for CIFAR (github.com/kuangliu/pytorch-cifar), whose first convolution keeps the size: torchvision's begins
-    with one of 7x7 and stride 2, and loses ten points on such images. Names and order of the weights are those of that
+    with one of 7x7 and stride 2, made for larger images. Names and order of the weights are those of that
     code: conv1, bn1, layer1.0.conv1, .bn1, .conv2, .bn2, .shortcut.0 (convolution), .shortcut.1 (BatchNorm), ...,
     linear. Published checkpoints load; they are mostly for images that are not normalised (``normalize=False``).
     """
