@@ -853,12 +853,15 @@ def test_a_process_that_is_forked_during_an_attack_finds_the_model_as_it_was() -
     before.check()
 
 
+LIVING: list[nn.Module] = []
+
+
 def test_distributed_data_parallel_is_left_as_it_was(tmp_path: Path, y: Tensor, x: Tensor) -> None:
     """Its reducer must not wait for a backward that gives weights no gradient."""
     distributed = torch.distributed
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    model = nn.parallel.DistributedDataParallel(Net())
     try:
-        model = nn.parallel.DistributedDataParallel(Net())
         model(x.cpu()).sum().backward()
         model.zero_grad()
         before = Snapshot(model)
@@ -871,6 +874,9 @@ def test_distributed_data_parallel_is_left_as_it_was(tmp_path: Path, y: Tensor, 
         assert model.module.conv.weight.grad is not None
     finally:
         distributed.destroy_process_group()
+        # Its last reference waits for gloo's thread and holds the GIL, which that thread may want as it drops a
+        # reduction that has just ended. So the model lives as long as the process.
+        LIVING.append(model)
 
 
 def test_inside_functional_call(model: Net, x: Tensor, y: Tensor) -> None:
