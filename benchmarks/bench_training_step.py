@@ -285,7 +285,7 @@ class Contest:
         """A step as the engine makes it."""
         run, losses = self.made, Losses(self.made)
         graphs = StepGraph(run.method, run.optimizer, _no_graph, recorder) if recorder else None
-        train_step = graphs or run.method.train_step
+        train_step = graphs or run.method.step
 
         def call() -> Tensor:
             run.model.train()

@@ -153,7 +153,7 @@ def training_step(s: Setting, method: str, **hyper: Any) -> Call:
 
     def run() -> None:
         with execution, s.autocast():
-            made.train_step(model, batch, key, state, update)
+            made.step(model, batch, key, state, update)
 
     return run
 

@@ -98,11 +98,11 @@ class Outcome:
 
 
 def ours(method: Method, case: Case, state: State | None = None) -> Outcome:
-    """One ``train_step`` of the method on a copy of the case."""
+    """One step of the method on a copy of the case."""
     model = copy.deepcopy(case.model).train()
     steps, images = Steps(model), []
     model.register_forward_pre_hook(lambda module, args: _note(images, module, args[0]))
-    loss, _ = method.train_step(model, case.batch, case.key, state or State(), steps)
+    loss, _ = method.step(model, case.batch, case.key, state or State(), steps)
     return Outcome(loss, steps.grads, model, images)
 
 

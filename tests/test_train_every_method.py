@@ -29,7 +29,7 @@ def made(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Batch, Tensor]:
 def step(method: Method, model: nn.Module, batch: Batch, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """One training step; fails if it changes the random state."""
     before = torch.get_rng_state()
-    loss, metrics = method.train_step(model, batch, key, State(epoch=1, epochs=2, size=50), Steps(model))
+    loss, metrics = method.step(model, batch, key, State(epoch=1, epochs=2, size=50), Steps(model))
     assert torch.equal(torch.get_rng_state(), before)
     return loss, metrics
 
@@ -68,9 +68,7 @@ def test_bf16_and_channels_last(name: str) -> None:
     model.conv2.register_forward_hook(lambda *made: dtypes.append(made[2].dtype))  # type: ignore[operator, union-attr]
     batch = batch._replace(x=batch.x.to(memory_format=torch.channels_last))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = methods.build(name, EPS).train_step(
-            model, batch, key, State(epoch=1, epochs=2, size=50), Steps(model)
-        )
+        loss, _ = methods.build(name, EPS).step(model, batch, key, State(epoch=1, epochs=2, size=50), Steps(model))
     assert set(dtypes) == {torch.bfloat16} and loss.dtype == torch.float32 and loss.isfinite()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -79,6 +77,7 @@ def test_bf16_and_channels_last(name: str) -> None:
 def test_the_loss_is_the_objective_of_what_was_prepared(name: str) -> None:
     model, batch, key = made(torch.float64)
     method, state = methods.build(name, EPS), State(epoch=1, epochs=2, size=50)
+    method.before_step(model, batch, key, state)
     whole, _ = copy.deepcopy(method).loss(copy.deepcopy(model), batch, key, copy.deepcopy(state))
     parts, _ = method.objective(model, batch, method.prepare(model, batch, key, state))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)

@@ -187,7 +187,7 @@ def test_every_method_that_can_trains_on_mixed_images(name: str, kind: Any) -> N
     model = copy.deepcopy(made.model).float().train()
     x = made.batch.x.float().to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = method.train_step(model, made.batch._replace(x=x), made.key, State(size=100), Steps(model))
+        loss, metrics = method.step(model, made.batch._replace(x=x), made.key, State(size=100), Steps(model))
     assert loss.isfinite() and all(value.isfinite() for value in metrics.values())
     assert method.in_use() == method.method.in_use() and method.name == name
     parts = method.parts(State())

@@ -85,8 +85,9 @@ def test_passes_per_step(row: str) -> None:
 
 
 def counted(model: nn.Module, batch: Batch, name: str, hyper: dict[str, Any]) -> float:
-    method, key = methods.build(name, 0.1, hyper), noise_key()
-    return count_passes(model, batch.x, lambda: method.train_step(model, batch, key, State(size=4), Steps(model)))
+    method, key, state = methods.build(name, 0.1, hyper), noise_key(), State(size=4)
+    method.before_step(model, batch, key, state)
+    return count_passes(model, batch.x, lambda: method.train_step(model, batch, key, state, Steps(model)))
 
 
 class Mean(nn.Module):

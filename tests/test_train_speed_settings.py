@@ -166,7 +166,7 @@ def test_graphs_of_whole_steps_are_asked_for_and_refused_before_anything_is_writ
     run = runs.prepare(config(cuda_graphs="step", **as_if_cuda), splits(), None, None)
     assert isinstance(engine.make_train_step(run, progress.Silent()), StepGraph)
     run = runs.prepare(config(cuda_graphs="attack", **as_if_cuda), splits(), None, None)
-    assert engine.make_train_step(run, progress.Silent()) == run.method.train_step
+    assert engine.make_train_step(run, progress.Silent()) == run.method.step
     for method, settings in (("mma", {}), ("adv", {"on_nonfinite": "skip"})):
         chosen = config(method, cuda_graphs="step", **settings, **as_if_cuda)
         with pytest.raises(ValueError, match="cuda_graphs='attack'"):
@@ -374,7 +374,7 @@ def step(model: nn.Module, method: methods.Method, *, recomputed: bool) -> tuple
     conv = [module for module in model.modules() if isinstance(module, nn.Conv2d)][1]
     conv.register_forward_pre_hook(look)
     with Recomputed(model) if recomputed else nullcontext():
-        loss, _ = method.train_step(model, batch, key, State(epoch=1, epochs=2, size=50), steps)
+        loss, _ = method.step(model, batch, key, State(epoch=1, epochs=2, size=50), steps)
     assert all("forward" not in vars(module) for module in model.modules())
     return [
         loss,

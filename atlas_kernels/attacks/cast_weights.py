@@ -41,7 +41,7 @@ def cast_once(model: Callable[[Tensor], Any], device_type: str) -> Iterator[None
         if isinstance(model, nn.Module) and _autocast_dtype(device_type) is not None:
             modules = list(model.modules())
             whole = modules[1:] if "_orig_mod" in model._modules else modules
-            if not any(map(_is_compiled, whole)):
+            if not any(map(is_compiled, whole)):
                 kept = {} if whole is modules else _KEPT.setdefault(model, {})
                 cast += [_cast(module, dtype, kept) for module in whole if (dtype := _other_dtype(module)) is not None]
                 _fill(cast)
@@ -151,7 +151,7 @@ def _other_dtype(module: nn.Module) -> torch.dtype | None:
     return None if dtype == weight.dtype else dtype
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Whether what runs is not, or not only, the Python of the module itself."""
     if isinstance(module, nn.DataParallel | torch.jit.ScriptModule):
         return True

@@ -104,15 +104,16 @@ def are_coupled(model: Model) -> bool:
     return training or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
-def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False) -> Tensor:
+def pull_back(model: Model, z: Tensor, x: Tensor, cotangent: Tensor, *, coupled: bool = False, **how: Any) -> Tensor:
     """d(z . cotangent)/dx, z = model(x); where that runs in float16, of a cotangent in float32, and in float32.
 
-    coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode.
+    coupled: a row of z [B, C] depends on other rows of x too, as under BatchNorm in train mode. how: options of
+    ``torch.autograd.grad``.
     """
     if is_used(model, x, z):
-        grad, unit, _ = pulled_back(z, x, cotangent, coupled)
+        grad, unit, _ = pulled_back(z, x, cotangent, coupled, **how)
         return grad * unit
-    return vjp(z, x, cotangent)
+    return vjp(z, x, cotangent, **how)
 
 
 def unit_of(cotangent: Tensor, *, coupled: bool = False) -> Tensor:
@@ -150,12 +151,12 @@ def leaving_state(model: Model, x: Tensor, coupled: bool) -> Iterator[None]:
         yield
 
 
-def pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def pulled_back(z: Tensor, x: Tensor, cotangent: Tensor, coupled: bool, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient over ``unit``, the unit, and bool [B]: whether a row is lost, 0 for a cotangent that is not, or not
     finite."""
     largest = _largest(cotangent, coupled)
     unit = _power_of_two(largest)
-    grad = vjp(z, x, cotangent / unit)
+    grad = vjp(z, x, cotangent / unit, **how)
     kept = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1).float()
     both = torch.stack((kept, largest[:, 0].expand_as(kept)))
     kept, asked = both if capturing(x.is_cuda) else both.cpu()  # few launches, and one wait

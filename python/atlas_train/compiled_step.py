@@ -20,7 +20,7 @@ TrainStep = Callable[[nn.Module, Batch, Tensor, State, OptimizerDescent], tuple[
 
 
 class CompiledStep:
-    """``train_step`` on the compiled network of ``run``. Says when graphs of the network are made, and in which time.
+    """A step on the compiled network of ``run``. Says when graphs of the network are made, and in which time.
 
     Raises RuntimeError where the network cannot be compiled. With ``on_compile_error="eager"`` the run then says so and
     goes on without, if that is in its first step; this step begins anew.

@@ -280,7 +280,7 @@ def _ended(run: Run, sign: str | None) -> str:
 def make_train_step(run: Run, display: progress.Display) -> TrainStep:
     """What trains on a batch: the method itself, or graphs of its step; on a compiled network under its watch."""
     graphs = run.config.cuda_graphs == "step"
-    step: TrainStep = StepGraph(run.method, run.optimizer, display.say) if graphs else run.method.train_step
+    step: TrainStep = StepGraph(run.method, run.optimizer, display.say) if graphs else run.method.step
     return CompiledStep(run, step, display.say) if run.config.compile else step
 
 

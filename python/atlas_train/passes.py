@@ -104,7 +104,7 @@ def passes_per_step(run: Run) -> float | None:
     None where that cannot be counted (see ``count_passes``), or the network cannot be copied.
 
     The step is made on copies of the network and of the method's memory and updates nothing: the run goes on as if it
-    had not been looked at.
+    had not been looked at. What a method does now and then, ``before_step``, is not counted.
     """
     try:
         network = copy.deepcopy(run.model).train()
@@ -117,6 +117,7 @@ def passes_per_step(run: Run) -> float | None:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)
         with run.recomputed(network):
+            run.method.before_step(network, batch, key, last)
             passes = sum(
                 share * count_passes(network, batch.x, partial(method.train_step, network, batch, key, last, descent))
                 for share, method in run.method.parts(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,14 @@ from atlas_kernels.capture import Capture, CaptureFailed, Recorder, capturing, c
 
 from .descent import OptimizerDescent
 from .methods import Batch, Method, Metrics, State
+from .methods.base import on_device
 
 Outcome = tuple[Tensor, Metrics]
 
 
 class StepGraph:
-    """``method.train_step``, recorded once for each shape of batches, phase and variant of the method, then replayed.
+    """``method.step``; its ``train_step`` is recorded once for each shape of batches, phase and variant of the method, then
+    replayed.
 
     The first batch of a kind is trained on eagerly. It makes what lasts (the optimiser's state, the method's memory,
     compiled code) outside of the graph's memory, and has its values checked, which a graph does not. A recording trains
@@ -55,8 +58,11 @@ class StepGraph:
         self._works = True
 
     def __call__(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: OptimizerDescent) -> Outcome:
-        """As ``method.train_step``, for the same network at every call."""
-        method, phase = self._method, self._method.phase(state)
+        """As ``method.step``, for the same network at every call."""
+        method = self._method
+        with _uncached(batch.x.device.type):
+            method.before_step(model, batch, key, state)
+        phase = method.phase(state)
         here = phase, *map(id, state.memory.values())
         if here != self._phase:
             self._captures.clear()  # a phase that is over does not come back, nor does memory that was replaced
@@ -68,8 +74,7 @@ class StepGraph:
             return outcome
         rates = [descent.rate(update) for update in range(method.updates)]
         try:
-            given = torch.tensor(rates, pin_memory=key.is_cuda).to(key.device, non_blocking=True)
-            inputs = (*batch, key, given)
+            inputs = (*batch, key, on_device([*rates, *method.changing(state)], key.device))
             capture = self._captures[kind] = self._captures[kind] or self._record(model, state, inputs)
         except CaptureFailed as failure:
             self._works = False
@@ -83,26 +88,31 @@ class StepGraph:
         return loss, metrics
 
     def _step(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: OptimizerDescent) -> Outcome:
-        """One step of the method, under autocast without its cache, recorded or not.
-
-        A cast weight that the cache kept would be the graph's memory in eager code, or the other way round. Steps that
-        are not recorded do without it too, as ``torch.compile`` compiles for one setting of it.
-        """
-        device = batch.x.device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+        """One step of the method, recorded or not."""
+        with _uncached(batch.x.device.type):
             return self._method.train_step(model, batch, key, state, descent)
 
     def _record(self, model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> Capture[Outcome]:
-        def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, rates: Tensor) -> Outcome:
+        def step(x: Tensor, y: Tensor, ids: Tensor, key: Tensor, numbers: Tensor) -> Outcome:
+            rates, changing = numbers.tensor_split([self._method.updates])
             descent = OptimizerDescent(self._optimizer, rates.unbind().__getitem__)
-            return self._step(model, Batch(x, y, ids), key, state, descent)
+            return self._step(model, Batch(x, y, ids), key, replace(state, numbers=changing), descent)
 
         moved = [value for kept in self._optimizer.state.values() for value in kept.values()]
         written = [*model.parameters(), *model.buffers(), *moved, *state.memory.values()]
         shared = next(filter(None, self._captures.values()), None)
         # One run before, the rehearsal: the step before was an ordinary one.
         return Capture(step, inputs, warmup=1, restore=written, share=shared, recorder=self._recorder)
+
+
+def _uncached(device: str) -> torch.autocast:
+    """Autocast as it is, but without its cache.
+
+    A cast weight that the cache kept would be the graph's memory in eager code, or the other way round. Steps that are
+    not recorded do without it too, as ``torch.compile`` compiles for one setting of it.
+    """
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
 
 
 def _require_state(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -50,17 +50,35 @@ class Around(Method):
     def with_steps(self, steps: int) -> Method:
         return replace(self, method=self.method.with_steps(steps))
 
+    def phase(self, state: State) -> Hashable:
+        return self.method.phase(state)
+
+    def changing(self, state: State) -> tuple[float, ...]:
+        return self.method.changing(state)
+
+    def variant(self, state: State) -> Hashable:
+        return self.method.variant(state)
+
+    def parts(self, state: State) -> Sequence[tuple[float, Method]]:
+        return [(share, replace(self, method=method)) for share, method in self.method.parts(state)]
+
     def require(self, model: nn.Module) -> None:
         self.method.require(model)
 
     def require_memory(self, memory: Any, shape: Sequence[int]) -> None:
         self.method.require_memory(memory, shape)
 
+    def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
+        self.method.before_step(model, batch, key, state)
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         return self.method.prepare(model, batch, key, state)
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         return self.method.objective(model, batch, given)
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
+        return self.method.loss(model, batch, key, state)
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         self.method.after_step(model, batch)

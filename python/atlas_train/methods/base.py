@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from atlas_kernels import cross_entropy
@@ -28,7 +29,8 @@ class State:
     """Where training stands, and what a method remembers from one batch to the next.
 
     step: batches so far, of ``total_steps``. epoch: from 0, of ``epochs``. size: images in the training set.
-    memory: tensors by name, put there by the method; they are part of a checkpoint.
+    memory: tensors by name, put there by the method; they are part of a checkpoint. numbers: in a graph of the step,
+    what ``Method.numbers`` gives.
     """
 
     step: int = 0
@@ -37,6 +39,7 @@ class State:
     epochs: int = 1
     size: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
+    numbers: Tensor | None = None
 
 
 class Descent(Protocol):
@@ -148,9 +151,18 @@ class Method(ABC):
     def phase(self, state: State) -> Hashable:
         """What a step takes from ``state``, its memory's tensors apart, or from elsewhere on the host.
 
-        A CUDA graph of a step is recorded anew when this changes; None: the step is not to be recorded.
+        A CUDA graph of a step is recorded anew when this changes; None: the step is not to be recorded. A number that a
+        tensor can hold, such as a growing weight, is better given by ``changing``.
         """
         return ()
+
+    def changing(self, state: State) -> tuple[float, ...]:
+        """Numbers of a step that change over training, such as a growing weight; the step reads them by ``numbers``."""
+        return ()
+
+    def numbers(self, state: State, device: torch.device) -> Tensor:
+        """``changing``, float32 on the device. Nothing waits for it, and a graph of the step takes them as an input."""
+        return on_device(self.changing(state), device) if state.numbers is None else state.numbers
 
     def variant(self, state: State) -> Hashable:
         """Which of the steps that take turns within a phase this one is: each keeps its graph."""
@@ -167,6 +179,13 @@ class Method(ABC):
         """Raises ValueError for a checkpoint's memory that this method cannot have left.
 
         shape: of the training images, [N, C, H, W].
+        """
+
+    def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:  # noqa: B027 (as above)
+        """Does what is due now and then, for the batch that comes next: makes and renews what ``state.memory`` keeps.
+
+        It runs eagerly, outside of graphs of the step. A tensor of the memory is written to in place, so that graphs
+        stay valid. Images are as the loader gives them, before any are mixed.
         """
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
@@ -191,6 +210,13 @@ class Method(ABC):
         """``objective`` on what ``prepare`` makes."""
         return self.objective(model, batch, self.prepare(model, batch, key, state or State()))
 
+    def step(
+        self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
+    ) -> tuple[Tensor, Metrics]:
+        """``before_step``, then ``train_step``: what a training loop calls for every batch."""
+        self.before_step(model, batch, key, state)
+        return self.train_step(model, batch, key, state, descent)
+
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
     ) -> tuple[Tensor, Metrics]:
@@ -203,3 +229,9 @@ class Method(ABC):
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:  # noqa: B027 (most methods do nothing)
         """What a method does to the model once the weights are updated: some published code runs it once more."""
+
+
+def on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers of the host, float32 [n], without a wait for the device."""
+    made = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)

@@ -56,14 +56,21 @@ class Curriculum(Around):
 
     def parts(self, state: State) -> Sequence[tuple[float, Method]]:
         shares = {False: 1 - self.mix_share, True: self.mix_share}
-        return [(part, self._now(self._share(state), mixed)) for mixed, part in shares.items() if part]
+        made = [(part, self._now(self._share(state), mixed)) for mixed, part in shares.items() if part]
+        return [(part * share, method) for part, whole in made for share, method in whole.parts(state)]
 
     def phase(self, state: State) -> Hashable:
         inner = self.now(state).phase(state)
         return None if inner is None else (self._share(state), inner)
 
+    def changing(self, state: State) -> tuple[float, ...]:
+        return self.now(state).changing(state)
+
     def variant(self, state: State) -> Hashable:
-        return self._mixed(state)
+        return self._mixed(state), self.now(state).variant(state)
+
+    def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
+        self.now(state).before_step(model, batch, key, state)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> tuple[Method, Any]:
         method = self.now(state)
@@ -72,6 +79,9 @@ class Curriculum(Around):
     def objective(self, model: nn.Module, batch: Batch, given: tuple[Method, Any]) -> tuple[Tensor, Metrics]:
         method, prepared = given
         return method.objective(model, batch, prepared)
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
+        return self.now(state or State()).loss(model, batch, key, state)
 
     def train_step(
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,15 +45,6 @@ class Mixing(Around):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_mixable(self.method, self.kind)
-
-    def phase(self, state: State) -> Hashable:
-        return self.method.phase(state)
-
-    def variant(self, state: State) -> Hashable:
-        return self.method.variant(state)
-
-    def parts(self, state: State) -> Sequence[tuple[float, Method]]:
-        return [(share, replace(self, method=method)) for share, method in self.method.parts(state)]
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
         return self.method.loss(model, self.mixed(batch, key), key, state)
