@@ -18,8 +18,8 @@ Outcome = tuple[Tensor, Metrics]
 
 
 class StepGraph:
-    """``method.step``; its ``train_step`` is recorded once for each shape of batches, phase and variant of the method, then
-    replayed.
+    """``method.step``; its ``train_step`` is recorded once for each shape of batches, phase and variant of the method,
+    then replayed.
 
     The first batch of a kind is trained on eagerly. It makes what lasts (the optimiser's state, the method's memory,
     compiled code) outside of the graph's memory, and has its values checked, which a graph does not. A recording trains
