@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -13,12 +16,13 @@ from torch.nn import functional as F
 
 from atlas_kernels import pgd_step, random_start
 from atlas_train.descent import OptimizerDescent
-from atlas_train.methods import AWP, Batch, Method, Metrics, State
+from atlas_train.methods import AWP, Batch, Curriculum, Method, Metrics, Mixing, State
 from atlas_train.methods.kept import Given, KeptForward
 from atlas_train.methods.terms import accuracy
 from atlas_train.passes import count_passes
+from atlas_train.recompute import Recomputed
 from atlas_train.step_graph import StepGraph
-from beside_published import CLASSES, EPS, Steps, assert_same, case, ours, theirs
+from beside_published import CLASSES, EPS, Case, Steps, assert_same, case, close, ours, theirs
 from fake_graph import recorded
 
 
@@ -135,3 +139,142 @@ def test_a_graph_reads_what_changes_and_what_is_made_before_a_step() -> None:
     assert len(recordings) == 1 and int(state.memory["steps"]) == int(other.memory["steps"]) == 6
     for name, value in theirs_.state_dict().items():
         assert torch.equal(mine.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "method", [Tied(EPS), Curriculum(Tied(EPS), eps_warmup=1), Mixing(Tied(EPS, label_smoothing=0.3), "mixup", 1.0)]
+)
+def test_the_kept_forward_is_that_of_the_parts(method: Method, mode: str) -> None:
+    """``loss``, and ``objective`` on what ``prepare`` makes: in each wrapper and in the mode that the network is in."""
+    made, outcomes = case(), []
+    for parts in (False, True):
+        model = copy.deepcopy(made.model).train(mode == "train")
+        batch = method.mixed(made.batch, made.key) if isinstance(method, Mixing) else made.batch
+        state = State(epoch=1, epochs=4)
+        inner: Any = method.method if isinstance(method, Mixing) else method
+        if parts:
+            loss, _ = inner.objective(model, batch, inner.prepare(model, batch, made.key, state))
+        else:
+            loss, _ = method.loss(model, made.batch, made.key, state)
+        loss.backward()
+        outcomes.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
+    for a, b in zip(*outcomes, strict=True):
+        close(a.detach(), b.detach(), "part", 1e-12)
+
+
+def test_mixed_images_have_two_labels_in_attack_and_loss() -> None:
+    made = case()
+    method = Mixing(Tied(EPS, label_smoothing=0.3), "mixup", 1.0)
+    batch = method.mixed(made.batch, made.key)
+    first, second = (F.one_hot(y, CLASSES).double() for y in (batch.y, batch.second))
+    mixed = Case(made.model, batch, made.key)
+    labels = batch.share * first + (1 - batch.share) * second
+    expected = theirs(
+        lambda model, x, y, start, steps: plain(model, x, labels, start, steps, weight=0.5, smooth=0.3),
+        mixed,
+        mixed.start(),
+    )
+    assert_same(ours(method, made, State(epoch=1, epochs=4)), expected, statistics=True)
+
+
+def test_bf16_by_autocast() -> None:
+    made = case()
+    dtypes, losses = [], []
+    batch = made.batch._replace(x=made.batch.x.float())
+    for low in (False, True):
+        model = copy.deepcopy(made.model).float().train()
+        model.conv2.register_forward_hook(lambda *given: dtypes.append(given[2].dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss, _ = Tied(EPS).step(model, batch, made.key, State(), Steps(model))
+        assert loss.dtype == torch.float32 and all(p.isfinite().all() for p in model.parameters())
+        losses.append(float(loss))
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_recomputation_changes_nothing() -> None:
+    """A backward for the attack and one for the loss each run the blocks again; statistics move once all the same."""
+    made = case()
+    layers = [made.model.conv1, made.model.bn1, nn.ReLU(), made.model.conv2, made.model.bn2, nn.Dropout(0.3)]
+    made.model = nn.Sequential(
+        nn.Sequential(*layers[:3]), nn.Sequential(*layers[3:]), nn.Flatten(), made.model.linear
+    ).train()  # type: ignore[assignment]
+    outcomes = []
+    for again in (False, True):
+        model = copy.deepcopy(made.model)
+        forwards: list[int] = []
+        model[1][0].register_forward_hook(lambda *given, forwards=forwards: forwards.append(1))
+        torch.manual_seed(3)
+        steps = Steps(model)
+        with Recomputed(model) if again else nullcontext():
+            loss, _ = Tied(EPS).step(model, made.batch, made.key, State(), steps)
+        outcomes.append([loss, *(g for grads in steps.grads for g in grads), *model.buffers()])
+        assert len(forwards) == (5 if again else 2)
+    for a, b in zip(*outcomes, strict=True):
+        close(a, b, "recomputed", 1e-12)
+
+
+LIVING: list[nn.Module] = []
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", [Tied(EPS), AWP(Tied(EPS), 0.01)], ids=["kept", "awp"])
+def test_distributed_data_parallel(group: None, method: Method) -> None:
+    """With its defaults it writes all buffers before a forward, which a second one of a step must not see."""
+    made, outcomes, written = case(), [], []
+    for wrapped in (False, True):
+        inner = copy.deepcopy(made.model).train()
+        model: Any = nn.parallel.DistributedDataParallel(inner) if wrapped else inner
+        LIVING.append(model)  # its end could wait for gloo's thread for ever
+
+        def as_on_other_ranks(inner: nn.Module = inner) -> None:
+            written.append(1)
+            for buffer in inner.buffers():
+                buffer.add_(0)
+
+        model._sync_buffers = as_on_other_ranks
+        steps = Steps(inner)
+        loss, _ = method.step(model, made.batch, made.key, State(), steps)
+        outcomes.append([loss, *(g for grads in steps.grads for g in grads), *inner.buffers()])
+        assert not wrapped or model.require_forward_param_sync
+    assert len(written) == 1
+    for a, b in zip(*outcomes, strict=True):
+        close(a, b, "distributed", 1e-12)
+
+
+@pytest.mark.parametrize("how", ["whole", "a part", "in place"])
+def test_a_compiled_network(how: str) -> None:
+    """Its backward makes all gradients and frees its buffers: there a second forward at the start costs less."""
+    made, outcomes = case(), []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model: Any = copy.deepcopy(made.model).train()
+        network = model
+        if compiled and how == "whole":
+            network = torch.compile(model, backend="aot_eager")
+        elif compiled and how == "a part":
+            model.conv2 = torch.compile(model.conv2, backend="aot_eager")
+        elif compiled:
+            model.compile(backend="aot_eager")
+        steps, asked = Steps(model), []
+        model.linear.weight.register_hook(lambda grad, asked=asked: asked.append(1))
+        loss, _ = Tied(EPS).step(network, made.batch, made.key, State(), steps)
+        outcomes.append([loss, *(g for grads in steps.grads for g in grads), *model.buffers()])
+        assert len(asked) == 1
+    torch._dynamo.reset()
+    for a, b in zip(*outcomes, strict=True):
+        close(a, b, "compiled", 1e-9)
+
+
+def test_features_instead_of_logits_are_refused() -> None:
+    made = case()
+    made.model.forward = lambda x: made.model.conv1(x)  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"must return logits \[8, classes\], got shape \[8, 6, 6, 6\]"):
+        Tied(EPS).loss(made.model, made.batch, made.key)
