@@ -101,7 +101,7 @@ def one_step_adv(m: Any, batch: Batch, key: Tensor) -> Statement:
 def atlas(m: Any, batch: Batch, key: Tensor) -> Statement:
     names = ("local", "local_objective", "global_term", "global_weight", "bn", "project")
     noise = sample_neighbours(torch.zeros_like(batch.x), 1.0, m.count, clip_min=-1, key=key, ids=batch.ids)
-    how = {name: getattr(m, name) for name in names} | pgd(m)
+    how = {name: m.in_use()[name] for name in names} | pgd(m)
     how |= {"radius": m._radius, "local_weight": m._local_weight, "noise": noise.view(m.count, *batch.x.shape)}
     return Statement(published.atlas.atlas, in_ball(m, batch, key), how)
 

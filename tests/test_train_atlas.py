@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import noise_key, sample_neighbours
+from atlas_kernels import noise_key, random_start, sample_neighbours
+from atlas_kernels.attacks import PGD
 from atlas_train import methods
-from atlas_train.methods import ATLAS, Batch, atlas_local
+from atlas_train.methods import ATLAS, Batch, State, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
 from atlas_train.noise import normal
 from beside_published import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
@@ -57,6 +58,69 @@ def test_form_is_its_documented_formula(form: str, global_term: str, steps: int,
     drawn = {"directions": directions(made, how.get("count", 1)), "noise": around(made, how.get("count", 1))}
     expected = theirs(published.atlas, made, made.start(), **stated, **drawn)
     assert_same(ours(ATLAS(**how), made), expected, statistics=True)
+
+
+@pytest.mark.parametrize("objective", ["kl", "js", "logit", "prob"])
+@pytest.mark.parametrize(("global_term", "steps", "smoothing"), [("none", 1, 0.4), ("kl", 2, 0.0), ("logit", 1, 0.0)])
+def test_start_is_its_documented_formula(objective: str, global_term: str, steps: int, smoothing: float) -> None:
+    made = case()
+    stated = {"local_objective": objective, "local_weight": 0.7, "step_size": 0.08, "steps": steps, "eps": EPS}
+    stated |= {"global_weight": 1.3} | ({"global_term": global_term} if global_term != "none" else {})
+    expected = theirs(published.atlas_start, made, made.start(), smoothing=smoothing, **stated)
+    mine = ours(ATLAS(local="start", label_smoothing=smoothing, **stated), made)
+    assert_same(mine, expected, statistics=True)
+
+
+@pytest.mark.parametrize(("how", "radius"), [({"start_noise": "wide"}, 2.0), ({"wide_start": 3.0}, 3.0)])
+def test_start_may_leave_the_ball(how: dict[str, Any], radius: float) -> None:
+    made = case()
+    stated = {"local_objective": "logit", "local_weight": 0.5}
+    expected = theirs(published.atlas_start, made, made.start(radius * EPS), eps=EPS, step_size=EPS, ball=1.0, **stated)
+    mine = ours(ATLAS(EPS, local="start", **how, **stated), made)
+    assert_same(mine, expected, statistics=True)
+    assert (mine.images[-1] - made.batch.x).abs().max() > 1.5 * EPS
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_start_in_other_norms(norm: Any, steps: int) -> None:
+    made, eps = case(), {"l2": 0.5, "l1": 3.0}[norm]
+    method = ATLAS(eps, local="start", norm=norm, steps=steps)
+    outcome = ours(method, made)
+    start = random_start(made.batch.x, eps, norm=norm, key=made.key, ids=made.batch.ids)
+    attack = PGD(eps, steps=steps, norm=norm, attack_mode="train")
+    adv = attack(made.model, made.batch.x, made.batch.y, start=start, key=made.key, ids=made.batch.ids)
+    close(outcome.images[-1], adv, "adversary", 1e-9)
+    assert outcome.loss.isfinite()
+
+
+def test_the_weight_of_start_grows_by_epochs() -> None:
+    made = case()
+    losses = {}
+    for ramp, epoch in [(0.0, 0), (0.5, 0), (0.5, 1), (0.5, 3), (1.0, 0)]:
+        method = ATLAS(EPS, local="start", local_weight=2.0, local_ramp=ramp)
+        losses[ramp, epoch] = float(ours(method, made, State(epoch=epoch, epochs=4)).loss)
+    none, full = float(ours(ATLAS(EPS, local="start", local_weight=0.0), made).loss), losses[0.0, 0]
+    assert losses[0.5, 1] == losses[0.5, 3] == pytest.approx(full, rel=1e-7)
+    assert losses[0.5, 0] == pytest.approx((none + full) / 2, rel=1e-6)
+    assert losses[1.0, 0] == pytest.approx(none + (full - none) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"local": "start", "bn": "joint"}, "bn='joint' has no meaning with local='start'"),
+        ({"local": "start", "local_objective": "ce"}, "local_objective='ce' cannot be had with local='start'.*'js'"),
+        ({"local_objective": "js"}, "local_objective='js' cannot be had with local='neighbours'.*'kl' or 'ce'"),
+        ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
+        ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
+        ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
+        ({"local": "start", "start_noise": "wide", "steps": 2}, "wide_start is of one step in l_inf, got steps=2"),
+    ],
+)
+def test_what_has_no_meaning_with_a_form_is_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"atlas: {message}"):
+        ATLAS(EPS, **how)
 
 
 def trained() -> Case:

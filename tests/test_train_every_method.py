@@ -125,7 +125,7 @@ def test_the_defaults_of_each_data_set_can_be_built(name: str) -> None:
         assert set(values) <= set(hints(method))
 
 
-_FORMS = [("atlas", {"local": form}) for form in ("worst", "jacobian", "radius")]
+_FORMS = [("atlas", {"local": form}) for form in ("worst", "jacobian", "radius", "start")]
 
 
 @pytest.mark.parametrize(("name", "hyper"), [*((name, {}) for name in methods.names()), *_FORMS])
@@ -143,6 +143,6 @@ def test_hyper_parameters_as_used_are_those_that_are_used(name: str, hyper: dict
         outcomes.append([loss, *model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
     for key, value in used.items():
-        if getattr(default, key) is None and value is not None:
+        if getattr(default, key) is None and isinstance(value, float):
             other = methods.build(name, EPS, {**hyper, key: value / 2})
             assert other.in_use()[key] == value / 2

@@ -268,10 +268,12 @@ def test_weights_that_are_not_finite_are_taken_back_too(monkeypatch: pytest.Monk
 
 def test_a_wide_start_gives_way_to_two_steps() -> None:
     """It is of one step: the stronger attack starts in the ball."""
-    settings = TrainConfig(**ROLLBACK | {"method": "atlas", "hyper": {"wide_start": 2.0, "steps": 1}})
+    hyper: dict[str, Any] = {"wide_start": 2.0, "start_noise": "wide", "local": "start", "steps": 1}
+    settings = TrainConfig(**ROLLBACK | {"method": "atlas", "hyper": hyper})
     run = engine.prepare(settings, splits(), None, None)
     eps = run.config.eps
     changed = rescue._stronger(run)
-    assert changed == {"steps": [1, 2], "step_size": [eps, 1.25 * eps / 2], "wide_start": [2.0, 0.0]}
+    narrow = {"wide_start": [2.0, 0.0], "start_noise": ["wide", "uniform"]}
+    assert changed == {"steps": [1, 2], "step_size": [eps, 1.25 * eps / 2]} | narrow
     stronger = rescue.with_attack(run.config, changed).build_method()
     assert (stronger.steps, stronger.wide_start, stronger.step_size) == (2, 0.0, 1.25 * eps / 2)  # type: ignore[attr-defined]

@@ -53,6 +53,9 @@ FORMS: list[dict[str, Any]] = [
     {"method": "free", "mixup": 0.3},
     {"method": "llr", "cutmix": 0.5, "hyper": {"ramp": 0.0}},
     {"method": "atlas", "hyper": {"wide_start": 2.0}},
+    {"method": "atlas", "hyper": {"local": "start", "local_objective": "js", "local_ramp": 1.0}},
+    {"method": "atlas", "hyper": {"local": "start", "steps": 2}, "awp": 0.01, "label_smoothing": 0.3},
+    {"method": "atlas", "hyper": {"local": "start"}, "mixup": 1.0},
     {"method": "adv", "norm": "l2", "eps": 0.8},
     {"method": "atlas", "norm": "l2", "eps": 0.8},
     {"method": "trades", "norm": "l1", "eps": 5.0},
@@ -245,6 +248,7 @@ def compiler(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         {"method": "atlas"},
         {"method": "atlas", "train_precision": "bf16", "channels_last": True},
         {"method": "atlas", "hyper": {"local": "radius"}},
+        {"method": "atlas", "hyper": {"local": "start"}},
         {"method": "trades", "hyper": {"steps": 2, "bn_compat": True}, "attack_precision": "bf16"},
         {"method": "free", "hyper": {"replays": 2}},
         {"method": "adv", "hyper": {"steps": 2, "attack_mode": "train"}, "awp": 0.01},
@@ -319,6 +323,7 @@ def test_what_graphs_trained_can_be_resumed_eagerly_and_the_other_way(
         ({"method": "adv", "awp": 0.01, "awp_warmup": 2}, 2, 10),
         ({"method": "free"}, 1, 10),  # the first step makes delta
         ({"method": "adv", "eps_warmup": 2}, 3, 9),  # a radius in each epoch
+        ({"method": "atlas", "hyper": {"local": "start", "local_ramp": 1.0}}, 1, 11),  # its weight is an input
         ({"method": "atlas", "mix_share": 0.5}, 2, 10),  # a graph of either kind of step, for the whole run
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",

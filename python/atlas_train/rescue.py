@@ -81,6 +81,8 @@ def _stronger(run: Run) -> dict[str, list[Any]]:
         changed["step_size"] = [used["step_size"], min(used["step_size"], 1.25 * eps / 2)]
     if used.get("wide_start"):  # which is of one step
         changed["wide_start"] = [used["wide_start"], 0.0]
+    if used.get("start_noise") == "wide":
+        changed["start_noise"] = ["wide", "uniform"]
     return changed
 
 

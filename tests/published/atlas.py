@@ -80,6 +80,54 @@ def atlas(
     return adv.detach(), loss.detach()
 
 
+def atlas_start(
+    model, x, y, start, optimizer, *, eps, step_size, local_objective, local_weight, global_term="none",
+    global_weight=1.0, steps=1, smoothing=0.0, ball=None,
+):  # fmt: skip
+    """local="start": one forward at the start, for attack and loss. ``ball``: of x'; None: eps. Returns (x', loss)."""
+
+    def ce(logits):
+        return F.cross_entropy(logits, y, label_smoothing=smoothing)
+
+    model.train()
+    at = start.detach().requires_grad_()
+    z_start = model(at)
+    (grad,) = torch.autograd.grad(ce(z_start), at, retain_graph=True)
+    ball = eps if ball is None else ball
+    adv = torch.clamp(start + step_size * grad.sign(), x - ball, x + ball).clamp(0, 1)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for _ in range(steps - 1):
+        at = adv.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(at), y), at)
+        adv = torch.clamp(adv + step_size * grad.sign(), x - eps, x + eps).clamp(0, 1)
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(before[name])
+    z = model(adv.detach())
+
+    p, q = z_start.softmax(1), z.softmax(1)
+    m = (p + q) / 2
+    loss = (
+        ce(z)
+        + local_weight
+        * {
+            "kl": (p * (p.log() - q.log())).sum(1),
+            "js": ((p * (p.log() - m.log())).sum(1) + (q * (q.log() - m.log())).sum(1)) / 2,
+            "logit": ((z_start - z) ** 2).sum(1),
+            "prob": ((p - q) ** 2).sum(1),
+        }[local_objective].mean()
+    )
+    if global_term != "none":
+        z_x = model(x)
+        loss = loss + global_weight * {
+            "kl": lambda: kl(z_x, z), "ce": lambda: ce(z_x), "logit": lambda: ((z_x - z) ** 2).sum(1).mean()
+        }[global_term]()  # fmt: skip
+
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return adv.detach(), loss.detach()
+
+
 def kl(a, b):
     return (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1).mean()
 

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import atlas_loss, pgd_step, pgd_step_neighbours, project, random_start
+from atlas_kernels import atlas_loss, kl_div, logit_pairing, pgd_step, pgd_step_neighbours, project, random_start
 from atlas_kernels.attacks import PGD
-from atlas_kernels.outputs import logits_of
+from atlas_kernels.attacks import Batch as Samples
+from atlas_kernels.outputs import Model, logits_of
 
 from ..data import Batch, OfEps
 from ..options import Norm, option
-from . import atlas_local
+from . import atlas_local, kept
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .mixed import samples
@@ -23,15 +24,35 @@ from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide,
 
 #: Ours, from a few runs, most of one seed, on 300 held-out training images of digits: not a search. There jacobian
 #: gained nothing on "none" with any weight tried.
-_WEIGHTS = {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0, "none": 0.0}
+_WEIGHTS = {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0, "start": 1.0, "none": 0.0}
 _SECOND_ORDER = ("jacobian", "margin", "radius")
 #: Options that only these forms have a use for.
 _ONLY = {
-    "local_objective": ("neighbours", "worst"),
+    "local_objective": ("neighbours", "worst", "start"),
+    "local_ramp": ("start",),
     "count": ("neighbours", "jacobian"),
     "project": ("neighbours", "worst"),
     "rivals": ("radius",),
+    "attack_mode": ("neighbours", "worst", "jacobian", "margin", "radius"),
 }
+_OBJECTIVES = {"start": ("kl", "js", "logit", "prob")}
+_WIDE = 2.0  # eps, as in n_fgsm
+
+
+def consistency_loss(logits, other, y, *, distance, weight, label_smoothing, return_terms):  # type: ignore[no-untyped-def]
+    """Stands in until the operator of that name is there."""
+    from torch.nn import functional as F
+
+    p, q = (t.to(torch.promote_types(t.dtype, torch.float32)).log_softmax(1) for t in (other, logits))
+    m = torch.logaddexp(p, q) - 0.6931471805599453
+    apart = {
+        "logit": lambda: (logits - other).square(),
+        "prob": lambda: (p.exp() - q.exp()).square(),
+        "kl": lambda: p.exp() * (p - q),
+        "js": lambda: (p.exp() * (p - m) + q.exp() * (q - m)) / 2,
+    }[distance]().sum(1)
+    ce = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
+    return (ce + weight * apart).mean(), torch.stack([ce, apart]).detach()
 
 
 class Given(NamedTuple):
@@ -42,7 +63,7 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ATLAS(Method):
+class ATLAS(kept.KeptForward):
     """Adversarial training via local stability (ATLAS; Lu & Kumar, arXiv 2110.14030): one instance of that framework.
 
         L = CE(z(x'), y) + local_weight * LOCAL + global_weight * GLOBAL
@@ -56,6 +77,8 @@ class ATLAS(Method):
                 jacobian    C/2 mean_m ||J(x')^T v_m||^2, ``count`` random unit vectors v_m: ||J||_F^2 / 2 on average
                 margin      r ||grad (z_y - z_j)(x')||_1: what the ball takes off the margin, to first order
                 radius      softplus(1 - rho / r), rho = min_j max(0, z_y - z_j) / ||grad (z_y - z_j)||_1 at x'
+                start       of x0, the start of the attack, to both sides, kl, js, logit or prob:
+                            KL(p(x0) || p(x'))   Jensen-Shannon   ||z(x0) - z(x')||^2   ||p(x0) - p(x')||^2
         GLOBAL  kl: KL(p(x) || p(x')), to both sides  ce: CE(z(x), y)             logit: ||z(x) - z(x')||^2
 
     What is and is not from the paper: the text that we could read (abstract, introduction) describes a framework, a
@@ -70,11 +93,19 @@ class ATLAS(Method):
                     regularisers at natural images with methods based on adversaries
         margin      as jacobian, for the one difference of logits that decides, in the dual norm of the l_inf ball
         radius      LOCAL is also put as enlarging the radius of the ball around x' on which the network stays correct
+        start       the start is a point of the local ball that has been paid for
 
     Choices of ours: points may leave the eps-ball of x (``project`` keeps them in); lengths in radius are in units of
     r, as softplus(r - rho) is all but linear at pixel scale; a misclassified x' has radius 0, and only CE pulls at it;
     the gradients are those of the batch's sum in the training forward, where BatchNorm in train mode couples the rows.
-    Passes: 2K + 6 + 3 ``count`` (neighbours), 2K + 11 (worst), 2K + 12 (the others; 2K + 9 with ``bn="split"``).
+    Passes: 2K + 6 + 3 ``count`` (neighbours), 2K + 11 (worst), 2K + 5 (start; 3 more with GLOBAL), 2K + 12 (the others;
+    2K + 9 with ``bn="split"``).
+
+    With start the forward at x0 serves attack and loss (see ``KeptForward``). That forward, and a loss that ties it to
+    x', are not ours: they are of FGSM-PGI, squared logits (Jia et al. 2022, ECCV), and of LIET, Jensen-Shannon with a
+    weight that grows (ICCV 2025). To see in the start a point of the local ball is ours, and so are this choice of
+    ties, weights and starts, and GLOBAL beside it. GLOBAL is none by default there, and the parts have forwards of
+    their own, as the second needs the gradient of the first. Its attack climbs the smoothed cross-entropy.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -91,12 +122,18 @@ class ATLAS(Method):
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps for one step, else PGD's", above=0)
     wide_start: float = option(0.0, WIDE_START, low=0)
-    local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "none"] = option(
+    start_noise: Literal["uniform", "wide"] = option(
+        "uniform",
+        f"noise from which the attack starts. wide: that of wide_start, {_WIDE:g} unless it says another radius",
+    )
+    local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "start", "none"] = option(
         "neighbours",
         "how the ball around the adversary is looked at; jacobian, margin and radius need double backward, so their "
         "training forward runs the network uncompiled, and cost less with bn=split",
     )
-    local_objective: Literal["kl", "ce", "logit"] = option("kl", "what is asked of the points of neighbours and worst")
+    local_objective: Literal["kl", "ce", "logit", "js", "prob"] = option(
+        "kl", "what is asked of the points: kl, ce or logit of neighbours and worst, kl, js, logit or prob of start"
+    )
     count: int = option(1, "neighbours of each adversary, or random projections of jacobian", low=1)
     rivals: int = option(
         1, "radius: nearest of so many classes, by their logits; C - 1: all. Above 1, each costs a backward", low=1
@@ -107,10 +144,20 @@ class ATLAS(Method):
     local_weight: float | None = option(
         None, "weight of LOCAL; default: " + ", ".join(f"{w:g} {form}" for form, w in _WEIGHTS.items() if w), low=0
     )
-    global_term: Literal["kl", "ce", "logit", "none"] = option("kl", "how clean image and adversary are tied")
+    local_ramp: float = option(
+        0.0,
+        "start: share of the epochs in which the weight of LOCAL grows, from epoch to epoch; 1 as in LIET, 0: constant",
+        low=0,
+        high=1,
+    )
+    global_term: Literal["kl", "ce", "logit", "none"] | None = option(
+        None, "how clean image and adversary are tied; default: kl, with local=start none"
+    )
     global_weight: float = option(1.0, "weight of GLOBAL", low=0)
-    bn: Literal["joint", "split"] = option(
-        "joint", "BatchNorm statistics: of the whole batch [x; x'; z] in one forward, or per slice, one forward each"
+    bn: Literal["joint", "split"] | None = option(
+        None,
+        "BatchNorm statistics: of the whole batch [x; x'; z] in one forward, or per slice, one forward each; default: "
+        "joint, with local=start split",
     )
     project: bool = option(
         False, "also project the points of neighbours and worst onto the eps-ball of the clean image"
@@ -120,8 +167,8 @@ class ATLAS(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_wide(self, self.wide_start, self.steps)
-        if self.wide_start and self.project:
+        require_wide(self, self._wide, self.steps)
+        if self._wide and self.project:
             raise ValueError("atlas: project keeps points in the ball, and wide_start leaves it: leave one out")
         for name, forms in _ONLY.items():
             value = getattr(self, name)
@@ -130,6 +177,17 @@ class ATLAS(Method):
                     f"atlas: {name}={value!r} has no meaning with local={self.local!r}: leave it out, or choose "
                     f"local={' or '.join(map(repr, forms))}"
                 )
+        objectives = _OBJECTIVES.get(self.local, ("kl", "ce", "logit"))
+        if self.local_objective not in objectives:
+            raise ValueError(
+                f"atlas: local_objective={self.local_objective!r} cannot be had with local={self.local!r}: choose "
+                f"{' or '.join(map(repr, objectives))}"
+            )
+        if self.local == "start" and self.bn == "joint":
+            raise ValueError(
+                "atlas: bn='joint' has no meaning with local='start', whose second forward needs the gradient of the "
+                "first: leave it out"
+            )
 
     @property
     def one_label(self) -> str:
@@ -143,7 +201,25 @@ class ATLAS(Method):
     def _step_size(self) -> Any:
         if self.step_size is not None:
             return self.step_size
-        return self.eps if self.wide_start else super()._step_size
+        return self.eps if self._wide else super()._step_size
+
+    @property
+    def _wide(self) -> float:
+        """Radius of a start that may leave the ball, in eps."""
+        return self.wide_start or (_WIDE if self.start_noise == "wide" else 0.0)
+
+    @property
+    def _ball(self) -> float:
+        """What x' is projected onto."""
+        return NO_BALL if self._wide else self.eps
+
+    @property
+    def _global_term(self) -> str:
+        return self.global_term or ("none" if self.local == "start" else "kl")
+
+    @property
+    def _bn(self) -> str:
+        return self.bn or ("split" if self.local == "start" else "joint")
 
     @property
     def _points(self) -> int:
@@ -152,7 +228,7 @@ class ATLAS(Method):
 
     @property
     def _parts(self) -> int:
-        return (self.global_term != "none") + 1 + self._points
+        return (self._global_term != "none") + 1 + self._points
 
     @property
     def _radius(self) -> float:
@@ -162,22 +238,37 @@ class ATLAS(Method):
     def _local_weight(self) -> float:
         return _WEIGHTS[self.local] if self.local_weight is None else self.local_weight
 
-    def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
+    def changing(self, state: State) -> tuple[float, ...]:
+        if not self.local_ramp:
+            return ()
+        return (self._local_weight * min(1.0, (state.epoch + 1) / (self.local_ramp * state.epochs)),)
+
+    def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
+        if self.local == "start":
+            return super().loss(model, batch, key, state)
+        return Method.loss(self, model, batch, key, state)
+
+    def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
+        if self.local == "start":
+            return super().prepare(model, batch, key, state)
+        return self._prepared(model, batch, key)
+
+    def _prepared(self, model: nn.Module, batch: Batch, key: Tensor) -> Given:
         """The batch for the training forward: the attack up to its last gradient, then the rest in one pass."""
         attack, worst = self._attack, self.local == "worst"
         images = self._buffer(model, batch.x, self._parts)
         out = images[: -len(batch.x)] if worst else images
-        if self.wide_start:
-            last = from_wide_noise(attack, self.wide_start, model, batch, key)
+        if self._wide:
+            last = from_wide_noise(attack, self._wide, model, batch, key)
         else:
             last = attack.before_last_step(model, samples(attack, batch, key))
-        points, include_x = 0 if worst else self._points, self.global_term != "none"
+        points, include_x = 0 if worst else self._points, self._global_term != "none"
         if self.norm == "linf":
             pgd_step_neighbours(
                 last.adv,
                 last.grad,
                 batch.x,
-                NO_BALL if self.wide_start else self.eps,
+                self._ball,
                 attack.effective_step_size,
                 self._radius,
                 points,
@@ -208,11 +299,60 @@ class ATLAS(Method):
         centre, ball = (batch.x.to(adv.dtype), self.eps) if self.project else (adv, self._radius)
         pgd_step(adv, grad, centre, ball, self._radius, norm=self.norm, out=worst)
 
-    def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
+    def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
+        if self.local == "start":
+            return super().objective(model, batch, given)
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
-        parts = [given.images] if self.bn == "joint" else given.images.chunk(self._parts)
+        parts = [given.images] if self._bn == "joint" else given.images.chunk(self._parts)
         return self._combine(_logits(model, parts), batch)
+
+    def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
+        radius = (self._wide or 1.0) * self.eps
+        return random_start(batch.x, radius, norm=self.norm, key=key, ids=batch.ids), None
+
+    def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
+        attack = self._attack
+        if attack.steps > 1:
+            return attack.step(samples(attack, batch, key), start, grad, None, 1.0)[0]
+        return pgd_step(start, grad, batch.x, self._ball, attack.effective_step_size, norm=self.norm)
+
+    def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
+        attack = self._attack
+        return attack.loop(_further, model, samples(attack, batch, key, start=adv)) if attack.steps > 1 else adv
+
+    def combine(
+        self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: kept.Given
+    ) -> tuple[Tensor, Metrics]:
+        metrics: Metrics = {"adv": accuracy(adv_logits, batch)}
+
+        def loss_of(y: Tensor) -> Tensor:
+            loss, terms = consistency_loss(
+                adv_logits,
+                start_logits,
+                y,
+                distance=self.local_objective,
+                weight=given.numbers[0] if self.local_ramp else self._local_weight,
+                label_smoothing=self.label_smoothing,
+                return_terms=True,
+            )
+            metrics.setdefault("local", terms[1].mean())
+            return loss
+
+        return batch.over_labels(loss_of), metrics
+
+    def tied(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: kept.Given) -> tuple[Tensor, Metrics]:
+        adv_logits = kept.again(model, given.adv)
+        loss, metrics = self.combine(start_logits, adv_logits, batch, given)
+        if self._global_term == "none":
+            return loss, metrics
+        logits = kept.again(model, batch.x)
+        if self._global_term == "ce":
+            term = self.ce(logits, batch)
+        else:
+            term = (kl_div if self._global_term == "kl" else logit_pairing)(logits, adv_logits)
+        metrics |= {"clean": accuracy(logits, batch), "global": term.detach()}
+        return loss + self.global_weight * term, metrics
 
     def _second_order(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         """One forward for the loss and for the gradients at the adversaries, which LOCAL is made of."""
@@ -220,7 +360,7 @@ class ATLAS(Method):
         adv = adv.detach().requires_grad_()
         parts = [*clean, adv]
         with twice_differentiable():
-            logits = _logits(model, [torch.cat(parts)] if self.bn == "joint" else parts)
+            logits = _logits(model, [torch.cat(parts)] if self._bn == "joint" else parts)
         loss, metrics = self._combine(logits, batch)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
         return loss + self._local_weight * local, metrics | {"local": local.detach()}
@@ -236,8 +376,8 @@ class ATLAS(Method):
     def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor) -> Tensor:
         """Every cross-entropy of the loss: that of x', and those of x and of the neighbours where their term is ce."""
         points = parts[len(parts) - self._points :]
-        loss = self.smoothed(loss, parts[int(self.global_term != "none")], y)
-        if self.global_term == "ce":
+        loss = self.smoothed(loss, parts[int(self._global_term != "none")], y)
+        if self._global_term == "ce":
             loss = self.smoothed(loss, parts[0], y, self.global_weight)
         for point in points if self.local_objective == "ce" else ():
             loss = self.smoothed(loss, point, y, self._local_weight / len(points))
@@ -268,19 +408,19 @@ class ATLAS(Method):
                 y,
                 local=self.local_objective if self._points else "none",
                 local_weight=self._local_weight,
-                global_term=self.global_term,
+                global_term=self._global_term,
                 global_weight=self.global_weight,
                 return_terms=True,
             )
             if self._points:
                 metrics.setdefault("local", terms[1].mean())
-            if self.global_term != "none":
+            if self._global_term != "none":
                 metrics.setdefault("global", terms[2].mean())
             return self._smoothed(loss, parts, y)
 
         loss = batch.over_labels(loss_of)
         metrics["adv"] = accuracy(parts[len(parts) - self._points - 1], batch)
-        if self.global_term != "none":
+        if self._global_term != "none":
             metrics["clean"] = accuracy(parts[0], batch)
         return loss, metrics
 
@@ -289,3 +429,12 @@ def _logits(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
     """A forward for each of the parts; the logits of all."""
     logits = [logits_of(model(part)) for part in parts]
     return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+def _further(attack: PGD, model: Model, batch: Samples) -> Tensor:
+    """The steps of an attack after the first, from where that has led."""
+    adv = attack.start(batch, 0)
+    for left in reversed(range(attack.steps - 1)):
+        _, grad = batch.goal.gradient(model, adv, sized=attack.sized)
+        adv, _ = attack.step(batch, adv, grad, None, left / (attack.steps - 1))
+    return adv

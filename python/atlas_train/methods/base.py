@@ -131,6 +131,8 @@ class Method(ABC):
                 "not: set mix_share=0, or choose another method, for example atlas or one_step_adv"
             )
         changed: dict[str, Any] = {"steps": steps, "step_size": None, "wide_start": 0.0}  # which is of one step
+        if getattr(self, "start_noise", "") == "wide":
+            changed["start_noise"] = "uniform"
         return replace(self, **{name: value for name, value in changed.items() if hasattr(self, name)})
 
     @property

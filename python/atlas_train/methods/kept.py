@@ -67,11 +67,10 @@ class KeptForward(Method):
         with attacking(model, "keep", key):
             leaf, logits = _traced(model, start)
             grad = pull_back(model, logits, leaf, self.cotangent(wide(logits.detach()), batch, key), coupled=True)
-        return self._given(batch, start, known, grad, key, state)
+        return self._given(model, batch, start, known, grad, key, state)
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        start_logits = logits_of(model(given.start))
-        return self._combined(model, start_logits, batch, given)
+        return self.tied(model, logits_of(model(given.start)), batch, given)
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
         """``objective`` on what ``prepare`` makes, with one forward at x0 for both."""
@@ -83,16 +82,21 @@ class KeptForward(Method):
         cotangent = self.cotangent(wide(logits.detach()), batch, key)
         with torch.autocast(start.device.type, enabled=False):
             grad = pull_back(model, logits, leaf, cotangent, coupled=True, retain_graph=True)
-        return self._combined(model, logits, batch, self._given(batch, start, known, grad, key, state))
+        return self.tied(model, logits, batch, self._given(model, batch, start, known, grad, key, state))
 
-    def _given(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Given:
-        adv = self.adversary(batch, start, known, grad, key, state)
+    def _given(
+        self, model: nn.Module, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State
+    ) -> Given:
+        adv = self.further(model, batch, self.adversary(batch, start, known, grad, key, state), key)
         return Given(start, adv, key, self.numbers(state, start.device))
 
-    def _combined(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        with _without_broadcast(model):
-            adv_logits = logits_of(model(given.adv))
-        return self.combine(start_logits, adv_logits, batch, given)
+    def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
+        """x', where the attack takes more steps than the one to ``adv``; each costs two passes."""
+        return adv
+
+    def tied(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
+        """The forward at x', and the loss."""
+        return self.combine(start_logits, again(model, given.adv), batch, given)
 
     def _of_cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """softmax(z) - (1 - s) onehot(y) - s / C."""
@@ -110,6 +114,12 @@ def _traced(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits_of(model(leaf))
     require_rows_of_logits(logits, leaf)
     return leaf, logits
+
+
+def again(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits of a further forward in a step."""
+    with _without_broadcast(model):
+        return logits_of(model(x))
 
 
 @contextmanager
