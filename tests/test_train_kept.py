@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from atlas_kernels import pgd_step, random_start
 from atlas_train.descent import OptimizerDescent
-from atlas_train.methods import AWP, Batch, Curriculum, Method, Metrics, Mixing, State
+from atlas_train.methods import ADV, AWP, Batch, Curriculum, Method, Metrics, Mixing, State
 from atlas_train.methods.kept import Given, KeptForward
 from atlas_train.methods.terms import accuracy
 from atlas_train.passes import count_passes
@@ -139,6 +139,38 @@ def test_a_graph_reads_what_changes_and_what_is_made_before_a_step() -> None:
     assert len(recordings) == 1 and int(state.memory["steps"]) == int(other.memory["steps"]) == 6
     for name, value in theirs_.state_dict().items():
         assert torch.equal(mine.state_dict()[name], value), name
+
+
+@dataclass(frozen=True)
+class InTurns(Tied):
+    """Every second step is of another kind."""
+
+    def variant(self, state: State) -> int:
+        return state.step % 2
+
+    def parts(self, state: State) -> list[tuple[float, Method]]:
+        return [(0.25, Tied(self.eps)), (0.75, ADV(self.eps))]
+
+
+@pytest.mark.parametrize(
+    ("around", "kinds"),
+    [
+        (lambda inner: AWP(inner, 0.01), [(0.25, AWP, Tied), (0.75, AWP, ADV)]),
+        (lambda inner: Mixing(inner, "cutmix", 1.0), [(0.25, Mixing, Tied), (0.75, Mixing, ADV)]),
+        (lambda inner: Curriculum(inner, eps_warmup=2), [(0.25, Tied, Tied), (0.75, ADV, ADV)]),
+    ],
+    ids=["awp", "mixing", "curriculum"],
+)
+def test_what_is_around_a_method_hands_on_what_it_says(around: Callable[[Method], Method], kinds: Any) -> None:
+    made, method = case(), around(InTurns(EPS))
+    state = State(step=3, epoch=1, epochs=4)
+    assert method.changing(state) == (0.5,)
+    assert method.variant(state) != method.variant(State(step=4, epoch=1, epochs=4))
+    method.step(made.model.train(), made.batch, made.key, state, Steps(made.model))
+    assert int(state.memory["steps"]) == 1
+    found = [(share, type(part), type(getattr(part, "method", part))) for share, part in method.parts(state)]
+    assert found == kinds
+    assert all(part.eps == method.parts(state)[0][1].eps for _, part in method.parts(state))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
