@@ -41,8 +41,11 @@ class KeptForward(Method):
     z0 is made once, by a training forward, and serves attack and loss; g is taken of it to the input alone: 7 passes.
     A subclass says what the start is (``start``), what the step climbs (``cotangent``), where it leads (``adversary``)
     and what the loss is (``combine``). ``prepare`` and ``objective``, the same with the attack apart, take one forward
-    more (AWP needs them). So does ``loss`` on a compiled network, whose backward to the input would make the gradients
-    of all weights besides, and its forward keep more.
+    more (AWP needs them). So does ``loss`` on a compiled network: there a backward to the input makes the gradients of
+    all weights too, which takes as long as that forward, and torch would have to keep what it frees by default.
+
+    The forward at x0 is one of training: in its precision and mode, with its hooks and dropout, seen by BatchNorm's
+    running statistics. So settings of attacks, ``Execution`` among them, reach ``prepare`` alone.
     """
 
     @abstractmethod
