@@ -62,9 +62,9 @@ def roundings(
     results come before the gradients.
     """
     given = {**call.arguments, **changed}
-    factors = [given[n] for n in ("weights", "beta", "local_weight", "global_weight") if given.get(n) is not None]
+    factors = [given[n] for n in ("weights", "weight", "beta", "local_weight", "global_weight") if given.get(n) is not None]
     size = max([1.0, *(_size(given[name]) for name in tensors)])
-    size *= size if call.name in ("logit_pairing", "atlas_loss", "compactness") else 1.0  # squared differences
+    size *= size if call.name in ("logit_pairing", "consistency_loss", "atlas_loss", "compactness") else 1.0  # squared differences
     size *= max([1.0, *(_total(f) for f in factors)])
     if size > 1e30:  # near what float32 holds
         return None
