@@ -9,13 +9,15 @@ the loss.
 
 Finite logits of any size keep their digits: each is compared with the largest of its row. A class of probability 0
 contributes 0, also at a logit of -inf. A NaN among the logits makes its sample's loss NaN and no other's (the gradient
-too, but that of a squared distance of logits, where only that class's is). So does a logit of +inf, or a row of nothing but -inf,
-where there is a softmax; the margin, DLR and pairing subtract infinite logits as they are, and inf - inf is NaN.
+too, but that of a squared distance of logits, where only that class's is). So does a logit of +inf, or a row of nothing
+but -inf, where there is a softmax; the margin, DLR and pairing subtract infinite logits as they are, and inf - inf is
+NaN.
 
 Common arguments: ``weights``, a finite number per sample, float [B], that multiplies its loss; ``reduction``, "mean"
 (the sum over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for
-float [B]. What has weight 0 (a sample by ``weights``, a term by ``beta``, ``local_weight`` or ``global_weight``) adds 0
-to the loss and to every gradient, also where it is infinite (PyTorch's 0 * inf is NaN); if it is NaN, it stays NaN.
+float [B]. What has weight 0 (a sample by ``weights``, a term by ``beta``, ``weight``, ``local_weight`` or
+``global_weight``, a class by its target) adds 0 to the loss and to every gradient, also where it is infinite (PyTorch's
+0 * inf is NaN); if it is NaN, it stays NaN.
 Every loss raises ``TypeError`` and ``ValueError`` that name the argument.
 
 Every loss is differentiable in its logits and weights any number of times. The gradient is made in the forward pass and

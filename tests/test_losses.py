@@ -67,8 +67,12 @@ LOSSES = {
     **{f"tied {distance}": tied(distance) for distance in ("logit", "prob", "kl")},
     "tied js": Loss(
         lambda z, y, t, **o: ak.consistency_loss(
-            *z, spread(y, t, z[0], torch.float32), distance="js", weight=torch.tensor(1.5, device=y.device),
-            label_smoothing=0.3, **o,
+            *z,
+            spread(y, t, z[0], torch.float32),
+            distance="js",
+            weight=torch.tensor(1.5, device=y.device),
+            label_smoothing=0.3,
+            **o,
         ),
         lambda z, y, t: published.consistency(*z, spread(y, t, z[0]), "js", 1.5, 0.3),
         2,
@@ -305,7 +309,9 @@ def test_distributions_are_as_in_pytorch(engine):
         torch.testing.assert_close(gradients(value, z)[0], gradients(truth, z)[0])
     y = torch.tensor([1, 2], device=engine)
     hot = torch.nn.functional.one_hot(y, 3).double()
-    torch.testing.assert_close(ak.cross_entropy(z, hot, label_smoothing=0.1), ak.cross_entropy(z, y, label_smoothing=0.1))
+    torch.testing.assert_close(
+        ak.cross_entropy(z, hot, label_smoothing=0.1), ak.cross_entropy(z, y, label_smoothing=0.1)
+    )
     sure = by_rows([[40.0, 0.0, -1.0]], engine)  # 1 - p far below half a unit of 1
     (grad,) = gradients(ak.cross_entropy(sure, torch.tensor([[1.0, 0.0, 0.0]], device=engine)), sure)
     torch.testing.assert_close(grad[0, 0].double(), -grad[0, 1:].double().sum(), rtol=1e-6, atol=0)
@@ -343,9 +349,7 @@ def test_targets_and_a_weight_that_require_grad_get_theirs(distance):
     assert torch.autograd.gradcheck(ours, inputs)
     wanted = gradients(published.consistency(*inputs[:3], distance, weight, 0.2).mean(), *inputs)
     torch.testing.assert_close(gradients(ours(*inputs), *inputs), wanted)
-    torch.testing.assert_close(
-        torch.autograd.grad(ak.cross_entropy(z, soft), soft), (-z.detach().log_softmax(1) / 3,)
-    )
+    torch.testing.assert_close(torch.autograd.grad(ak.cross_entropy(z, soft), soft), (-z.detach().log_softmax(1) / 3,))
 
 
 def test_ties_go_to_the_first_class(engine):

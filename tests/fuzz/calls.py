@@ -214,7 +214,11 @@ _LOSSES: dict[str, tuple[Any, tuple[str, ...], int, bool, dict[str, tuple[float,
     "dlr_loss": (ak.dlr_loss, ("logits",), 4, True, {}),
     "logit_pairing": (ak.logit_pairing, ("logits", "adv_logits"), 2, False, {}),
     "consistency_loss": (
-        ak.consistency_loss, ("logits", "other_logits"), 2, True, {"label_smoothing": (0.0, 0.3), "weight": (0.0, 1.0, 9.0)}
+        ak.consistency_loss,
+        ("logits", "other_logits"),
+        2,
+        True,
+        {"label_smoothing": (0.0, 0.3), "weight": (0.0, 1.0, 9.0)},
     ),
     "atlas_loss": (ak.atlas_loss, ("logits",), 2, True, {"local_weight": (0.0, 0.7), "global_weight": (0.0, 2.0)}),
 }

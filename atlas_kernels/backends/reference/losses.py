@@ -69,7 +69,7 @@ def soft_rows(s: Softmax, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
 
 
 def twins(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    """(p - q, log(p / m), log(q / m)) with m = (p + q) / 2, and nothing of it cancels where p is close to q: log p - log q
+    """(p - q, log(p / m), log(q / m)) with m = (p + q) / 2. Nothing of it cancels where p is close to q: log p - log q
     is as precise as it is small, since the sums of the powers are compared power by power where they are close."""
     close = (p.top - q.top).abs() <= 1
     apart = torch.where(close, (p.z - q.z) - (p.top - q.top), (p.z - p.top) - (q.z - q.top))
@@ -246,8 +246,8 @@ def soft_cross_entropy(logits, distributions, label_smoothing, weights, scale, v
 
 @torch.no_grad()
 def consistency_loss(
-    logits, other_logits, labels, distributions, distance, distance_weight, weight_tensor, label_smoothing, weights, scale,
-    value, total, grad, other_grad, terms,
+    logits, other_logits, labels, distributions, distance, distance_weight, weight_tensor, label_smoothing, weights,
+    scale, value, total, grad, other_grad, terms,
 ):  # fmt: skip
     q, other = Softmax(logits), Softmax(other_logits)
     if distributions is not None:

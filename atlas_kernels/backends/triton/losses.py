@@ -119,10 +119,7 @@ def _smoothed_cross_entropy(at, to, inside, y, scale, smoothing, classes, BLOCK:
 def _target(shares_at, inside, y, smoothing, tile, classes, BLOCK: tl.constexpr):
     """What the classes of a tile have of the distribution that a prediction should have been."""
     column = columns(tile, BLOCK)
-    if shares_at is None:
-        t = (column == y).to(tl.float32)
-    else:
-        t = load(shares_at, inside, tile, classes, BLOCK)
+    t = (column == y).to(tl.float32) if shares_at is None else load(shares_at, inside, tile, classes, BLOCK)
     if smoothing is not None:
         kept = tl.cast(smoothing, tl.float32)
         t = t * (1.0 - kept) + tl.div_rn(kept, tl.cast(classes, tl.float32))
@@ -414,8 +411,8 @@ def _log_shift(
 
 @triton.jit
 def _twins(p, q, ratio):
-    """(u = (p - q) / (p + q), log(p / m), log(q / m)), m = (p + q) / 2, of log p - log q: nothing of it cancels where p is
-    close to q."""
+    """(u = (p - q) / (p + q), log(p / m), log(q / m)), m = (p + q) / 2, of log p - log q. Nothing of it cancels where p
+    is close to q."""
     more = ratio > 0.0
     away = tl.where(more, ratio, -ratio)
     less = expm1(-away)
