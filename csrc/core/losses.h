@@ -134,7 +134,6 @@ template <class Row> struct Pair {
 
   // From here on log_ratio is as precise as it is small: the sums are compared power by power where they are close.
   ATLAS_HD void look_closely(Row& row) {
-    using T = scalar_of<V>;
     Total<V> more;
     for (int64_t j = 0; j < row.vectors(); ++j) {
       const V x = ratio_of_powers(row, j), from = row.power(q_slot, j, q.max);
