@@ -112,6 +112,12 @@ def _traced(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return leaf, logits
 
 
+def again(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits of a further forward in a step."""
+    with _without_broadcast(model):
+        return logits_of(model(x))
+
+
 @contextmanager
 def _without_broadcast(model: nn.Module) -> Iterator[None]:
     """For the second forward of a step: DistributedDataParallel has written the first rank's buffers to all before the
