@@ -13,6 +13,7 @@ from .batch_norm import batch_norm
 from .double_backward import FastDoubleBackward
 from .losses import (
     atlas_loss,
+    consistency_loss,
     cross_entropy,
     dlr_loss,
     entropy,
@@ -48,6 +49,7 @@ __all__ = [
     "batch_norm",
     "can_keep_memory",
     "compactness",
+    "consistency_loss",
     "cross_entropy",
     "dlr_loss",
     "entropy",

@@ -396,6 +396,24 @@ def class_indices(
     return t
 
 
+def target_distributions(name: str, t: Tensor, like: Tensor) -> Tensor:
+    """A distribution over the classes per row of ``like``: numbers >= 0, in the dtype that it is computed in."""
+    if t.layout != torch.strided or t.is_nested:
+        require_strided(name, t)
+    if t.shape != like.shape or t.device != like.device:
+        raise ValueError(
+            f"{name} is {t.dtype} {list(t.shape)} on {t.device}, expected integers [{like.shape[0]}], or distributions "
+            f"{list(like.shape)} like the logits, on {like.device}"
+        )
+    if t.numel() and value_checks_enabled(t, name=name):
+        given = t.detach()
+        if not bool(((given >= 0) & (given < math.inf)).all()):
+            row, c = (int(i) for i in (~((given >= 0) & (given < math.inf))).nonzero()[0])
+            raise ValueError(f"{name}[{row}, {c}] = {given[row, c].item()} is no share of a class: give numbers >= 0")
+    require_memory(name, t)
+    return contiguous(name, t.to(compute_dtype(like.dtype)))
+
+
 def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:
     """A weight per sample, [batch], in the dtype that ``like`` is computed in."""
     if not isinstance(weights, Tensor) or weights.is_complex():

@@ -6,6 +6,8 @@ Arguments as the operators of the stems ``losses`` and ``pairwise`` have them; s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     if not label_smoothing:
         return loss
     return _times(1 - label_smoothing, loss) - (label_smoothing / z.shape[1] * z.log_softmax(1)).sum(1)
+
+
+def soft_cross_entropy(logits: Tensor, distributions: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    z, t = _wide(logits), (1 - label_smoothing) * distributions + label_smoothing / logits.shape[1]
+    return -(t * torch.where(t == 0, 0.0, z.log_softmax(1))).sum(1)
 
 
 def kl_div(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -69,6 +76,35 @@ def logit_pairing(logits: Tensor, adv_logits: Tensor) -> Tensor:
     return 4 * (half * half).sum(1)
 
 
+def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = _wide(p_logits).log_softmax(1), _wide(q_logits).log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    # What is 0 gets another number before anything infinite is differentiated.
+    log_p, log_q = torch.where(p == 0, -torch.inf, log_p), torch.where(q == 0, -torch.inf, log_q)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    of_p, of_q = (torch.where(r == 0, 0.0, log_r - log_m) for r, log_r in ((p, log_p), (q, log_q)))
+    return 0.5 * (p * of_p + q * of_q).sum(1)
+
+
+def consistency_loss(
+    logits: Tensor, other_logits: Tensor, labels: Tensor | None, distributions: Tensor | None, distance: int,
+    distance_weight: float, weight_tensor: Tensor | None, label_smoothing: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, [CE, distance] without gradient)."""
+    if distributions is not None:
+        ce = soft_cross_entropy(logits, distributions, label_smoothing)
+    else:
+        assert labels is not None
+        ce = cross_entropy(logits, labels, label_smoothing)
+    apart = _DISTANCES[distance](other_logits, logits)
+    terms = torch.stack([ce, apart]).detach()
+    if weight_tensor is None:
+        return ce + _times(distance_weight, apart), terms
+    out = (weight_tensor == 0) & apart.isinf()  # which must not be infinite anywhere on its way
+    blank = (torch.where(out[:, None], 0.0, t) for t in (other_logits, logits))
+    return ce + weight_tensor * _DISTANCES[distance](*blank), terms
+
+
 def atlas_loss(
     logits: Tensor, labels: Tensor, local: int, local_weight: float, global_term: int, global_weight: float
 ) -> tuple[Tensor, Tensor]:
@@ -88,8 +124,16 @@ def atlas_loss(
     return loss, torch.stack([ce, near, far]).detach()
 
 
+def _probability_distance(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    difference = _wide(p_logits).softmax(1) - _wide(q_logits).softmax(1)
+    return (difference * difference).sum(1)
+
+
+_DISTANCES = (logit_pairing, _probability_distance, jensen_shannon, kl_div)  # numbered as in csrc/api.h
+
+
 def loss_and_terms(made: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a formula of this file made, with the terms that only ATLAS has."""
+    """What a formula of this file made, with its terms, where it has some."""
     return made if isinstance(made, tuple) else (made, None)
 
 

@@ -3,17 +3,21 @@
 Logits are float [B, C], C at least 2; strides other than contiguous are copied first. 16-bit logits are computed with
 in float32 and the loss is float32 (float64 for float64), so no cast is needed under autocast; gradients come in the
 dtype of the logits. A gradient in float16 is rounded after the scale of a ``GradScaler`` has multiplied it; without
-one, a small one underflows, as in PyTorch. Labels are integers [B] of any width.
+one, a small one underflows, as in PyTorch. Labels are integers [B] of any width; ``cross_entropy`` and
+``consistency_loss`` also take target distributions, float [B, C] of any width, which are computed with in the type of
+the loss.
 
 Finite logits of any size keep their digits: each is compared with the largest of its row. A class of probability 0
 contributes 0, also at a logit of -inf. A NaN among the logits makes its sample's loss NaN and no other's (the gradient
-too, but for ``logit_pairing``, where only that class's is). So does a logit of +inf, or a row of nothing but -inf,
-where there is a softmax; the margin, DLR and pairing subtract infinite logits as they are, and inf - inf is NaN.
+too, but that of a squared distance of logits, where only that class's is). So does a logit of +inf, or a row of nothing
+but -inf, where there is a softmax; the margin, DLR and pairing subtract infinite logits as they are, and inf - inf is
+NaN.
 
 Common arguments: ``weights``, a finite number per sample, float [B], that multiplies its loss; ``reduction``, "mean"
 (the sum over the batch divided by B, weighted or not; NaN for an empty batch, as in PyTorch), "sum", or "none" for
-float [B]. What has weight 0 (a sample by ``weights``, a term by ``beta``, ``local_weight`` or ``global_weight``) adds 0
-to the loss and to every gradient, also where it is infinite (PyTorch's 0 * inf is NaN); if it is NaN, it stays NaN.
+float [B]. What has weight 0 (a sample by ``weights``, a term by ``beta``, ``weight``, ``local_weight`` or
+``global_weight``, a class by its target) adds 0 to the loss and to every gradient, also where it is infinite (PyTorch's
+0 * inf is NaN); if it is NaN, it stays NaN.
 Every loss raises ``TypeError`` and ``ValueError`` that name the argument.
 
 Every loss is differentiable in its logits and weights any number of times. The gradient is made in the forward pass and
@@ -38,19 +42,21 @@ from .checks import (
     require_choice,
     require_strided,
     sample_weights,
+    target_distributions,
     value_checks_enabled,
     whole,
 )
 from .layout import compute_dtype, require_memory
-from .schema import TERMS
+from .schema import DISTANCES, TERMS
 from .transforms import followed, is_wrapped
 
 _NAMES = (
-    "cross_entropy", "kl_div", "trades_loss", "mart_loss", "entropy", "margin_loss", "dlr_loss", "logit_pairing",
-    "atlas_loss",
+    "cross_entropy", "soft_cross_entropy", "kl_div", "trades_loss", "mart_loss", "entropy", "margin_loss", "dlr_loss",
+    "logit_pairing", "consistency_loss", "atlas_loss",
 )  # fmt: skip
 _KERNELS = {name: backends.caller(name) for name in _NAMES}
 _gairat_weights = backends.caller("gairat_weights")
+_TERMS = {"consistency_loss": 2, "atlas_loss": 3}  # how many each of them returns
 _REDUCTIONS = ("mean", "sum", "none")
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -66,12 +72,17 @@ def cross_entropy(
     """Cross-entropy ``-log p_y``, p = softmax(logits); as ``torch.nn.functional.cross_entropy``, but ``weights`` are
     per sample. log p_y and the gradient p_y - 1 keep their relative precision where p_y comes close to 1.
 
+    labels: integers [B], or target distributions t, float [B, C] of numbers >= 0: then ``-sum_c t_c log p_c``, whose
+    gradient is ``p sum_c t_c - t`` (rows need not sum to 1). Targets that require grad get theirs by the plain formula.
     label_smoothing: s in [0, 1], the share of the target that is spread evenly over all classes (Szegedy et al. 2016,
     arXiv 1512.00567, section 7).
     """
     logits = dense_logits("logits", logits)
-    labels = class_indices("labels", labels, logits, logits.shape[1])
     smoothing = number_in("label_smoothing", label_smoothing, 0.0, 1.0)
+    if isinstance(labels, Tensor) and labels.ndim > 1 and labels.is_floating_point():
+        targets = target_distributions("labels", labels, logits)
+        return _loss("soft_cross_entropy", logits, None, (targets,), (smoothing,), weights, reduction)
+    labels = class_indices("labels", labels, logits, logits.shape[1])
     return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
 
 
@@ -166,6 +177,53 @@ def logit_pairing(
     logits = dense_logits("logits", logits)
     adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
     return _loss("logit_pairing", logits, adv_logits, (), (), weights, reduction)
+
+
+def consistency_loss(
+    logits: Tensor,
+    other_logits: Tensor,
+    labels: Tensor,
+    *,
+    distance: str = "logit",
+    weight: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_terms: bool = False,
+) -> Any:
+    """``CE(logits, y) + weight * D(other_logits, logits)``: the loss at one point, tied to the logits at another, with
+    gradients to both (one-step methods tie an adversary to its start or to its image):
+
+        logit   ||z - z'||^2, summed over the classes: a mean over them, as published code often has, is weight / C
+        prob    ||p - p'||^2
+        js      Jensen-Shannon divergence in nats, (KL(p||m) + KL(p'||m)) / 2 with m = (p + p') / 2
+        kl      KL(p' || p)
+
+    z, p = softmax(z) of ``logits``, z', p' of ``other_logits``. prob, js and their gradients keep their relative
+    precision where p comes close to p'.
+
+    Args:
+        labels: integers [B], or target distributions, float [B, C], as ``cross_entropy`` takes them.
+        weight: a number >= 0, or a float tensor without dimensions on the device of the logits, which the kernel reads:
+            so it can change under a CUDA graph. A tensor that requires grad gets its own by the plain formula.
+        label_smoothing: of the cross-entropy.
+        return_terms: also return CE and D of each sample, unweighted and without gradient: float [2, B].
+
+    Returns the loss, or (loss, terms).
+    """
+    logits = dense_logits("logits", logits)
+    other_logits = dense_logits("other_logits", other_logits, "logits", logits)
+    require_choice("distance", distance, DISTANCES)
+    smoothing = number_in("label_smoothing", label_smoothing, 0.0, 1.0)
+    indices: tuple[Tensor | None, ...]
+    if isinstance(labels, Tensor) and labels.ndim > 1 and labels.is_floating_point():
+        indices = None, target_distributions("labels", labels, logits)
+    else:
+        indices = class_indices("labels", labels, logits, logits.shape[1]), None
+    numbers = (DISTANCES.index(distance), *_number_or_tensor("weight", weight, logits), smoothing)
+    flag("return_terms", return_terms)
+    loss, terms = _loss("consistency_loss", logits, other_logits, indices, numbers, weights, reduction)
+    return (loss, terms) if return_terms else loss
 
 
 def atlas_loss(
@@ -278,6 +336,25 @@ def _factor(name: str, value: float, logits: Tensor) -> float:
     return number
 
 
+def _number_or_tensor(name: str, value: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
+    """A number >= 0, or a tensor without dimensions that holds one: (number, None) or (0.0, tensor)."""
+    if not isinstance(value, Tensor):
+        return _factor(name, value, logits), None
+    dtype = compute_dtype(logits.dtype)
+    if value.layout != torch.strided or value.is_nested:
+        require_strided(name, value)
+    if value.ndim or not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a float tensor [], got {value.dtype} {list(value.shape)}")
+    if value.device != logits.device:
+        raise ValueError(
+            f"{name} is on {value.device}, the logits on {logits.device}: move it there, or pass float({name})"
+        )
+    if value_checks_enabled(value, name=name):
+        _factor(name, value.item(), logits)
+    require_memory(name, value)
+    return 0.0, value.to(dtype)
+
+
 def _pair(logits: Tensor, adv_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = dense_logits("logits", logits)
     adv_logits = dense_logits("adv_logits", adv_logits, "logits", logits)
@@ -302,13 +379,14 @@ def _loss(
     logits: Tensor,
     other: Tensor | None,
     indices: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
+    numbers: tuple[Any, ...],
     weights: Tensor | None,
     reduction: str,
 ) -> Any:
     """One loss, checked but for what all share, with its gradient if somebody needs it."""
     require_choice("reduction", reduction, _REDUCTIONS)
     batch = indices[0].shape[0] if indices and indices[0] is not None else logits.shape[0]
+    soft = name in ("soft_cross_entropy", "consistency_loss")
     scale = 1.0
     if reduction == "mean":
         scale = 1.0 / batch if batch else float("nan")
@@ -316,7 +394,8 @@ def _loss(
     if weights is not None:
         weights = sample_weights(weights, batch, logits)
     call = _Call(name, indices, numbers, batch, scale, reduced)
-    if followed(logits, other, weights):
+    constants = tuple(t for t in (*indices, *numbers) if isinstance(t, Tensor)) if soft else ()
+    if followed(logits, other, weights, *constants) or any(_differentiated(t) for t in constants):
         rows, terms = _formula(call, logits, other, weights)
         rows = rows if weights is None else rows * weights
         result = rows.sum() * scale if reduced else rows
@@ -327,12 +406,16 @@ def _loss(
     return result if terms is None else (result, terms)
 
 
+def _differentiated(t: Tensor) -> bool:
+    return t.requires_grad and torch.is_grad_enabled()
+
+
 class _Call(NamedTuple):
     """What a loss is asked for, beside its logits and weights."""
 
     name: str
     indices: tuple[Tensor | None, ...]
-    numbers: tuple[float, ...]
+    numbers: tuple[Any, ...]
     batch: int
     scale: float
     reduced: bool
@@ -348,13 +431,12 @@ def _run(
     total = torch.empty((), dtype=dtype, device=device) if call.reduced else None
     kernel, shared = _KERNELS[call.name], (*call.indices, *call.numbers, weights, scale, value, total)
     terms = None
-    if other is not None:
-        kernel(logits, other, *shared, grad, other_grad)
-    elif call.name != "atlas_loss":
-        kernel(logits, *shared, grad)
+    if call.name in _TERMS:
+        terms = torch.empty((_TERMS[call.name], call.batch), dtype=dtype, device=device)
+        shared += (grad, terms) if other is None else (grad, other_grad, terms)
     else:
-        terms = torch.empty((3, call.batch), dtype=dtype, device=device)
-        kernel(logits, *shared, grad, terms)
+        shared += (grad,) if other is None else (grad, other_grad)
+    kernel(logits, *(() if other is None else (other,)), *shared)
     return value if total is None else total, terms
 
 

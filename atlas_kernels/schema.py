@@ -18,6 +18,7 @@ NAMESPACE = "atlas_kernels"
 NORMS = LINF, L2, L1 = "linf", "l2", "l1"  # numbered as in csrc/core/perturb_norms.h
 OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # numbered as in csrc/api.h, as are the terms of atlas_loss
 TERMS = ("kl", "ce", "logit", "none")
+DISTANCES = ("logit", "prob", "js", "kl")  # of consistency_loss
 # Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
 STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
 
@@ -81,6 +82,11 @@ OPERATORS: dict[str, dict[str, str]] = {
         "margin_loss": f"{_LOGITS}, {_LABELS}, {_REDUCED}, {_GRAD}",
         "dlr_loss": f"{_LOGITS}, {_LABELS}, int64[batch]? targets, {_REDUCED}, {_GRAD}",
         "logit_pairing": f"{_LOGITS}, {_ADV}, {_REDUCED}, {_GRAD}, {_ADV_GRAD}",
+        "soft_cross_entropy": f"{_LOGITS}, wide[batch, classes] distributions, float label_smoothing=parameter, "
+        f"{_REDUCED}, {_GRAD}",
+        "consistency_loss": f"{_LOGITS}, same[batch, classes] other_logits=adv_logits, int64[batch]? labels, "
+        "wide[batch, classes]? distributions, int distance, number[] distance_weight, float label_smoothing=parameter, "
+        f"{_REDUCED}, {_GRAD}, same[batch, classes]!? other_grad=adv_grad, wide[2, batch]!? terms",
         # logits [x; adv; z_1; ..; z_n] one batch after another, x where global_term is not none.
         "atlas_loss": f"same[rows, classes] logits, {_LABELS}, int local, float local_weight, int global_term, "
         f"float global_weight, {_REDUCED}, same[rows, classes]!? grad, wide[3, batch]!? terms",

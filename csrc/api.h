@@ -121,26 +121,34 @@ enum AtlasObjective {
 struct AtlasObjectives { ATLAS_OBJECTIVES(ATLAS_FIELD) };
 
 // The losses by the names of their operators; each numbers itself. parameter: label smoothing or beta. kl_div:
-// KL(softmax(logits) || softmax(adv_logits)).
+// KL(softmax(logits) || softmax(adv_logits)). soft_cross_entropy: of the distributions [batch, classes].
 #define ATLAS_LOSS_NAMES(F) \
   F(cross_entropy) F(kl_div) F(trades_loss) F(mart_loss) F(entropy) F(margin_loss) F(dlr_loss) \
-  F(logit_pairing) F(atlas_loss)
+  F(logit_pairing) F(soft_cross_entropy) F(consistency_loss) F(atlas_loss)
 #define ATLAS_LOSS(name) ATLAS_LOSS_##name,
 enum AtlasLoss { ATLAS_LOSS_NAMES(ATLAS_LOSS) };
 
 // The terms that atlas_loss is made of: kl, ce, logit; none.
 enum AtlasTerm { ATLAS_TERM_KL = 0, ATLAS_TERM_CE = 1, ATLAS_TERM_LOGIT = 2, ATLAS_TERM_NONE = 3 };
 
+// The distances of consistency_loss.
+enum AtlasDistance {
+  ATLAS_DISTANCE_LOGIT = 0, ATLAS_DISTANCE_PROB = 1, ATLAS_DISTANCE_JS = 2, ATLAS_DISTANCE_KL = 3
+};
+
 // value[i] = weights[i] * loss_i;  total = scale * sum of value;  grads = scale * d(sum of value)/d(logits).
 // atlas_loss: logits = [x; adv; z_1; ..; z_n] in one, x unless global_term is none; `rows` in all; terms: [3, batch] CE,
-// LOCAL, GLOBAL. weights (null: 1), value, total and terms are in the compute type; null: not wanted.
+// LOCAL, GLOBAL. consistency_loss: of the labels or, where they are given, the distributions; adv_logits are those that
+// `distance_weight` ties the logits to; terms: [2, batch] CE, distance. weights (null: 1), distributions, value, total
+// and terms are in the compute type; null: not wanted.
 #define ATLAS_LOSSES(F) \
   F(int64_t, batch) F(int64_t, classes) F(int64_t, rows) \
   F(const void*, logits) F(const void*, adv_logits) \
-  F(const int64_t*, labels) F(const int64_t*, targets) F(const void*, weights) \
+  F(const int64_t*, labels) F(const int64_t*, targets) F(const void*, distributions) F(const void*, weights) \
   F(void*, value) F(void*, total) F(void*, grad) F(void*, adv_grad) F(void*, terms) \
   F(double, parameter) F(double, scale) F(double, local_weight) F(double, global_weight) \
-  F(int64_t, neighbours) F(int32_t, dtype) F(int32_t, loss) F(int32_t, local) F(int32_t, global_term)
+  F(AtlasScalar, distance_weight) F(int64_t, neighbours) F(int32_t, dtype) F(int32_t, loss) \
+  F(int32_t, local) F(int32_t, global_term) F(int32_t, distance)
 struct AtlasLosses { ATLAS_LOSSES(ATLAS_FIELD) };
 
 // out[i] = sigmoid(2 lam + 10/h (h - kappa[i])), h = steps / 2 rounded down, divided by the mean over the batch.

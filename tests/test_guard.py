@@ -28,7 +28,7 @@ def valid_call(operator: str) -> dict[str, Any]:
     given: dict[str, Any] = {
         "count": 1, "project": True, "include_x": True, "descend": False, "norm": 1, "largest": 0, "draw": 0,
         "objective": 4,
-        "steps": 10, "local": 0, "global_term": 0, "squared": False, "padding": 1, "flip": True,
+        "steps": 10, "local": 0, "global_term": 0, "distance": 0, "squared": False, "padding": 1, "flip": True,
         "training": True,
         "key": torch.tensor([1, 2]), "ids": labels, "active": labels > 1, "labels": labels, "index": labels,
         "targets": (labels + 1) % batch, "kappa": torch.zeros_like(labels), "correct": labels > 1,
@@ -52,6 +52,8 @@ def valid_call(operator: str) -> dict[str, Any]:
         found["out"] = torch.empty(3 * batch, *IMAGES[1:])
     if operator == "gairat_weights":
         found["out"] = torch.empty(batch)
+    if operator == "consistency_loss":
+        found |= {"distance_weight_rows": torch.ones(()), "terms": torch.empty(2, batch)}
     if operator == "atlas_loss":
         found["logits"], found["grad"] = torch.randn(3 * batch, classes), torch.empty(3 * batch, classes)
     if operator == "batch_norm_double_backward":

@@ -45,7 +45,38 @@ def atlas(local: str, global_term: str, batches: int) -> Loss:
     )
 
 
+def spread(y: Tensor, t: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A distribution over the classes that is half one's, a quarter another's, in the same numbers for every dtype."""
+    hot = [torch.nn.functional.one_hot(v, like.shape[1]).float() for v in (y, t)]
+    return (0.5 * hot[0] + 0.25 * hot[1] + 0.25 / like.shape[1]).to(dtype or like.dtype)
+
+
+def tied(distance: str) -> Loss:
+    return Loss(
+        lambda z, y, t, **o: ak.consistency_loss(*z, y, distance=distance, weight=0.7, **o),
+        lambda z, y, t: published.consistency(*z, y, distance, 0.7),
+        2,
+    )
+
+
 LOSSES = {
+    "soft": Loss(
+        lambda z, y, t, **o: ak.cross_entropy(*z, spread(y, t, z[0], torch.float32), label_smoothing=0.1, **o),
+        lambda z, y, t: published.soft_cross_entropy(*z, spread(y, t, z[0]), 0.1),
+    ),
+    **{f"tied {distance}": tied(distance) for distance in ("logit", "prob", "kl")},
+    "tied js": Loss(
+        lambda z, y, t, **o: ak.consistency_loss(
+            *z,
+            spread(y, t, z[0], torch.float32),
+            distance="js",
+            weight=torch.tensor(1.5, device=y.device),
+            label_smoothing=0.3,
+            **o,
+        ),
+        lambda z, y, t: published.consistency(*z, spread(y, t, z[0]), "js", 1.5, 0.3),
+        2,
+    ),
     "cross_entropy": Loss(
         lambda z, y, t, **o: ak.cross_entropy(*z, y, **o), lambda z, y, t: published.cross_entropy(*z, y)
     ),
@@ -240,6 +271,87 @@ def test_probability_close_to_one_keeps_its_precision(engine):
     assert (grad[:, 0] < 0).all() and (ak.attack_cotangent(z, y).cotangent[:, 0] < 0).all()
 
 
+@pytest.mark.parametrize("distance", ["prob", "js"])
+@pytest.mark.parametrize("classes", [2, 10, 200])
+def test_predictions_that_are_almost_one_have_all_digits_of_their_distance(distance, classes, engine):
+    """A distance of 1e-14 too, of which p log(p / m) + q log(q / m) would keep none."""
+    g = torch.Generator().manual_seed(classes)
+    y = torch.zeros(40, dtype=torch.int64, device=engine)
+    for apart in (1.0, 1e-1, 1e-2, 1e-4, 1e-6):
+        z = torch.randn(40, classes, generator=g)
+        pair = [v.to(engine).requires_grad_() for v in (z, z + apart * torch.randn(40, classes, generator=g))]
+        wide = [v.detach().double().requires_grad_() for v in pair]
+        _, terms = ak.consistency_loss(*pair, y, distance=distance, return_terms=True)
+        only = ak.consistency_loss(*pair, torch.zeros_like(z, device=engine), distance=distance, reduction="sum")
+        # From the difference p - q itself, and Jensen-Shannon by its series, all in fp64.
+        log_p, log_q = wide[0].log_softmax(1), wide[1].log_softmax(1)
+        both, u = log_p.exp() + log_q.exp(), ((log_p - log_q) / 2).tanh()
+        if distance == "prob":
+            truth = (both * u).square().sum(1)
+        else:
+            small, square = u.abs() < 0.1, u.square().clamp(max=0.99)
+            series = sum(square**k / ((k + 1) * (2 * k + 1)) for k in range(9)) * square
+            whole = (1 + u) * (1 + u).log() + (1 - u) * (1 - u).log()
+            truth = (both / 4 * torch.where(small, series, whole)).sum(1)
+        torch.testing.assert_close(terms[1].double(), truth, rtol=2e-5, atol=1e-30)
+        for got, wanted in zip(gradients(only, *pair), gradients(truth, *wide), strict=True):
+            size = wanted.abs().amax(1, keepdim=True)
+            assert ((got.double() - wanted).abs() <= 2e-5 * size).all(), (apart, got - wanted, size)
+
+
+def test_distributions_are_as_in_pytorch(engine):
+    z, t = by_rows([[1.0, -2.0, 0.5], [0.0, 3.0, 30.0]], engine), torch.tensor([[0.2, 0.5, 0.3], [2.0, 0.0, 1.0]])
+    t = t.to(engine)
+    for smoothing, dtype in itertools.product((0.0, 0.3, 1.0), (torch.float32, torch.float16, torch.float64)):
+        truth = torch.nn.functional.cross_entropy(z.double(), t.to(dtype).double(), label_smoothing=smoothing)
+        value = ak.cross_entropy(z, t.to(dtype), label_smoothing=smoothing)
+        torch.testing.assert_close(value.double(), truth)
+        torch.testing.assert_close(gradients(value, z)[0], gradients(truth, z)[0])
+    y = torch.tensor([1, 2], device=engine)
+    hot = torch.nn.functional.one_hot(y, 3).double()
+    torch.testing.assert_close(
+        ak.cross_entropy(z, hot, label_smoothing=0.1), ak.cross_entropy(z, y, label_smoothing=0.1)
+    )
+    sure = by_rows([[40.0, 0.0, -1.0]], engine)  # 1 - p far below half a unit of 1
+    (grad,) = gradients(ak.cross_entropy(sure, torch.tensor([[1.0, 0.0, 0.0]], device=engine)), sure)
+    torch.testing.assert_close(grad[0, 0].double(), -grad[0, 1:].double().sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distance", ["logit", "prob", "js", "kl"])
+def test_terms_and_weight_of_consistency(distance, engine):
+    (z, other), y, _ = problem(LOSSES["trades"], 6, 10, device=engine)
+    plain, terms = ak.consistency_loss(z, other, y, distance=distance, return_terms=True)
+    assert terms.shape == (2, 6) and not terms.requires_grad
+    torch.testing.assert_close(terms[0], ak.cross_entropy(z, y, reduction="none").detach())
+    torch.testing.assert_close(plain.detach(), terms.sum(0).mean())
+    weight = torch.tensor(1.0, device=engine)  # read when the kernel runs
+    made = []
+    for number in (0.0, 0.3, 25.0):
+        weight.fill_(number)
+        for w in (number, weight, weight.double(), weight.half()):
+            value = ak.consistency_loss(z, other, y, distance=distance, weight=w)
+            made.append((value.detach(), *gradients(value, z, other)))
+        for a in made[-3:-1]:
+            assert all(same_bits(x, y) for x, y in zip(a, made[-4], strict=True))
+    assert not made[0][2].any()
+    torch.testing.assert_close(made[8][0] - made[4][0], (25.0 - 0.3) * terms[1].mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["logit", "prob", "js", "kl"])
+def test_targets_and_a_weight_that_require_grad_get_theirs(distance):
+    (z, other), y, t = problem(LOSSES["trades"], 3, 4, dtype=torch.float64, spread=1.0)
+    soft, weight = spread(y, t, z).requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    inputs = (z, other, soft, weight)
+
+    def ours(z, other, soft, weight):
+        return ak.consistency_loss(z, other, soft, distance=distance, weight=weight, label_smoothing=0.2)
+
+    assert torch.autograd.gradcheck(ours, inputs)
+    wanted = gradients(published.consistency(*inputs[:3], distance, weight, 0.2).mean(), *inputs)
+    torch.testing.assert_close(gradients(ours(*inputs), *inputs), wanted)
+    torch.testing.assert_close(torch.autograd.grad(ak.cross_entropy(z, soft), soft), (-z.detach().log_softmax(1) / 3,))
+
+
 def test_ties_go_to_the_first_class(engine):
     z = by_rows([[1.0, 3.0, 3.0, 3.0, 3.0, 0.0]], engine)
     y = torch.tensor([2], device=engine)
@@ -272,14 +384,26 @@ def test_classes_without_probability_contribute_nothing(engine):
     y = torch.tensor([3, 2], device=engine)
     few = z.detach()[:1, [0, 2, 3]].double().requires_grad_()
     few_q = q.detach()[:1, [0, 2, 3]].double().requires_grad_()
-    few_y = torch.tensor([2], device=engine)
+    few_y, sure = torch.tensor([2], device=engine), torch.nn.functional.one_hot(y, 4).float()
     for ours, theirs, inputs, others in [
         (lambda r: ak.cross_entropy(z, y, reduction=r), published.cross_entropy(few, few_y), [z], [few]),
         (lambda r: ak.entropy(z, reduction=r), published.entropy(few), [z], [few]),
         (lambda r: ak.kl_div(z, q, reduction=r), published.kl_div(few, few_q), [z, q], [few, few_q]),
         (lambda r: ak.trades_loss(z, q, y, reduction=r), published.trades(few, few_q, few_y), [z, q], [few, few_q]),
         (lambda r: ak.mart_loss(z, q, y, reduction=r), published.mart(few, few_q, few_y), [z, q], [few, few_q]),
-    ]:
+        (lambda r: ak.cross_entropy(z, sure, reduction=r), published.cross_entropy(few, few_y), [z], [few]),
+        *(
+            (
+                lambda r, d=d: ak.consistency_loss(z, q, y, distance=d, reduction=r),
+                published.consistency(few, few_q, few_y, d, 1.0), [z, q], [few, few_q],
+            )
+            for d in ("prob", "js")
+        ),
+        (
+            lambda r: ak.consistency_loss(q, z, sure, distance="kl", reduction=r),
+            published.consistency(few_q, few, few_y, "kl", 1.0), [q, z], [few_q, few],
+        ),
+    ]:  # fmt: skip
         value = ours("none")
         assert value.isfinite().all()
         torch.testing.assert_close(value[:1].double(), theirs, rtol=1e-5, atol=1e-6)
@@ -297,11 +421,16 @@ def exactly(name: str, z: list[Tensor], y: Tensor, t: Tensor) -> tuple[Tensor, l
     z = [v.detach().double().requires_grad_() for v in z]
     operator, more = FORMULAS[name]
     value = getattr(formulas, operator)(*z, *more(y, t))
-    value = value[0] if name == "atlas" else value
+    value = formulas.loss_and_terms(value)[0]
     return value.detach(), list(torch.autograd.grad(value.sum(), z))
 
 
 FORMULAS = {
+    "soft": ("soft_cross_entropy", lambda y, t: (spread(y, t, FOUR), 0.1)),
+    "tied logit": ("consistency_loss", lambda y, t: (y, None, 0, 0.7, None, 0.0)),
+    "tied prob": ("consistency_loss", lambda y, t: (y, None, 1, 0.7, None, 0.0)),
+    "tied js": ("consistency_loss", lambda y, t: (None, spread(y, t, FOUR), 2, 1.5, None, 0.3)),
+    "tied kl": ("consistency_loss", lambda y, t: (y, None, 3, 0.7, None, 0.0)),
     "cross_entropy": ("cross_entropy", lambda y, t: (y,)),
     "smoothed": ("cross_entropy", lambda y, t: (y, 0.1)),
     "kl_div": ("kl_div", lambda y, t: ()),
@@ -314,6 +443,9 @@ FORMULAS = {
     "logit_pairing": ("logit_pairing", lambda y, t: ()),
     "atlas": ("atlas_loss", lambda y, t: (y, 0, 0.7, 0, 1.3)),
 }
+
+
+FOUR = torch.empty(0, 4, dtype=torch.float64)  # logits of as many classes as here
 
 
 def with_large(big: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -353,7 +485,7 @@ def test_large_logits_keep_their_digits(name, dtype, engine):
         assert (error <= bound).all(), f"value at {big:g}: {value[fine]} for {truth[fine]}"
         for place, (got, slope) in enumerate(zip(grads, slopes, strict=True)):
             size = torch.ones(len(got), 1, dtype=torch.float64, device=engine)
-            if place == 0 and name in ("kl_div", "trades", "mart", "atlas"):
+            if (place, name) in [*((0, n) for n in ("kl_div", "trades", "mart", "atlas")), (1, "tied kl")]:
                 # p (log ratio - KL) is what is left of two numbers of the size of KL.
                 size[: len(truth)] = truth.abs().clamp(1, 1e38)[:, None]
             wanted = slope.to(dtype).double()
@@ -405,6 +537,11 @@ def test_what_has_weight_zero_adds_nothing_though_it_is_infinite(dtype, engine):
         lambda z, q, w: ak.mart_loss(z, q, y[kept] * 0 + 1, weights=w),
         lambda z, q, w: ak.atlas_loss(torch.cat([z, q, z]), y[kept], weights=w),
         lambda z, q, w: ak.trades_loss(z, q, y[kept] * 0, beta=0.0),
+        lambda z, q, w: ak.cross_entropy(q, torch.ones_like(q), weights=w),
+        lambda z, q, w: ak.consistency_loss(q, z, y[kept] * 0, distance="kl", weight=0.0),
+        lambda z, q, w: ak.consistency_loss(q, z, y[kept] * 0, distance="kl", weight=w[0] * 0),
+        lambda z, q, w: ak.consistency_loss(q, z, y[kept] * 0, distance="kl", weight=w.detach()[0]),
+        lambda z, q, w: ak.consistency_loss(q, z, y[kept] * 0, distance="kl", weights=w),
         lambda z, q, w: ak.atlas_loss(torch.cat([z, q, q]), y[kept] * 0, local_weight=0.0, global_weight=0.0),
     ):
         inputs = [v.detach()[kept].requires_grad_() for v in (z, q, w)]
@@ -420,9 +557,12 @@ def test_what_has_weight_zero_adds_nothing_though_it_is_infinite(dtype, engine):
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_nan_spoils_its_row_and_no_other(name, classes, bad, engine):
     loss = LOSSES[name]
-    if bad == INF and name in ("margin", "dlr", "dlr_targeted", "logit_pairing"):
+    if bad == INF and name in ("margin", "dlr", "dlr_targeted"):
         pytest.skip("no softmax")
     for last, at in itertools.product(range(loss.inputs), (0, classes - 1)):
+        paired = name == "logit_pairing" or (name, last) == ("tied logit", 1)  # no softmax there
+        if paired and bad == INF:
+            continue
         z, y, t = problem(loss, 21, classes, device=engine)
         fine = loss.ours(z, y, t, reduction="none")
         fine_grads = gradients(fine, *z)
@@ -432,7 +572,7 @@ def test_a_nan_spoils_its_row_and_no_other(name, classes, bad, engine):
         grads = gradients(value, *z)
         others = torch.arange(21, device=engine) != 17
         assert value[17].isnan()
-        assert grads[last][17, at].isnan() if name == "logit_pairing" else grads[last][17].isnan().all()
+        assert grads[last][17, at].isnan() if paired else grads[last][17].isnan().all()
         assert same_bits(value[others].detach(), fine[others].detach())
         for a, b in zip(grads, fine_grads, strict=True):
             rows = torch.arange(len(a), device=engine) % 21 != 17
@@ -626,6 +766,11 @@ def operator_calls(device):
         yield OPS.margin_loss, (z, y, *shared, *one)
         yield OPS.dlr_loss, (z, y, t if one[0] is None else None, *shared, *one)
         yield OPS.logit_pairing, (z, a, *shared, *two)
+        soft, given = torch.rand(3, 5, device=device), one[0] is not None
+        yield OPS.soft_cross_entropy, (z, soft, 0.1, *shared, *one)
+        truth = (None, soft, 2, 0.0, torch.ones((), device=device)) if given else (y, None, 1, 0.7, None)
+        both = torch.empty(2, 3, device=device) if given else None
+        yield OPS.consistency_loss, (z, a, *truth, 0.1, *shared, *two, both)
         terms = None if one[0] is None else torch.empty(3, 3, device=device)
         grad = None if one[0] is None else torch.empty_like(big)
         yield OPS.atlas_loss, (big, y, 0, 1.0, 0, 1.0, *shared, grad, terms)
@@ -656,6 +801,9 @@ def test_compile_fullgraph(device):
             ak.margin_loss(a, y),
             ak.dlr_loss(z, y) + ak.dlr_loss(z, y, targets=t),
             ak.logit_pairing(z, a),
+            ak.cross_entropy(z, a.detach().softmax(1)),
+            ak.consistency_loss(z, a, y, distance="js", weight=w[0]),
+            ak.consistency_loss(z, a, a.detach().softmax(1), distance="prob", return_terms=True)[0],
             ak.cross_entropy(z, y, weights=ak.gairat_weights(y, 10)),
         ))  # fmt: skip
 
@@ -681,6 +829,10 @@ def test_labels_that_do_not_exist_are_safe_and_loud(engine):
     for operator in (OPS.trades_loss, OPS.mart_loss):
         operator(z, z.flip(0), y, 6.0, None, 1.0, value, None, grad, torch.empty_like(z))
         assert value.isnan().tolist() == [False, True, True, True, True, False]
+    for distance in range(4):
+        rest = y, None, distance, 1.0, None, 0.1 * distance, None, 1.0, value, None, grad, None, None
+        OPS.consistency_loss(z, z.flip(0), *rest)
+        assert value.isnan().tolist() == [False, True, True, True, True, False] and grad[[0, 5]].isfinite().all()
     OPS.atlas_loss(torch.randn(18, 5, device=engine), y, 0, 1.0, 0, 1.0, None, 1.0, value, None, None, None)
     assert value.isnan().tolist() == [False, True, True, True, True, False]
 

@@ -37,7 +37,14 @@ OPERATORS = {
     "dlr_loss": ("dlr_loss", 1, 1, False, (), 3),
     "dlr_loss, targeted": ("dlr_loss", 1, 1, True, (), 4),
     "logit_pairing": ("logit_pairing", 2, 0, False, (), 2),
+    "soft_cross_entropy": ("soft_cross_entropy", 1, 0, False, (0.0,), 2),
+    "soft_cross_entropy, smoothed": ("soft_cross_entropy", 1, 0, False, (0.1,), 2),
+    "consistency_loss, logit": ("consistency_loss", 2, 1, False, (0, 0.7, False, 0.0), 2),
+    "consistency_loss, prob": ("consistency_loss", 2, 0, False, (1, 0.7, True, 0.0), 2),
+    "consistency_loss, js": ("consistency_loss", 2, 0, False, (2, 0.7, False, 0.1), 2),
+    "consistency_loss, kl, smoothed": ("consistency_loss", 2, 1, False, (3, 0.7, True, 0.1), 2),
 }
+PAIRING = ("logit_pairing", "consistency_loss, logit")
 OBJECTIVES = ["ce", "kl", "margin", "dlr", "dlr_targeted"]
 
 
@@ -54,17 +61,34 @@ def problem(batch, classes, dtype=SINGLE, *, seed=0):
     return tuple(t.to(DEVICE) for t in made)
 
 
+def between(name, tensors):
+    """The arguments of an operator from its logits to its weights."""
+    operator, _, labelled, targeted, numbers, _ = OPERATORS[name]
+    z, _, labels, targets, _ = tensors
+    indices = [labels] * labelled + ([targets if targeted else None] if operator == "dlr_loss" else [])
+    if operator not in ("soft_cross_entropy", "consistency_loss"):
+        return *indices, *numbers
+    compute = DOUBLE if z.dtype == DOUBLE else SINGLE
+    one, other = ((torch.arange(z.shape[1], device=DEVICE) == v[:, None]).float() for v in (labels, targets))
+    soft = (0.5 * one + 0.25 * other + 0.25 / z.shape[1]).to(compute)
+    if operator == "soft_cross_entropy":
+        return soft, *numbers
+    distance, weight, on_device, smoothing = numbers
+    there = torch.full((), weight, device=DEVICE).to(compute) if on_device else None
+    return labels if labelled else None, None if labelled else soft, distance, weight, there, smoothing
+
+
 def call(backend, name, tensors, *, weights=None, scale=0.25, gradients=True):
     """Every output of one loss: value, total, and the gradients."""
-    operator, pair, labelled, targeted, numbers, _ = OPERATORS[name]
-    z, adv, labels, targets, _ = tensors
+    operator, pair, *_ = OPERATORS[name]
+    z, adv, *_ = tensors
     compute = DOUBLE if z.dtype == DOUBLE else SINGLE
     value, total = torch.empty(len(z), dtype=compute, device=DEVICE), torch.empty((), dtype=compute, device=DEVICE)
     grads = [torch.empty_like(z) if gradients else None for _ in range(pair)]
-    indices = [labels] * labelled + ([targets if targeted else None] if operator == "dlr_loss" else [])
+    terms = [None] * (operator == "consistency_loss")
     with ak.backend(backend):
         function = getattr(torch.ops.atlas_kernels, operator)
-        function(*(z, adv)[:pair], *indices, *numbers, weights, scale, value, total, *grads)
+        function(*(z, adv)[:pair], *between(name, tensors), weights, scale, value, total, *grads, *terms)
     return value, total, *[t for t in grads if t is not None]
 
 
@@ -116,7 +140,8 @@ def test_values_and_gradients(name, classes):
         exact = call("reference", name, double(tensors), weights=None if weights is None else weights.double())
         got = call("triton", name, tensors, weights=weights)
         for t, e in zip(got, exact, strict=True):
-            close(t, e, atol=1e-10 if name == "mart_loss" else 0.0)  # a sum of both signs
+            # A sum of both signs; a pull less the mean of all pulls.
+            close(t, e, atol={"mart_loss": 1e-10, "consistency_loss, prob": 1e-9}.get(name, 0.0))
         if dtype == HALF:
             assert same(call("triton", name, tensors, gradients=False), got[:2])
 
@@ -124,12 +149,12 @@ def test_values_and_gradients(name, classes):
 @runs
 @pytest.mark.parametrize("name", [n for n in OPERATORS if not n.startswith("dlr")])
 def test_no_worse_than_twice_eager(name):
-    operator, pair, labelled, _, numbers, _ = OPERATORS[name]
+    operator, pair, *_ = OPERATORS[name]
     tensors = problem(64, 10, seed=3)
     exact = call("reference", name, double(tensors), scale=1.0)
     got = call("triton", name, tensors, scale=1.0)
     z = [t.clone().requires_grad_() for t in tensors[:pair]]
-    value = getattr(formulas, operator)(*z, *tensors[2 : 2 + labelled], *numbers)
+    value, _ = formulas.loss_and_terms(getattr(formulas, operator)(*z, *between(name, tensors)))
     eager = (value.detach(), value.sum().detach(), *torch.autograd.grad(value.sum(), z))
     for t, e, plain in zip(got, exact, eager, strict=True):
         assert (t - e).abs().max() <= 2 * (plain - e).abs().max() + 1e-7 * e.abs().max()
@@ -150,6 +175,19 @@ def test_atlas_loss(local, count, global_term, classes):
         close(t, e, share=2e-6, atol=1e-8)
     if classes == 2:
         assert same(call_atlas("triton", logits, labels, local, global_term, w, gradients=False), got[:3])
+
+
+@runs
+def test_terms_of_consistency():
+    z, adv, labels, _, weights = problem(5, 10)
+    for distance in ("logit", "prob", "js", "kl"):
+        made = []
+        for backend in ("triton", "reference"):
+            with ak.backend(backend):
+                made.append(ak.consistency_loss(
+                    z, adv, labels, distance=distance, weight=0.7, weights=weights, return_terms=True
+                ))  # fmt: skip
+        torch.testing.assert_close(*made, rtol=2e-6, atol=1e-7)
 
 
 def cotangent(backend, objective, tensors, descend=False):
@@ -228,18 +266,19 @@ def test_edges(name):
     rows = [[1e4, -1e4, 0, 5, 1e4], [1, 3, 3, 3, 0], [2, 2, 2, 2, 2], [0, -inf, 1, -inf, 4], [-0.0, 0.0, -0.0, 0.0, -1],
             [-1e4, -1e4, -1e4, -1e4, -9e3], [1e-30, 2e-30, 0, -1e-30, 1e-38]]  # fmt: skip
     z = torch.tensor(rows, device=DEVICE)
-    if name == "logit_pairing":
+    pairing = name in PAIRING
+    if pairing:
         z = z.nan_to_num(neginf=-50.0)
     if name == "mart_loss":
         z = z[:-1]  # its largest other probability is a tie, of different logits
-    padding = torch.full((len(z), 3000), -inf if name != "logit_pairing" else -1e4, device=DEVICE)
+    padding = torch.full((len(z), 3000), -1e4 if pairing else -inf, device=DEVICE)
     for logits in (z, torch.cat([z[:, :2], padding, z[:, 2:]], 1)):
         for shift in range(5):
             labels = torch.arange(len(z), device=DEVICE).add(shift) % 5
             columns = labels if logits is z else torch.where(labels < 2, labels, labels + 3000)
             tensors = logits, logits.where(logits < -1e3, logits * 0.5), columns, columns.roll(1), None
-            if "smoothed" in name and logits is not z:
-                continue
+            if logits is not z and ("smoothed" in name or (not pairing and name.startswith(("soft", "consistency")))):
+                continue  # a target at a logit of -inf
             exact = call("reference", name, double(tensors))
             for t, e in zip(call("triton", name, tensors), exact, strict=True):
                 close(t, e.to(SINGLE).to(DOUBLE), 1e-5, atol=2e-7)
@@ -290,7 +329,7 @@ def test_nan_stays_in_its_row(name):
     tensors = problem(40, 10)  # more rows than one program has
     clean = call("triton", name, tensors)
     others = torch.arange(40, device=DEVICE) != 3
-    looks_at_few = name in ("margin_loss", "dlr_loss", "dlr_loss, targeted", "logit_pairing")
+    looks_at_few = name in ("margin_loss", "dlr_loss", "dlr_loss, targeted", *PAIRING)
     for bad in (float("nan"),) if looks_at_few else (float("nan"), float("inf")):
         for broken in (tensors[0], tensors[1])[: OPERATORS[name][1]]:
             before, broken[3, 4] = broken[3, 4].item(), bad
@@ -298,7 +337,7 @@ def test_nan_stays_in_its_row(name):
             assert got[0][3].isnan() and got[1].isnan() and same([got[0][others]], [clean[0][others]])
             for t, c in zip(got[2:], clean[2:], strict=True):
                 assert same([t[others]], [c[others]])
-                assert t[3].isnan().any() if name == "logit_pairing" else t[3].isnan().all()
+                assert t[3].isnan().any() if name in PAIRING else t[3].isnan().all()
             broken[3, 4] = before
 
 
@@ -441,8 +480,9 @@ def test_compiles_ahead_of_time(variant, capability, tmp_path, monkeypatch):
     assert re.search(r"STACK:0 .*LOCAL:0 ", tool_output("cuobjdump", "-res-usage", cubin)), "registers spill"
     if "1000 classes" in variant and "atlas" not in variant:
         # A row is read once: eight 16-bit logits a thread are one access.
-        pair = any(name in variant for name in ("kl", "trades", "mart", "pairing"))
-        assert len(re.findall(r"ld\.global\S*v4\.b32", ptx)) == 1 + pair
+        pair = any(name in variant for name in ("kl", "trades", "mart", "pairing", "consistency"))
+        soft = "soft" in variant  # whose target distribution is in fp32
+        assert len(re.findall(r"ld\.global\S*v4\.b32", ptx)) == 1 + pair + 2 * soft
 
 
 @compiles

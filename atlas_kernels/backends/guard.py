@@ -23,8 +23,8 @@ class DoorError(RuntimeError):
 
 
 # Least and largest value, by name: what a kernel would take for another choice, or count beyond its words.
-_RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "count": (0, 2**24 - 1),
-           "steps": (2, 2**31 - 1)}  # fmt: skip
+_RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": (0, 3), "distance": (0, 3),
+           "count": (0, 2**24 - 1), "steps": (2, 2**31 - 1)}  # fmt: skip
 # Inputs that may lie in ``out``, exactly where their own results go.
 _IN_PLACE = {
     "random_start": ("x",),
@@ -177,6 +177,12 @@ def _wrong_batches(given: _Given) -> str | None:
     return None
 
 
+def _wrong_truth(given: _Given) -> str | None:
+    """A label, or a distribution, says what a sample is."""
+    known = given["labels"] is not None or given["distributions"] is not None or not len(given["logits"])
+    return None if known else "labels or distributions must be given, got None"
+
+
 # What numbers and tensors must be beside each other: in words, what is wrong.
 _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
     **dict.fromkeys(("random_start", "pgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
@@ -185,6 +191,7 @@ _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
     "compactness": _wrong_scale,
     "batch_norm_double_backward": _wrong_likeness,
     "attack_cotangent": _lacks_a_part,
+    "consistency_loss": _wrong_truth,
     "atlas_loss": _wrong_batches,
 }
 

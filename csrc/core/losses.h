@@ -61,6 +61,53 @@ ATLAS_HD typename Row::V cross_entropy(Row& row, typename Row::I label, double s
   return value;
 }
 
+// The distribution that a prediction should have been: the row's shares, or one class; spread over all by the smoothing.
+template <class Row> struct Distribution {
+  using V = typename Row::V;
+  using T = scalar_of<V>;
+  const Softmax<Row>& s;
+  typename Row::I label;
+  T kept, share;
+  V top, others, total, ce;  // top: of the classes with the largest logit; ce: -sum_c t_c log p_c
+
+  ATLAS_HD Distribution(const Softmax<Row>& s, Row& row, double smoothing)
+      : s(s), label(row.label()), kept(T(1 - smoothing)), share(T(smoothing / double(row.count()))) {
+    Total<V> tops, rest, below;  // below: of the halves and shares, which stay finite
+    for (int64_t j = 0; j < row.vectors(); ++j) {
+      const V z = row.logit(0, j), t = of(row, j);
+      tops.add(z == s.max ? t : V{});
+      rest.add(z == s.max ? V{} : t);
+      below.add(weighted(t * T(2), s.max * T(0.5) - z * T(0.5)));
+    }
+    top = tops.over(row);
+    others = rest.over(row);
+    if (!row.has_shares()) others = label >= 0 ? others : all<V>(NAN);
+    total = top + others;
+    ce = below.over(row) + total * s.log_sum;
+  }
+
+  // What a class has of it.
+  ATLAS_HD V of(const Row& row, int64_t j) const {
+    const typename Row::I c = row.classes(j);
+    const V t = row.has_shares() ? row.share(j) : one_hot<Row>(c, label);
+    return c < row.count() ? t * kept + share : V{};
+  }
+
+  // d ce / d(logits). At the largest logit from what p and t lack of the whole.
+  ATLAS_HD V to_ce(const Row& row, int64_t j) const {
+    const V t = of(row, j), missing = others + (top - t);
+    return row.logit(0, j) == s.max ? missing - total * (s.rest * s.inverse) : total * s.p(row, 0, j) - t;
+  }
+};
+
+template <class Row> ATLAS_HD typename Row::V soft_cross_entropy(Row& row, double smoothing, typename Row::V scale) {
+  const Softmax<Row> s = softmax(row, 0);
+  const Distribution<Row> target(s, row, smoothing);
+  if (row.wants(0))
+    for (int64_t j = 0; j < row.vectors(); ++j) row.gradient(0, j, target.to_ce(row, j) * scale);
+  return target.ce;
+}
+
 // Two predictions beside each other; what is alike in them cancels before anything is rounded: logits of both where
 // their largest are close, else each logit and the largest of its row.
 template <class Row> struct Pair {
@@ -77,9 +124,24 @@ template <class Row> struct Pair {
     max_shift = close ? max_shift : V{};
   }
 
+  // log p - log q, but for the sums of the powers.
+  ATLAS_HD V ratio_of_powers(const Row& row, int64_t j) const {
+    return ((row.logit(p_slot, j) - p_from) - (row.logit(q_slot, j) - q_from)) - max_shift;
+  }
+
   // log p - log q.
-  ATLAS_HD V log_ratio(const Row& row, int64_t j) const {
-    return (((row.logit(p_slot, j) - p_from) - (row.logit(q_slot, j) - q_from)) - max_shift) - log_shift;
+  ATLAS_HD V log_ratio(const Row& row, int64_t j) const { return ratio_of_powers(row, j) - log_shift; }
+
+  // From here on log_ratio is as precise as it is small: the sums are compared power by power where they are close.
+  ATLAS_HD void look_closely(Row& row) {
+    Total<V> more;
+    for (int64_t j = 0; j < row.vectors(); ++j) {
+      const V x = ratio_of_powers(row, j), from = row.power(q_slot, j, q.max);
+      const V apart = row.power(p_slot, j, p.max) - from;
+      more.add((x > all<V>(-0.5)) & (x < all<V>(0.5)) ? from * expm1(x) : apart);
+    }
+    const V share = more.over(row) * q.inverse;
+    log_shift = (share > all<V>(-0.25)) & (share < all<V>(0.25)) ? log1p(share) : log_shift;
   }
 
   // q - p.
@@ -257,6 +319,10 @@ ATLAS_HD int count_parts(AtlasLosses& p, int& parts) {
   parts = 1;
   if (p.batch < 0 || p.classes < 1) return ATLAS_BAD_SIZE;
   if (p.dtype < kFloat32 || p.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
+  if (p.loss == ATLAS_LOSS_consistency_loss) {
+    const bool known = p.distance >= ATLAS_DISTANCE_LOGIT && p.distance <= ATLAS_DISTANCE_KL;
+    return known && (p.labels || p.distributions || !p.batch) ? ATLAS_OK : ATLAS_REFUSED;
+  }
   if (p.loss != ATLAS_LOSS_atlas_loss) return ATLAS_OK;
   const int64_t least = p.global_term == ATLAS_TERM_NONE ? 1 : 2, batches = p.batch ? p.rows / p.batch : least;
   p.neighbours = batches - least;
@@ -268,6 +334,11 @@ ATLAS_HD int count_parts(AtlasLosses& p, int& parts) {
 }
 
 template <class Row> struct AtlasParts { typename Row::V adv, local, global; };
+
+// What consistency_loss multiplies its distance by: a number, or one on the device.
+template <class T> ATLAS_HD T distance_weight(const AtlasLosses& p) {
+  return p.distance_weight.per_row ? *static_cast<const T*>(p.distance_weight.per_row) : T(p.distance_weight.value);
+}
 
 template <class Row>
 ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const AtlasTerms& terms, typename Row::V scale) {
@@ -330,6 +401,88 @@ ATLAS_HD AtlasParts<Row> atlas_loss(Row& row, typename Row::I label, const Atlas
   return parts;
 }
 
+// One class in two predictions, p and q with the mean m, of log p - log q: nothing of it cancels where p is close to q.
+template <class V> struct Twins {
+  V p, q, signed_share;  // (p - q) / (p + q)
+  V log_p, log_q;        // log(p / m), log(q / m)
+
+  ATLAS_HD Twins(V p, V q, V ratio) : p(p), q(q) {
+    using T = scalar_of<V>;
+    const auto more = ratio > V{};  // is p the larger one?
+    const V away = more ? ratio : -ratio, less = expm1(-away);
+    const V share = -less / (less + T(2)), larger = -log1p(less * T(0.5)), smaller = larger - away;
+    signed_share = more ? share : -share;
+    log_p = more ? larger : smaller;
+    log_q = more ? smaller : larger;
+  }
+
+  ATLAS_HD V difference() const { return weighted(p + q, signed_share); }
+
+  // (p log(p/m) + q log(q/m)) / 2 = (p + q) / 4 ((1 + u) log(1 + u) + (1 - u) log(1 - u)), u the signed share; of a small
+  // one by the series of that.
+  ATLAS_HD V divergence() const {
+    using T = scalar_of<V>;
+    constexpr int kTerms = sizeof(T) == 8 ? 13 : 6;
+    const V square = signed_share * signed_share;
+    V series = {};
+    for (int k = kTerms; k > 0; --k) series = series * square + T(1.0 / (k * (2 * k - 1)));
+    const V near = (p + q) * T(0.25) * square * series, apart = (weighted(p, log_p) + weighted(q, log_q)) * T(0.5);
+    return square < all<V>(T(0.0625)) ? near : apart;
+  }
+};
+
+// CE of slot 0 + weight * distance of slot 1 and slot 0, as parts `adv` and `local`.
+template <class Row>
+ATLAS_HD AtlasParts<Row> consistency_loss(Row& row, const AtlasLosses& p, typename Row::V scale) {
+  using V = typename Row::V;
+  using T = scalar_of<V>;
+  const V tie_scale = scale * distance_weight<T>(p);
+  const Softmax<Row> q = softmax(row, 0);
+  const Distribution<Row> target(q, row, p.parameter);
+  AtlasParts<Row> parts = {target.ce, V{}, V{}};
+  const bool wanted = row.wants(0) || row.wants(1);
+  if (p.distance == ATLAS_DISTANCE_LOGIT) {
+    parts.local = squared_distance(row, 0, 1);
+    for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
+      const V d = pairing_gradient(row, 0, 1, j, tie_scale), to_ce = target.to_ce(row, j) * scale;
+      row.gradient(0, j, to_ce + d);
+      row.gradient(1, j, -d);
+    }
+    return parts;
+  }
+  const Softmax<Row> o = softmax(row, 1);
+  Pair<Row> pair(o, 1, q, 0);
+  if (p.distance == ATLAS_DISTANCE_KL) {
+    const V kl = parts.local = pair.kl(row);
+    for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
+      const V to_o = pair.kl_to_p(row, j, kl), to_q = pair.difference(row, j), to_ce = target.to_ce(row, j) * scale;
+      row.gradient(0, j, to_ce + to_q * tie_scale);
+      row.gradient(1, j, times(tie_scale, to_o));
+    }
+    return parts;
+  }
+  // Both distances pull a probability by an amount less the mean of all amounts, each side by its own probabilities.
+  pair.look_closely(row);
+  const bool js = p.distance == ATLAS_DISTANCE_JS;
+  Total<V> sum, o_sum, q_sum;
+  for (int64_t j = 0; j < row.vectors(); ++j) {
+    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
+    const V d = twins.difference();
+    sum.add(js ? twins.divergence() : d * d);
+    o_sum.add(weighted(twins.p, js ? twins.log_p : d));
+    q_sum.add(weighted(twins.q, js ? twins.log_q : -d));
+  }
+  parts.local = sum.over(row);
+  const V o_mean = o_sum.over(row), q_mean = q_sum.over(row), pull = tie_scale * T(js ? 0.5 : 2);
+  for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
+    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
+    const V d = twins.difference(), to_ce = target.to_ce(row, j) * scale;
+    row.gradient(0, j, to_ce + pull * weighted(twins.q, (js ? twins.log_q : -d) - q_mean));
+    row.gradient(1, j, pull * weighted(twins.p, (js ? twins.log_p : d) - o_mean));
+  }
+  return parts;
+}
+
 template <class Row> ATLAS_HD AtlasParts<Row> alone(typename Row::V value) {
   using V = typename Row::V;
   return {value, V{}, V{}};
@@ -350,6 +503,8 @@ template <class Row> ATLAS_HD AtlasParts<Row> loss_of(Row& row, const AtlasLosse
       return alone<Row>(p.targets ? dlr<true>(row, row.label(), row.target(), scale)
                                   : dlr<false>(row, row.label(), row.label(), scale));
     case ATLAS_LOSS_logit_pairing: return alone<Row>(logit_pairing(row, scale));
+    case ATLAS_LOSS_soft_cross_entropy: return alone<Row>(soft_cross_entropy(row, p.parameter, scale));
+    case ATLAS_LOSS_consistency_loss: return consistency_loss(row, p, scale);
     default:
       return atlas_loss(row, row.label(), {p.local, p.global_term, p.neighbours, p.local_weight, p.global_weight}, scale);
   }
@@ -360,6 +515,8 @@ template <class Row>
 ATLAS_HD typename Row::V value_of(const Row& row, const AtlasLosses& p, const AtlasParts<Row>& parts) {
   using V = typename Row::V;
   using T = scalar_of<V>;
+  if (p.loss == ATLAS_LOSS_consistency_loss)
+    return times(row.weight(), parts.adv + times(all<V>(distance_weight<T>(p)), parts.local));
   if (p.loss != ATLAS_LOSS_atlas_loss) return times(row.weight(), parts.adv);
   const V local = times(all<V>(T(p.local_weight)), parts.local);
   return times(row.weight(), parts.adv + local + times(all<V>(T(p.global_weight)), parts.global));

@@ -94,10 +94,19 @@ template <class V> ATLAS_HD V exp(V x) { return math<V>::exp(x); }
 template <class V> ATLAS_HD V exp_of_negative(V x) { return math<V>::exp_of_negative(x); }
 template <class V> ATLAS_HD V log(V x) { return math<V>::log(x); }
 
-// log(1 + x) for x >= 0: the logarithm of the rounded sum, corrected for the rounding.
+// log(1 + x) for x > -1/2: the logarithm of the rounded sum, corrected for the rounding.
 template <class V> ATLAS_HD V log1p(V x) {
   const V u = x + scalar_of<V>(1), lost = (x - (u - scalar_of<V>(1))) / u;
   return log(u) + (lost == lost ? lost : V{});
+}
+
+// exp(x) - 1 for x < 1/2. Between -1/2 and 1/2 by its series, which keeps the digits of a small x.
+template <class V> ATLAS_HD V expm1(V x) {
+  using T = scalar_of<V>;
+  constexpr int kTerms = sizeof(T) == 8 ? 14 : 8;
+  V series = all<V>(1);
+  for (int k = kTerms; k > 1; --k) series = series * x * T(1.0 / k) + T(1);
+  return (x > all<V>(-0.5)) & (x < all<V>(0.5)) ? x * series : exp_of_negative(x) - T(1);
 }
 
 }  // namespace atlas

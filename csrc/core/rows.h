@@ -8,6 +8,7 @@
 //   V at(slot, label)        the logit of one class of each row; NaN where there is no such class
 //   V sum(v), max(v), I min(i)   over the lanes of a row: all of them get the same bits. max: NaN is never larger
 //   bool wants(slot), gradient(slot, j, g)   the last use of logit(slot, j)
+//   bool has_shares(), V share(j)   the row's target distribution; 0 beyond the last class
 #pragma once
 #include "math.h"
 

@@ -12,6 +12,7 @@ struct RowSlots {
   int64_t batch, classes;
   int parts;  // slots that the first tensor holds; each other tensor is one more slot
   int32_t dtype;
+  const void* shares = nullptr;  // [batch, classes] in the compute type: target distributions
 
   ATLAS_HD int count() const { return parts + (logits[1] != nullptr); }
   ATLAS_HD int tensor(int slot) const { return slot >= parts; }

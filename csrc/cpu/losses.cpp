@@ -15,7 +15,8 @@ template <class T> void sum_up(const AtlasLosses& p) {
 int run(AtlasLosses p, int threads) {
   int parts;
   if (const int status = count_parts(p, parts)) return status;
-  const LossJob job = {p, {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype}};
+  const LossJob job = {
+      p, {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype, p.distributions}};
   run_rows<LossRange>(job, threads);
   if (p.total) p.dtype == kFloat64 ? sum_up<double>(p) : sum_up<float>(p);
   return ATLAS_OK;

@@ -19,7 +19,7 @@ template <class T, Isa isa, bool LanesAreRows> struct LossBody {
       if (T* terms = static_cast<T*>(p.terms)) {
         row.write(terms, parts.adv);
         row.write(terms + p.batch, parts.local);
-        row.write(terms + 2 * p.batch, parts.global);
+        if (p.loss == ATLAS_LOSS_atlas_loss) row.write(terms + 2 * p.batch, parts.global);
       }
       row.finish();
     }

@@ -89,9 +89,9 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   using Index = scalar_of<I>;
   static constexpr int kRows = LanesAreRows ? kCount : 1;
 
-  // For logits and powers, slot by slot.
+  // For logits and powers, slot by slot; then for the shares.
   static ATLAS_HD int64_t scratch_bytes(const RowSlots& slots) {
-    return 2 * slots.count() * vectors_of(slots) * int64_t(sizeof(V));
+    return (2 * slots.count() + (slots.shares != nullptr)) * vectors_of(slots) * int64_t(sizeof(V));
   }
 
   // Rows from `first` on, before `end`.
@@ -99,21 +99,15 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
       : slots_(slots), logits_(static_cast<V*>(scratch)), first_(first),
         rows_(end - first < kRows ? end - first : kRows), vectors_(vectors_of(slots)) {
     powers_ = logits_ + slots.count() * vectors_;
+    shares_ = powers_ + slots.count() * vectors_;
     for (int l = 0; l < kCount; ++l) lane_[l] = l;
-    for (int slot = 0; slot < slots.count(); ++slot) {
-      V* to = logits_ + slot * vectors_;
-      if (LanesAreRows && rows_ < kRows)
-        for (int64_t j = 0; j < vectors_; ++j) to[j] = V{};
-      if (!LanesAreRows) to[vectors_ - 1] = all<V>(-HUGE_VALF);
+    for (int slot = 0; slot < slots.count(); ++slot)
       with_dtype(slots.dtype, [&](auto stored) ATLAS_INLINE_LAMBDA {
         using S = decltype(stored);
         const S* from = static_cast<const S*>(slots.logits[slots.tensor(slot)]) + slots.offset(slot, first);
-        if constexpr (!LanesAreRows) return copy_row(reinterpret_cast<T*>(to), from, slots.classes);
-        if constexpr (std::is_same_v<S, T>)
-          if (rows_ == kRows) return squares_into_lanes(to, from, slots.classes);
-        into_lanes(to, from, rows_, slots.classes);
+        read(logits_ + slot * vectors_, from, T(-HUGE_VALF));
       });
-    }
+    if (slots.shares) read(shares_, static_cast<const T*>(slots.shares) + first * slots.classes, T(0));
   }
 
   // Writes the gradients that were given.
@@ -141,6 +135,8 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   }
   ATLAS_HD bool wants(int slot) const { return slots_.gradients[slots_.tensor(slot)] != nullptr; }
   ATLAS_HD void gradient(int slot, int64_t j, V g) { logits_[slot * vectors_ + j] = g; }
+  ATLAS_HD bool has_shares() const { return slots_.shares != nullptr; }
+  ATLAS_HD V share(int64_t j) const { return shares_[j]; }
 
   ATLAS_HD V at(int slot, I label) const {
     const T* logits = reinterpret_cast<const T*>(logits_ + slot * vectors_);
@@ -181,6 +177,17 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   ATLAS_HD int64_t rows() const { return rows_; }
 
  private:
+  // The rows of one tensor, from the first of them on, as vectors; `beyond` the last class.
+  template <class S> ATLAS_HD void read(V* to, const S* from, T beyond) const {
+    if (LanesAreRows && rows_ < kRows)
+      for (int64_t j = 0; j < vectors_; ++j) to[j] = V{};
+    if (!LanesAreRows) to[vectors_ - 1] = all<V>(beyond);
+    if constexpr (!LanesAreRows) return copy_row(reinterpret_cast<T*>(to), from, slots_.classes);
+    if constexpr (std::is_same_v<S, T>)
+      if (rows_ == kRows) return squares_into_lanes(to, from, slots_.classes);
+    into_lanes(to, from, rows_, slots_.classes);
+  }
+
   template <class Combine, class W> static ATLAS_HD W over_lanes(W w) {
     if constexpr (LanesAreRows) return w;
     else return fold<Combine>(w);
@@ -191,7 +198,7 @@ template <class T, Isa isa, bool LanesAreRows> class Row {
   }
 
   const RowSlots& slots_;
-  V *logits_, *powers_;
+  V *logits_, *powers_, *shares_;
   I lane_ = {};
   int64_t first_, rows_, vectors_;
 };

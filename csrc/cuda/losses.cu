@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) losses_kernel(const __grid_con
   if (T* terms = static_cast<T*>(p.terms)) {
     terms[row.row()] = parts.adv;
     terms[p.batch + row.row()] = parts.local;
-    terms[2 * p.batch + row.row()] = parts.global;
+    if (p.loss == ATLAS_LOSS_atlas_loss) terms[2 * p.batch + row.row()] = parts.global;
   }
 }
 
@@ -54,6 +54,8 @@ int run(const Job& job, const AtlasWhere& where) {
     case ATLAS_LOSS_margin_loss: return run<ATLAS_LOSS_margin_loss>(job, where);
     case ATLAS_LOSS_dlr_loss: return run<ATLAS_LOSS_dlr_loss>(job, where);
     case ATLAS_LOSS_logit_pairing: return run<ATLAS_LOSS_logit_pairing>(job, where);
+    case ATLAS_LOSS_soft_cross_entropy: return run<ATLAS_LOSS_soft_cross_entropy>(job, where);
+    case ATLAS_LOSS_consistency_loss: return run<ATLAS_LOSS_consistency_loss>(job, where);
     default: return run<ATLAS_LOSS_atlas_loss>(job, where);
   }
 }
@@ -94,7 +96,8 @@ extern "C" int atlas_losses(const AtlasLosses* params, const AtlasWhere* where) 
   AtlasLosses p = *params;
   int parts;
   if (const int status = atlas::count_parts(p, parts)) return status;
-  const atlas::RowSlots slots = {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype};
+  const atlas::RowSlots slots = {{p.logits, p.adv_logits}, {p.grad, p.adv_grad}, p.batch, p.classes, parts, p.dtype,
+                                 p.distributions};
   const Job job = {p, slots, lane_bits(p.classes)};
   const int status = p.batch ? run(job, *where) : ATLAS_OK;
   if (status != ATLAS_OK || !p.total) return status;

@@ -60,6 +60,12 @@ template <class S, bool Block> class Row {
     else to.bits = slots_.dtype == kFloat16 ? to_half(g).bits : to_bfloat16(g).bits;
   }
 
+  __device__ bool has_shares() const { return slots_.shares != nullptr; }
+  __device__ V share(int64_t j) const {
+    const I c = classes(j);
+    return c < count() ? static_cast<const V*>(slots_.shares)[slots_.offset(0, row_) + c] : V{};
+  }
+
   // What every row has one of; -1 for what is no class.
   __device__ V number(const void* values, V otherwise) const {
     return values ? static_cast<const V*>(values)[row_] : otherwise;

@@ -17,6 +17,19 @@ PATH = os.environ["ATLAS_CUDA_ON_HOST"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 TERMS = ["kl", "ce", "logit", "none"]
 
+WEIGHT = torch.tensor(1.5)
+
+
+def wide(z):
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def spread(y, t, z):
+    """A distribution that is half one class's, a quarter another's."""
+    hot = [torch.nn.functional.one_hot(v, z.shape[1]).float() for v in (y, t)]
+    return 0.5 * hot[0] + 0.25 * hot[1] + 0.25 / z.shape[1]
+
+
 LOSSES = {
     "cross_entropy": lambda z, a, y, t, **k: ak.cross_entropy(z, y, **k),
     "smoothed": lambda z, a, y, t, **k: ak.cross_entropy(z, y, label_smoothing=0.1, **k),
@@ -28,6 +41,13 @@ LOSSES = {
     "dlr": lambda z, a, y, t, **k: ak.dlr_loss(z, y, **k),
     "dlr_targeted": lambda z, a, y, t, **k: ak.dlr_loss(z, y, targets=t, **k),
     "logit_pairing": lambda z, a, y, t, **k: ak.logit_pairing(z, a, **k),
+    "soft": lambda z, a, y, t, **k: ak.cross_entropy(z, spread(y, t, z), label_smoothing=0.1, **k),
+    "tied logit": lambda z, a, y, t, **k: ak.consistency_loss(z, a, y, distance="logit", weight=0.7, **k),
+    "tied prob": lambda z, a, y, t, **k: ak.consistency_loss(z, a, y, distance="prob", weight=WEIGHT.to(wide(z)), **k),
+    "tied js": lambda z, a, y, t, **k: ak.consistency_loss(
+        z, a, spread(y, t, z), distance="js", weight=WEIGHT, label_smoothing=0.3, **k
+    ),
+    "tied kl": lambda z, a, y, t, **k: ak.consistency_loss(z, a, y, distance="kl", label_smoothing=0.1, **k),
 }
 OBJECTIVES = ["ce", "kl", "margin", "dlr", "dlr_targeted"]
 
@@ -156,6 +176,8 @@ def test_nan_stays_in_its_row(classes, bad):
         if bad != bad:
             nan = got[1][2].isnan()
             assert got[0][2].isnan() and (nan[-1] if name == "logit_pairing" else nan.all()), name
+            other = LOSSES["tied js"](z, broken, y, t, reduction="none")
+            assert other.isnan().tolist() == [False, False, True, False]
     got = ak.attack_cotangent(broken, y, return_correct=True)
     assert not got.correct[2]
 

@@ -213,6 +213,13 @@ _LOSSES: dict[str, tuple[Any, tuple[str, ...], int, bool, dict[str, tuple[float,
     "margin_loss": (ak.margin_loss, ("logits",), 2, True, {}),
     "dlr_loss": (ak.dlr_loss, ("logits",), 4, True, {}),
     "logit_pairing": (ak.logit_pairing, ("logits", "adv_logits"), 2, False, {}),
+    "consistency_loss": (
+        ak.consistency_loss,
+        ("logits", "other_logits"),
+        2,
+        True,
+        {"label_smoothing": (0.0, 0.3), "weight": (0.0, 1.0, 9.0)},
+    ),
     "atlas_loss": (ak.atlas_loss, ("logits",), 2, True, {"local_weight": (0.0, 0.7), "global_weight": (0.0, 2.0)}),
 }
 
@@ -238,6 +245,12 @@ def _loss(draw: Draw) -> Call:
     arguments |= {t: draw.laid_out(_logits(draw, copies * batch, classes, dtype)) for t in tensors}
     if labelled:
         arguments["labels"] = draw.laid_out(draw.integers(classes, (batch,)))
+    if name == "consistency_loss":
+        arguments["distance"] = draw.one_of(["logit", "prob", "js", "kl"])
+        if draw.chance(0.5):
+            arguments["weight"] = torch.tensor(arguments["weight"], dtype=draw.dtype())
+    if name in ("cross_entropy", "consistency_loss") and draw.chance(0.4):
+        arguments["labels"] = draw.laid_out(draw.normal((batch, classes)).softmax(1).to(draw.dtype()))
     if name == "dlr_loss" and draw.chance(0.5):
         arguments["targets"] = _targets(draw, arguments["labels"], classes)
     arguments["reduction"] = draw.one_of(["none", "mean", "sum"])

@@ -51,6 +51,10 @@ def units(ours: Any, call: Any, *, clean: str, **changed: Any) -> str | None:
     return None
 
 
+_FACTORS = ("weights", "weight", "beta", "local_weight", "global_weight")
+_SQUARED = ("logit_pairing", "consistency_loss", "atlas_loss", "compactness")  # whose terms are squared differences
+
+
 def roundings(
     ours: Any, call: Any, *, tensors: tuple[str, ...] = (), wide: dict[str, Any] | None = None, values: int = 1,
     **changed: Any,
@@ -62,9 +66,9 @@ def roundings(
     results come before the gradients.
     """
     given = {**call.arguments, **changed}
-    factors = [given[n] for n in ("weights", "beta", "local_weight", "global_weight") if given.get(n) is not None]
+    factors = [given[n] for n in _FACTORS if given.get(n) is not None]
     size = max([1.0, *(_size(given[name]) for name in tensors)])
-    size *= size if call.name in ("logit_pairing", "atlas_loss", "compactness") else 1.0  # squared differences
+    size *= size if call.name in _SQUARED else 1.0
     size *= max([1.0, *(_total(f) for f in factors)])
     if size > 1e30:  # near what float32 holds
         return None

@@ -11,6 +11,10 @@ def cross_entropy(z, y, smoothing=0.0):
     return F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing)
 
 
+def soft_cross_entropy(z, t, smoothing=0.0):
+    return F.cross_entropy(z, t, reduction="none", label_smoothing=smoothing)
+
+
 def kl_div(p, q):
     return F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), reduction="none", log_target=True).sum(1)
 
@@ -61,6 +65,20 @@ def dlr_targeted(x, y, y_target):
 
 def logit_pairing(z, adv):
     return F.mse_loss(adv, z, reduction="none").sum(1)
+
+
+def consistency(z, other, y, distance, weight, smoothing=0.0):
+    """The loss of an adversary tied to other logits: squared logits (FGSM-PGI), squared probabilities (GAT),
+    Jensen-Shannon (LIET), KL. y: classes, or distributions."""
+    log_p, log_o = F.log_softmax(z, 1), F.log_softmax(other, 1)
+    log_m = torch.logaddexp(log_p, log_o) - torch.log(torch.full((), 2.0, dtype=z.dtype, device=z.device))
+    apart = {
+        "logit": lambda: F.mse_loss(z, other, reduction="none").sum(1),
+        "prob": lambda: ((F.softmax(z, 1) - F.softmax(other, 1)) ** 2).sum(1),
+        "js": lambda: 0.5 * (log_p.exp() * (log_p - log_m) + log_o.exp() * (log_o - log_m)).sum(1),
+        "kl": lambda: kl_div(other, z),
+    }[distance]()
+    return F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing) + weight * apart
 
 
 def atlas(z, y, local, local_weight, global_term, global_weight):

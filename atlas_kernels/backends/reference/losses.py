@@ -21,10 +21,12 @@ class Softmax:
     def __init__(self, logits: Tensor) -> None:
         z = logits.to(compute_dtype(logits.dtype))
         top = z.argmax(1, keepdim=True)  # NaN counts as the largest
-        self.half_below = z.gather(1, top) / 2 - z / 2  # which stays finite
-        z = z - z.gather(1, top)
+        self.z, self.top = z, z.gather(1, top)
+        self.half_below = self.top / 2 - z / 2  # which stays finite
+        z = z - self.top
         zero = z.gather(1, top)  # or NaN
         others = z.exp().scatter(1, top, zero).sum(1, keepdim=True)
+        self.others = others
         self.log_sum = torch.log1p(others)
         self.log_p = z - self.log_sum
         self.p = z.exp() / (1 + others)
@@ -54,6 +56,59 @@ def ce_rows(s: Softmax, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor,
         loss = times(1 - smoothing, loss) + below + smoothing * s.log_sum[:, 0]
         grad = grad + smoothing * (hot.to(grad.dtype) - 1 / s.p.shape[1])
     return loss, grad
+
+
+def soft_rows(s: Softmax, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """CE of distributions, and its gradient: at the largest logit from what p and t lack of the whole."""
+    t = t * (1 - smoothing) + smoothing / t.shape[1]
+    total, below = t.sum(1), torch.where(t == 0, 0.0, 2 * t * s.half_below).sum(1)
+    first = one_hot(s.half_below.argmin(1), s.p)
+    others = t.masked_fill(first, 0.0).sum(1)
+    plain, at_first = total[:, None] * s.p - t, others[:, None] - total[:, None] * s.rest
+    return below + total * s.log_sum[:, 0], torch.where(first, at_first, plain)
+
+
+def twins(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
+    """(p - q, log(p / m), log(q / m)) with m = (p + q) / 2. Nothing of it cancels where p is close to q: log p - log q
+    is as precise as it is small, since the sums of the powers are compared power by power where they are close."""
+    close = (p.top - q.top).abs() <= 1
+    apart = torch.where(close, (p.z - q.z) - (p.top - q.top), (p.z - p.top) - (q.z - q.top))
+    here, there = p.p * ((1 + p.others) / (1 + q.others)), q.p
+    share = torch.where(apart.abs() < 0.5, there * torch.expm1(apart), here - there).sum(1, keepdim=True)
+    ratio = apart - torch.where(share.abs() < 0.25, torch.log1p(share), p.log_sum - q.log_sum)
+    less = torch.expm1(-ratio.abs())
+    larger = -torch.log1p(less / 2)
+    smaller = larger - ratio.abs()
+    both, more = p.p + q.p, ratio > 0
+    difference = torch.where(both == 0, 0.0, both * (-less / (2 + less)) * ratio.sign())
+    return difference, torch.where(more, larger, smaller), torch.where(more, smaller, larger)
+
+
+def probability_rows(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
+    """||p - q||^2 and half of its gradients to the logits of p and of q."""
+    d, _, _ = twins(p, q)
+    return (d * d).sum(1), _pull(p.p, d), _pull(q.p, -d)
+
+
+def js_rows(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
+    """Jensen-Shannon and twice its gradients to the logits of p and of q."""
+    d, log_p, log_q = twins(p, q)
+    both = p.p + q.p
+    square = torch.where(both == 0, 0.0, d / both).square()
+    # ((1 + u) log(1 + u) + (1 - u) log(1 - u)) / u^2 with u^2 the square, by its series
+    series = sum(square**k / ((k + 1) * (2 * k + 1)) for k in range(13))
+    apart = (_unless_zero(p.p, log_p) + _unless_zero(q.p, log_q)) / 2
+    rows = torch.where(square < 0.0625, both / 4 * square * series, apart)
+    return rows.sum(1), _pull(p.p, log_p), _pull(q.p, log_q)
+
+
+def _pull(p: Tensor, amount: Tensor) -> Tensor:
+    """What moves probabilities by amounts, as a gradient to their logits."""
+    return _unless_zero(p, amount - _unless_zero(p, amount).sum(1, keepdim=True))
+
+
+def _unless_zero(p: Tensor, v: Tensor) -> Tensor:
+    return torch.where(p == 0, 0.0, p * v)
 
 
 def kl_rows(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +236,35 @@ def dlr_loss(logits, labels, targets, weights, scale, value, total, grad):
 def logit_pairing(logits, adv_logits, weights, scale, value, total, grad, adv_grad):
     loss, d = _pairing(logits, adv_logits)
     _write(loss, weights, scale, value, total, (grad, (4.0, d)), (adv_grad, (-4.0, d)))
+
+
+@torch.no_grad()
+def soft_cross_entropy(logits, distributions, label_smoothing, weights, scale, value, total, grad):
+    loss, d = soft_rows(Softmax(logits), distributions, label_smoothing)
+    _write(loss, weights, scale, value, total, (grad, (1.0, d)))
+
+
+@torch.no_grad()
+def consistency_loss(
+    logits, other_logits, labels, distributions, distance, distance_weight, weight_tensor, label_smoothing, weights,
+    scale, value, total, grad, other_grad, terms,
+):  # fmt: skip
+    q, other = Softmax(logits), Softmax(other_logits)
+    if distributions is not None:
+        ce, slope = soft_rows(q, distributions, label_smoothing)
+    else:
+        ce, slope = ce_rows(q, labels, label_smoothing)
+    if distance == 0:
+        apart, quarter = _pairing(logits, other_logits)
+        factor, to_other, to_q = 4.0, -quarter, quarter
+    else:
+        factor = (2.0, 0.5, 1.0)[distance - 1]
+        apart, to_other, to_q = (probability_rows, js_rows, kl_rows)[distance - 1](other, q)
+    weight = distance_weight if weight_tensor is None else weight_tensor
+    if terms is not None:
+        terms.copy_(torch.stack([ce, apart]))
+    grads = (grad, (1.0, slope), (factor * weight, to_q)), (other_grad, (factor * weight, to_other))
+    _write(ce + times(weight, apart), weights, scale, value, total, *grads)
 
 
 def _pairing(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

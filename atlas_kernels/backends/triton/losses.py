@@ -1,5 +1,6 @@
 """The losses in Triton: one kernel for those of one or two tensors of logits, which also makes the attacks' cotangents
-(objectives.py), one for ATLAS, and one-program kernels for what spans the batch."""
+(objectives.py), one for a loss with a tie to other logits, one for ATLAS, and one-program kernels for what spans the
+batch."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ...schema import TERMS, arguments_of
+from ...schema import DISTANCES, TERMS, arguments_of
 from . import Launch, bound, require_single
 from .rows import (
     aligned,
     columns,
     difference,
     exp,
+    expm1,
     here,
     largest,
     less_one_hot,
@@ -110,6 +112,59 @@ def _smoothed_cross_entropy(at, to, inside, y, scale, smoothing, classes, BLOCK:
             if smoothing is not None:
                 g += tl.where(hit, kept, 0.0) - share
             store(to, scale * g, inside, tile, classes, BLOCK)
+    return loss
+
+
+@triton.jit
+def _target(shares_at, inside, y, smoothing, tile, classes, BLOCK: tl.constexpr):
+    """What the classes of a tile have of the distribution that a prediction should have been."""
+    column = columns(tile, BLOCK)
+    t = (column == y).to(tl.float32) if shares_at is None else load(shares_at, inside, tile, classes, BLOCK)
+    if smoothing is not None:
+        kept = tl.cast(smoothing, tl.float32)
+        t = t * (1.0 - kept) + tl.div_rn(kept, tl.cast(classes, tl.float32))
+    return tl.where(column < classes, t, 0.0)
+
+
+@triton.jit
+def _soft(at, shares_at, inside, y, top, log_sum, smoothing, classes, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """(-sum_c t_c log p_c, the target's share of the classes with the largest logit, that of all others)."""
+    above = tl.zeros((at.shape[0], BLOCK), tl.float32)
+    rest = tl.zeros((at.shape[0], BLOCK), tl.float32)
+    below = tl.zeros((at.shape[0], BLOCK), tl.float32)  # of the halves, which stay finite
+    for tile in range(TILES):
+        z = load(at, inside, tile, classes, BLOCK)
+        t = _target(shares_at, inside, y, smoothing, tile, classes, BLOCK)
+        above += tl.where(z == top, t, 0.0)
+        rest += tl.where(z == top, 0.0, t)
+        below += _times(2.0 * t, 0.5 * top - 0.5 * z)
+    above = tl.sum(above, 1, keep_dims=True)
+    rest = tl.sum(rest, 1, keep_dims=True)
+    if shares_at is None:
+        rest = tl.where((y >= 0) & (y < classes), rest, float("nan"))
+    return tl.sum(below, 1, keep_dims=True) + (above + rest) * log_sum, above, rest
+
+
+@triton.jit
+def _less_target(z, t, top, others, above, rest):
+    """total p - t; at the largest logit from what p and t lack of the whole."""
+    total = above + rest
+    lacking = rest + (above - t)
+    plain = total * probability(z, top, others) - t
+    return tl.where(z == top, lacking - total * tl.div_rn(others, 1.0 + others), plain)
+
+
+@triton.jit
+def _soft_cross_entropy(
+    at, to, shares_at, inside, scale, smoothing, classes, BLOCK: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    top, others, log_sum = softmax(at, inside, classes, BLOCK, TILES)
+    loss, above, rest = _soft(at, shares_at, inside, -1, top, log_sum, smoothing, classes, BLOCK, TILES)
+    if to is not None:
+        for tile in range(TILES):
+            z = load(at, inside, tile, classes, BLOCK)
+            t = _target(shares_at, inside, -1, smoothing, tile, classes, BLOCK)
+            store(to, scale * _less_target(z, t, top, others, above, rest), inside, tile, classes, BLOCK)
     return loss
 
 
@@ -286,7 +341,7 @@ def _logit_pairing(a_at, b_at, a_to, b_to, inside, scale, classes, BLOCK: tl.con
 
 @triton.jit
 def loss_kernel(
-    logits, adv_logits, labels, targets, weights, value, grad, adv_grad, correct, kappa,
+    logits, adv_logits, labels, targets, distributions, weights, value, grad, adv_grad, correct, kappa,
     weight, scale, parameter, batch, classes: tl.constexpr,
     LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -309,6 +364,9 @@ def loss_kernel(
 
     if LOSS == "cross_entropy":
         loss = _smoothed_cross_entropy(at, to, inside, y, s, parameter, classes, BLOCK, TILES)
+    elif LOSS == "soft_cross_entropy":
+        shares_at = distributions + offset
+        loss = _soft_cross_entropy(at, to, shares_at, inside, s, parameter, classes, BLOCK, TILES)
     elif LOSS == "entropy":
         loss = _entropy(at, to, inside, s, classes, BLOCK, TILES)
     elif LOSS == "mart_loss":
@@ -325,6 +383,135 @@ def loss_kernel(
         tl.store(correct + row, right, mask=inside)
     if kappa is not None:
         tl.store(kappa + row, tl.load(kappa + row, mask=inside) + right.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _power_ratio(zp, p_top, zq, q_top):
+    """log of exp(zp - p_top) / exp(zq - q_top), from differences of like things."""
+    shift = p_top - q_top
+    close = (shift >= -1.0) & (shift <= 1.0)
+    p_from, q_from, shift = tl.where(close, 0.0, p_top), tl.where(close, 0.0, q_top), tl.where(close, shift, 0.0)
+    return ((zp - p_from) - (zq - q_from)) - shift
+
+
+@triton.jit
+def _log_shift(
+    p_at, p_top, p_log, q_at, q_top, q_others, q_log, inside, classes, BLOCK: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """The logarithm of the ratio of two sums of powers, as precise as it is small: where they are close, they are
+    compared power by power."""
+    more = tl.zeros((p_at.shape[0], BLOCK), tl.float32)
+    for tile in range(TILES):
+        zp, zq = load(p_at, inside, tile, classes, BLOCK), load(q_at, inside, tile, classes, BLOCK)
+        x, start = _power_ratio(zp, p_top, zq, q_top), exp(zq - q_top)
+        more += tl.where((x > -0.5) & (x < 0.5), start * expm1(x), exp(zp - p_top) - start)
+    share = tl.div_rn(tl.sum(more, 1, keep_dims=True), 1.0 + q_others)
+    return tl.where((share > -0.25) & (share < 0.25), log1p(share), p_log - q_log)
+
+
+@triton.jit
+def _twins(p, q, ratio):
+    """(u = (p - q) / (p + q), log(p / m), log(q / m)), m = (p + q) / 2, of log p - log q. Nothing of it cancels where p
+    is close to q."""
+    more = ratio > 0.0
+    away = tl.where(more, ratio, -ratio)
+    less = expm1(-away)
+    share = tl.div_rn(-less, less + 2.0)
+    larger = -log1p(less * 0.5)
+    smaller = larger - away
+    return tl.where(more, share, -share), tl.where(more, larger, smaller), tl.where(more, smaller, larger)
+
+
+@triton.jit
+def _divergence(p, q, u, log_p, log_q):
+    """(p log(p/m) + q log(q/m)) / 2; of a small u by the series of that."""
+    square = u * u
+    series = square * 0.0
+    for k in tl.static_range(6):
+        series = series * square + 1.0 / ((6 - k) * (11 - 2 * k))
+    near = (p + q) * 0.25 * square * series
+    return tl.where(square < 0.0625, near, (_times(p, log_p) + _times(q, log_q)) * 0.5)
+
+
+@triton.jit
+def consistency_kernel(
+    logits, adv_logits, labels, distributions, weights, value, grad, adv_grad, terms, distance_weight,
+    distance_weight_rows, scale, parameter, batch,
+    classes: tl.constexpr, DISTANCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """CE(logits) + distance_weight * distance of adv_logits (o) and logits (q)."""
+    row, inside = here(batch, ROWS)
+    offset = row * classes
+    at, o_at = logits + offset, adv_logits + offset
+    shares_at = None if distributions is None else distributions + offset
+    y = -1 if labels is None else tl.load(labels + row, mask=inside, other=-1)
+    w = _weighted(1.0, weights, row, inside)
+    tie = tl.cast(distance_weight, tl.float32) if distance_weight_rows is None else tl.load(distance_weight_rows)
+    s = w * tl.cast(scale, tl.float32)
+    s_tie = s * tie
+
+    top, others, log_sum = softmax(at, inside, classes, BLOCK, TILES)
+    ce, above, rest = _soft(at, shares_at, inside, y, top, log_sum, parameter, classes, BLOCK, TILES)
+    o_mean, q_mean = ce, ce  # of what each side's probabilities are pulled by, if that is asked for
+    if DISTANCE == "logit":
+        apart = _squared_distance(at, o_at, inside, classes, BLOCK, TILES)
+    else:
+        o_top, o_others, o_log = softmax(o_at, inside, classes, BLOCK, TILES)
+        if DISTANCE == "kl":
+            apart = _kl(o_at, o_top, o_others, o_log, at, top, log_sum, inside, classes, BLOCK, TILES)
+        else:
+            shift = _log_shift(o_at, o_top, o_log, at, top, others, log_sum, inside, classes, BLOCK, TILES)
+            apart = tl.zeros((ROWS, BLOCK), tl.float32)
+            o_mean = tl.zeros((ROWS, BLOCK), tl.float32)
+            q_mean = tl.zeros((ROWS, BLOCK), tl.float32)
+            for tile in range(TILES):
+                zq, zo = load(at, inside, tile, classes, BLOCK), load(o_at, inside, tile, classes, BLOCK)
+                q, o = probability(zq, top, others), probability(zo, o_top, o_others)
+                u, log_o, log_q = _twins(o, q, _power_ratio(zo, o_top, zq, top) - shift)
+                d = _times(o + q, u)
+                if DISTANCE == "js":
+                    apart += _divergence(o, q, u, log_o, log_q)
+                    o_mean += _times(o, log_o)
+                    q_mean += _times(q, log_q)
+                else:
+                    apart += d * d
+                    o_mean += _times(o, d)
+                    q_mean += _times(q, -d)
+            apart = tl.sum(apart, 1, keep_dims=True)
+            o_mean = tl.sum(o_mean, 1, keep_dims=True)
+            q_mean = tl.sum(q_mean, 1, keep_dims=True)
+
+    if grad is not None or adv_grad is not None:
+        for tile in range(TILES):
+            zq, zo = load(at, inside, tile, classes, BLOCK), load(o_at, inside, tile, classes, BLOCK)
+            t = _target(shares_at, inside, y, parameter, tile, classes, BLOCK)
+            g = s * _less_target(zq, t, top, others, above, rest)
+            if DISTANCE == "logit":
+                to_q = _scaled(4.0 * s_tie, 0.5 * zq - 0.5 * zo)
+                to_o = -to_q
+            else:
+                q, o = probability(zq, top, others), probability(zo, o_top, o_others)
+                if DISTANCE == "kl":
+                    to_q = s_tie * difference(q, others, o, o_others)
+                    to_o = _scaled(s_tie, _to_p(o, _log_ratio(zo, o_top, o_log, zq, top, log_sum), apart))
+                else:
+                    u, log_o, log_q = _twins(o, q, _power_ratio(zo, o_top, zq, top) - shift)
+                    d = _times(o + q, u)
+                    if DISTANCE == "js":
+                        to_q = 0.5 * s_tie * _times(q, log_q - q_mean)
+                        to_o = 0.5 * s_tie * _times(o, log_o - o_mean)
+                    else:
+                        to_q = 2.0 * s_tie * _times(q, -d - q_mean)
+                        to_o = 2.0 * s_tie * _times(o, d - o_mean)
+            if grad is not None:
+                store(grad + offset, g + to_q, inside, tile, classes, BLOCK)
+            if adv_grad is not None:
+                store(adv_grad + offset, to_o, inside, tile, classes, BLOCK)
+
+    tl.store(value + row, _scaled(w, ce + _scaled(tie, apart)), mask=inside)
+    if terms is not None:
+        tl.store(terms + row, ce, mask=inside)
+        tl.store(terms + (row + batch), apart, mask=inside)
 
 
 @triton.jit
@@ -485,11 +672,14 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
     """The kernels of an operator's arguments, by the names of their fields."""
     if operator == "gairat_weights":
         return _gairat_launches(given)
+    if operator.endswith(("cross_entropy", "consistency_loss")) and not given["parameter"]:
+        given = {**given, "parameter": None}  # no smoothing: else 0 times an infinite logit
     if operator == "atlas_loss":
         found = _atlas_launches(given)
+    elif operator == "consistency_loss":
+        found = _consistency_launches(given)
     else:
-        unsmoothed = operator == "cross_entropy" and not given["parameter"]  # None: else 0 times an infinite logit
-        found = loss_launches(operator, {**given, "parameter": None} if unsmoothed else given)
+        found = loss_launches(operator, given)
     value, total = given["value"], given["total"]
     if total is not None:
         found.append(_over_the_batch(total_kernel, len(value), given))
@@ -504,6 +694,17 @@ def loss_launches(loss: str, given: dict[str, Any]) -> list[Launch]:
     values = {"weight": 1.0, **given, "logits": aligned(given["logits"]), "batch": batch, "classes": classes,
               "loss": loss, "rows": rows, "block": block, "tiles": tiles}  # fmt: skip
     return [bound(loss_kernel, -(-batch // rows), values)] if batch else []
+
+
+def _consistency_launches(given: dict[str, Any]) -> list[Launch]:
+    batch, classes = given["logits"].shape
+    require_single("logits", given["logits"])
+    rows, block, tiles = tiling(classes)
+    tensors = ("logits", "adv_logits", "distributions")
+    values = {**given, **{name: aligned(given[name]) for name in tensors if given[name] is not None}, "batch": batch,
+              "classes": classes, "distance": DISTANCES[given["distance"]], "rows": rows, "block": block,
+              "tiles": tiles}  # fmt: skip
+    return [bound(consistency_kernel, -(-batch // rows), values)] if batch else []
 
 
 def _atlas_launches(given: dict[str, Any]) -> list[Launch]:
@@ -540,6 +741,7 @@ def _example(
     pair, labels = (t if name in fields else None for name, t in (("adv_logits", z), ("labels", y)))
     given = {
         "logits": z, "adv_logits": pair, "labels": labels, "targets": y if targeted else None,
+        "distributions": meta((batch, classes)) if "distributions" in fields else None,
         "weights": v if weighted else None, "value": v, "grad": z, "adv_grad": pair, "scale": 0.5,
         "parameter": parameter,
     }  # fmt: skip
@@ -560,6 +762,20 @@ def _atlas_example(
     return _atlas_launches(given)[0]
 
 
+def _consistency_example(
+    distance: str, dtype: torch.dtype = torch.float32, *, batch: int = 128, classes: int = 10, soft: bool = False,
+    on_device: bool = False,
+) -> Launch:  # fmt: skip
+    z, v = meta((batch, classes), dtype), meta(batch)
+    given = {
+        "logits": z, "adv_logits": z, "labels": None if soft else meta(batch, torch.int64),
+        "distributions": meta((batch, classes)) if soft else None, "distance": DISTANCES.index(distance),
+        "distance_weight": 1.0, "distance_weight_rows": meta(()) if on_device else None, "parameter": None,
+        "weights": None, "scale": 0.5, "value": v, "grad": z, "adv_grad": z, "terms": meta((2, batch)),
+    }  # fmt: skip
+    return _consistency_launches(given)[0]
+
+
 _EXAMPLES: dict[str, Callable[..., Launch]] = {
     "cross_entropy": partial(_example, "cross_entropy"),
     "cross_entropy, smoothed, weighted": partial(_example, "cross_entropy", parameter=0.1, weighted=True),
@@ -571,6 +787,9 @@ _EXAMPLES: dict[str, Callable[..., Launch]] = {
     "dlr_loss": partial(_example, "dlr_loss"),
     "dlr_loss, targeted": partial(_example, "dlr_loss", targeted=True),
     "logit_pairing": partial(_example, "logit_pairing"),
+    "soft_cross_entropy": partial(_example, "soft_cross_entropy", parameter=0.1),
+    **{f"consistency_loss, {distance}": partial(_consistency_example, distance) for distance in DISTANCES},
+    "consistency_loss, js, soft": partial(_consistency_example, "js", soft=True, on_device=True),
     "atlas_loss": partial(_atlas_example, "kl", "kl", 1),
     "atlas_loss, ce, two neighbours": partial(_atlas_example, "ce", "ce", 2),
     "atlas_loss, logit, two neighbours": partial(_atlas_example, "logit", "logit", 2),

@@ -67,6 +67,15 @@ def log1p(x):
 
 
 @triton.jit
+def expm1(x):
+    """e**x - 1 for x < 1/2, as in csrc/core/math.h: by its series between -1/2 and 1/2, else of x <= -1/2."""
+    series = x * 0.0 + 1.0
+    for k in tl.static_range(7):
+        series = series * x * (1.0 / (8 - k)) + 1.0
+    return tl.where((x > -0.5) & (x < 0.5), x * series, exp(x) - 1.0)
+
+
+@triton.jit
 def here(batch, ROWS: tl.constexpr):
     """(row, whether there is one), both [ROWS, 1]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -18,6 +18,7 @@ from .cure import CURE
 from .curriculum import Curriculum
 from .free import Free
 from .gairat import GAIRAT
+from .gat import GAT
 from .grad_align import GradAlign
 from .jacobian import Jacobian
 from .llr import LLR
@@ -42,6 +43,7 @@ __all__ = [
     "Descent",
     "Free",
     "GAIRAT",
+    "GAT",
     "GradAlign",
     "Jacobian",
     "LLR",
@@ -67,7 +69,7 @@ __all__ = [
 
 _ALL = (
     ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
-    Jacobian, Standard,
+    Jacobian, GAT, Standard,
 )  # fmt: skip
 _METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
