@@ -31,7 +31,7 @@ template <bool Noise> struct Asked {
   static constexpr bool known = false, noise = Noise;
   template <class T> static __device__ __forceinline__ bool step(const Job<T>& job) { return job.p.grad.data; }
   template <class T> static __device__ __forceinline__ bool ball(const Job<T>& job) { return job.p.x.data; }
-  template <class T> static __device__ __forceinline__ bool labels(const Job<T>& job) { return job.p.labels; }
+  template <class T> static __device__ __forceinline__ bool labels(const Job<T>& job) { return Noise && job.p.labels; }
   template <class T> static __device__ __forceinline__ bool project(const Job<T>& job) { return job.p.project; }
   template <class T> static __device__ __forceinline__ bool of_rows(const Job<T>& job) { return job.rows_differ; }
 };
