@@ -159,6 +159,21 @@ def test_defaults_by_radius_and_data_set() -> None:
     assert LIET.defaults["cifar100"]["weight"].at(SMALL) == 200 and LIET.defaults["cifar100"]["smoothing"].at(1) == 0.4
 
 
+def test_a_smaller_radius_of_a_warm_up_keeps_the_settings_of_the_whole() -> None:
+    scaled = LIET(2 * SMALL, step_size=2 * SMALL).scaled(0.25)
+    expected = LIET(2 * SMALL, step_size=0.5 * SMALL, project="no").in_use()
+    assert scaled.eps == SMALL / 2 and scaled.in_use() == expected
+    assert LIET(SMALL).scaled(0.5).in_use()["project"] == "yes"
+    assert LIET(SMALL, label_smoothing=0.3).scaled(0.5).smoothing is None
+
+
+def test_the_runs_smoothing_is_uniform_on_top_of_one_that_is_given() -> None:
+    made, z = case(), torch.zeros(8, CLASSES, dtype=torch.float64)
+    plain, both_ = (LIET(SMALL, smoothing=0.5, label_smoothing=s) for s in (0.0, 0.2))
+    random, mixed = (m._targets(z, made.batch.y, made.key, made.batch.ids, 2) for m in (plain, both_))
+    torch.testing.assert_close(mixed, 0.8 * random + 0.2 / CLASSES)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="liet: share_low is 0.6 and share_high 0.5: give a low one"):
         LIET(SMALL, share_low=0.6)
@@ -168,6 +183,8 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match="liet: weight must be a number >= 0, got"):
             LIET(SMALL, weight=bad)
     made = case()
+    with pytest.raises(ValueError, match="liet: state.memory has no 'label_noise': before each step call before_step"):
+        LIET(SMALL).loss(made.model, made.batch, made.key, State())
     one = Net().double()
     one.linear = nn.Linear(72, 1).double()
     with pytest.raises(ValueError, match=r"model returns logits \[1, 1\], of one class, and the method needs two"):

@@ -78,11 +78,11 @@ class FGSMUAP(KeptForward):
         state.memory["momentum"] = momentum
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
-        common = state.memory["perturbation"]
+        common = self.remembered(state, "perturbation")
         return project(batch.x + (common[batch.y] if self.per_class else common), batch.x, self.eps), None
 
     def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
-        self._keep(grad, batch, state.memory["perturbation"], state.memory["momentum"])
+        self._keep(grad, batch, *(self.remembered(state, name) for name in ("perturbation", "momentum")))
         return pgd_step(start, grad, batch.x, self.eps, self._step_size)
 
     @torch.no_grad()

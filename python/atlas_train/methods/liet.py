@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from atlas_kernels.outputs import logits_of
 from ..data import Batch, UpTo
 from ..noise import uniform
 from ..options import option
-from .base import Metrics, State
+from .base import Method, Metrics, State
 from .kept import Given, KeptForward
 from .terms import NO_BALL, accuracy, classes_of, uncompiled, wide
 
@@ -57,8 +57,8 @@ class LIET(KeptForward):
     )
     smoothing: float | None = option(
         None,
-        "s, spread at random over the wrong classes; default: the run's label_smoothing, and where that is 0, 0.6, "
-        "above eps = 8/255 0.4",
+        "s, spread at random over the wrong classes; the run's label_smoothing, which is uniform, then comes on top. "
+        "Default: s is the run's label_smoothing, or where that is 0, 0.6, above eps = 8/255 0.4",
         low=0,
         below=1,
     )
@@ -125,6 +125,13 @@ class LIET(KeptForward):
         projects = self._by_radius(1, 0) if self.project == "small" else self.project == "yes"
         return self.eps if projects else NO_BALL
 
+    def scaled(self, share: float) -> Method:
+        """The settings stay those of the whole radius."""
+        fixed = self.in_use() | {"project": "no" if self._ball == NO_BALL else "yes", "step_size": self.step_size}
+        if self.label_smoothing:
+            fixed["smoothing"] = self.smoothing
+        return Method.scaled(replace(self, **fixed), share)
+
     def changing(self, state: State) -> tuple[float, ...]:
         return (self._weight * (state.epoch + 1) / state.epochs,)
 
@@ -157,7 +164,7 @@ class LIET(KeptForward):
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
         start = label_noise_start(
-            batch.x, batch.y, state.memory["label_noise"], self._noise_magnitude * self.eps,
+            batch.x, batch.y, self.remembered(state, "label_noise"), self._noise_magnitude * self.eps,
             share=(self._share_low, self._share_high), key=key, ids=batch.ids,
         )  # fmt: skip
         return start, None
@@ -179,11 +186,15 @@ class LIET(KeptForward):
         return logits.softmax(1) - self._targets(logits, y, key, ids, draw)
 
     def _targets(self, logits: Tensor, y: Tensor, key: Tensor, ids: Tensor, draw: int) -> Tensor:
-        """1 - s for the label, and s spread over the other classes by numbers uniform in (0, 1)."""
+        """1 - s for the label, and s spread over the other classes by numbers uniform in (0, 1); and of all that the
+        run's share, alike for all classes, where s was given."""
         numbers = uniform(logits, key, ids, draw) + (1 + 2.0**-24)
         spread = numbers.scatter(1, y[:, None], 0.0)
         spread = spread * (self._smoothing / spread.sum(1, keepdim=True))
-        return spread.scatter(1, y[:, None], 1 - self._smoothing)
+        targets = spread.scatter(1, y[:, None], 1 - self._smoothing)
+        if self.smoothing is None or not self.label_smoothing:
+            return targets
+        return (1 - self.label_smoothing) * targets + self.label_smoothing / logits.shape[1]
 
 
 def jensen_shannon(z: Tensor, other: Tensor) -> Tensor:
