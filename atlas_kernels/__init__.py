@@ -28,7 +28,14 @@ from .memory import can_keep_memory, keep_memory
 from .noise import noise_key
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
-from .perturb import pgd_step, pgd_step_neighbours, project, random_start, sample_neighbours
+from .perturb import (
+    label_noise_start,
+    pgd_step,
+    pgd_step_neighbours,
+    project,
+    random_start,
+    sample_neighbours,
+)
 
 __version__ = "0.1.0"
 
@@ -56,6 +63,7 @@ __all__ = [
     "gairat_weights",
     "keep_memory",
     "kl_div",
+    "label_noise_start",
     "logit_pairing",
     "margin_loss",
     "mart_loss",

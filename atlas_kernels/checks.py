@@ -372,13 +372,14 @@ def dense_logits(name: str, t: Tensor, other: str = "", like: Tensor | None = No
 
 
 def class_indices(
-    name: str, t: Tensor, like: Tensor, classes: int | None = None, *, batch: int | None = None, attack: bool = False
-) -> Tensor:
+    name: str, t: Tensor, like: Tensor, classes: int | None = None, *, batch: int | None = None, attack: bool = False,
+    of: str = "the logits have",
+) -> Tensor:  # fmt: skip
     """int64 [batch] class indices, contiguous, below ``classes`` where their number is known; integers of any width are
     welcome.
 
     like: logits or images, on whose device they lie; batch: how many there are (default: one for each of its rows).
-    attack: on CUDA too their values are looked at (see ``value_checks_enabled``).
+    attack: on CUDA too their values are looked at (see ``value_checks_enabled``). of: what the message says has them.
     """
     require_integers(name, t)
     batch = like.shape[0] if batch is None else batch
@@ -392,7 +393,7 @@ def class_indices(
         t = t.to(torch.int64)
     t = contiguous(name, t)
     if bound is not None and (row := first_outside(t, bound)) < batch:
-        raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: the logits have {bound}, from 0 on")
+        raise ValueError(f"{name}[{row}] = {int(t[row])} is not a class: {of} {bound}, from 0 on")
     return t
 
 

@@ -31,6 +31,7 @@ from . import backends
 from .backends.reference import perturb as plain_linf
 from .backends.reference import perturb_norms as plain
 from .checks import (
+    class_indices,
     draw_number,
     flag,
     per_channel,
@@ -47,10 +48,11 @@ from .checks import (
 from .core import advise_huge_pages, alike
 from .layout import column, compute_dtype, contiguous, dense, is_channels_last, require_memory
 from .noise import noise_key
-from .schema import L1, LINF, NORMS, STREAM_START
+from .schema import L1, LINF, NORMS, SHARES, STREAM_START
 from .transforms import followed
 
 _random_start = backends.caller("random_start")
+_label_noise_start = backends.caller("label_noise_start")
 _pgd_step = backends.caller("pgd_step")
 _sample_neighbours = backends.caller("sample_neighbours")
 _pgd_step_neighbours = backends.caller("pgd_step_neighbours")
@@ -115,6 +117,74 @@ def random_start(
     else:
         _random_start(x, *radius, *bounds, *noise, out)
     return out
+
+
+def label_noise_start(
+    x: Tensor,
+    labels: Tensor,
+    label_noise: Tensor,
+    eps: float | Tensor,
+    *,
+    share: tuple[float, float] = (0.1, 0.5),
+    key: Tensor | None = None,
+    ids: Tensor | None = None,
+    draw: int = 0,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Start from the noise of the label (LIET, ICCV 2025): ``clip(x + sign * noise)``. The noise of a pixel is
+    ``eps * u``, u uniform in [-1, 1), with probability r, else ``label_noise[label]`` at its place. r, uniform between
+    the two numbers of ``share``, and the sign, 1 or -1, are drawn once a call, from the key and ``draw`` alone.
+
+    Both draws of a pixel are of one word of noise: its 12 high bits say whether u takes the place of the label's noise,
+    its 20 low bits are u, so r lies on a grid of 1/4096 and u on one of 2^-19. r and the sign are words 0 and 1 of the
+    counter of sample 0 (c0 = 0, neighbour 1). Differentiable in ``label_noise`` too, by the plain PyTorch definition,
+    which also makes the result wherever a gradient is asked for.
+
+    Args:
+        x: images [B, ...].
+        labels: class indices [B].
+        label_noise: a noise for each class, [classes, ...], of any float dtype.
+        eps: radius of the uniform noise, one number or float [B].
+        share: least and largest r, in [0, 1].
+        key, ids, draw: the noise (see the module's text).
+        clip_min, clip_max: image range, one number or one per channel.
+        out: result tensor like ``x``, or ``x`` itself.
+
+    Returns a tensor of x's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    """
+    require_float_images("x", x)
+    x = dense(x)
+    require_float_images("label_noise", label_noise)
+    if label_noise.shape[1:] != x.shape[1:] or label_noise.device != x.device or not len(label_noise):
+        raise ValueError(
+            f"label_noise is {list(label_noise.shape)} on {label_noise.device}, expected one image for each class, "
+            f"[classes, {', '.join(map(str, x.shape[1:]))}] on {x.device}"
+        )
+    label_noise = dense(label_noise)
+    labels = class_indices("labels", labels, x, label_noise.shape[0], of="label_noise has")
+    radius = per_sample("eps", eps, x)
+    shares = _shares(share)
+    bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
+    noise = _noise(x, key, ids, draw)
+    if followed(x, label_noise, radius[1]) or _needs_grad(x, label_noise, radius[1]):
+        _refuse_out(out)
+        return plain_linf.label_start(x, labels, label_noise, *radius, *shares, bounds, *noise).to(x.dtype)
+    out = _like(x) if out is None else _checked(out, x.shape, x, x.dtype)
+    _label_noise_start(x, labels, label_noise, *radius, *shares, *bounds, *noise, out)
+    return out
+
+
+def _shares(share: tuple[float, float]) -> tuple[int, int]:
+    """As the operator counts them."""
+    try:
+        low, high = map(float, share)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"share must be two numbers, 0 <= least <= largest <= 1, got {share!r}")
+    return round(SHARES * low), round(SHARES * high)
 
 
 def pgd_step(

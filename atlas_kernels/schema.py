@@ -20,7 +20,8 @@ OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # numbered as in csr
 TERMS = ("kl", "ce", "logit", "none")
 DISTANCES = ("logit", "prob", "js", "kl")  # of consistency_loss
 # Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
-STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT = 0, 1, 2
+STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT, STREAM_LABEL_NOISE = range(4)
+SHARES = 2**12  # what a share of pixels is counted in: kWhole of csrc/core/perturb.h
 
 _CLIP = "number[channels] clip_min, number[channels] clip_max"
 _NOISE = "int64[2] key, int64[batch]? ids, int draw"
@@ -34,6 +35,8 @@ _GRAD, _ADV_GRAD = "same[batch, classes]!? grad", "same[batch, classes]!? adv_gr
 OPERATORS: dict[str, dict[str, str]] = {
     "perturb": {
         "random_start": f"images[batch] x=adv, number[batch] eps=radius, {_CLIP}, {_NOISE}, images[rows]! out",
+        "label_noise_start": f"images[batch] x=adv, {_LABELS}, images[classes] label_noise=x, "
+        f"number[batch] eps=radius, int share_low, int share_high, {_CLIP}, {_NOISE}, images[rows]! out",
         "pgd_step": f"{_STEP}, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, bool[batch]? active, "
         "images[rows]! out, images[batch]!? cast",
         "sample_neighbours": f"images[batch] adv, number[batch] radius, int count, images[batch]? x, "
@@ -96,6 +99,7 @@ OPERATORS: dict[str, dict[str, str]] = {
 # What the kernels get besides, where an operator has no argument for it.
 FIXED: dict[str, Mapping[str, int]] = {
     "random_start": {"count": 1, "stream": STREAM_START},
+    "label_noise_start": {"count": 1, "stream": STREAM_LABEL_NOISE},
     "sample_neighbours": {"stream": STREAM_NEIGHBOUR},
     "pgd_step_neighbours": {"stream": STREAM_NEIGHBOUR},
     "augment": {"stream": STREAM_AUGMENT},

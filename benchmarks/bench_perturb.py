@@ -91,6 +91,24 @@ def test_random_start(size, report):
     run(report, "random_start", size, 2, lambda: ak.random_start(x, EPS, key=key), {"uniform_": start_plain}, x)
 
 
+def label_start_plain(x, labels, of_label):  # type: ignore[no-untyped-def]
+    """As published, without the copies between host and device."""
+    share, sign = 0.1 + 0.4 * torch.rand((), device=x.device), 1 - 2 * torch.randint(2, (), device=x.device)
+    replaced = torch.rand_like(x) < share
+    noise = torch.where(replaced, torch.empty_like(x).uniform_(-EPS, EPS), of_label[labels])
+    return (x + sign * noise).clamp_(0, 1)
+
+
+def test_label_noise_start(size, report):
+    """Ten classes, whose noise is small beside the batch and mostly in the cache: the model has the images alone."""
+    _, _, x = images(size)
+    classes = 10
+    of_label = EPS * torch.randn(classes, *size[1:], device=DEVICE).sign()
+    labels, key = torch.arange(size[0], device=DEVICE) % classes, ak.noise_key(DEVICE)
+    ours = lambda: ak.label_noise_start(x, labels, of_label, EPS, key=key)  # noqa: E731
+    run(report, "label_noise_start", size, 2, ours, {"where": label_start_plain}, x, labels, of_label)
+
+
 def test_sample_neighbours(size, report):
     adv, _, _ = images(size)
     key = ak.noise_key(DEVICE)

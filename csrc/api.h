@@ -42,6 +42,7 @@ struct AtlasScalar {
 //   adv' = clip(project(adv + step sign(grad)))        where grad is given, and the sample is active
 //   z_k = clip([project](adv' + radius noise_k))       for k < count; projected if `project`, or x is there without grad
 //   out = [x;] [adv';] z_0; z_1; ...                   x if `include_x`, adv' if there is a grad; cast = adv'
+// With labels x is a noise for each of the `classes`, and the noise of z is LIET's (core/perturb.h); there is no step then.
 // Per sample: eps, step_size, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
 // (seed, base), in the memory of the device. rows: of out.
 #define ATLAS_PERTURB(F) \
@@ -51,7 +52,8 @@ struct AtlasScalar {
   F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
   F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) \
   F(int64_t, count) F(int32_t, descend) F(int32_t, project) F(int32_t, include_x) \
-  F(uint32_t, stream) F(uint32_t, draw)
+  F(uint32_t, stream) F(uint32_t, draw) \
+  F(const int64_t*, labels) F(int64_t, classes) F(int64_t, share_low) F(int64_t, share_high)
 struct AtlasPerturb { ATLAS_PERTURB(ATLAS_FIELD) };
 
 // Sample b is image index[b] of a resident set of 8-bit images, zero-padded, cropped at a place and mirrored left-right

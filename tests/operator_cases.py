@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, forced_backend
 
 SHAPES = [
@@ -62,6 +64,14 @@ def problem(
     made = (adv.to(dtype), grad.to(grad_dtype or dtype), x.to(dtype))
     adv, grad, x = (to_layout(t.to(device), c == "l") for t, c in zip(made, layouts, strict=True))
     return adv, grad, x
+
+
+def label_start(x: Tensor, noise: Tensor, eps: float | Tensor, **how: Any) -> Tensor:
+    """``label_noise_start`` with the images of ``noise`` as the noise of as many classes."""
+    if not len(noise):
+        noise = torch.ones(1, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
+    labels = torch.arange(len(x), device=x.device).flip(0) // 2
+    return ak.label_noise_start(x, labels, noise, eps, **how)
 
 
 def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:

@@ -26,6 +26,10 @@ def both(count=1, **rest):
     return ak.pgd_step_neighbours(ADV, GRAD, X, 0.1, 0.1, 0.1, count, **rest)
 
 
+def labelled(labels=Y, label_noise=X, eps=0.1, **rest):
+    return ak.label_noise_start(X, labels, label_noise, eps, **rest)
+
+
 def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
     return ak.pgd_step(adv, grad, x, eps, step_size, **rest)
 
@@ -61,6 +65,15 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
         (ValueError, "out has strides .* do not overlap themselves", lambda: step(out=torch.empty(1, 3, 8, 8).expand(4, 3, 8, 8))),
         (ValueError, "out has strides", lambda: step(out=torch.empty(4, 3, 8, 16)[..., ::2])),
         (ValueError, "out= and cast= do not work", lambda: step(adv=ADV.clone().requires_grad_(), out=torch.empty_like(ADV))),
+        (ValueError, r"label_noise is \[5, 3, 8, 7\] on cpu, expected one image for each class, \[classes, 3, 8, 8\]", lambda: labelled(label_noise=X.new_zeros(5, 3, 8, 7))),
+        (ValueError, r"label_noise is \[3, 8, 8\] on cpu, expected one image for each class", lambda: labelled(label_noise=X[0])),
+        (ValueError, r"label_noise is \[0, 3, 8, 8\] on cpu, expected one image for each class", lambda: labelled(label_noise=X[:0])),
+        (ValueError, "label_noise is .* on meta, expected one image", lambda: labelled(label_noise=X.to("meta"))),
+        (TypeError, "label_noise must be a float tensor, got torch.int64", lambda: labelled(label_noise=X.long())),
+        (ValueError, r"labels\[1\] = 4 is not a class: label_noise has 4, from 0 on", lambda: labelled(labels=torch.tensor([0, 4, 1, 2]))),
+        (ValueError, r"labels is \[3\] on cpu, expected \[4\]", lambda: labelled(labels=Y[:3])),
+        *((ValueError, "share must be two numbers, 0 <= least <= largest <= 1, got ", lambda bad=bad: labelled(share=bad)) for bad in ((0.5, 0.1), (-0.1, 0.5), (0.1, 1.1), (NAN, 0.5), 0.3, (0.1,), None, ("a", 1))),
+        (ValueError, "eps must be a number >= 0, got -0.1", lambda: labelled(eps=-0.1)),
         (ValueError, "key must be the int64", lambda: ak.random_start(X, 0.1, key=torch.zeros(2))),
         (ValueError, r"ids is torch.int32 \[4\]", lambda: ak.random_start(X, 0.1, ids=torch.zeros(4, dtype=torch.int32))),
         (TypeError, "ids must be an int64 tensor .4., got int", lambda: ak.random_start(X, 0.1, ids=3)),

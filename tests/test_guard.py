@@ -27,7 +27,7 @@ def valid_call(operator: str) -> dict[str, Any]:
     labels, per_sample, per_channel = torch.arange(batch), torch.rand(batch), torch.rand(3)
     given: dict[str, Any] = {
         "count": 1, "project": True, "include_x": True, "descend": False, "norm": 1, "largest": 0, "draw": 0,
-        "objective": 4,
+        "objective": 4, "share_low": 400, "share_high": 2000,
         "steps": 10, "local": 0, "global_term": 0, "distance": 0, "squared": False, "padding": 1, "flip": True,
         "training": True,
         "key": torch.tensor([1, 2]), "ids": labels, "active": labels > 1, "labels": labels, "index": labels,

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+from atlas_kernels.backends.reference.philox import philox4x32_10
 from atlas_kernels.core import available_isas, force_isa
-from operator_cases import SHAPES, Dispatched, problem, same_bits, to_layout
+from operator_cases import SHAPES, Dispatched, label_start, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels
@@ -26,6 +27,7 @@ def all_four(
     noise = {"key": key, "ids": ids, "draw": 3}
     return [
         ak.random_start(x, eps, **noise, **clip),
+        label_start(x, grad, radius, **noise, **clip),
         ak.pgd_step(adv, grad, x, eps, step, **step_options),
         ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
         ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, project=project, **noise, **step_options),
@@ -37,7 +39,8 @@ def check_against_reference(*args, **kwargs):
     got = all_four(*args, **kwargs)
     with ak.backend("reference"):
         expected = all_four(*args, **kwargs)
-    for name, a, b in zip(("start", "step", "neighbours", "both", "both without x"), got, expected, strict=True):
+    names = "start", "label start", "step", "neighbours", "both", "both without x"
+    for name, a, b in zip(names, got, expected, strict=True):
         assert same_bits(a, b), name
 
 
@@ -184,9 +187,11 @@ def test_in_place_and_out(device):
         version = moved._version
         ak.pgd_step(moved, grad, x, 0.1, 0.03, out=moved)
         assert same_bits(moved, expected) and moved._version > version
-    start = x.clone()
+    start, labelled = x.clone(), x.clone()
     key = ak.noise_key(device)
     assert same_bits(ak.random_start(start, 0.1, key=key, out=start), ak.random_start(x, 0.1, key=key))
+    expected = label_start(x, grad, 0.1, key=key)
+    assert label_start(labelled, grad, 0.1, key=key, out=labelled) is labelled and same_bits(labelled, expected)
 
 
 def test_cast_is_the_result_in_another_dtype_and_layout(device):
@@ -227,6 +232,78 @@ def test_images_without_pixels(device, shape):
     adv, grad, x = (torch.empty(shape, device=device) for _ in range(3))
     for got in all_four(adv, grad, x, 0.1, 0.1, 0.1, key=ak.noise_key(device)):
         assert got.shape[1:] == shape[1:] and len(got) % 4 == 0
+
+
+# --- the start from the noise of the label ---
+
+
+@pytest.mark.parametrize("share", [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3), (0.1, 0.5), (0.0, 1.0)], ids=str)
+def test_share_and_sign_are_drawn_once_a_call(share, device):
+    x, labels = torch.zeros(16, 3, 32, 32, device=device), torch.arange(16, device=device) % 2
+    of_label = torch.tensor([3.0, 5.0], device=device).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    wide, shares, signs = {"clip_min": -9.0, "clip_max": 9.0}, [], set()
+    for draw in range(24):
+        key = torch.tensor([99, draw], device=device)
+        noise = ak.label_noise_start(x, labels, of_label, 0.5, share=share, key=key, draw=draw, **wide)
+        replaced = noise.abs() <= 0.5
+        kept = noise[~replaced]
+        assert torch.equal(kept.abs(), of_label[labels][~replaced])
+        signs |= set(kept.sign().unique().tolist())
+        assert kept.numel() == 0 or len(kept.sign().unique()) == 1
+        found = float(replaced.float().mean())
+        assert share[0] - 0.01 < found < share[1] + 0.01
+        assert (replaced.flatten(1).float().mean(1) - found).abs().max() < 0.05
+        shares.append(found)
+        if found > 0.05:
+            u = noise[replaced] / 0.5
+            assert u.min() < -0.98 and u.max() > 0.98
+            assert abs(u.mean()) < 5 / (3 * u.numel()) ** 0.5 and abs((u * u).mean() - 1 / 3) < 0.02
+    assert signs == ({-1.0, 1.0} if share[1] < 1.0 or share[0] < 1.0 else set())
+    assert max(shares) - min(shares) > 0.6 * (share[1] - share[0]) - 0.02
+
+
+def test_a_label_start_is_its_documented_counter(device):
+    key, x = torch.tensor([0x123456789ABCDEF0, 41], device=device), torch.zeros(3, 2, 5, 3, device=device)
+    labels, of_label = torch.tensor([1, 1, 0], device=device), torch.rand(2, 2, 5, 3, device=device)
+    got = ak.label_noise_start(x, labels, of_label, 0.25, share=(0.25, 0.75), key=key, draw=7, clip_min=-1.0)
+
+    def word(c0: int, c1: int, c3: int, number: int) -> int:
+        counter = tuple(torch.tensor(c) for c in (c0, c1, 7, c3))
+        return int(philox4x32_10(counter, torch.tensor(0x9ABCDEF0), torch.tensor(0x12345678))[number])
+
+    share = 1024 + (word(0, 0, 3 | 1 << 8, 0) * (3072 - 1024 + 1) >> 32)
+    sign = -1 if word(0, 0, 3 | 1 << 8, 1) >= 2**31 else 1
+    for sample, channel, pixel in itertools.product(range(3), range(2), range(15)):
+        of_pixel = word(channel * 4 + pixel // 4, 41 + sample, 3, pixel % 4)
+        u = ((of_pixel % 2**20 + 2**19) % 2**20 - 2**19) / 2**19
+        noise = 0.25 * u if of_pixel >> 20 < share else float(of_label[labels[sample], channel].flatten()[pixel])
+        assert float(got[sample, channel].flatten()[pixel]) == sign * noise
+
+
+def test_a_label_start_is_that_of_its_sample_and_call(device):
+    """Whatever batch a sample is in, and on whatever rank."""
+    x, of_label = torch.rand(6, 3, 5, 5, device=device), 0.1 * torch.randn(4, 3, 5, 5, device=device)
+    labels, key = torch.tensor([0, 3, 1, 1, 2, 0], device=device), torch.tensor([77, 100], device=device)
+    whole = ak.label_noise_start(x, labels, of_label, 0.1, key=key)
+    half = ak.label_noise_start(x[3:], labels[3:], of_label, 0.1, key=torch.tensor([77, 103], device=device))
+    assert same_bits(whole[3:], half)
+    order = torch.tensor([5, 2, 0], device=device)
+    assert same_bits(
+        whole[order], ak.label_noise_start(x[order], labels[order], of_label, 0.1, key=key, ids=100 + order)
+    )
+    assert not torch.equal(whole, ak.label_noise_start(x, labels, of_label, 0.1, key=key, draw=1))
+    assert same_bits(to_layout(whole, True), ak.label_noise_start(to_layout(x, True), labels, of_label, 0.1, key=key))
+
+
+def test_labels_that_are_no_class_read_nothing(device, monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    x, of_label = torch.rand(5, 3, 4, 4, device=device), torch.rand(2, 3, 4, 4, device=device)
+    labels = torch.tensor([0, -1, 2, 2**62, 1], device=device)
+    for backend in ("native", "reference"):
+        with ak.backend(backend):
+            start = ak.label_noise_start(x, labels, of_label, 0.1, key=torch.tensor([1, 0], device=device))
+        assert start.flatten(1).isnan().all(1).tolist() == [False, True, True, True, False]
+        assert not start[[0, 4]].isnan().any()
 
 
 # --- gradients ---
@@ -274,7 +351,14 @@ def test_random_start_and_fused_gradients():
     adv, grad, x = away_from_kinks((2, 2, 3, 3))
     eps, radius = torch.tensor([0.1, 0.12]).double(), torch.tensor([0.05, 0.2]).double()
     key = torch.tensor([5, 0])
-    inputs = [t.requires_grad_() for t in (x, eps)]
+
+    def labelled(x, eps, noise):
+        return ak.label_noise_start(x, torch.tensor([2, 0]), noise, eps, key=key)
+
+    inputs = [t.requires_grad_() for t in (x, eps, 0.1 * torch.randn(3, 2, 3, 3).double())]
+    assert torch.autograd.gradcheck(labelled, inputs)
+    assert torch.autograd.gradgradcheck(labelled, inputs)
+    inputs = inputs[:2]
     assert torch.autograd.gradcheck(lambda x, eps: ak.random_start(x, eps, key=key), inputs)
     assert torch.autograd.gradgradcheck(lambda x, eps: ak.random_start(x, eps, key=key), inputs)
 
@@ -318,6 +402,9 @@ def test_opcheck(requires_grad, device):
     out, many = torch.empty(2, 3, 4, 4, device=device), torch.empty(6, 3, 4, 4, device=device)
     active = torch.tensor([True, False], device=device)
     torch.library.opcheck(OPS.random_start.default, (x, 0.1, None, *clip, *noise, out))
+    torch.library.opcheck(
+        OPS.label_noise_start.default, (x, active.long(), grad, 0.0, rows, 400, 2000, *clip, *noise, out)
+    )
     torch.library.opcheck(
         OPS.pgd_step.default, (adv, grad, x, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16())
     )

@@ -46,6 +46,9 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "llr": ({"steps": 10}, 6 + 2 * 10 + 3),  # clean, K steps, l(x + d*)
     "cure": ({}, 3 + 6 + 6),  # CE, grad l(x), grad l(x + z)
     "grad_align": ({}, 2 + 3 + 6),  # g1, CE, g2
+    "liet": ({}, 1 + 1 + 2 + 3),  # x0 forward, its gradient; the backward of that forward; x'
+    "fgsm_uap": ({}, 1 + 1 + 2 + 3),
+    "fgsm_uap:per_class": ({"per_class": True}, 1 + 1 + 2 + 3),
     "jacobian": ({"projections": 3}, 1 + 3 * (1 + 2) + 2),
     "gairat": ({"steps": 10}, 2 * 10 + 3),
     "gairat:trades": ({"base": "trades"}, 2 * 10 + 1 + 2 * 3),

@@ -73,6 +73,7 @@ SMOOTHED: dict[str, list[tuple[dict[str, Any], Smoothed]]] = {
     "free": [({"clip": "sum"}, lambda m, f, b, g: [(1.0, None, f((b.x + g).clamp(0, 1)))])],
     "llr": [({}, lambda m, f, b, g: [(2.0, None, f(b.x))])],
     "mma": [({}, of_mma)],
+    "liet": [({"smoothing": 0.0}, of_given)],  # else the share spreads at random in its own way
 } | dict.fromkeys(("standard", "backward_smoothing", "cure", "jacobian"), [({}, of_clean)])
 
 
@@ -88,6 +89,7 @@ def test_labels_are_smoothed_in_every_method(name: str) -> None:
     share, state = 0.3, State(epoch=3, epochs=4, size=50)
     for hyper, smoothed in SMOOTHED.get(name, [({}, of_given)]):
         method, plain = (methods.build(name, EPS, hyper, s) for s in (share, 0.0))
+        plain.before_step(model, batch, noise_key(), state)
         given = plain.prepare(model, batch, noise_key(), state)
         expected, _ = plain.objective(model, batch, given)
         for weight, each, logits in smoothed(plain, model, batch, given):
@@ -282,7 +284,7 @@ def test_mixed_batches_are_a_share_by_seed_and_step() -> None:
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_mixes_or_says_that_it_cannot(name: str) -> None:
     settings = {"method": name, "hyper": {}, "mix_share": 0.5, "mix_steps": 3, "epochs": 1}
-    if name in ("standard", "free", "yopo", "n_fgsm", "grad_align", "cure", "jacobian"):
+    if name in ("standard", "free", "yopo", "n_fgsm", "grad_align", "cure", "jacobian", "liet", "fgsm_uap"):
         with pytest.raises(ValueError, match=f"mix_share needs a method that attacks in steps.*{name} is not: set"):
             config(**settings)
         return

@@ -169,6 +169,9 @@ def operators() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
         )  # fmt: skip
     found["pgd_step of some"] = lambda a, x: ak.pgd_step(a, GRAD, x, 0.08, 0.03, active=ACTIVE, descend=True), (ADV, X)
     found["one radius"] = lambda x, eps: ak.random_start(x, eps.sum(), key=KEY), (X, EPS)
+    found["label_noise_start"] = (
+        lambda x, eps, noise: ak.label_noise_start(x, torch.tensor([1, 0]), noise, eps, key=KEY), (X, EPS, 0.1 * ADV)
+    )  # fmt: skip
     found["sample_neighbours"] = lambda a, r: ak.sample_neighbours(a, r, 2, key=KEY), (ADV, RADIUS)
     found["sample_neighbours in the ball"] = (
         lambda a, x, e, r: ak.sample_neighbours(a, r, 2, x=x, eps=e, key=KEY), (ADV, X, EPS, RADIUS)
@@ -239,6 +242,7 @@ def test_no_result_into_a_given_tensor():
     out = torch.empty_like(X)
     match = "out= and cast= do not work"
     refused(match, lambda x: ak.random_start(x, 0.1, key=KEY, out=out), X)
+    refused(match, lambda x: ak.label_noise_start(x, CLASSES[:2], x, 0.1, key=KEY, out=out), X)
     refused(match, lambda x: ak.pgd_step(x, GRAD, x, 0.1, 0.1, out=out), X)
     refused(match, lambda x: ak.pgd_step(x, GRAD, x, 0.1, 0.1, norm="l2", cast=out), X)
     refused(match, lambda x: ak.project(x, x, 0.1, out=out), X)

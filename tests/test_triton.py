@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
 from atlas_kernels.backends.door import DoorError
-from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton.perturb import TILE, VARIANTS
@@ -57,6 +57,7 @@ def all_four(backend, adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, count=2,
     with ak.backend(backend):
         return {
             "start": ak.random_start(x, eps, **noise, **clip),
+            "label start": label_start(x, grad, radius, **noise, **clip),
             "step": ak.pgd_step(adv, grad, x, eps, step, **step_options),
             "neighbours": ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
             "both": ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, **both),
@@ -146,6 +147,16 @@ def test_bits_of_each_per_sample_argument_alone(alone):
 )
 def test_bits_at_the_ends_of_the_counter(key, draw):
     check_against_reference(*problem((3, 2, 3, 3), device=DEVICE), key=key, draw=draw, count=1)
+
+
+@runs
+def test_labels_that_are_no_class_read_nothing(monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    x, noise = torch.rand(4, 3, 4, 4, device=DEVICE), torch.rand(2, 3, 4, 4, device=DEVICE)
+    labels = torch.tensor([0, -1, 2, 2**62], device=DEVICE)
+    with ak.backend("triton"):
+        start = ak.label_noise_start(x, labels, noise, 0.1, key=torch.tensor([1, 0], device=DEVICE))
+    assert start.flatten(1).isnan().all(1).tolist() == [False, True, True, True] and not start[0].isnan().any()
 
 
 @runs

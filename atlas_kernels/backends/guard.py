@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import LOW, has_memory, is_channels_last
-from ..schema import NORMS, arguments_of, require_given
+from ..schema import NORMS, SHARES, arguments_of, require_given
 
 
 class DoorError(RuntimeError):
@@ -29,6 +29,7 @@ _RANGES = {"objective": (0, 4), "norm": (0, 2), "local": (0, 3), "global_term": 
 _IN_PLACE = {
     "random_start": ("x",),
     "random_start_norm": ("x",),
+    "label_noise_start": ("x",),
     "pgd_step": ("adv", "grad", "x"),
     "pgd_step_norm": ("adv", "grad", "x"),
     "project": ("v", "x"),
@@ -126,6 +127,15 @@ def _wrong_rows(given: _Given) -> str | None:
     return None if rows == expected else f"out is {list(given['out'].shape)}, expected {expected} rows"
 
 
+def _wrong_share(given: _Given) -> str | None:
+    low, high = given["share_low"], given["share_high"]
+    if not 0 <= low <= high <= SHARES:
+        return f"share_low and share_high are {low} and {high}, expected 0 <= share_low <= share_high <= {SHARES}"
+    if len(given["x"]) and not len(given["label_noise"]):
+        return "label_noise has no rows, expected one for each class"
+    return _wrong_rows(given)
+
+
 def _wrong_norm(given: _Given) -> str | None:
     if ("grad" in given or "key" in given) and given["norm"] == 0:
         return f"norm is 0, expected an index of {NORMS}, of linf for project alone"
@@ -186,6 +196,7 @@ def _wrong_truth(given: _Given) -> str | None:
 # What numbers and tensors must be beside each other: in words, what is wrong.
 _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
     **dict.fromkeys(("random_start", "pgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
+    "label_noise_start": _wrong_share,
     **dict.fromkeys(("random_start_norm", "pgd_step_norm", "project"), _wrong_norm),
     "augment": _lacks_a_key,
     "compactness": _wrong_scale,

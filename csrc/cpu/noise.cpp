@@ -40,6 +40,8 @@ struct LanesBaseline {
   static ATLAS_INLINE V high(V ab, V cd) { return _mm_unpackhi_epi64(ab, cd); }
   static ATLAS_INLINE void store(uint32_t* to, V v) { _mm_storeu_si128(reinterpret_cast<V*>(to), v); }
   static ATLAS_INLINE F signed24(V words) { return _mm_cvtepi32_ps(_mm_srai_epi32(words, 8)); }
+  static ATLAS_INLINE F signed20(V words) { return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_slli_epi32(words, 12), 12)); }
+  static ATLAS_INLINE F high12(V words) { return _mm_cvtepi32_ps(_mm_srli_epi32(words, 20)); }
   static ATLAS_INLINE F all(float a) { return _mm_set1_ps(a); }
   static ATLAS_INLINE F load(const float* from) { return _mm_loadu_ps(from); }
   static ATLAS_INLINE void store(float* to, F v) { _mm_storeu_ps(to, v); }
@@ -58,6 +60,7 @@ struct LanesBaseline {
 #define ATLAS_WORDS WordsBaseline
 #define ATLAS_FILL fill_baseline
 #define ATLAS_NEAR NearBaseline
+#define ATLAS_LABELS LabelsBaseline
 #define ATLAS_DRAW draw_baseline
 #include "noise_lanes.inc"
 
@@ -83,6 +86,10 @@ struct LanesV3 {
     _mm256_storeu_si256(reinterpret_cast<V*>(to), v);
   }
   static ATLAS_TARGET ATLAS_INLINE F signed24(V words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 8)); }
+  static ATLAS_TARGET ATLAS_INLINE F signed20(V words) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 12), 12));
+  }
+  static ATLAS_TARGET ATLAS_INLINE F high12(V words) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 20)); }
   static ATLAS_TARGET ATLAS_INLINE F all(float a) { return _mm256_set1_ps(a); }
   static ATLAS_TARGET ATLAS_INLINE F load(const float* from) { return _mm256_loadu_ps(from); }
   static ATLAS_TARGET ATLAS_INLINE void store(float* to, F v) { _mm256_storeu_ps(to, v); }
@@ -100,6 +107,7 @@ struct LanesV3 {
 #define ATLAS_WORDS WordsV3
 #define ATLAS_FILL fill_v3
 #define ATLAS_NEAR NearV3
+#define ATLAS_LABELS LabelsV3
 #define ATLAS_DRAW draw_v3
 #include "noise_lanes.inc"
 
@@ -124,6 +132,10 @@ struct LanesV4 {
   static ATLAS_TARGET ATLAS_INLINE V high(V ab, V cd) { return _mm512_unpackhi_epi64(ab, cd); }
   static ATLAS_TARGET ATLAS_INLINE void store(uint32_t* to, V v) { _mm512_storeu_si512(to, v); }
   static ATLAS_TARGET ATLAS_INLINE F signed24(V words) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 8)); }
+  static ATLAS_TARGET ATLAS_INLINE F signed20(V words) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 12), 12));
+  }
+  static ATLAS_TARGET ATLAS_INLINE F high12(V words) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 20)); }
   static ATLAS_TARGET ATLAS_INLINE F all(float a) { return _mm512_set1_ps(a); }
   static ATLAS_TARGET ATLAS_INLINE F load(const float* from) { return _mm512_loadu_ps(from); }
   static ATLAS_TARGET ATLAS_INLINE void store(float* to, F v) { _mm512_storeu_ps(to, v); }
@@ -141,6 +153,7 @@ struct LanesV4 {
 #define ATLAS_WORDS WordsV4
 #define ATLAS_FILL fill_v4
 #define ATLAS_NEAR NearV4
+#define ATLAS_LABELS LabelsV4
 #define ATLAS_DRAW draw_v4
 #include "noise_lanes.inc"
 #else
@@ -165,8 +178,8 @@ FillWords fill_words() {
 
 #if ATLAS_X86
 template <bool Step, bool Project> static DrawNeighbour of_isa() {
-  static constexpr DrawNeighbour table[] = {draw_baseline<Step, Project>, draw_v3<Step, Project>,
-                                            draw_v4<Step, Project>};
+  static constexpr DrawNeighbour table[] = {draw_baseline<NearBaseline<Step, Project>>, draw_v3<NearV3<Step, Project>>,
+                                            draw_v4<NearV4<Step, Project>>};
   return table[current_isa()];
 }
 
@@ -174,8 +187,14 @@ DrawNeighbour draw_neighbour(bool step, bool project) {
   if (step) return project ? of_isa<true, true>() : of_isa<true, false>();
   return project ? of_isa<false, true>() : of_isa<false, false>();
 }
+
+DrawNeighbour draw_label_start() {
+  static constexpr DrawNeighbour table[] = {draw_baseline<LabelsBaseline>, draw_v3<LabelsV3>, draw_v4<LabelsV4>};
+  return table[current_isa()];
+}
 #else
 DrawNeighbour draw_neighbour(bool, bool) { return nullptr; }
+DrawNeighbour draw_label_start() { return nullptr; }
 #endif
 
 }  // namespace atlas::cpu

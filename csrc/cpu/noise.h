@@ -28,6 +28,8 @@ struct Pixels {
 // the last ones, which fill no vector, are left, and all where the loop does not give neighbour()'s bits.
 using DrawNeighbour = int64_t (*)(const Pixels&, const PerturbRow<float>&, const NoiseCounter&, uint32_t first);
 
-DrawNeighbour draw_neighbour(bool step, bool project);  // for the current instruction set; null: there is none
+// For the current instruction set; null: there is none. The second makes label_start()'s bits, x: the noise of the label.
+DrawNeighbour draw_neighbour(bool step, bool project);
+DrawNeighbour draw_label_start();
 
 }  // namespace atlas::cpu

@@ -14,10 +14,15 @@ struct Job {
   bool plane_major;   // neighbouring units: along one plane, or across the channels of the same pixels
   bool streaming;
   int64_t seed, base;
+  LabelNoise labels;
   FillWords fill;
   DrawNeighbour draw, step_and_draw;  // of fp32; the second where nothing passes through a buffer; null: not to be used
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t copies;
+
+  explicit Job(const Pass& pass)
+      : p(pass), seed(p.key ? p.key[0] : 0), base(p.key ? p.key[1] : 0), labels(p, seed), draw(nullptr),
+        step_and_draw(nullptr), copies(0) {}
 };
 
 // The direction is all that matters of a gradient: taken before any conversion, so that a tiny fp64 one keeps it.
@@ -65,13 +70,19 @@ template <class T> struct Body {
   static ATLAS_HD void run_tile(const Job& job, const Place& at) {
     const Pass& p = job.p;
     const T step = at_row<T>(p.step_size, at.sample);
-    const PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.radius, at.sample),
-                               at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)};
+    PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.radius, at.sample),
+                         at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel), 0, T(0)};
+    Place places[2] = {at, at};
+    if (p.labels) {
+      const int64_t label = p.labels[at.sample];
+      places[1].sample = is_class(label, p.classes) ? label : 0;
+      job.labels.put(row, label, p.classes);
+    }
     alignas(64) T buffers[2][kTile], z[kTile];
     const AtlasImages* images[2] = {&p.adv, &p.x};
     const T* tiles[2] = {nullptr, nullptr};
     for (int i = 0; i < 2; ++i)
-      if (images[i]->data) tiles[i] = load(*images[i], job.shape, at, buffers[i]);
+      if (images[i]->data) tiles[i] = load(*images[i], job.shape, places[i], buffers[i]);
     const T *adv = tiles[0], *const x = tiles[1];
     const bool steps = p.grad.data && (!p.active || p.active[at.sample]), at_once = steps && job.step_and_draw;
     if (steps && !at_once) adv = step_tile(job, at, row, adv, x, buffers[0]);
@@ -151,7 +162,10 @@ template <class T> struct Body {
     for (; done < at.size; done += kTile) {
       const int64_t size = at.size - done < kTile ? at.size - done : kTile;
       job.fill(words, counter(job, at, k), first_group(job, at) + uint32_t(done / 4), groups_per_plane(size));
-      if (job.p.project)
+      if (job.p.labels)
+        ATLAS_IVDEP for (int64_t i = 0; i < size; ++i)
+          z[done + i] = label_start(adv[done + i], words[i], x[done + i], row);
+      else if (job.p.project)
         neighbours<true>(z + done, adv + done, words, x + done, row, size);
       else
         neighbours<false>(z + done, adv + done, words, x, row, size);
@@ -166,8 +180,7 @@ bool per_sample(const Pass& p) {
 }
 
 template <class T> Job plan(const Pass& p) {
-  Job job = {};
-  job.p = p;
+  Job job(p);
   AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out_x, &job.p.out_adv, &job.p.cast, &job.p.out_z};
   bool same_order = true, direct = true;
   int64_t written = 0;
@@ -195,10 +208,9 @@ template <class T> Job plan(const Pass& p) {
   const bool unbuffered = direct && job.plane_major && !job.streaming && (p.count || p.out_adv.data);
   job.tile = !unbuffered ? kTile : p.count ? 6 * kTile : 16 * kTile;
   job.per_plane = (job.shape.pixels + job.tile - 1) / job.tile;
-  if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();
   if (sizeof(T) == 4) {
-    job.draw = draw_neighbour(false, p.project);
+    job.draw = p.labels ? draw_label_start() : draw_neighbour(false, p.project);
     if (unbuffered && p.count && p.grad.data) job.step_and_draw = draw_neighbour(true, p.project);
   }
   return job;

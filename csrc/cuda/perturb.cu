@@ -31,14 +31,18 @@ template <bool Noise> struct Asked {
   static constexpr bool known = false, noise = Noise;
   template <class T> static __device__ __forceinline__ bool step(const Job<T>& job) { return job.p.grad.data; }
   template <class T> static __device__ __forceinline__ bool ball(const Job<T>& job) { return job.p.x.data; }
+  template <class T> static __device__ __forceinline__ bool labels(const Job<T>& job) { return Noise && job.p.labels; }
   template <class T> static __device__ __forceinline__ bool project(const Job<T>& job) { return job.p.project; }
   template <class T> static __device__ __forceinline__ bool of_rows(const Job<T>& job) { return job.rows_differ; }
 };
 
-template <bool Step, bool Noise, bool Project> struct Known {
+template <bool Step, bool Noise, bool Project, bool Labels = false> struct Known {
   static constexpr bool known = true, noise = Noise;
   template <class T> static __device__ __forceinline__ constexpr bool step(const Job<T>&) { return Step; }
-  template <class T> static __device__ __forceinline__ constexpr bool ball(const Job<T>&) { return Step || Project; }
+  template <class T> static __device__ __forceinline__ constexpr bool ball(const Job<T>&) {
+    return Step || Project || Labels;
+  }
+  template <class T> static __device__ __forceinline__ constexpr bool labels(const Job<T>&) { return Labels; }
   template <class T> static __device__ __forceinline__ constexpr bool project(const Job<T>&) { return Project; }
   template <class T> static __device__ __forceinline__ constexpr bool of_rows(const Job<T>&) { return false; }
 };
@@ -54,7 +58,7 @@ template <class Access, class Parts> struct Tile {
   Place at;
   PerturbRow<T> row[C];
   uint8_t active;
-  int64_t id;
+  int64_t id, label;
   typename Access::Raw adv, grad, x;
   Values v, centre;
 
@@ -64,18 +68,31 @@ template <class Access, class Parts> struct Tile {
     inside = is_inside;
     at = Access::locate(job.walk, inside ? unit : Unit(job.walk.units - 1));
     Access::template fetch<Rounded>(adv, p.adv, job.walk, at);
-    if (Parts::ball(job)) Access::template fetch<Rounded>(x, p.x, job.walk, at);
+    Place of_x = at;
+    if (Parts::labels(job)) of_x = of_label(job);
+    if (Parts::ball(job)) Access::template fetch<Rounded>(x, p.x, job.walk, of_x);
     if (Parts::step(job)) Access::template fetch<Direction>(grad, p.grad, job.walk, at);
     for (int c = 0; c < C; ++c)
-      row[c] = {job.eps.value, job.step_size.value, job.radius.value, job.clip_min.value, job.clip_max.value};
+      row[c] = {job.eps.value, job.step_size.value, job.radius.value, job.clip_min.value, job.clip_max.value, 0, T(0)};
     active = 1;
     id = 0;
     if (Parts::noise && p.ids) id = p.ids[at.sample];
     if (!Parts::of_rows(job)) return;
     for (int c = 0; c < C; ++c)
       row[c] = {job.eps.at(at.sample), job.step_size.at(at.sample), job.radius.at(at.sample),
-                job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c)};
+                job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c), 0, T(0)};
     if (p.active) active = p.active[at.sample];
+  }
+
+  // Where the noise of the sample's label lies.
+  __device__ __forceinline__ Place of_label(const Job<T>& job) {
+    label = job.p.labels[at.sample];
+    Place there = at;
+    there.sample = is_class(label, job.p.classes) ? label : 0;
+    const int64_t away = (there.sample - at.sample) * (job.walk.channels * job.walk.pixels);
+    there.in_planes += away;
+    there.channels_last += away;
+    return there;
   }
 
   // Makes the step, and writes what comes before the neighbours.
@@ -119,7 +136,9 @@ template <class Access, class Parts> struct Tile {
     Values z;
     for (int c = 0; c < C; ++c) {
       const Words4 words = counter.group(at.group + uint32_t(c * job.walk.groups));
-      if (Parts::project(job)) {
+      if (Parts::labels(job)) {
+        for (int j = 0; j < 4; ++j) z[c][j] = label_start(v[c][j], words.w[j], centre[c][j], row[c]);
+      } else if (Parts::project(job)) {
         for (int j = 0; j < 4; ++j)
           z[c][j] = atlas::neighbour<true>(v[c][j], uniform<T>(words.w[j]), centre[c][j], row[c]);
       } else {
@@ -149,6 +168,12 @@ __global__ void __launch_bounds__(kThreads, Parts::known ? kBlocks : 0)
   // Out here the compiler sees that the key is the same for all threads, and schedules its rounds once a warp.
   int64_t seed = 0, base = 0;
   if (Parts::noise && (Parts::known || job.p.key)) seed = job.p.key[0], base = job.p.key[1];
+  if (Parts::labels(job)) {
+    const LabelNoise drawn(job.p, seed);
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i)
+      for (int c = 0; c < Access::kChannels; ++c) drawn.put(tiles[i].row[c], tiles[i].label, job.p.classes);
+  }
 #pragma unroll
   for (int i = 0; i < Tiles; ++i) tiles[i].move(job);
   if constexpr (Parts::noise) {
@@ -204,8 +229,9 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
       using Plain = Vectors<4, 1, true>;
       if (!p.count) return walk<Plain, 2, Known<true, false, false>>(job, where);
       if (!p.grad.data)
-        return p.project ? walk<Plain, 2, Known<false, true, true>>(job, where)
-                         : walk<Plain, 2, Known<false, true, false>>(job, where);
+        return p.labels    ? walk<Plain, 2, Known<false, true, false, true>>(job, where)
+               : p.project ? walk<Plain, 2, Known<false, true, true>>(job, where)
+                           : walk<Plain, 2, Known<false, true, false>>(job, where);
       return p.project ? walk<Plain, 2, Known<true, true, true>>(job, where)
                        : walk<Plain, 2, Known<true, true, false>>(job, where);
     }

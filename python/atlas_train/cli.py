@@ -36,7 +36,7 @@ from .config import (
 )
 from .imported import require_trusted, without_place
 from .interrupts import Terminated, terminable
-from .options import Norm, allowed, hints, nearest, one_line, option, plain, shown
+from .options import Norm, allowed, fraction, hints, nearest, one_line, option, plain, shown
 from .writing import write_json
 
 USAGE = """\
@@ -256,4 +256,7 @@ def list_methods(argv: Sequence[str]) -> int:
 def _default(value: Any) -> str:
     if isinstance(value, data.OfEps):
         return f"{float(value):.4g} eps"
+    if isinstance(value, data.UpTo):
+        small, large = value.numbers
+        return f"{small:g} (above eps {fraction(value.eps)}: {large:g})"
     return "auto" if value is None else str(value).lower()

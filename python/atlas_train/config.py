@@ -567,7 +567,7 @@ def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
                 if key not in given and "steps" not in given and config.norm == "linf":
                     filled[f"{name}.{key}"] = value * config.eps
             elif key not in given:
-                filled[f"{name}.{key}"] = value
+                filled[f"{name}.{key}"] = value.at(config.eps) if isinstance(value, data.UpTo) else value
     return filled
 
 

@@ -18,7 +18,7 @@ import atlas_kernels as ak
 import test_batch_norm as batch_norm
 import test_pairwise as pairwise
 from atlas_kernels.core import core
-from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]
@@ -54,6 +54,7 @@ def check(adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, key, count=2, out_dt
         moved = adv.clone()
         return {
             "start": ak.random_start(x, eps, **noise, **options),
+            "label start": label_start(x, grad, radius, **noise, **options),
             "step": ak.pgd_step(adv, grad, x, eps, step, cast=cast, **stepping, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, out=moved, **stepping, **options),
@@ -154,6 +155,18 @@ def test_anything(data):
         count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
         out_dtype=draw(st.sampled_from(FLOATS)), out_layout=draw(st.sampled_from("cl")),
     )  # fmt: skip
+
+
+def test_labels_that_are_no_class_read_nothing(monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    labels = torch.tensor([0, -1, 2, 2**62, 1])
+    for last in (False, True):
+        x, noise = (to_layout(torch.rand(n, 3, 4, 4), last) for n in (5, 2))
+        for images in (x, unaligned(x), x.double()):
+            start = ak.label_noise_start(images, labels, noise, 0.1, key=KEY)
+            with ak.backend("reference"):
+                assert same_bits(start, ak.label_noise_start(images, labels, noise, 0.1, key=KEY))
+            assert start.flatten(1).isnan().all(1).tolist() == [False, True, True, True, False]
 
 
 def check_augment(images, index, shift=False, **options):

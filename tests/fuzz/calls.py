@@ -96,6 +96,17 @@ def _random_start(draw: Draw) -> Call:
     return Call("random_start", ak.random_start, arguments, _judge_of(norm), {"out": x})
 
 
+def _label_noise_start(draw: Draw) -> Call:
+    (x,) = _images(draw, 1, draw.dtype(), clean=False)
+    classes = draw.integer(1, 4)
+    noise = draw.laid_out(draw.normal((classes, *x.shape[1:]), 0.1).to(draw.dtype()))
+    low = draw.one_of([0.0, 0.1, 1.0])
+    arguments = {"x": x, "labels": draw.laid_out(draw.integers(classes, (len(x),))), "label_noise": noise}
+    arguments |= {"eps": _radius(draw, len(x), 0.3), "share": (low, draw.one_of([low, 1.0]))}
+    arguments |= _noise(draw, len(x)) | _range(draw, x.shape)
+    return Call("label_noise_start", ak.label_noise_start, arguments, bits, {"out": x})
+
+
 def _gradient(draw: Draw, like: Tensor) -> Tensor:
     grad = draw.normal(like.shape, draw.one_of([1e-30, 1.0, 1e30])) * (draw.uniform(like.shape) > 0.2)
     if draw.chance(0.1):
@@ -336,6 +347,6 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
 
 
 _ALL = (
-    _random_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours, _augment,
-    _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness, _batch_norm,
+    _random_start, _label_noise_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours,
+    _augment, _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness, _batch_norm,
 )  # fmt: skip

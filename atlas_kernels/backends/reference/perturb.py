@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...layout import column, compute_dtype, plane_shape
-from ...schema import STREAM_NEIGHBOUR, STREAM_START
-from .philox import noise
+from ...schema import STREAM_LABEL_NOISE, STREAM_NEIGHBOUR, STREAM_START
+from .philox import below, noise, short_uniform, words
 
 
 def clip(v: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
@@ -52,11 +52,35 @@ def neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, i
     return found
 
 
+def label_start(x, labels, label_noise, eps, eps_rows, share_low, share_high, bounds, key, ids, draw):
+    dtype, stream = compute_dtype(x.dtype), STREAM_LABEL_NOISE
+    share, turned = words((1, 1, 1), key, torch.zeros_like(key[:1]), draw, stream, 1).flatten()[:2]
+    share = share_low + below(share, share_high - share_low + 1)
+    known = (labels >= 0) & (labels < len(label_noise))
+    sign = torch.where(turned >= 2**31, -1.0, 1.0).to(dtype)
+    sign = column(torch.where(known, sign, torch.nan), x)
+    batch, channels, pixels = plane_shape(x.shape)
+    word = words((batch, channels, pixels), key, ids, draw, stream, 0)[..., :pixels].reshape(x.shape)
+    of_label = label_noise[torch.where(known, labels, 0)].to(dtype)
+    uniform = rows(eps, eps_rows, x) * short_uniform(word, dtype)
+    return to_range(x.to(dtype) + sign * torch.where(word >> 20 < share, uniform, of_label), *bounds)
+
+
 @torch.no_grad()
 def random_start(x, eps, eps_rows, clip_min, min_rows, clip_max, max_rows, key, ids, draw, out):
     bounds = clip_min, min_rows, clip_max, max_rows
     (start,) = neighbours(x, eps, eps_rows, 1, None, 0.0, None, bounds, key, ids, draw, STREAM_START)
     out.copy_(start)
+
+
+@torch.no_grad()
+def label_noise_start(
+    x, labels, label_noise, eps, eps_rows, share_low, share_high, clip_min, min_rows, clip_max, max_rows, key, ids,
+    draw, out,
+):  # fmt: skip
+    bounds = clip_min, min_rows, clip_max, max_rows
+    if len(x):
+        out.copy_(label_start(x, labels, label_noise, eps, eps_rows, share_low, share_high, bounds, key, ids, draw))
 
 
 @torch.no_grad()

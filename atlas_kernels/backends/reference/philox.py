@@ -26,6 +26,12 @@ def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
     return (signed >> 8).to(dtype) * 2.0**-23
 
 
+def short_uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """The 20 low bits of 32-bit words to [-1, 1) on a grid of 2**-19, exactly."""
+    low = word & 0xFFFFF
+    return torch.where(low >= 2**19, low - 2**20, low).to(dtype) * 2.0**-19
+
+
 def below(word: Tensor, bound: int) -> Tensor:
     """32-bit words to integers in [0, bound), bound < 2**32, by multiply-high."""
     return word * bound >> 32 & _MASK

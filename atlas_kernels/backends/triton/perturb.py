@@ -67,18 +67,17 @@ def _number(key, ids, sample):
 
 
 @triton.jit
-def _uniform(seed, c0, c1, c2, c3):
+def _words(seed, c0, c1, c2, c3):
     # The four words of a group side by side, [C, G] -> [C, 4 G]: one 128-bit access of the thread that drew them.
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return (words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * (2.0**-23)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["draw"])
+@triton.jit(do_not_specialize=["draw", "share_low", "share_high", "classes"])
 def perturb_kernel(
     adv, grad, x, out, cast,
     eps, eps_rows, step_size, step_size_rows, radius, radius_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
-    active, key, ids, draw, batch, channels, pixels, channel_tiles, pixel_tiles,
+    active, key, ids, draw, labels, classes, share_low, share_high, batch, channels, pixels, channel_tiles, pixel_tiles,
     count: tl.constexpr,  # else Triton 3.6's interpreter cannot loop up to it under NumPy 2.4
     ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
     CAST_LAST: tl.constexpr, INCLUDE_X: tl.constexpr, DESCEND: tl.constexpr, PROJECT: tl.constexpr,
@@ -100,9 +99,15 @@ def perturb_kernel(
     point = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
     row = sample  # of out
 
+    of_x = sample
+    if labels is not None:
+        label = tl.load(labels + sample)
+        known = (label >= 0) & (label < classes)
+        of_x = tl.where(known, label, 0)
     if x is not None:
-        clean = _load(x, sample, channel, pixel, channels, pixels, X_LAST, inside)
-        ball = _row(eps, eps_rows, sample, None)
+        clean = _load(x, of_x, channel, pixel, channels, pixels, X_LAST, inside)
+        if labels is None:
+            ball = _row(eps, eps_rows, sample, None)
         if INCLUDE_X:
             _store(out, clean, row, channel, pixel, channels, pixels, OUT_LAST, inside)
             row += batch
@@ -129,8 +134,20 @@ def perturb_kernel(
         group = pixel_tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
         c0 = (channel * ((pixels - 1) // 4 + 1) + group).to(tl.uint32)
         local = _row(radius, radius_rows, sample, None)
+        if labels is not None:  # what the call draws, whatever its samples are
+            zero = tl.zeros([1, 1], tl.uint32)
+            drawn, turned, _, _ = tl.philox(seed, zero, zero, draw, 1 << 8 | STREAM)
+            span = (share_high - share_low + 1).to(tl.uint32)
+            share = share_low + tl.umulhi(drawn, span + zero).to(tl.int32)
+            sign = tl.where(turned.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+            sign = tl.where(known, sign, float("nan"))
         for k in range(count):
-            z = point + local * _uniform(seed, c0, number, draw, k << 8 | STREAM)
+            words = _words(seed, c0, number, draw, k << 8 | STREAM)
+            if labels is not None:
+                noise = local * (((words << 12) >> 12).to(tl.float32) * (2.0**-19))
+                z = point + sign * tl.where(((words >> 20) & 0xFFF) < share, noise, clean.to(tl.float32))
+            else:
+                z = point + local * ((words >> 8).to(tl.float32) * (2.0**-23))
             if PROJECT:
                 z = _clip(z, clean - ball, clean + ball)
             z = _clip(z, lo, hi)
@@ -158,7 +175,8 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
     values = {
         **given, **last, "batch": batch, "channels": channels, "pixels": pixels, "channel_tiles": channel_tiles,
         "pixel_tiles": pixel_tiles, "count": count, "draw": signed(given.get("draw", 0)),
-        "project": bool(given.get("project", given.get("grad") is None and given.get("x") is not None)),
+        "project": bool(given.get("project", operator == "sample_neighbours" and given.get("x") is not None)),
+        "classes": len(given["x"]) if given.get("x") is not None else 0,
         "block_c": block_c, "block_g": block_p // 4,
     }  # fmt: skip
     return [bound(perturb_kernel, batch * channel_tiles * pixel_tiles, values)]
@@ -197,7 +215,7 @@ def signed(word: int) -> int:
 def _example(
     dtype: torch.dtype = torch.float32, *, step: bool = True, count: int = 0, grad: torch.dtype | None = None,
     out: torch.dtype | None = None, cast: torch.dtype | None = None, last: str = "", include_x: bool = False,
-    project: bool = False, per_sample: bool = False, per_channel: bool = False,
+    project: bool = False, per_sample: bool = False, per_channel: bool = False, labels: bool = False,
     shape: tuple[int, ...] = (128, 3, 32, 32),
 ) -> Launch:  # fmt: skip
     """A launch on images without memory behind them (a batch of CIFAR-10); ``last``: what is in channels_last."""
@@ -212,13 +230,15 @@ def _example(
 
     given = {
         "adv": meta("adv", dtype), "grad": meta("grad", (grad or dtype) if step else None),
-        "x": meta("x", dtype if step or project else None), "out": meta("out", out or dtype, include_x + step + count),
+        "x": meta("x", dtype if step or project or labels else None),
+        "out": meta("out", out or dtype, include_x + step + count),
         "cast": meta("cast", cast), "eps": 0.03, "step_size": 0.01, "radius": 0.02, "clip_min": 0.0, "clip_max": 1.0,
         **{f"{name}_rows": vector(per_sample) for name in ("eps", "step_size", "radius")},
         **{f"{name}_rows": vector(per_channel, shape[1]) for name in ("clip_min", "clip_max")},
         "active": vector(per_sample, dtype=torch.bool), "key": vector(count > 0, 2, torch.int64),
         "ids": vector(per_sample, dtype=torch.int64), "count": count, "include_x": include_x, "descend": False,
         "project": project, "stream": STREAM_NEIGHBOUR if step or count > 1 else STREAM_START,
+        "labels": vector(labels, dtype=torch.int64), "share_low": 410, "share_high": 2048,
     }  # fmt: skip
     return launches("", given)[0]
 
@@ -229,6 +249,10 @@ _BOTH = partial(_example, count=4, include_x=True)
 VARIANTS: dict[str, Callable[[], Launch]] = {
     "start": partial(_example, step=False, count=1),
     "start, channels_last": partial(_example, step=False, count=1, last="adv out"),
+    "label noise": partial(_example, step=False, count=1, labels=True),
+    "label noise, channels_last, per sample": partial(
+        _example, step=False, count=1, labels=True, per_sample=True, last="adv x out"
+    ),
     "step": _example,
     "step, per sample": partial(_example, per_sample=True),
     "step, per sample and channel": partial(_example, per_sample=True, per_channel=True),

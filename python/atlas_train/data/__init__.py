@@ -9,7 +9,7 @@ from typing import Any
 from ..imported import called, find, is_import_path, refused
 from ..options import canonical, plain, shown, suggestion
 from .cifar10 import CIFAR10
-from .dataset import Dataset, DataSplits, OfEps
+from .dataset import Dataset, DataSplits, OfEps, UpTo
 from .digits import DIGITS
 from .extra import with_extra
 from .images import Images
@@ -23,6 +23,7 @@ __all__ = [
     "Dataset",
     "Images",
     "OfEps",
+    "UpTo",
     "declared",
     "get",
     "load",

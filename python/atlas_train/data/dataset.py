@@ -19,6 +19,21 @@ class OfEps(float):
     """A length as a share of eps, among the defaults of a method on a data set."""
 
 
+class UpTo(float):
+    """A number for radii up to ``eps``, and another ``above``, among the defaults of a method on a data set."""
+
+    def __new__(cls, eps: float, number: float, above: float) -> UpTo:
+        made = super().__new__(cls, number)
+        made.eps, made.numbers = eps, (number, above)
+        return made
+
+    eps: float
+    numbers: tuple[float, float]
+
+    def at(self, eps: float) -> float:
+        return self.numbers[eps > self.eps * (1 + 1e-6)]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
     """A data set, declared in one place: where its images are, and what training takes where nothing else is set.

@@ -16,11 +16,13 @@ from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, State
 from .cure import CURE
 from .curriculum import Curriculum
+from .fgsm_uap import FGSMUAP
 from .free import Free
 from .gairat import GAIRAT
 from .gat import GAT
 from .grad_align import GradAlign
 from .jacobian import Jacobian
+from .liet import LIET
 from .llr import LLR
 from .mart import MART
 from .mixing import Mixing, require_mixable
@@ -41,11 +43,13 @@ __all__ = [
     "CURE",
     "Curriculum",
     "Descent",
+    "FGSMUAP",
     "Free",
     "GAIRAT",
     "GAT",
     "GradAlign",
     "Jacobian",
+    "LIET",
     "LLR",
     "MART",
     "MMA",
@@ -69,7 +73,7 @@ __all__ = [
 
 _ALL = (
     ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
-    Jacobian, GAT, Standard,
+    Jacobian, LIET, FGSMUAP, GAT, Standard,
 )  # fmt: skip
 _METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 

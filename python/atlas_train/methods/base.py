@@ -190,6 +190,15 @@ class Method(ABC):
         stay valid. Images are as the loader gives them, before any are mixed.
         """
 
+    def remembered(self, state: State, name: str) -> Tensor:
+        """A tensor of ``state.memory`` that ``before_step`` makes. Raises ValueError where it was not called."""
+        if name not in state.memory:
+            raise ValueError(
+                f"{self.name}: state.memory has no {name!r}: before each step call before_step(model, batch, key, "
+                "state) with the same state, or take step(), which does"
+            )
+        return state.memory[name]
+
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         """What the loss takes as given: adversaries, weights of samples, directions. No gradient flows through it.
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import random_start
-from atlas_kernels.attacks import PGD, Attack, LastStep
+from atlas_kernels.attacks import PGD, Attack, LastStep, attacking
 from atlas_kernels.layout import compute_dtype
-from atlas_kernels.outputs import predicted
+from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from ..data import Batch
 from ..noise import normal
@@ -74,6 +74,21 @@ def update_statistics(model: nn.Module, x: Tensor) -> None:
 def wide(t: Tensor) -> Tensor:
     """In float32, or float64 if it is that: what a penalty is computed in under autocast."""
     return t.to(compute_dtype(t.dtype))
+
+
+@torch.no_grad()
+def classes_of(model: nn.Module, batch: Batch, key: Tensor) -> int:
+    """How many classes the network tells apart, by its logits of one image. Raises ValueError for fewer than two."""
+    x = batch.x[:1]
+    with attacking(model, "eval", key):
+        logits = logits_of(uncompiled(model)(x))
+    require_rows_of_logits(logits, x)
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"model returns logits {list(logits.shape)}, of one class, and the method needs two or more: give the last "
+            "layer one output for each class"
+        )
+    return logits.shape[1]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

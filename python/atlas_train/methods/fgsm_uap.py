@@ -1,0 +1,107 @@
+"""FGSM-UAP: one-step training from a perturbation that all images, or all of a class, have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atlas_kernels import pgd_step, project
+
+from ..data import Batch
+from ..noise import uniform
+from ..options import option
+from .base import Metrics, State
+from .kept import Given, KeptForward
+from .terms import accuracy, classes_of, wide
+
+_FIRST = 1  # draw of the first perturbation
+
+
+@dataclass(frozen=True)
+class FGSMUAP(KeptForward):
+    """FGSM-UAP, and with ``per_class`` FGSM-CUAP, as FastAT Benchmark's code (arXiv 2604.22853) has them:
+
+        L = CE(z(x'), y) + weight mean((z(x0) - z(x'))^2), mean over batch and classes, gradient to both
+        x0 = x + u into the eps-ball and the image range,  x' = x0 + eps sign(g) into both,  g = grad CE(z(x0), y)
+
+    u, of l_inf radius 1.25 eps, is one for all images, or one for each class, and steps along the images' gradients:
+
+        m <- mean over the batch (class) of g / ||g||_1 + momentum m,    u <- clamp(u + radius sign(m), +-radius)
+
+    ||g||_1 is that of the whole batch. u begins as +-radius at random; a class that the batch has no image of keeps its
+    u and m, and all keep theirs where a gradient is zero or not finite. Both are in ``state.memory``, [1 or classes, C,
+    H, W]. The forward at x0 serves attack and loss: 7 passes. Published with label smoothing 0.4.
+    """
+
+    name: ClassVar[str] = "fgsm_uap"
+    lengths: ClassVar[tuple[str, ...]] = ("step_size", "radius")
+
+    per_class: bool = option(False, "one perturbation for each class (CUAP)")
+    weight: float = option(10.0, "weight of the squared difference of logits", low=0)
+    radius: float | None = option(None, "of the common perturbation, and its step; default: 1.25 eps", above=0)
+    momentum: float = option(0.3, "share of m that is left from the batch before", low=0)
+    step_size: float | None = option(None, "step of the attack; default: eps", above=0)
+
+    @property
+    def one_label(self) -> str:
+        return "fgsm_uap with per_class, which starts from the perturbation of a class" if self.per_class else ""
+
+    @property
+    def _radius(self) -> float:
+        return 1.25 * self.eps if self.radius is None else self.radius
+
+    @property
+    def _step_size(self) -> float:
+        return self.eps if self.step_size is None else self.step_size
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        for name in ("perturbation", "momentum"):
+            kept = memory.get(name)
+            fits = kept is None or (kept.is_floating_point() and kept.shape[1:] == tuple(shape[1:]) and len(kept))
+            if kept is not None and not (fits and (self.per_class or len(kept) == 1)):
+                raise ValueError(
+                    f"memory {name} is {kept.dtype} {list(kept.shape)}, expected floats of an image {list(shape[1:])} "
+                    + ("for each class" if self.per_class else "alone")
+                )
+
+    def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
+        if "perturbation" in state.memory:
+            return
+        count = classes_of(model, batch, key) if self.per_class else 1
+        momentum = torch.zeros((count, *batch.x.shape[1:]), dtype=batch.x.dtype, device=batch.x.device)
+        numbers = uniform(momentum, key, torch.arange(count, device=key.device), _FIRST)
+        state.memory["perturbation"] = torch.full_like(momentum, self._radius).copysign(numbers)
+        state.memory["momentum"] = momentum
+
+    def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
+        common = self.remembered(state, "perturbation")
+        return project(batch.x + (common[batch.y] if self.per_class else common), batch.x, self.eps), None
+
+    def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
+        self._keep(grad, batch, *(self.remembered(state, name) for name in ("perturbation", "momentum")))
+        return pgd_step(start, grad, batch.x, self.eps, self._step_size)
+
+    @torch.no_grad()
+    def _keep(self, grad: Tensor, batch: Batch, common: Tensor, momentum: Tensor) -> None:
+        norm = grad.abs().sum()
+        moves = (norm > 0) & norm.isfinite()
+        if self.per_class:
+            # One product adds up all classes in a fixed order, which index_add does not.
+            members = batch.y == torch.arange(len(common), device=batch.y.device)[:, None]
+            counts = members.sum(1).view(-1, 1, 1, 1)
+            with torch.autocast(grad.device.type, enabled=False):
+                mean = (members.to(grad.dtype) @ grad.flatten(1)).view_as(common) / counts
+            moves = moves & (counts > 0)
+        else:
+            mean = grad.mean(0, keepdim=True)
+        momentum.copy_(torch.where(moves, mean / norm + self.momentum * momentum, momentum))
+        moved = (common + self._radius * momentum.sign()).clamp(-self._radius, self._radius)
+        common.copy_(torch.where(moves, moved, common))
+
+    def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
+        apart = (wide(adv_logits) - wide(start_logits)).square().mean()
+        return self.ce(adv_logits, batch) + self.weight * apart, {"adv": accuracy(adv_logits, batch)}
