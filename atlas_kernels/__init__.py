@@ -28,6 +28,7 @@ from .noise import noise_key
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
 from .perturb import pgd_step, pgd_step_neighbours, project, random_start, sample_neighbours
+from .stored import stored_start, stored_step
 
 __version__ = "0.1.0"
 
@@ -63,5 +64,7 @@ __all__ = [
     "project",
     "random_start",
     "sample_neighbours",
+    "stored_start",
+    "stored_step",
     "trades_loss",
 ]
