@@ -136,7 +136,9 @@ def test_stored_perturbations_move_in_vectors_and_are_summed_in_order(machine_co
     for name, code in kernels.items():
         assert not {op.split(".")[0] for op in code} & {"ATOM", "ATOMG", "RED"}, name
         if "Vectors" in name:
-            wide = {kind for kind in ("LDG.", "STG.") if any(op.startswith(kind) and op.endswith(".128") for op in code)}
+            wide = {
+                kind for kind in ("LDG.", "STG.") if any(op.startswith(kind) and op.endswith(".128") for op in code)
+            }
             assert wide == {"LDG.", "STG."}, name
             loads = [i for i, op in enumerate(code) if op.startswith("LDG.") and op.endswith(".128")]
             assert "Lb1E" not in name or max(loads) < min(i for i, op in enumerate(code) if op.startswith("BAR")), name

@@ -378,7 +378,8 @@ def test_stored(shape, dtype, monkeypatch):
 def test_stored_with_everything(layouts):
     for grad_dtype in FLOATS:
         inputs = stored.case((4, 3, 5, 8), layouts=layouts, grad_dtype=grad_dtype)
-        stored.check(*inputs, torch.rand(4), step_size=torch.rand(4), clip_min=torch.rand(3) - 1, clip_max=[1.0, 0.8, 2.0])
+        rows, clip = [torch.rand(4) for _ in "12"], {"clip_min": torch.rand(3) - 1, "clip_max": [1.0, 0.8, 2.0]}
+        stored.check(*inputs, rows[0], step_size=rows[1], **clip)
         stored.check(*stored.case((0, 3, 4, 4), layouts=layouts, grad_dtype=grad_dtype))
 
 
