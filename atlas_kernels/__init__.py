@@ -36,6 +36,7 @@ from .perturb import (
     random_start,
     sample_neighbours,
 )
+from .stored import stored_start, stored_step
 
 __version__ = "0.1.0"
 
@@ -73,5 +74,7 @@ __all__ = [
     "project",
     "random_start",
     "sample_neighbours",
+    "stored_start",
+    "stored_step",
     "trades_loss",
 ]

@@ -69,6 +69,12 @@ OPERATORS: dict[str, dict[str, str]] = {
         "bool[batch]? active, images[batch]! out, images[batch]!? cast, int largest",
         "project": f"images[batch] v=adv, images[batch] x, int norm, number[batch] eps, {_CLIP}, images[batch]! out",
     },
+    # d, m: the rows `index` of stored and momentum. Without grad out = clip(x + d); else see csrc/api.h.
+    "stored": {
+        "stored_start": f"images[batch] x, images[count] stored, int64[batch] index, {_CLIP}, images[batch]! out",
+        "stored_step": "images[batch] x, images[batch] grad, images[count]! stored, images[count]! momentum, "
+        f"int64[batch] index, number[batch] eps, number[batch] step_size, float decay, {_CLIP}, images[batch]! out",
+    },
     "objectives": {
         "attack_cotangent": f"{_LOGITS}, int64[batch]? labels, int64[batch]? targets, same[batch, classes]? reference, "
         "int objective, bool descend, same[batch, classes]!? cotangent, bool[batch]!? correct, int64[batch]!? kappa, "

@@ -22,7 +22,7 @@ from tables import Table, aligned, markdown, write
 SIZE = "512x3x224x224"
 #: Of the bandwidth of a copy, at that size; noise costs arithmetic beside the memory, the noise of labels a read more.
 COPY = {"pgd_step": 0.9, "random_start": 0.9, "label_noise_start": 0.45, "sample_neighbours n=2": 0.85,
-        "pgd_step_neighbours n=2": 0.85}  # fmt: skip
+        "pgd_step_neighbours n=2": 0.85, "stored_start": 0.85, "stored_step": 0.85}  # fmt: skip
 NETWORK = {"network": "preact_resnet18", "batch_size": 128}
 #: Of a step by the fastest kind of ours in bf16: milliseconds, the published step's time over it, the share of its
 #: passes, of the same kind.

@@ -103,6 +103,19 @@ struct AtlasBatchNorm { ATLAS_BATCH_NORM(ATLAS_FIELD) };
   F(int32_t, norm) F(int32_t, descend) F(uint32_t, stream) F(uint32_t, draw)
 struct AtlasPerturbNorms { ATLAS_PERTURB_NORMS(ATLAS_FIELD) };
 
+// FGSM-PGI's memory (core/stored.h). Of sample b, d and m are the rows index[b] of stored and momentum, `count` in all:
+//   out = clip(x + d)                                  where there is no grad, else
+//   out = clip(x + ball(d + step sign(grad)));  m <- grad / ||grad||_1 + decay m;  d <- ball(d + step sign(m)), and so
+//   that x + d stays in the range. ||grad||_1 is that of the whole batch; without one that is positive and finite,
+// stored and momentum stay as they are. NaN in out where the store has no such row. partial: workspace [blocks], sums
+// of shares of the gradient.
+#define ATLAS_STORED(F) \
+  F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) F(int64_t, count) F(int64_t, blocks) \
+  F(AtlasImages, x) F(AtlasImages, grad) F(AtlasImages, stored) F(AtlasImages, momentum) F(AtlasImages, out) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
+  F(const int64_t*, index) F(double*, partial) F(double, decay)
+struct AtlasStored { ATLAS_STORED(ATLAS_FIELD) };
+
 // Logits and what is shaped like them: dense [batch, classes], all of one call in one dtype.
 enum AtlasObjective {
   ATLAS_OBJECTIVE_CE = 0,
@@ -168,6 +181,7 @@ ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* whe
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_batch_norm(const AtlasBatchNorm* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_stored(const AtlasStored* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_losses(const AtlasLosses* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_gairat_weights(const AtlasGairatWeights* params, const AtlasWhere* where);

@@ -34,6 +34,41 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
     return ak.pgd_step(adv, grad, x, eps, step_size, **rest)
 
 
+STORE, ROWS = torch.zeros(9, 3, 8, 8), torch.arange(4)
+
+
+def stored(x=X, grad=GRAD, stored=STORE, momentum=STORE, index=ROWS, eps=0.1, **rest):
+    return ak.stored_step(x, grad, stored, momentum, index, eps, **rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"index\[1\] = 9 is no row of the 9 images", lambda: stored(index=torch.tensor([0, 9, 1, 2]))),
+        (ValueError, r"index\[0\] = -1 is no row of the 9", lambda: ak.stored_start(X, STORE, ROWS - 1)),
+        (ValueError, "index has row 3 twice: a batch may write", lambda: stored(index=torch.tensor([3, 1, 3, 2]))),
+        (TypeError, r"index must be an int64 tensor \[B\] of rows, got torch.int32", lambda: stored(index=ROWS.int())),
+        (ValueError, r"index has shape \[3\], expected \[4\]", lambda: ak.stored_start(X, STORE, ROWS[:3])),
+        (ValueError, r"stored has shape \[9, 3, 8, 7\], expected \[N, 3, 8, 8\]", lambda: stored(stored=STORE[..., 1:])),
+        (ValueError, r"momentum has shape \[8, 3, 8, 8\], stored has \[9", lambda: stored(momentum=STORE[1:])),
+        (ValueError, "momentum shares memory with stored", lambda: stored(momentum=STORE)),
+        (ValueError, "stored has strides .* call .contiguous", lambda: ak.stored_start(X, STORE.transpose(2, 3), ROWS)),
+        (TypeError, "momentum must be a float tensor, got torch.int64", lambda: stored(momentum=STORE.long())),
+        (ValueError, "stored is on meta, the images on cpu", lambda: stored(stored=STORE.to("meta"))),
+        (ValueError, "momentum requires grad", lambda: stored(momentum=STORE.clone().requires_grad_())),
+        *((ValueError, "decay must be a finite number >= 0", lambda bad=bad: stored(decay=bad)) for bad in (-0.1, NAN, True, "x")),
+        (ValueError, "eps must be a number >= 0, got -1.0", lambda: stored(eps=-1.0)),
+        (ValueError, "step_size must be a number >= 0", lambda: stored(step_size=NAN)),
+        (ValueError, r"grad has shape \[4, 3, 8, 7\], x has", lambda: stored(grad=GRAD[..., 1:])),
+        (ValueError, "out has shape", lambda: ak.stored_start(X, STORE, ROWS, out=torch.empty(4, 3))),
+    ],
+)  # fmt: skip
+def test_message_of_stored_perturbations(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+    assert not STORE.any()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -129,6 +129,22 @@ def test_steps_are_not_contracted(machine_code, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_stored_perturbations_move_in_vectors_and_are_summed_in_order(machine_code, arch):
+    """Wide accesses where they can be, and no atomics; rows are under way before the sums are folded."""
+    kernels = {n: code for (stem, at, n), code in machine_code.items() if (stem, at) == ("stored", f"sm_{arch}")}
+    assert len(kernels) == 8 + 14
+    for name, code in kernels.items():
+        assert not {op.split(".")[0] for op in code} & {"ATOM", "ATOMG", "RED"}, name
+        if "Vectors" in name:
+            wide = {
+                kind for kind in ("LDG.", "STG.") if any(op.startswith(kind) and op.endswith(".128") for op in code)
+            }
+            assert wide == {"LDG.", "STG."}, name
+            loads = [i for i, op in enumerate(code) if op.startswith("LDG.") and op.endswith(".128")]
+            assert "Lb1E" not in name or max(loads) < min(i for i, op in enumerate(code) if op.startswith("BAR")), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_losses_are_not_contracted(machine_code, arch):
     """Those that do not divide, which takes fused operations: the sums of squares of logit_pairing are made without."""
     pairing = "Li7E"

@@ -216,7 +216,8 @@ def test_a_plan_of_the_core_takes_no_tensor_that_has_no_memory(stem):
     """Even where the caller says that the arguments were looked at."""
     for operator in OPERATORS[stem]:
         plan, extra = plan_of(stem, operator), []
-        if shape := {"compactness": (1, 4), "batch_norm_double_backward": (1, 8, 3)}.get(operator):
+        workspaces = {"compactness": (1, 4), "batch_norm_double_backward": (1, 8, 3), "stored_step": (1,)}
+        if shape := workspaces.get(operator):
             extra = [torch.empty(shape, dtype=torch.float64)]
         given = valid_call(operator)
         assert plan((*given.values(), *extra), 1, True) == core().DONE

@@ -287,6 +287,9 @@ def test_raw_operators_never_lose_a_derivative():
     out, total = torch.empty_like(X), torch.empty((), dtype=DOUBLE)
     rest = 0.1, None, 0.0, None, 1.0, None, KEY, None, 0, out
     refused("x is being", lambda x: torch.ops.atlas_kernels.random_start(x, *rest), X)
+    store, rows = X.clone(), torch.arange(len(X))
+    begin = torch.ops.atlas_kernels.stored_start
+    refused("x is being", lambda x: begin(x, store, rows, 0.0, None, 1.0, None, out), X)
     pairs = CLASSES, 0.99, False, 1.0, None, total, None, None
     refused("h is being", lambda h: torch.ops.atlas_kernels.compactness(h, H_ADV, *pairs), H)
     images, numbers = [torch.rand(2, 3, 2, dtype=DOUBLE) for _ in range(4)], [torch.rand(3, dtype=DOUBLE) for _ in "12"]

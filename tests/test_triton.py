@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+import test_stored as stored
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
 from atlas_kernels.backends.door import DoorError
 from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
@@ -23,6 +24,7 @@ from operator_cases import SHAPES, label_start, problem, same_bits, same_within_
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton.perturb import TILE, VARIANTS
 from atlas_kernels.backends.triton.perturb_norms import VARIANTS as NORM_VARIANTS
+from atlas_kernels.backends.triton.stored import VARIANTS as STORED_VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -372,13 +374,36 @@ def compiled(tmp_path_factory):
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
 
         def build(variant: str, capability: int) -> tuple[str, str, str]:
-            kernel = triton.compile_ahead({**VARIANTS, **NORM_VARIANTS}[variant](), capability)
+            kernel = triton.compile_ahead({**VARIANTS, **NORM_VARIANTS, **STORED_VARIANTS}[variant](), capability)
             cubin = folder / "kernel.cubin"
             cubin.write_bytes(kernel.asm["cubin"])
             usage = tool_output("cuobjdump", "-res-usage", cubin)
             return kernel.asm["ptx"], tool_output("nvdisasm", "-c", cubin), usage
 
         yield build
+
+
+@runs
+@pytest.mark.parametrize("layouts", ["cccc", "llll", "clcl", "lccc"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 3, 40, 41), (2, 40, 5, 5)], ids=str)
+def test_bits_of_stored_perturbations(shape, layouts):
+    for dtype, store, special in ((SINGLE, SINGLE, True), (SINGLE, HALF, False), (HALF, SINGLE, False)):
+        inputs = stored.case(shape, dtype=dtype, store=store, layouts=layouts, special=special, device=DEVICE)
+        with ak.backend("triton"):
+            stored.check(*inputs, layouts=layouts, step_size=0.07)
+
+
+@runs
+def test_bits_of_stored_perturbations_per_sample_and_per_channel(monkeypatch):
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    for layouts in ("cccc", "llll", "clcl"):
+        x, grad, d, m, _ = stored.case((5, 3, 5, 8), layouts=layouts, device=DEVICE)
+        rows = [torch.rand(5, device=DEVICE) * 0.2 for _ in "12"]
+        clip = {"clip_min": torch.tensor([0.0, 0.1, -0.5], device=DEVICE), "clip_max": [1.0, 0.8, 2.0]}
+        index = torch.tensor([2, -1, 0, 8, 2**40], device=DEVICE)
+        with ak.backend("triton"):
+            stored.check(x, grad, d, m, index, rows[0], step_size=rows[1], **clip)
+            stored.check(x, grad, d[:0], m[:0], index)
 
 
 @compiles
@@ -410,6 +435,17 @@ def test_norms_compile_ahead_of_time(compiled, variant, capability):
     forbidden = ["fma.rn.f32", "mad.f", "min.f", "max.f", "sqrt.approx", "div.full", "div.approx"]
     for operation in [*forbidden, *([] if "start" in variant else ["fma.", ".ftz"])]:
         assert operation not in re.sub(r"//.*", "", ptx), operation
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", STORED_VARIANTS)
+def test_stored_perturbations_compile_ahead_of_time(compiled, variant, capability):
+    """The quotient alone may use fused operations, which round it correctly."""
+    ptx, sass, usage = compiled(variant, capability)
+    for operation in ("fma.", "mad.f", ".ftz", "min.f", "max.f", "div.full", "div.approx", "cvt.rz"):
+        assert operation not in re.sub(r"cvt\.rzi|//.*", "", ptx), operation
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
 
 

@@ -20,6 +20,7 @@ from ..schema import FIXED, Argument, arguments_of, parse
 from .guard import DoorError, require_plain, takes_in_place
 
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
+_SUMMED, _SUMS = 2048, 1024  # entries of a gradient that are worth a block of a sum, and the most blocks
 _SHARE, _SHARES = 64, 512  # how much of a channel a block of BatchNorm's sums covers at least, and the most blocks
 # What a kernel needs besides, and how it is made of the operator's arguments: the core never allocates.
 _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
@@ -32,6 +33,10 @@ _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "float64[blocks, 8, channels]! partial",
         lambda x, *_: torch.empty(_sums_shape(*plane_shape(x.shape)), dtype=torch.float64, device=x.device),
     ),
+    "stored_step": (
+        "float64[blocks]! partial",
+        lambda x, *_: torch.empty(min(max(x.numel() // _SUMMED, 1), _SUMS), dtype=torch.float64, device=x.device),
+    ),
 }  # fmt: skip
 
 
@@ -39,10 +44,10 @@ def _sums_shape(batch: int, channels: int, pixels: int) -> tuple[int, int, int]:
     return min(max(batch * pixels // _SHARE, 1), _SHARES), 8, channels
 
 
-def plan_of(stem: str, operator: str) -> Any:
-    """The core's plan of the operator, with its workspace as a last argument."""
+def plan_of(stem: str, operator: str, workspace: bool = True) -> Any:
+    """The core's plan of the operator, with its ``workspace`` as a last argument."""
     arguments = arguments_of(operator)
-    if operator in _WORKSPACES:
+    if workspace and operator in _WORKSPACES:
         arguments = (*arguments, *parse(_WORKSPACES[operator][0]))
     words = [_words(operator, a) for a in arguments]
     try:

@@ -35,6 +35,8 @@ _IN_PLACE = {
     "project": ("v", "x"),
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
+    "stored_start": ("x",),
+    "stored_step": ("x", "grad"),
 }
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 import test_batch_norm as batch_norm
 import test_pairwise as pairwise
+import test_stored as stored
 from atlas_kernels.core import core
 from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
 
@@ -371,6 +372,28 @@ def test_batch_norm(shape, dtype):
         batch_norm.check_operator(
             p, unaligned if shift else torch.clone, training=training, parameters=training == last
         )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 3, 8, 12), (2, 3, 33, 31)], ids=str)
+def test_stored(shape, dtype, monkeypatch):
+    """Aligned tensors and others, in every layout; rows that the store lacks."""
+    monkeypatch.setenv("ATLAS_CHECKS", "0")
+    for layouts, store in itertools.product(("cccc", "llll", "clcl", "lclc"), (torch.float32, torch.bfloat16)):
+        x, grad, d, m, index = stored.case(shape, dtype=dtype, store=store, layouts=layouts, special=layouts[0] == "l")
+        stored.check(x, grad, d, m, index, layouts=layouts)
+        x, grad, d, m = map(unaligned, (x, grad, d, m))
+        index[shape[0] // 2] = -1 if layouts[0] == "l" else 2**62
+        stored.check(x, grad, d, m, index, layouts=layouts, out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("layouts", ["cccc", "llll", "clcl"])
+def test_stored_with_everything(layouts):
+    for grad_dtype in FLOATS:
+        inputs = stored.case((4, 3, 5, 8), layouts=layouts, grad_dtype=grad_dtype)
+        rows, clip = [torch.rand(4) for _ in "12"], {"clip_min": torch.rand(3) - 1, "clip_max": [1.0, 0.8, 2.0]}
+        stored.check(*inputs, rows[0], step_size=rows[1], **clip)
+        stored.check(*stored.case((0, 3, 4, 4), layouts=layouts, grad_dtype=grad_dtype))
 
 
 def ran(library) -> set[int]:

@@ -168,6 +168,42 @@ def _pgd_step_neighbours(draw: Draw) -> Call:
     return Call("pgd_step_neighbours", ak.pgd_step_neighbours, arguments, bits, {"out": out})
 
 
+def _stored(draw: Draw) -> dict[str, Any]:
+    """Images, some rows of a store, and the store."""
+    (x,) = _images(draw, 1, draw.dtype(), clean=False)
+    count = len(x) + draw.integer(0, 3)
+    rows = torch.tensor(draw.random.sample(range(count), len(x)), dtype=torch.int64)
+    stored = draw.laid_out(draw.uniform((count, *x.shape[1:]), -0.1, 0.1).to(draw.dtype()))
+    return {"x": x, "stored": stored.contiguous().resolve_neg(), "index": draw.laid_out(rows)} | _range(draw, x.shape)
+
+
+def _stored_start(draw: Draw) -> Call:
+    arguments = _stored(draw)
+    return Call("stored_start", ak.stored_start, arguments, bits, {"out": arguments["x"]})
+
+
+def _stored_and_moved(*, stored: Any, momentum: Any, **arguments: Any) -> tuple[Tensor, ...]:
+    """The step of copies of the store, and these."""
+    stored, momentum = (t.clone() if is_plain(t) else t for t in (stored, momentum))
+    return ak.stored_step(stored=stored, momentum=momentum, **arguments), stored, momentum
+
+
+def _stored_step(draw: Draw) -> Call:
+    arguments = _stored(draw)
+    x = arguments["x"]
+    arguments |= {"grad": _gradient(draw, x), "momentum": arguments["stored"].flip(0).to(draw.dtype())}
+    arguments |= {"eps": _radius(draw, len(x), 0.3), "decay": draw.one_of([0.0, 0.3, 1.0])}
+    if draw.chance(0.5):
+        arguments["step_size"] = _radius(draw, len(x), 0.3)
+    return Call("stored_step", _stored_and_moved, arguments, _bits_of_the_store)
+
+
+def _bits_of_the_store(ours: Any, call: Call, **changed: Any) -> str | None:
+    """Of float32 and narrower images: float64's sums are rounded too, so that momentum near 0 has either sign."""
+    x = {**call.arguments, **changed}["x"]
+    return None if isinstance(x, Tensor) and x.dtype == torch.float64 else bits(ours, call, **changed)
+
+
 # --- training batches ---
 
 
@@ -348,5 +384,6 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
 
 _ALL = (
     _random_start, _label_noise_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours,
-    _augment, _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness, _batch_norm,
+    _stored_start, _stored_step, _augment, _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness,
+    _batch_norm,
 )  # fmt: skip

@@ -74,7 +74,7 @@ def require_single(what: str, t: Tensor) -> None:
 def implementation(stem: str, operator: str) -> Callable[[tuple[Any, ...]], None]:
     """What runs the operator, of its arguments as one tuple: what its stem's ``launches`` makes of them."""
     launches = importlib.import_module(f"{__name__}.{stem}").launches
-    declared, fields = plan_of(stem, operator), [a.field for a in arguments_of(operator)]
+    declared, fields = plan_of(stem, operator, workspace=False), [a.field for a in arguments_of(operator)]
 
     def run(args: tuple[Any, ...]) -> None:
         args = require_plain(operator, args)

@@ -170,7 +170,7 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
         channels, pixels = 1, channels * pixels
         if all(given.get(name) is None for name in ("active", "eps_rows", "step_size_rows")):
             batch, pixels = 1, batch * pixels
-    block_c, block_p = _tile(channels, pixels, any(last.values()))
+    block_c, block_p = tile_of(channels, pixels, any(last.values()))
     channel_tiles, pixel_tiles = -(-channels // block_c), -(-pixels // block_p)
     values = {
         **given, **last, "batch": batch, "channels": channels, "pixels": pixels, "channel_tiles": channel_tiles,
@@ -185,17 +185,17 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
 _IMAGES = ("adv", "grad", "x", "out", "cast")
 
 
-def lasts(given: dict[str, Any]) -> dict[str, bool]:
+def lasts(given: dict[str, Any], images: tuple[str, ...] = _IMAGES) -> dict[str, bool]:
     """Of each of the images, whether they lie in channels_last: ``adv_last`` and so on."""
-    return {f"{name}_last": (t := given.get(name)) is not None and is_channels_last(t) for name in _IMAGES}
+    return {f"{name}_last": (t := given.get(name)) is not None and is_channels_last(t) for name in images}
 
 
-def is_one_order(given: dict[str, Any]) -> bool:
+def is_one_order(given: dict[str, Any], images: tuple[str, ...] = _IMAGES) -> bool:
     """Whether all images lie in memory in one order."""
-    return len({is_channels_last(given[name]) for name in _IMAGES if given.get(name) is not None}) == 1
+    return len({is_channels_last(given[name]) for name in images if given.get(name) is not None}) == 1
 
 
-def _tile(channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
+def tile_of(channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
     """(channels, pixels) of a tile: one plane, but all channels where they lie side by side, or planes are small."""
     fill = TILE // min(TILE, max(4, _power_of_two(pixels)))
     block_c = min(_power_of_two(channels), max(fill, MAX_CHANNELS if channels_last else 1))
