@@ -211,11 +211,24 @@ class TrainConfig(metaclass=_Lenient):
     optimizer: Literal["sgd", "adam"] = option(None, "what turns gradients into updates; " + _AUTO)
     lr: float = option(None, "highest learning rate; " + _AUTO, above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
+    momentum_low: float = option(
+        0.0,
+        "with schedule one_cycle: momentum of sgd where the learning rate is highest, and momentum where it is lowest "
+        "(torch's OneCycleLR: 0.85 and 0.95). 0: it stays the same",
+        low=0,
+        below=1,
+        hint="0: momentum stays the same",
+    )
     schedule: Literal["cyclic", "piecewise", "cosine", "linear", "one_cycle", "constant"] = option(
         "cyclic",
         "of the learning rate: cyclic 0 -> lr -> 0; piecewise lr, lr/10 from 50 %, lr/100 from 75 % of the steps; "
-        "cosine and linear lr -> 0; one_cycle lr/25 -> lr -> lr/250000 (Smith & Topin 2018; momentum stays constant); "
+        "cosine and linear lr -> 0; one_cycle lr/25 -> lr -> lr/250000 (Smith & Topin 2018; momentum: momentum_low); "
         "constant",
+    )
+    schedule_step: Literal["batch", "epoch"] = option(
+        "batch",
+        "when the learning rate, and momentum with momentum_low, changes: with every batch, or once an epoch, which "
+        "then counts as one step of the schedule",
     )
     cyclic_peak: float = option(
         None,
@@ -418,6 +431,7 @@ def _require_compatible(config: TrainConfig) -> None:
         if getattr(config, one) and getattr(config, other):
             raise ValueError(f"config: {one} and {other} do not go together, as {why}: leave one out")
     _require_warmups(config)
+    _require_cycle(config)
     graphs = config.cuda_graphs
     if graphs == "step" and config.checkpoint_activations:
         raise ValueError(
@@ -427,6 +441,27 @@ def _require_compatible(config: TrainConfig) -> None:
     if graphs != "none" and config.device is not None and not config.device.startswith("cuda"):
         raise ValueError(
             f"config: cuda_graphs={graphs!r} needs a CUDA device, got device={config.device!r}: set cuda_graphs='none'"
+        )
+
+
+def _require_cycle(config: TrainConfig) -> None:
+    """Raises ValueError for a momentum that has no cycle, or none that a graph could follow."""
+    low = config.momentum_low
+    if low and config.schedule != "one_cycle":
+        raise ValueError(
+            f"config: momentum_low={low:g} goes with schedule='one_cycle', got {config.schedule!r}: set momentum_low=0, "
+            "or that schedule"
+        )
+    if low > config.momentum:
+        raise ValueError(
+            f"config: momentum_low must be at most momentum, {config.momentum:g}, got {low:g}: exchange them, or set "
+            "momentum_low=0"
+        )
+    if low and config.schedule_step == "batch" and config.cuda_graphs == "step":
+        raise ValueError(
+            f"config: momentum_low={low:g} with schedule_step='batch' is another momentum in every batch, and a graph "
+            "of the step holds one (cuda_graphs='step'): set schedule_step='epoch', momentum_low=0, or "
+            "cuda_graphs='attack'"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, models, progress, rescue
+from . import average_bn, checkpoint, data, models, optimizers, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
 from .config import TrainConfig
 from .data import DataSplits, identity
@@ -144,6 +144,7 @@ _SWITCHES: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "ema_decay": ("averaging", ("none", "swa")),
     "swa_start": ("averaging", ("none", "ema")),
     "average_bn": ("averaging", ("none",)),
+    "momentum_low": ("optimizer", ("adam",)),
 }
 
 
@@ -300,6 +301,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     for batch, key in zip(run.batches, keys, strict=True):
         buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
         descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
+        optimizers.set_momentum(run.optimizer, run.momentum)
         segment.look(batch, key)
         try:
             with run.training():
@@ -346,6 +348,7 @@ def _row(
         "epochs": run.config.epochs,
         "step": run.step,
         "lr": run.optimizer.param_groups[0]["lr"],
+        **({"momentum": run.optimizer.param_groups[0]["momentum"]} if run.momentum is not None else {}),
         **dict(zip(names, means, strict=True)),
         **({"eps": run.config.eps * share} if (share := eps_share(epoch, run.config.eps_warmup)) < 1 else {}),
         **({"skipped": skipped} if run.config.on_nonfinite == "skip" else {}),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import Execution
 
-from . import averaging, models, optimizers
+from . import averaging, models, optimizers, schedules
 from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits, Images, held_out
@@ -23,7 +23,6 @@ from .machine import autocast, usable_device
 from .methods import Method, State
 from .options import plain
 from .recompute import Recomputed, blocks
-from .schedules import learning_rate
 from .step_graph import require_recordable
 
 
@@ -97,11 +96,22 @@ class Run:
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""
         c, updates = self.config, self.method.updates
-        total = self.total_steps * updates
-        warmup = c.lr_warmup * len(self.batches) * updates
-        rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak, warmup)
+        step, total, warmup = self.epoch, c.epochs, c.lr_warmup
+        if c.schedule_step == "batch":
+            step, total = self.step * updates + update, self.total_steps * updates
+            warmup *= len(self.batches) * updates
+        rate = schedules.learning_rate(c.schedule, c.lr, step, total, c.cyclic_peak, warmup)
         # Graphs read the rate on the device in float32. Eager steps must get the same number.
         return torch.tensor(rate).item() if self.optimizer.param_groups[0]["fused"] else rate
+
+    @property
+    def momentum(self) -> float | None:
+        """The momentum of the batch that comes next, where it changes over training."""
+        c = self.config
+        if not c.momentum_low or c.optimizer != "sgd":
+            return None
+        step, total = (self.step, self.total_steps) if c.schedule_step == "batch" else (self.epoch, c.epochs)
+        return schedules.momentum(c.momentum, c.momentum_low, step, total, c.cyclic_peak)
 
     @contextmanager
     def training(self) -> Iterator[None]:
