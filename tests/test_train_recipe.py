@@ -182,7 +182,8 @@ def test_rate_and_momentum_of_a_run_are_those_that_torch_sets(step: Any, monkeyp
     """OneCycleLR with its defaults, momentum 0.95 -> 0.85 -> 0.95, stepped once an epoch or once a batch."""
     batches, epochs = len(splits().train) // 16, 7
     optimizer = torch.optim.SGD([torch.zeros(1)], 0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * (1 if step == "epoch" else batches))
+    total = epochs * (1 if step == "epoch" else batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
     expected = []
     for number in range(1, epochs * batches + 1):
         expected.append((schedule.get_last_lr()[0], optimizer.param_groups[0]["momentum"]))
@@ -386,7 +387,7 @@ def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) ->
         ("ema_decay", 1.0, "must be a number >= 0 and < 1, got 1.0"),
         ("swa_start", 1.0, "must be a number >= 0 and < 1, got 1.0"),
         ("momentum_low", 1.0, "must be a number >= 0 and < 1, got 1.0; 0: momentum stays the same"),
-        ("momentum_low", 0.8, "=0.8 goes with schedule='one_cycle', got 'cyclic': set momentum_low=0, or that schedule"),
+        ("momentum_low", 0.8, "=0.8 goes with schedule='one_cycle', got 'cyclic': set momentum_low=0"),
         ("schedule_step", "step", "must be one of 'batch', 'epoch', got 'step'"),
         ("average_bn", "none", "must be one of 'average', 'clean', 'method', got 'none'"),
     ],
@@ -394,6 +395,20 @@ def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) ->
 def test_nonsense_is_refused_with_a_remedy(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"config: {name}.*{message}"):
         config(**{name: value})
+
+
+def test_a_momentum_that_cannot_cycle_is_refused() -> None:
+    with pytest.raises(ValueError, match="momentum_low must be at most momentum, 0.8, got 0.85"):
+        config(**CYCLE | {"momentum": 0.8})
+    graphs = CYCLE | {"cuda_graphs": "step", "device": None}
+    assert config(**graphs).momentum_low == 0.85
+    with pytest.raises(
+        ValueError, match="another momentum in every batch.* set schedule_step='epoch', momentum_low=0, or"
+    ):
+        config(**graphs | {"schedule_step": "batch"})
+    lines = Lines()
+    trained(config(**CYCLE | {"optimizer": "adam", "epochs": 1}), display=lines)
+    assert "WARNING: momentum_low=0.85 changes nothing, as optimizer is adam" in lines.said
 
 
 def test_mixing_the_same_number_of_steps_is_said() -> None:

@@ -31,6 +31,7 @@ from .config import (
     SECTIONS,
     TrainConfig,
     added,
+    from_dict,
     from_file,
     without_retired,
 )
@@ -152,13 +153,14 @@ def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
     from .compare import compare, is_comparison, settings_of
 
-    names = ("config", "resume", "method", "dataset", "model")  # on which the defaults of the others depend
+    names = ("config", "resume", "method", "dataset", "model", "protocol")  # on which the defaults of the others depend
     first = flags.parse([flags.text_flag(name, "") for name in names], "train", "", argv, all_known=False)
     if first.config and first.resume:
         raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
-    base, kept = TrainConfig(), None
+    chosen = {"protocol": first.protocol} if first.protocol not in (None, flags.AUTO) else {}
+    base, kept = TrainConfig(**chosen), None
     if first.config:
-        base = from_file(first.config)
+        base = from_file(first.config, lambda values, source: from_dict({**values, **chosen}, source))
     elif first.resume:
         base = settings_of(first.resume)
         kept = base.beside if is_comparison(first.resume) else None

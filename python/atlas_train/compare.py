@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, methods, progress, schema
+from . import checkpoint, methods, progress, protocols, schema
 from .autoattack import autoattack, require_autoattack
 from .compiled import require_compilable
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
@@ -30,7 +30,7 @@ from .report import write_curves
 from .results import Result, commit, environment, markdown, table
 from .run import Run, network_of, require_trainable
 from .saving import best_weights
-from .validation import rule, share
+from .validation import best_told, chooses, rule, share
 from .watch import collapses
 from .writing import write_json, write_text
 
@@ -256,7 +256,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     settings = ("eps", "norm", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
     of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
-    of["epochs"] = [run.epoch, run.best]
+    of["epochs"] = [run.epoch, run.best] + ([True] if run.best_raw else [])
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
@@ -264,8 +264,9 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         last = _attacked(c, model, run.epoch, splits, say)
         with best_weights(run) as better:
             if better:
-                say(f"and the best epoch, {run.best}:")
+                say(best_told(run.best, run.best_raw))
             best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
+            best = best and replace(best, raw=run.best_raw or None)
         passes = passes_per_step(run)
     result = replace(
         last,
@@ -274,7 +275,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         passes=passes,
         skipped=run.skipped,
         best=best,
-        rule=rule(c.method, c.val_size),
+        rule=rule(c.method, c.val_size, chooses(c.averaging, c.best_of)),
         validation_share=share(run, passes),
         collapses=[list(each) for each in collapses(run.history)],
         rescues=run.rescues,
@@ -312,6 +313,8 @@ def _write(
     run = runs[config.label]
     what = f"{plain(run.splits.name)}, {len(run.splits.train):,} training images"
     title = f"{what}, epochs {config.epochs}, seed {config.seed}"
+    if told := protocols.departures(config.protocol, recorded(config)):
+        title += f", {told}"
     machine = environment(run.device, config.threads or torch.get_num_threads())
     own = {name: {"hyper": runs[name].hyper, "changes": runs[name].changes} for name in results}
     used = {f"{each.config.method}.{key}": value for each in runs.values() for key, value in each.hyper.items()}

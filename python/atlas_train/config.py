@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from . import data, methods, models
+from . import data, methods, models, protocols
 from .data import Dataset, DataSplits, Images, held_out
 from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
@@ -61,10 +61,12 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Lenient(type):
-    """A class that may be called with retired settings."""
+    """A class that may be called with retired settings, and takes what is not given from the protocol."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        return super().__call__(*args, **without_retired(settings))
+        settings, names = without_retired(settings), [f.name for f in dataclasses.fields(cls)][: len(args)]  # type: ignore
+        missing = protocols.missing(settings.get("protocol"), {**settings, **dict(zip(names, args, strict=False))})
+        return super().__call__(*args, **{**settings, **missing})
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -90,6 +92,11 @@ class TrainConfig(metaclass=_Lenient):
         "other methods, trained with the same settings for the same table. all, alone: every method; --beside without "
         "a name, or none: none; default: on digits standard and one_step_adv, else none. With the folder of a "
         "comparison as --resume they are added to its methods",
+    )
+    protocol: Literal["fastat"] | None = option(
+        None,
+        "a published recipe as the default of other settings, which win where they are given. fastat: of the FastAT "
+        f"Benchmark (arXiv 2604.22853): {protocols.told('fastat')}",
     )
     eps: float = option(
         None,
@@ -152,6 +159,9 @@ class TrainConfig(metaclass=_Lenient):
         "2 % of the images, but at least 500, and at most 1000 and a tenth of them",
         low=0,
     )
+    val_step_size: float | None = option(
+        None, "step of PGD-10 in validation, e.g. 2/255; default: 2.5 eps / 10, in l1 PGD's own", above=0
+    )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
     extra_data: str | None = option(
         None,
@@ -197,7 +207,7 @@ class TrainConfig(metaclass=_Lenient):
     mean: tuple[float, ...] = option(
         None,
         "mean of the training images in [0, 1], a number for each channel, by which the networks listed under --model "
-        "normalise; " + _AUTO,
+        "normalise; none, and std too: images go in as they are; " + _AUTO,
     )
     std: tuple[float, ...] = option(None, "standard deviation, beside mean; " + _AUTO, above=0)
 
@@ -292,6 +302,12 @@ class TrainConfig(metaclass=_Lenient):
         "are made after every epoch that has an average",
     )
 
+    best_of: Literal["average", "either"] = option(
+        "average",
+        "with averaging: whose weights best.pt may hold. average: the average's alone; either: also those in training, "
+        "where they are as robust in validation, which then looks at both",
+    )
+
     on_collapse: Literal["warn", "stop", "rollback"] = option(
         "warn",
         "what follows when training collapses (catastrophic overfitting). warn: a warning; stop: the run ends after "
@@ -361,10 +377,11 @@ class TrainConfig(metaclass=_Lenient):
                 if getattr(self, kind):
                     methods.require_mixable(method, kind)
         _require_compatible(self)
-        if () in (self.mean, self.std) or len(self.mean or ()) != len(self.std or ()):
+        protocols.require_of_norm(self.protocol, vars(self))
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(
-                f"config: mean and std must be as many numbers, one for each channel, got {shown(self.mean)} and "
-                f"{shown(self.std)}"
+                "config: mean and std must be as many numbers, one for each channel, or none both, got "
+                f"{shown(self.mean)} and {shown(self.std)}"
             )
         if self.awp:
             require_wrappable(methods.get(self.method))
@@ -449,8 +466,8 @@ def _require_cycle(config: TrainConfig) -> None:
     low = config.momentum_low
     if low and config.schedule != "one_cycle":
         raise ValueError(
-            f"config: momentum_low={low:g} goes with schedule='one_cycle', got {config.schedule!r}: set momentum_low=0, "
-            "or that schedule"
+            f"config: momentum_low={low:g} goes with schedule='one_cycle', got {config.schedule!r}: set "
+            "momentum_low=0, or that schedule"
         )
     if low > config.momentum:
         raise ValueError(
@@ -537,7 +554,7 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
         )
     if own and config.activation != "relu":
         raise ValueError("config: activation is for networks of ours alone: leave it out, and choose it in yours")
-    if own and config.mean is not None:
+    if own and config.mean:
         raise ValueError(
             "config: mean and std are built into networks of ours alone: leave them out, and normalise in yours"
         )

@@ -144,6 +144,7 @@ _SWITCHES: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "ema_decay": ("averaging", ("none", "swa")),
     "swa_start": ("averaging", ("none", "ema")),
     "average_bn": ("averaging", ("none",)),
+    "best_of": ("averaging", ("none",)),
     "momentum_low": ("optimizer", ("adam",)),
 }
 
@@ -231,7 +232,7 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             continue
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
         if better(row, run.history[run.best - 1] if run.best else None):
-            run.best = run.epoch
+            run.best, run.best_raw = run.epoch, bool(row.get("val_raw"))
         run.ended = _ended(run, sign)
         if run.ended:
             display.say(f"{run.ended}: the run ends after epoch {run.epoch} of {run.config.epochs}")

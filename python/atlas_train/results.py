@@ -28,7 +28,8 @@ class Result:
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
     skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
-    epoch: whose weights these are, usually the last. best: what those of best.pt came to, which ``rule`` chose.
+    epoch: whose weights these are, usually the last; raw: those in training, though there is an average. best: what
+    those of best.pt came to, which ``rule`` chose.
     validation_share: passes of validation for each pass of training. collapses: epochs in which training collapsed, and
     the sign. rescues: collapses that were taken back (``rescue``). ended: why training ended early.
     """
@@ -41,12 +42,18 @@ class Result:
     autoattack: AutoAttacked | None = None
     data: dict[str, Any] | None = None
     epoch: int | None = None
+    raw: bool | None = None
     best: Result | None = None
     rule: str | None = None
     validation_share: float | None = None
     collapses: Sequence[Sequence[Any]] = ()
     rescues: Sequence[Mapping[str, Any]] = ()
     ended: str | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether these are the weights of best.pt too."""
+        return self.best is not None and (self.best.epoch, self.best.raw) == (self.epoch, self.raw)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; without what is not known."""
@@ -144,9 +151,10 @@ def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
 def _lines(name: str, result: Result) -> list[tuple[str, Result]]:
     """The lines of a method: its last epoch and, if that is another, the best."""
     name += ", rescued" if result.rescues else ""
-    if not result.best or result.best.epoch == result.epoch:
+    if not result.best or result.is_best:
         return [(name, result)]
-    best = f"{name}, best (epoch {result.best.epoch})", result.best
+    raw = ", weights in training" if result.best.raw else ""
+    best = f"{name}, best (epoch {result.best.epoch}{raw})", result.best
     return [(f"{name}, last (epoch {result.epoch})", result), best]
 
 
@@ -157,7 +165,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
         if result.rule:
             told.setdefault(result.rule, []).append(result.validation_share)
     lines = [f"best: the epoch with {rule}{_cost(shares)}" for rule, shares in told.items()]
-    if last := [name for name, result in results.items() if result.best and result.best.epoch == result.epoch]:
+    if last := [name for name, result in results.items() if result.is_best]:
         lines.append(f"the last epoch is also the best of {', '.join(last)}")
     for name, result in results.items():
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]

@@ -32,8 +32,9 @@ class Run:
 
     network: what methods are given, ``model`` or its compiled form. execution: how attacks are run. data: the record
     of its images (``data.identity``). changes: settings that a resumed run has changed, each with its epoch.
-    validation: training images held out. best: the epoch that best.pt holds, 0 before there is one. rescues: where a
-    collapse was taken back, from which epoch to which and with what. ended: why training ended early, if it did.
+    validation: training images held out. best: the epoch that best.pt holds, 0 before there is one; best_raw: whether
+    it means the weights in training, though there is an average. rescues: where a collapse was taken back, from which
+    epoch to which and with what. ended: why training ended early, if it did.
     """
 
     config: TrainConfig
@@ -58,6 +59,7 @@ class Run:
     changes: list[dict[str, Any]] = field(default_factory=list)
     validation: Images | None = None
     best: int = 0
+    best_raw: bool = False
     rescues: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
 
@@ -188,7 +190,7 @@ def network_of(config: TrainConfig, splits: DataSplits) -> nn.Module:
     """The network that the configuration names, with weights that torch's generator draws."""
     return models.network(
         config.model,
-        normalize=(config.mean, config.std) if config.mean else None,
+        normalize=(config.mean, config.std) if config.mean else None if config.mean is None else False,
         activation=config.activation,
         num_classes=splits.num_classes,
         in_channels=splits.train.shape[0],

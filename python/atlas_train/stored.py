@@ -25,7 +25,7 @@ from .machine import on_host, usable_device
 from .options import NORMS, Norm, plain
 from .results import Result
 from .run import Run
-from .validation import rule
+from .validation import best_told, chooses, rule
 
 Path = str | os.PathLike[str]
 
@@ -160,12 +160,13 @@ def evaluate_checkpoint(
         return replace(result, autoattack=found)
 
     with on_host(run.get("threads") if threads is None else threads):
-        epoch, best = description.get("epoch"), description.get("best")
+        epoch, best, raw = (description.get(name) for name in ("epoch", "best", "best_raw"))
         result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
-        if best and best != epoch and os.path.isdir(path) and kept.exists():
-            say(f"and the best epoch, {best}:")
+        if best and (best != epoch or raw) and os.path.isdir(path) and kept.exists():
+            say(best_told(best, bool(raw)))
+            chosen = rule(run["method"], run["val_size"], chooses(run["averaging"], run["best_of"]))
             with checkpoint.weights_of(kept, network):
-                result = replace(result, best=attacked(best), rule=rule(run["method"], run["val_size"]))
+                result = replace(result, best=replace(attacked(best), raw=raw or None), rule=chosen)
     return {label(run["method"], run.get("awp", 0)): result}
 
 
