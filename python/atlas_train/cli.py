@@ -152,6 +152,7 @@ def _foreign_line(error: Exception) -> str:
 def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
     from .compare import compare, is_comparison, settings_of
+    from .seeds import compare_seeds
 
     names = ("config", "resume", "method", "dataset", "model", "protocol")  # on which the defaults of the others depend
     first = flags.parse([flags.text_flag(name, "") for name in names], "train", "", argv, all_known=False)
@@ -169,7 +170,11 @@ def train(argv: Sequence[str]) -> int:
         if not first.model:
             require_trusted("model", base.model, first.resume)
     name = first.method or base.method
-    compare(parse_train(name, base, argv, kept), command=("atlas", "train", *argv))
+    config, command = parse_train(name, base, argv, kept), ("atlas", "train", *argv)
+    if config.seeds:
+        compare_seeds(config, command=command)
+    else:
+        compare(config, command=command)
     return 0
 
 

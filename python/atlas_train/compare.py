@@ -67,10 +67,22 @@ def compare(
     Raises FileExistsError when ``config.out_dir`` already holds such a run or another run is writing to the folder, and
     what ``train`` raises.
     """
+    if config.seeds or (config.resume and is_of_seeds(config.resume)):
+        raise ValueError(
+            f"seeds: compare trains with one, {plain(config.resume or 'the configuration')} has several: call "
+            "atlas_train.seeds.compare_seeds, or atlas_train.stored.resume_seeds"
+        )
+    return compare_once(config, splits, show, say, command, stopped=say)
+
+
+def compare_once(
+    config: TrainConfig, splits: DataSplits | None, show: str, say: Say, command: Sequence[str] | None, stopped: Say
+) -> Results:
+    """``compare``; ``stopped`` takes the line that says how a run goes on."""
     if config.autoattack:
         require_autoattack()
     config, folders = _resumed(config) if config.resume else (config, {})
-    splits = with_extra(splits or _load(config, folders), config.extra_data)
+    splits = with_extra(splits or load_for(config, folders), config.extra_data)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)
@@ -79,7 +91,7 @@ def compare(
     with ExitStack() as stack:
         stack.enter_context(terminable())
         if not folders:
-            root = stack.enter_context(_new_folder(config))
+            root = stack.enter_context(new_folder(config))
             folders = {name: root / name for name in methods_of(config)}
         folder = folders[config.method].parent if config.beside else folders[config.method]
         stack.enter_context(made(folder))
@@ -87,7 +99,7 @@ def compare(
             stack.enter_context(locked(path))
         if not config.resume:
             _require_free(config, folders)
-        with _explained(config, folder, folders, splits, say):
+        with explained(config, folder, folders, splits, stopped):
             if config.beside:
                 write_json(folder / CONFIG, recorded(config))
             runs, results = _train_all(config, folders, splits, show, say)
@@ -100,8 +112,13 @@ def compare(
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether that is the folder of several methods' runs."""
+    """Whether that is the folder of several runs: of methods, or of seeds."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
+
+
+def is_of_seeds(path: str | Path) -> bool:
+    """Whether that is the folder of several seeds' runs."""
+    return is_comparison(path) and bool(from_file(Path(path) / CONFIG, from_record).seeds)
 
 
 def settings_of(path: str | Path) -> TrainConfig:
@@ -143,13 +160,13 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     return config, {name: root / name for name in methods_of(config)}
 
 
-def _load(config: TrainConfig, folders: Mapping[str, Path]) -> DataSplits:
-    """The data of the configuration, or of the runs that are there."""
+def load_for(config: TrainConfig, folders: Mapping[str, Path], function: str = "resume_compare") -> DataSplits:
+    """The data of the configuration, or of the runs that are there; ``function`` of ``stored`` takes one's own."""
     starts = [start for name, folder in folders.items() if (start := _start(config, name, folder))]
     source = checkpoint.locate(starts[0]) if starts else None
     state = checkpoint.load(source) if source else None
     if config.resume and is_comparison(config.resume):
-        return load_splits(config, state, config.resume, "resume_compare")
+        return load_splits(config, state, config.resume, function)
     return load_splits(config, state, source)
 
 
@@ -160,7 +177,7 @@ def _start(config: TrainConfig, name: str, folder: Path) -> str | None:
     return str(folder) if (folder / checkpoint.LAST).exists() else None
 
 
-def _new_folder(config: TrainConfig) -> AbstractContextManager[Path]:
+def new_folder(config: TrainConfig) -> AbstractContextManager[Path]:
     """``out_dir``; without it, the first free runs/<dataset>-<n>."""
     return numbered(Path("runs"), config.dataset) if config.out_dir is None else made(Path(config.out_dir))
 
@@ -219,8 +236,13 @@ def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
 
 
 @contextmanager
-def _explained(
-    config: TrainConfig, folder: Path, folders: Mapping[str, Path], splits: DataSplits, say: Say
+def explained(
+    config: TrainConfig,
+    folder: Path,
+    folders: Mapping[str, Path],
+    splits: DataSplits,
+    say: Say,
+    function: str = "resume_compare",
 ) -> Iterator[None]:
     """A run that is stopped says how to go on; one of which nothing comes leaves config.json as it was."""
     path = folder / CONFIG
@@ -238,7 +260,7 @@ def _explained(
             how = (
                 f"atlas train --resume {plain(folder)}{_code(config, splits)}"
                 if splits.loader
-                else f"atlas_train.stored.resume_compare({str(folder)!r}, splits=...), with the same data"
+                else f"atlas_train.stored.{function}({str(folder)!r}, splits=...), with the same data"
             )
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise
@@ -324,12 +346,17 @@ def _write(
         "network": run.arch | {"parameters": sum(p.numel() for p in run.model.parameters())},
         "data": run.data,
         "validation": run.validation and identity.facts(run.validation),
-        "command": command and shlex.join(map(_public, command)),
+        "command": public(command),
         "environment": machine,
     }
     write_json(folder / RESULTS, values)
     write_text(folder / MARKDOWN, markdown(results, title, machine))
     return title
+
+
+def public(command: Sequence[str] | None) -> str | None:
+    """The command as a line that holds no folder of this machine."""
+    return shlex.join(map(_public, command)) if command else None
 
 
 def _public(word: str) -> str:

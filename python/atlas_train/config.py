@@ -357,6 +357,12 @@ class TrainConfig(metaclass=_Lenient):
     )
 
     seed: int = option(0, "of the weights, the batches, the noise and the draw of val_size", low=0)
+    seeds: tuple[int, ...] = option(
+        (),
+        "train once with each of these instead of seed, in a subfolder each, for a table of means and standard "
+        "deviations. With such a folder as --resume seeds that are done are not trained again, and new ones are added",
+        low=0,
+    )
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=MOST_THREADS)
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
@@ -376,6 +382,8 @@ class TrainConfig(metaclass=_Lenient):
             for kind in ("mixup", "cutmix"):
                 if getattr(self, kind):
                     methods.require_mixable(method, kind)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"config: seeds must be different ones, got {shown(self.seeds)}: name each once")
         _require_compatible(self)
         protocols.require_of_norm(self.protocol, vars(self))
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
@@ -588,8 +596,8 @@ def _measured(images: Images) -> str:
 
 
 def alone(config: TrainConfig) -> TrainConfig:
-    """The configuration of the method alone, without those beside it and what is set for them."""
-    return dataclasses.replace(config, beside=(), hyper=config.hyper_of(config.method))
+    """The configuration of one run, without the methods beside it, what is set for them, and other seeds."""
+    return dataclasses.replace(config, beside=(), hyper=config.hyper_of(config.method), seeds=())
 
 
 def methods_of(config: TrainConfig) -> tuple[str, ...]:

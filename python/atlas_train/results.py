@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,10 @@ from .checkpoint import versions
 from .evaluate import ACCURACIES, Evaluation
 from .options import fraction, radius
 
+#: The results of several methods, by seed.
+BySeed = Mapping[int, Mapping[str, "Result"]]
+#: A line of the table: what it is called, and what it is the mean of.
+Line = tuple[str, Sequence["Result"]]
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
 
 
@@ -76,15 +81,37 @@ class Result:
 def table(results: Mapping[str, Result]) -> str:
     """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method, and a second
     where another epoch than the last is the best."""
-    return "\n".join([tables.aligned(_rows(results)), _note(results), *_told(results)])
+    return table_of_seeds({0: results})
 
 
 def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str, Any]) -> str:
     """The table as a markdown document that says what it was made with."""
-    table = tables.markdown(_rows(results))
+    return markdown_of_seeds({0: results}, title, environment)
+
+
+def table_of_seeds(results: BySeed) -> str:
+    """As ``table``, of runs that differ in their seed: means, and the standard deviation where there are several."""
+    rows, notes = _of_seeds(results)
+    return "\n".join([tables.aligned(rows), *notes])
+
+
+def markdown_of_seeds(results: BySeed, title: str, environment: Mapping[str, Any]) -> str:
+    """As ``markdown``."""
+    rows, notes = _of_seeds(results)
     machine = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
-    told = [line for text in _told(results) for line in (f"{text}.", "")]
-    return "\n".join([f"# {title}", "", table, "", _note(results) + ".", "", *told, machine + ".", ""])
+    told = [line for text in notes for line in (f"{text}.", "")]
+    return "\n".join([f"# {title}", "", tables.markdown(rows), "", *told, machine + ".", ""])
+
+
+def _of_seeds(results: BySeed) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, and the lines below them."""
+    by_seed = list(results.values())
+    lines = [line for name in by_seed[0] for line in _lines(name, [own[name] for own in by_seed])]
+    if len(results) == 1:
+        return _rows(lines), [_note(by_seed[0]), *_told(by_seed[0])]
+    spread = f"mean ± standard deviation (of n - 1) over the seeds {', '.join(map(str, results))}"
+    named = {f"{name}, seed {seed}": result for seed, own in results.items() for name, result in own.items()}
+    return _rows(lines), [f"{spread}; {_note(named)}", *_told(named)]
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -128,34 +155,56 @@ def commit(digits: int = 40) -> str | None:
         return None
 
 
-def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
-    """The header and a row per method; a column of which nothing is known is left out."""
-    lines = [line for name, result in results.items() for line in _lines(name, result)]
-    rows = [row for _, row in lines]
-    first = rows[0].evaluation
-    columns = [
-        ("method", [name for name, _ in lines]),
-        *(
-            (header.format(**asdict(first)), [_percent(getattr(row.evaluation, name)) for row in rows])
-            for name, header in ACCURACIES.items()
-        ),
-        (_autoattack_header(rows), [_percent(row.autoattack.accuracy if row.autoattack else None) for row in rows]),
-        ("passes/step", [_decimal(row.passes) for row in rows]),
-        ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),
-        ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
-        ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
-    ]
-    return list(zip(*((header, *cells) for header, cells in columns if any(cells)), strict=True))
+def figures(result: Result) -> dict[str, float]:
+    """The numbers of a line of the table, by name; those that are known."""
+    known = {name: getattr(result.evaluation, name) for name in ACCURACIES}
+    known |= {"autoattack": result.autoattack and result.autoattack.accuracy, "skipped": result.skipped or 0}
+    known |= {name: getattr(result, name) for name in ("passes", "epoch_seconds", "training_seconds")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def _lines(name: str, result: Result) -> list[tuple[str, Result]]:
+def _rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The header and a row per line; a column of which nothing is known is left out."""
+    first = lines[0][1][0]
+    columns = {
+        **{name: (header.format(**asdict(first.evaluation)), 100.0, 1, " %") for name, header in ACCURACIES.items()},
+        "autoattack": (_autoattack_header([row for _, rows in lines for row in rows]), 100.0, 1, " %"),
+        "passes": ("passes/step", 1.0, 1, ""),
+        "epoch_seconds": ("s/epoch", 1.0, 2, ""),
+        "training_seconds": ("training", 1.0, 1, " s"),
+        "skipped": ("skipped", 1.0, 0, ""),
+    }
+    found = [[figures(row) for row in rows] for _, rows in lines]
+    if not any(each["skipped"] for own in found for each in own):
+        del columns["skipped"]
+    made = [("method", *(name for name, _ in lines))]
+    for name, (header, scale, places, unit) in columns.items():
+        cells = [_spread([scale * each[name] for each in own if name in each], places, unit) for own in found]
+        made += [(header, *cells)] if any(cells) else []
+    return list(zip(*made, strict=True))
+
+
+def _spread(values: Sequence[float], places: int, unit: str) -> str:
+    """A number, or the mean of several and their standard deviation."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{places}f}{deviation}{unit}"
+
+
+def _lines(name: str, results: Sequence[Result]) -> list[Line]:
     """The lines of a method: its last epoch and, if that is another, the best."""
-    name += ", rescued" if result.rescues else ""
-    if not result.best or result.is_best:
-        return [(name, result)]
-    raw = ", weights in training" if result.best.raw else ""
-    best = f"{name}, best (epoch {result.best.epoch}{raw})", result.best
-    return [(f"{name}, last (epoch {result.epoch})", result), best]
+    name += ", rescued" if any(result.rescues for result in results) else ""
+    if all(result.best is None or result.is_best for result in results):
+        return [(name, results)]
+    best = [result.best or result for result in results]
+    raw = ", weights in training" if all(result.raw for result in best) else ""
+    return [(f"{name}, last ({_epochs(results)})", results), (f"{name}, best ({_epochs(best)}{raw})", best)]
+
+
+def _epochs(results: Sequence[Result]) -> str:
+    ends = dict.fromkeys(f(result.epoch or 0 for result in results) for f in (min, max))
+    return f"epoch{'s' * (len(ends) > 1)} {' to '.join(map(str, ends))}"
 
 
 def _told(results: Mapping[str, Result]) -> list[str]:
@@ -192,14 +241,6 @@ def _autoattack_header(rows: list[Result]) -> str:
         return ""
     name = "AA" if made.version == "standard" else "APGD"
     return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _decimal(value: float | None, places: int = 1, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{places}f}{unit}"
 
 
 def _note(results: Mapping[str, Result]) -> str:

@@ -29,7 +29,7 @@ _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "
 #: Settings of which one must change for a run to go on that ended before its time.
 _ENDING = ("epochs", "on_collapse", "early_stop")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
-_UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
+_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "tensorboard"}
 
 
 def save(run: Run) -> None:

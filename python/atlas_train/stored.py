@@ -25,6 +25,7 @@ from .machine import on_host, usable_device
 from .options import NORMS, Norm, plain
 from .results import Result
 from .run import Run
+from .seeds import compare_seeds
 from .validation import best_told, chooses, rule
 
 Path = str | os.PathLike[str]
@@ -82,6 +83,19 @@ def resume_compare(
     if is_comparison(path):
         changes["beside"] = added(config.beside, changes.get("beside"), config.method)
     return compare(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
+
+
+def resume_seeds(
+    path: Path, *, splits: DataSplits | None = None, show: str = "auto", say: Say = print, **changes: Any
+) -> dict[int, Results]:
+    """As ``resume_compare``, for the folder of several seeds; ``seeds`` among the changes adds some."""
+    path = os.fspath(path)
+    config = settings_of(path)
+    if splits is None and "dataset" not in changes:
+        require_trusted("dataset", config.dataset, path)
+    if "model" not in changes:
+        require_trusted("model", config.model, path)
+    return compare_seeds(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
 
 
 def evaluate_checkpoint(
