@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, methods, progress, protocols, schema
+from . import checkpoint, methods, peak_memory, progress, protocols, schema
 from .autoattack import autoattack, require_autoattack
 from .compiled import require_compilable
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
@@ -289,12 +289,13 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
                 say(best_told(run.best, run.best_raw))
             best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
             best = best and replace(best, raw=run.best_raw or None)
-        passes = passes_per_step(run)
+        passes, memory = passes_per_step(run), peak_memory.of_training(run)
     result = replace(
         last,
         training_seconds=run.seconds,
         epoch_seconds=run.seconds / run.epochs_done,
         passes=passes,
+        memory=memory,
         skipped=run.skipped,
         best=best,
         rule=rule(c.method, c.val_size, chooses(c.averaging, c.best_of)),

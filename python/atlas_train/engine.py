@@ -25,6 +25,7 @@ from .machine import cudnn_benchmark, on_host
 from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
+from .peak_memory import watched
 from .report import TensorBoard
 from .rescue import Collapsed
 from .run import Run, prepare
@@ -252,7 +253,8 @@ def watched_epoch(
     masks: what of the network was not finite from the start. Raises NonFiniteWeights for anything else that is not, and
     Collapsed for a collapse if the run can go back.
     """
-    row = train_epoch(run, display, step)
+    with watched(run):
+        row = train_epoch(run, display, step)
     if broken := checkpoint.not_finite(run.model) - masks:
         raise NonFiniteWeights(run, sorted(broken))
     if run.average:

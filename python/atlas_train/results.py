@@ -25,6 +25,7 @@ BySeed = Mapping[int, Mapping[str, "Result"]]
 #: A line of the table: what it is called, and what it is the mean of.
 Line = tuple[str, Sequence["Result"]]
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
+MEMORY = "memory: the most that torch holds at once in training, on a CPU as counted for one step"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Result:
     """What a method came to; None where it is not known.
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
+    memory: the most bytes that torch holds at once in training (see ``peak_memory.of_training``).
     skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
     epoch: whose weights these are, usually the last; raw: those in training, though there is an average. best: what
     those of best.pt came to, which ``rule`` chose.
@@ -43,6 +45,7 @@ class Result:
     training_seconds: float | None = None
     epoch_seconds: float | None = None
     passes: float | None = None
+    memory: int | None = None
     skipped: int | None = None
     autoattack: AutoAttacked | None = None
     data: dict[str, Any] | None = None
@@ -159,7 +162,7 @@ def figures(result: Result) -> dict[str, float]:
     """The numbers of a line of the table, by name; those that are known."""
     known = {name: getattr(result.evaluation, name) for name in ACCURACIES}
     known |= {"autoattack": result.autoattack and result.autoattack.accuracy, "skipped": result.skipped or 0}
-    known |= {name: getattr(result, name) for name in ("passes", "epoch_seconds", "training_seconds")}
+    known |= {name: getattr(result, name) for name in ("passes", "epoch_seconds", "training_seconds", "memory")}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -172,6 +175,7 @@ def _rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
         "passes": ("passes/step", 1.0, 1, ""),
         "epoch_seconds": ("s/epoch", 1.0, 2, ""),
         "training_seconds": ("training", 1.0, 1, " s"),
+        "memory": ("memory", 2.0**-20, 1, " MiB"),
         "skipped": ("skipped", 1.0, 0, ""),
     }
     found = [[figures(row) for row in rows] for _, rows in lines]
@@ -246,11 +250,15 @@ def _autoattack_header(rows: list[Result]) -> str:
 def _note(results: Mapping[str, Result]) -> str:
     first = next(iter(results.values())).evaluation
     restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
-    passes = f"; {PASSES}" if any(r.passes is not None for r in results.values()) else ""
+    costs: dict[str, list[float | None]] = {
+        PASSES: [r.passes for r in results.values()],
+        MEMORY: [r.memory for r in results.values()],
+    }
+    told = "".join(f"; {words}" for words, values in costs.items() if any(value is not None for value in values))
     steps = f"step {fraction(first.pgd_step_size)}"
     if first.norm == "l1":
         steps = f"steps down to {first.pgd_step_size:.4g}"
     return (
         f"eps {radius(first.eps, first.norm)}; {first.images:,} test images, standard error at most "
-        f"{100 * first.error:.1f} points; PGD {steps}{restarts}{passes}"
+        f"{100 * first.error:.1f} points; PGD {steps}{restarts}{told}"
     )

@@ -34,7 +34,8 @@ class Run:
     of its images (``data.identity``). changes: settings that a resumed run has changed, each with its epoch.
     validation: training images held out. best: the epoch that best.pt holds, 0 before there is one; best_raw: whether
     it means the weights in training, though there is an average. rescues: where a collapse was taken back, from which
-    epoch to which and with what. ended: why training ended early, if it did.
+    epoch to which and with what. ended: why training ended early, if it did. peak_memory: the most bytes that
+    torch held at once in an epoch on CUDA.
     """
 
     config: TrainConfig
@@ -62,6 +63,7 @@ class Run:
     best_raw: bool = False
     rescues: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
+    peak_memory: int = 0
 
     @property
     def final_model(self) -> nn.Module:

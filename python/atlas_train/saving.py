@@ -56,6 +56,7 @@ def save(run: Run) -> None:
         "best_raw": run.best_raw,
         "rescues": run.rescues,
         "ended": run.ended,
+        "peak_memory": run.peak_memory,
         "rng": checkpoint.rng_state(),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
@@ -144,7 +145,7 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     require_same(run, old, state, source)
     put(run, state, source)
     run.seconds, run.changes = state["seconds"], list(state.get("changes", []))
-    run.rescues = list(state.get("rescues", []))
+    run.rescues, run.peak_memory = list(state.get("rescues", [])), state.get("peak_memory", 0)
     notes = [] if not run.folder else _restore_best(run, state, source)
     if (ended := state.get("ended")) and all(getattr(old, name) == getattr(run.config, name) for name in _ENDING):
         run.ended = ended
