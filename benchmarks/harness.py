@@ -6,9 +6,7 @@ is timed by events with a cold L2 (a buffer larger than L2 is written in between
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ import torch
 
 import atlas_kernels as ak
 from atlas_kernels.core import ISAS, core
+from atlas_train.peak_memory import peak_memory as peak_memory
 from atlas_train.results import commit, cpu_name
 
 ROUNDS = 21
@@ -114,22 +113,6 @@ def strict_fp32() -> Iterator[None]:
         yield
     finally:
         convolutions.allow_tf32, products.allow_tf32 = before
-
-
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Bytes that torch holds at once in ``call()`` at most, beyond what it held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    # Every allocation of the call and the end of each; the end of an older one is not reported.
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

@@ -42,6 +42,7 @@ from atlas_train.config import TrainConfig
 from atlas_train.engine import train
 from atlas_train.evaluate import evaluate
 from atlas_train.imported import without_place
+from atlas_train.peak_memory import of_training
 from atlas_train.results import commit, environment
 from atlas_train.writing import write_text
 from tables import Table, aligned, markdown
@@ -117,6 +118,7 @@ def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
         "images": min(size, len(splits.test)),
         "loss": run.history[-1]["loss"],
         "epoch_seconds": run.seconds / run.epoch,
+        "memory": of_training(run),
         "environment": {name: machine[name] for name in ("date", "commit", "torch", "device", "cpu")},
     }
 
@@ -235,13 +237,17 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 def gains_table(rows: Sequence[Row]) -> Table:
     by_option = _by_option(rows)
     base = by_option.get("base", {})
+    memory = any(row.get("memory") for row in rows)  # not of earlier versions
     lines = [["option", "seeds", *(cell for name in ACCURACIES.values() for cell in (name, "gain")), "s/epoch"]]
+    lines[0] += ["MiB"] * memory
     for option, own in by_option.items():
         cells = [option, str(len(own))]
         for key in ACCURACIES:
             gains = [own[seed][key] - base[seed][key] for seed in own.keys() & base.keys()]
             cells += [percent(row[key] for row in own.values()), "" if option == "base" else interval(gains)]
-        lines.append([*cells, f"{statistics.median(row['epoch_seconds'] for row in own.values()):.2f}"])
+        cells += [f"{statistics.median(row['epoch_seconds'] for row in own.values()):.2f}"]
+        peaks = [row["memory"] for row in own.values() if row.get("memory")]
+        lines.append([*cells, *([f"{max(peaks) / 2**20:.0f}" if peaks else "-"] if memory else [])])
     return lines
 
 

@@ -67,7 +67,10 @@ def test_rows_are_made_once_and_gains_are_of_the_same_seed(tmp_path: Path, capsy
     of = {(row["option"], row["seed"]): row["clean"] for row in rows}
     gain = 100 * statistics.mean(of["linear", seed] - of["base", seed] for seed in (0, 1))
     assert f"{gain:+.1f} \u00b1" in capsys.readouterr().out.split("linear  ")[-1]
-    assert "| linear" in path.with_suffix(".md").read_text()
+    document = path.with_suffix(".md").read_text()
+    assert "| linear" in document and "| s/epoch | MiB |" in document and all(row["memory"] > 0 for row in rows)
+    older = [{name: value for name, value in row.items() if name != "memory"} for row in rows]
+    assert recipe.gains_table(older)[0][-1] == "s/epoch" and recipe.gains_table([*older[:3], *rows[3:]])[1][-1] != "-"
     other = next(recipe.queue("recipe", rows[0]["base"] | {"epochs": 3}, ["base"], 1, rows))
     assert other["base"]["epochs"] == 3  # another base is another run
 

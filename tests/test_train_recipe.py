@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,35 @@ def test_one_cycle_is_that_of_torch(total: int, peak: float) -> None:
             schedule.step()
 
 
+@pytest.mark.parametrize("step", ["epoch", "batch"])
+def test_rate_and_momentum_of_a_run_are_those_that_torch_sets(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneCycleLR with its defaults, momentum 0.95 -> 0.85 -> 0.95, stepped once an epoch or once a batch."""
+    batches, epochs = len(splits().train) // 16, 7
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1, momentum=0.9)
+    total = epochs * (1 if step == "epoch" else batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
+    expected = []
+    for number in range(1, epochs * batches + 1):
+        expected.append((schedule.get_last_lr()[0], optimizer.param_groups[0]["momentum"]))
+        optimizer.step()
+        if number < epochs * batches and (step == "batch" or number % batches == 0):
+            schedule.step()
+    seen: list[tuple[float, float]] = []
+    made = torch.optim.SGD.step
+
+    def noted(optimizer: torch.optim.SGD) -> None:
+        seen.extend((group["lr"], group["momentum"]) for group in optimizer.param_groups[:1])
+        made(optimizer)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    how = CYCLE | {"optimizer": "sgd", "lr": 0.1, "cyclic_peak": None, "schedule_step": step}
+    run = trained(config(epochs=epochs, **how))
+    assert np.array(seen) == pytest.approx(np.array(expected), rel=1e-12)
+    assert seen[0] == pytest.approx((0.004, 0.95)) and seen[-1] == pytest.approx((4e-7, 0.95))
+    assert [row["momentum"] for row in run.history] == [momentum for _, momentum in seen[batches - 1 :: batches]]
+    assert min(momentum for _, momentum in seen) == pytest.approx(0.85, abs=0.01)
+
+
 def test_linear_falls_evenly_and_warm_up_rises_to_the_schedule() -> None:
     assert [learning_rate("linear", 0.4, step, 4) for step in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert learning_rate("one_cycle", 0.4, 0, 1) == pytest.approx(0.4)  # nothing is wasted where there is one step
@@ -319,6 +349,7 @@ def test_passes_of_mixed_batches_are_the_mean() -> None:
 
 # ---- all of it together ----------------------------------------------------------------------------------------------
 
+CYCLE = {"schedule": "one_cycle", "schedule_step": "epoch", "momentum": 0.95, "momentum_low": 0.85, "lr_warmup": 0}
 ALL: dict[str, Any] = {
     "label_smoothing": 0.1, "decay_norms": False, "weight_decay": 1e-3, "clip_norm": 1.0, "schedule": "linear",
     "lr_warmup": 1.5, "eps_warmup": 2, "mix_share": 0.4, "mix_steps": 3, "averaging": "ema", "optimizer": "sgd",
@@ -327,7 +358,7 @@ ALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"awp": 0.01, "awp_warmup": 1}, {"train_precision": "bf16"}, {"method": "atlas", "hyper": {}}]
+    "how", [{}, {"awp": 0.01, "awp_warmup": 1}, {"train_precision": "bf16"}, {"method": "atlas", "hyper": {}}, CYCLE]
 )
 def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) -> None:
     settings = config(**ALL | how)
@@ -357,12 +388,29 @@ def test_a_killed_run_goes_on_to_the_bit(how: dict[str, Any], tmp_path: Path) ->
         ("ema_warmup", 3, "must be true or false, got 3"),
         ("ema_decay", 1.0, "must be a number >= 0 and < 1, got 1.0"),
         ("swa_start", 1.0, "must be a number >= 0 and < 1, got 1.0"),
+        ("momentum_low", 1.0, "must be a number >= 0 and < 1, got 1.0; 0: momentum stays the same"),
+        ("momentum_low", 0.8, "=0.8 goes with schedule='one_cycle', got 'cyclic': set momentum_low=0"),
+        ("schedule_step", "step", "must be one of 'batch', 'epoch', got 'step'"),
         ("average_bn", "none", "must be one of 'average', 'clean', 'method', got 'none'"),
     ],
 )
 def test_nonsense_is_refused_with_a_remedy(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"config: {name}.*{message}"):
         config(**{name: value})
+
+
+def test_a_momentum_that_cannot_cycle_is_refused() -> None:
+    with pytest.raises(ValueError, match="momentum_low must be at most momentum, 0.8, got 0.85"):
+        config(**CYCLE | {"momentum": 0.8})
+    graphs = CYCLE | {"cuda_graphs": "step", "device": None}
+    assert config(**graphs).momentum_low == 0.85
+    with pytest.raises(
+        ValueError, match="another momentum in every batch.* set schedule_step='epoch', momentum_low=0, or"
+    ):
+        config(**graphs | {"schedule_step": "batch"})
+    lines = Lines()
+    trained(config(**CYCLE | {"optimizer": "adam", "epochs": 1}), display=lines)
+    assert "WARNING: momentum_low=0.85 changes nothing, as optimizer is adam" in lines.said
 
 
 def test_mixing_the_same_number_of_steps_is_said() -> None:

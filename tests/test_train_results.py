@@ -28,7 +28,7 @@ def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.Cap
     assert list(results) == ["standard", "atlas"]
     printed = capsys.readouterr().out
     shown = printed[printed.index("method ") :].splitlines()
-    assert shown[0].split() == ["method", "clean", "FGSM", "PGD-20", "passes/step", "s/epoch", "training"]
+    assert shown[0].split() == ["method", "clean", "FGSM", "PGD-20", "passes/step", "s/epoch", "training", "memory"]
     assert [line.split()[0] for line in shown[2:4]] == ["standard", "atlas"]
     assert "eps 25.5/255 (l_inf); 40 test images, standard error at most 7.9 points" in shown[4]
     for method in ("standard", "atlas"):
@@ -37,6 +37,8 @@ def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.Cap
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     own = written["methods"]["atlas"]
     assert own["pgd"] == results["atlas"].evaluation.pgd and 9 < own["passes"] < 11.1
+    assert own["memory"] == results["atlas"].memory > 4 * written["network"]["parameters"]
+    assert "memory: the most that torch holds at once" in printed
     assert own["training_seconds"] == pytest.approx(2 * own["epoch_seconds"]) and own["epoch_seconds"] > 0
     assert written["config"]["lr"] == TINY["lr"] and written["config"]["epochs"] == 2
     assert str(tmp_path) not in json.dumps(written)  # nobody else has this folder

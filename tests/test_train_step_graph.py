@@ -31,6 +31,8 @@ from tiny_runs import TINY, Lines, splits, weights
 #: arithmetic, such as that of a bias before BatchNorm: to whole steps.
 SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4}
 ADAM = {"optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0}
+#: A momentum of its own in each epoch.
+CYCLE = {"schedule": "one_cycle", "schedule_step": "epoch", "momentum": 0.95, "momentum_low": 0.5}
 #: Forms of methods beside the default ones.
 FORMS: list[dict[str, Any]] = [
     *({"method": name} for name in methods.names() if not methods.get(name).no_graph),
@@ -59,6 +61,8 @@ FORMS: list[dict[str, Any]] = [
     {"method": "adv", "norm": "l2", "eps": 0.8},
     {"method": "atlas", "norm": "l2", "eps": 0.8},
     {"method": "trades", "norm": "l1", "eps": 5.0},
+    {"method": "adv"} | CYCLE,
+    {"method": "free"} | CYCLE,
 ]
 
 
@@ -324,6 +328,7 @@ def test_what_graphs_trained_can_be_resumed_eagerly_and_the_other_way(
         ({"method": "free"}, 1, 10),  # the first step makes delta
         ({"method": "adv", "eps_warmup": 2}, 3, 9),  # a radius in each epoch
         ({"method": "atlas", "hyper": {"local": "start", "local_ramp": 1.0}}, 1, 11),  # its weight is an input
+        ({"method": "adv"} | CYCLE, 3, 9),  # a momentum in each, which the optimiser takes from the host
         ({"method": "atlas", "mix_share": 0.5}, 2, 10),  # a graph of either kind of step, for the whole run
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",

@@ -76,6 +76,11 @@ class Averaging:
             + ("" if self._every_batch else ", or set a smaller swa_start")
         )
 
+    @property
+    def holder(self) -> nn.Module:
+        """What holds the average, begun or not."""
+        return self._average.module
+
     def network(self) -> nn.Module | None:
         """The network with the average as its weights, or None before there is one."""
         return self._average.module if self._average.n_averaged else None

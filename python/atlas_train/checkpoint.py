@@ -255,7 +255,7 @@ def load_network(
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
     state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
-    kept = ("arch", "config", "data", "answers", "epoch", "best")
+    kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
     arch, weights = state["arch"], final_weights(state)
@@ -330,8 +330,9 @@ def require_resumable(state: Mapping[str, Any], source: object) -> None:
 
 
 def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a checkpoint evaluates to: the average of the weights if it holds one, else the weights in training."""
-    average = state.get("average")
+    """What a checkpoint evaluates to: the average of the weights if it holds one, unless it is a best.pt that means the
+    weights in training (``raw``)."""
+    average = None if state.get("raw") else state.get("average")
     weights: dict[str, Tensor] = average["model"] if average and average["count"] else state["model"]
     return weights
 

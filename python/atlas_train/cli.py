@@ -31,6 +31,7 @@ from .config import (
     SECTIONS,
     TrainConfig,
     added,
+    from_dict,
     from_file,
     without_retired,
 )
@@ -151,14 +152,16 @@ def _foreign_line(error: Exception) -> str:
 def train(argv: Sequence[str]) -> int:
     """``atlas train``: the settings from --config or --resume, then the flags over them."""
     from .compare import compare, is_comparison, settings_of
+    from .seeds import compare_seeds
 
-    names = ("config", "resume", "method", "dataset", "model")  # on which the defaults of the others depend
+    names = ("config", "resume", "method", "dataset", "model", "protocol")  # on which the defaults of the others depend
     first = flags.parse([flags.text_flag(name, "") for name in names], "train", "", argv, all_known=False)
     if first.config and first.resume:
         raise ValueError("give --config or --resume, not both: a resumed run has its settings already")
-    base, kept = TrainConfig(), None
+    chosen = {"protocol": first.protocol} if first.protocol not in (None, flags.AUTO) else {}
+    base, kept = TrainConfig(**chosen), None
     if first.config:
-        base = from_file(first.config)
+        base = from_file(first.config, lambda values, source: from_dict({**values, **chosen}, source))
     elif first.resume:
         base = settings_of(first.resume)
         kept = base.beside if is_comparison(first.resume) else None
@@ -167,7 +170,11 @@ def train(argv: Sequence[str]) -> int:
         if not first.model:
             require_trusted("model", base.model, first.resume)
     name = first.method or base.method
-    compare(parse_train(name, base, argv, kept), command=("atlas", "train", *argv))
+    config, command = parse_train(name, base, argv, kept), ("atlas", "train", *argv)
+    if config.seeds:
+        compare_seeds(config, command=command)
+    else:
+        compare(config, command=command)
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, methods, progress, schema
+from . import checkpoint, methods, peak_memory, progress, protocols, schema
 from .autoattack import autoattack, require_autoattack
 from .compiled import require_compilable
 from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
@@ -30,7 +30,7 @@ from .report import write_curves
 from .results import Result, commit, environment, markdown, table
 from .run import Run, network_of, require_trainable
 from .saving import best_weights
-from .validation import rule, share
+from .validation import best_told, chooses, rule, share
 from .watch import collapses
 from .writing import write_json, write_text
 
@@ -67,10 +67,22 @@ def compare(
     Raises FileExistsError when ``config.out_dir`` already holds such a run or another run is writing to the folder, and
     what ``train`` raises.
     """
+    if config.seeds or (config.resume and is_of_seeds(config.resume)):
+        raise ValueError(
+            f"seeds: compare trains with one, {plain(config.resume or 'the configuration')} has several: call "
+            "atlas_train.seeds.compare_seeds, or atlas_train.stored.resume_seeds"
+        )
+    return compare_once(config, splits, show, say, command, stopped=say)
+
+
+def compare_once(
+    config: TrainConfig, splits: DataSplits | None, show: str, say: Say, command: Sequence[str] | None, stopped: Say
+) -> Results:
+    """``compare``; ``stopped`` takes the line that says how a run goes on."""
     if config.autoattack:
         require_autoattack()
     config, folders = _resumed(config) if config.resume else (config, {})
-    splits = with_extra(splits or _load(config, folders), config.extra_data)
+    splits = with_extra(splits or load_for(config, folders), config.extra_data)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)
@@ -79,7 +91,7 @@ def compare(
     with ExitStack() as stack:
         stack.enter_context(terminable())
         if not folders:
-            root = stack.enter_context(_new_folder(config))
+            root = stack.enter_context(new_folder(config))
             folders = {name: root / name for name in methods_of(config)}
         folder = folders[config.method].parent if config.beside else folders[config.method]
         stack.enter_context(made(folder))
@@ -87,7 +99,7 @@ def compare(
             stack.enter_context(locked(path))
         if not config.resume:
             _require_free(config, folders)
-        with _explained(config, folder, folders, splits, say):
+        with explained(config, folder, folders, splits, stopped):
             if config.beside:
                 write_json(folder / CONFIG, recorded(config))
             runs, results = _train_all(config, folders, splits, show, say)
@@ -100,8 +112,13 @@ def compare(
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether that is the folder of several methods' runs."""
+    """Whether that is the folder of several runs: of methods, or of seeds."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
+
+
+def is_of_seeds(path: str | Path) -> bool:
+    """Whether that is the folder of several seeds' runs."""
+    return is_comparison(path) and bool(from_file(Path(path) / CONFIG, from_record).seeds)
 
 
 def settings_of(path: str | Path) -> TrainConfig:
@@ -143,13 +160,13 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
     return config, {name: root / name for name in methods_of(config)}
 
 
-def _load(config: TrainConfig, folders: Mapping[str, Path]) -> DataSplits:
-    """The data of the configuration, or of the runs that are there."""
+def load_for(config: TrainConfig, folders: Mapping[str, Path], function: str = "resume_compare") -> DataSplits:
+    """The data of the configuration, or of the runs that are there; ``function`` of ``stored`` takes one's own."""
     starts = [start for name, folder in folders.items() if (start := _start(config, name, folder))]
     source = checkpoint.locate(starts[0]) if starts else None
     state = checkpoint.load(source) if source else None
     if config.resume and is_comparison(config.resume):
-        return load_splits(config, state, config.resume, "resume_compare")
+        return load_splits(config, state, config.resume, function)
     return load_splits(config, state, source)
 
 
@@ -160,7 +177,7 @@ def _start(config: TrainConfig, name: str, folder: Path) -> str | None:
     return str(folder) if (folder / checkpoint.LAST).exists() else None
 
 
-def _new_folder(config: TrainConfig) -> AbstractContextManager[Path]:
+def new_folder(config: TrainConfig) -> AbstractContextManager[Path]:
     """``out_dir``; without it, the first free runs/<dataset>-<n>."""
     return numbered(Path("runs"), config.dataset) if config.out_dir is None else made(Path(config.out_dir))
 
@@ -219,8 +236,13 @@ def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
 
 
 @contextmanager
-def _explained(
-    config: TrainConfig, folder: Path, folders: Mapping[str, Path], splits: DataSplits, say: Say
+def explained(
+    config: TrainConfig,
+    folder: Path,
+    folders: Mapping[str, Path],
+    splits: DataSplits,
+    say: Say,
+    function: str = "resume_compare",
 ) -> Iterator[None]:
     """A run that is stopped says how to go on; one of which nothing comes leaves config.json as it was."""
     path = folder / CONFIG
@@ -238,7 +260,7 @@ def _explained(
             how = (
                 f"atlas train --resume {plain(folder)}{_code(config, splits)}"
                 if splits.loader
-                else f"atlas_train.stored.resume_compare({str(folder)!r}, splits=...), with the same data"
+                else f"atlas_train.stored.{function}({str(folder)!r}, splits=...), with the same data"
             )
             say(f"\nstopped; to go on after the last whole epoch: {how}")
         raise
@@ -256,7 +278,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     settings = ("eps", "norm", "eval_size", "channels_last", "autoattack", "autoattack_version")
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
     of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
-    of["epochs"] = [run.epoch, run.best]
+    of["epochs"] = [run.epoch, run.best] + ([True] if run.best_raw else [])
     if kept := _kept(folder / EVALUATION, of):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
@@ -264,17 +286,19 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         last = _attacked(c, model, run.epoch, splits, say)
         with best_weights(run) as better:
             if better:
-                say(f"and the best epoch, {run.best}:")
+                say(best_told(run.best, run.best_raw))
             best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
-        passes = passes_per_step(run)
+            best = best and replace(best, raw=run.best_raw or None)
+        passes, memory = passes_per_step(run), peak_memory.of_training(run)
     result = replace(
         last,
         training_seconds=run.seconds,
         epoch_seconds=run.seconds / run.epochs_done,
         passes=passes,
+        memory=memory,
         skipped=run.skipped,
         best=best,
-        rule=rule(c.method, c.val_size),
+        rule=rule(c.method, c.val_size, chooses(c.averaging, c.best_of)),
         validation_share=share(run, passes),
         collapses=[list(each) for each in collapses(run.history)],
         rescues=run.rescues,
@@ -312,6 +336,8 @@ def _write(
     run = runs[config.label]
     what = f"{plain(run.splits.name)}, {len(run.splits.train):,} training images"
     title = f"{what}, epochs {config.epochs}, seed {config.seed}"
+    if told := protocols.departures(config.protocol, recorded(config)):
+        title += f", {told}"
     machine = environment(run.device, config.threads or torch.get_num_threads())
     own = {name: {"hyper": runs[name].hyper, "changes": runs[name].changes} for name in results}
     used = {f"{each.config.method}.{key}": value for each in runs.values() for key, value in each.hyper.items()}
@@ -321,12 +347,17 @@ def _write(
         "network": run.arch | {"parameters": sum(p.numel() for p in run.model.parameters())},
         "data": run.data,
         "validation": run.validation and identity.facts(run.validation),
-        "command": command and shlex.join(map(_public, command)),
+        "command": public(command),
         "environment": machine,
     }
     write_json(folder / RESULTS, values)
     write_text(folder / MARKDOWN, markdown(results, title, machine))
     return title
+
+
+def public(command: Sequence[str] | None) -> str | None:
+    """The command as a line that holds no folder of this machine."""
+    return shlex.join(map(_public, command)) if command else None
 
 
 def _public(word: str) -> str:

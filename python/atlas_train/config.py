@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from . import data, methods, models
+from . import data, methods, models, protocols
 from .data import Dataset, DataSplits, Images, held_out
 from .imported import is_import_path, without_place
 from .methods.awp import require_wrappable
@@ -61,10 +61,12 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Lenient(type):
-    """A class that may be called with retired settings."""
+    """A class that may be called with retired settings, and takes what is not given from the protocol."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        return super().__call__(*args, **without_retired(settings))
+        settings, names = without_retired(settings), [f.name for f in dataclasses.fields(cls)][: len(args)]  # type: ignore
+        missing = protocols.missing(settings.get("protocol"), {**settings, **dict(zip(names, args, strict=False))})
+        return super().__call__(*args, **{**settings, **missing})
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -90,6 +92,11 @@ class TrainConfig(metaclass=_Lenient):
         "other methods, trained with the same settings for the same table. all, alone: every method; --beside without "
         "a name, or none: none; default: on digits standard and one_step_adv, else none. With the folder of a "
         "comparison as --resume they are added to its methods",
+    )
+    protocol: Literal["fastat"] | None = option(
+        None,
+        "a published recipe as the default of other settings, which win where they are given. fastat: of the FastAT "
+        f"Benchmark (arXiv 2604.22853): {protocols.told('fastat')}",
     )
     eps: float = option(
         None,
@@ -152,6 +159,9 @@ class TrainConfig(metaclass=_Lenient):
         "2 % of the images, but at least 500, and at most 1000 and a tenth of them",
         low=0,
     )
+    val_step_size: float | None = option(
+        None, "step of PGD-10 in validation, e.g. 2/255; default: 2.5 eps / 10, in l1 PGD's own", above=0
+    )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
     extra_data: str | None = option(
         None,
@@ -197,7 +207,7 @@ class TrainConfig(metaclass=_Lenient):
     mean: tuple[float, ...] = option(
         None,
         "mean of the training images in [0, 1], a number for each channel, by which the networks listed under --model "
-        "normalise; " + _AUTO,
+        "normalise; none, and std too: images go in as they are; " + _AUTO,
     )
     std: tuple[float, ...] = option(None, "standard deviation, beside mean; " + _AUTO, above=0)
 
@@ -211,11 +221,24 @@ class TrainConfig(metaclass=_Lenient):
     optimizer: Literal["sgd", "adam"] = option(None, "what turns gradients into updates; " + _AUTO)
     lr: float = option(None, "highest learning rate; " + _AUTO, above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
+    momentum_low: float = option(
+        0.0,
+        "with schedule one_cycle: momentum of sgd where the learning rate is highest, and momentum where it is lowest "
+        "(torch's OneCycleLR: 0.85 and 0.95). 0: it stays the same",
+        low=0,
+        below=1,
+        hint="0: momentum stays the same",
+    )
     schedule: Literal["cyclic", "piecewise", "cosine", "linear", "one_cycle", "constant"] = option(
         "cyclic",
         "of the learning rate: cyclic 0 -> lr -> 0; piecewise lr, lr/10 from 50 %, lr/100 from 75 % of the steps; "
-        "cosine and linear lr -> 0; one_cycle lr/25 -> lr -> lr/250000 (Smith & Topin 2018; momentum stays constant); "
+        "cosine and linear lr -> 0; one_cycle lr/25 -> lr -> lr/250000 (Smith & Topin 2018; momentum: momentum_low); "
         "constant",
+    )
+    schedule_step: Literal["batch", "epoch"] = option(
+        "batch",
+        "when the learning rate, and momentum with momentum_low, changes: with every batch, or once an epoch, which "
+        "then counts as one step of the schedule",
     )
     cyclic_peak: float = option(
         None,
@@ -279,6 +302,12 @@ class TrainConfig(metaclass=_Lenient):
         "are made after every epoch that has an average",
     )
 
+    best_of: Literal["average", "either"] = option(
+        "average",
+        "with averaging: whose weights best.pt may hold. average: the average's alone; either: also those in training, "
+        "where they are as robust in validation, which then looks at both",
+    )
+
     on_collapse: Literal["warn", "stop", "rollback"] = option(
         "warn",
         "what follows when training collapses (catastrophic overfitting). warn: a warning; stop: the run ends after "
@@ -328,6 +357,12 @@ class TrainConfig(metaclass=_Lenient):
     )
 
     seed: int = option(0, "of the weights, the batches, the noise and the draw of val_size", low=0)
+    seeds: tuple[int, ...] = option(
+        (),
+        "train once with each of these instead of seed, in a subfolder each, for a table of means and standard "
+        "deviations. With such a folder as --resume seeds that are done are not trained again, and new ones are added",
+        low=0,
+    )
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: torch's; digits: 1", low=1, high=MOST_THREADS)
     out_dir: str | None = option(None, "folder of the run; every method gets a subfolder; default: a new one in runs/")
@@ -347,11 +382,14 @@ class TrainConfig(metaclass=_Lenient):
             for kind in ("mixup", "cutmix"):
                 if getattr(self, kind):
                     methods.require_mixable(method, kind)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"config: seeds must be different ones, got {shown(self.seeds)}: name each once")
         _require_compatible(self)
-        if () in (self.mean, self.std) or len(self.mean or ()) != len(self.std or ()):
+        protocols.require_of_norm(self.protocol, vars(self))
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(
-                f"config: mean and std must be as many numbers, one for each channel, got {shown(self.mean)} and "
-                f"{shown(self.std)}"
+                "config: mean and std must be as many numbers, one for each channel, or none both, got "
+                f"{shown(self.mean)} and {shown(self.std)}"
             )
         if self.awp:
             require_wrappable(methods.get(self.method))
@@ -418,6 +456,7 @@ def _require_compatible(config: TrainConfig) -> None:
         if getattr(config, one) and getattr(config, other):
             raise ValueError(f"config: {one} and {other} do not go together, as {why}: leave one out")
     _require_warmups(config)
+    _require_cycle(config)
     graphs = config.cuda_graphs
     if graphs == "step" and config.checkpoint_activations:
         raise ValueError(
@@ -427,6 +466,27 @@ def _require_compatible(config: TrainConfig) -> None:
     if graphs != "none" and config.device is not None and not config.device.startswith("cuda"):
         raise ValueError(
             f"config: cuda_graphs={graphs!r} needs a CUDA device, got device={config.device!r}: set cuda_graphs='none'"
+        )
+
+
+def _require_cycle(config: TrainConfig) -> None:
+    """Raises ValueError for a momentum that has no cycle, or none that a graph could follow."""
+    low = config.momentum_low
+    if low and config.schedule != "one_cycle":
+        raise ValueError(
+            f"config: momentum_low={low:g} goes with schedule='one_cycle', got {config.schedule!r}: set "
+            "momentum_low=0, or that schedule"
+        )
+    if low > config.momentum:
+        raise ValueError(
+            f"config: momentum_low must be at most momentum, {config.momentum:g}, got {low:g}: exchange them, or set "
+            "momentum_low=0"
+        )
+    if low and config.schedule_step == "batch" and config.cuda_graphs == "step":
+        raise ValueError(
+            f"config: momentum_low={low:g} with schedule_step='batch' is another momentum in every batch, and a graph "
+            "of the step holds one (cuda_graphs='step'): set schedule_step='epoch', momentum_low=0, or "
+            "cuda_graphs='attack'"
         )
 
 
@@ -502,7 +562,7 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
         )
     if own and config.activation != "relu":
         raise ValueError("config: activation is for networks of ours alone: leave it out, and choose it in yours")
-    if own and config.mean is not None:
+    if own and config.mean:
         raise ValueError(
             "config: mean and std are built into networks of ours alone: leave them out, and normalise in yours"
         )
@@ -536,8 +596,8 @@ def _measured(images: Images) -> str:
 
 
 def alone(config: TrainConfig) -> TrainConfig:
-    """The configuration of the method alone, without those beside it and what is set for them."""
-    return dataclasses.replace(config, beside=(), hyper=config.hyper_of(config.method))
+    """The configuration of one run, without the methods beside it, what is set for them, and other seeds."""
+    return dataclasses.replace(config, beside=(), hyper=config.hyper_of(config.method), seeds=())
 
 
 def methods_of(config: TrainConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, models, progress, rescue
+from . import average_bn, checkpoint, data, models, optimizers, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
 from .config import TrainConfig
 from .data import DataSplits, identity
@@ -25,6 +25,7 @@ from .machine import cudnn_benchmark, on_host
 from .noise import noise_keys
 from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
+from .peak_memory import watched
 from .report import TensorBoard
 from .rescue import Collapsed
 from .run import Run, prepare
@@ -144,6 +145,8 @@ _SWITCHES: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "ema_decay": ("averaging", ("none", "swa")),
     "swa_start": ("averaging", ("none", "ema")),
     "average_bn": ("averaging", ("none",)),
+    "best_of": ("averaging", ("none",)),
+    "momentum_low": ("optimizer", ("adam",)),
 }
 
 
@@ -230,7 +233,7 @@ def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch
             continue
         run.history.append({name: value for name, value in row.items() if name not in ("epochs", "eta")})
         if better(row, run.history[run.best - 1] if run.best else None):
-            run.best = run.epoch
+            run.best, run.best_raw = run.epoch, bool(row.get("val_raw"))
         run.ended = _ended(run, sign)
         if run.ended:
             display.say(f"{run.ended}: the run ends after epoch {run.epoch} of {run.config.epochs}")
@@ -250,7 +253,8 @@ def watched_epoch(
     masks: what of the network was not finite from the start. Raises NonFiniteWeights for anything else that is not, and
     Collapsed for a collapse if the run can go back.
     """
-    row = train_epoch(run, display, step)
+    with watched(run):
+        row = train_epoch(run, display, step)
     if broken := checkpoint.not_finite(run.model) - masks:
         raise NonFiniteWeights(run, sorted(broken))
     if run.average:
@@ -300,6 +304,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     for batch, key in zip(run.batches, keys, strict=True):
         buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
         descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
+        optimizers.set_momentum(run.optimizer, run.momentum)
         segment.look(batch, key)
         try:
             with run.training():
@@ -346,6 +351,7 @@ def _row(
         "epochs": run.config.epochs,
         "step": run.step,
         "lr": run.optimizer.param_groups[0]["lr"],
+        **({"momentum": run.optimizer.param_groups[0]["momentum"]} if run.momentum is not None else {}),
         **dict(zip(names, means, strict=True)),
         **({"eps": run.config.eps * share} if (share := eps_share(epoch, run.config.eps_warmup)) < 1 else {}),
         **({"skipped": skipped} if run.config.on_nonfinite == "skip" else {}),

@@ -112,7 +112,7 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     if typing.get_origin(kind) is tuple:
-        return "NUMBER ..." if typing.get_args(kind)[0] is float else "NAME ..."
+        return {float: "NUMBER ...", int: "INT ...", str: "NAME ..."}[typing.get_args(kind)[0]]
     return {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}[kind]
 
 

@@ -37,6 +37,12 @@ def make(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float | None) -> None:
+    """From the next step on; None: as it is."""
+    for group in optimizer.param_groups if momentum is not None else ():
+        group["momentum"] = momentum
+
+
 def _groups(config: TrainConfig, weights: list[nn.Parameter]) -> list[dict[str, Any]]:
     """The weights, those apart that do not decay. A checkpoint numbers them in this order."""
     if config.decay_norms:

@@ -183,7 +183,7 @@ def allowed(field: dataclasses.Field[Any], hint: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a text that is not empty"}
-    many = {float: "a list of numbers", str: "a list of texts"}
+    many = {float: "a list of numbers", int: "a list of integers", str: "a list of texts"}
     said = many[typing.get_args(kind)[0]] if typing.get_origin(kind) is tuple else words[kind]
     return f"{said} {limits(field)}".strip()
 

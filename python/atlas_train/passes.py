@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .data import Batch
 from .descent import OptimizerDescent
 from .evaluate import eval_mode
 from .noise import noise_keys
@@ -98,28 +99,46 @@ def count_passes(model: nn.Module, x: Tensor, call: Callable[[], object]) -> flo
     return counted.total / forward.total if forward.total else math.nan
 
 
-def passes_per_step(run: Run) -> float | None:
-    """What a training step (a batch) of the run costs as it stands, in forwards of the network on that batch.
+class Copied(NamedTuple):
+    """A training step of a run, on copies: calls of no argument, each with its share of the batches."""
 
-    None where that cannot be counted (see ``count_passes``), or the network cannot be copied.
+    network: nn.Module
+    batch: Batch
+    steps: list[tuple[float, Callable[[], object]]]
 
-    The step is made on copies of the network and of the method's memory and updates nothing: the run goes on as if it
-    had not been looked at. What a method does now and then, ``before_step``, is not counted.
+
+@contextmanager
+def step_on_copies(run: Run) -> Iterator[Copied | None]:
+    """A training step (a batch) of the run as it stands, on copies of the network and of the method's memory; None
+    where the network cannot be copied.
+
+    It updates nothing: the run goes on as if it had not been looked at. What a method does now and then,
+    ``before_step``, is done before.
     """
     try:
         network = copy.deepcopy(run.model).train()
     except Exception:  # it holds a lock, say
-        return None
+        yield None
+        return
     memory = {name: value.clone() for name, value in run.memory.items()}
     last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0), memory=memory)
     batch = next(iter(run.batches))
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), run.recomputed(network):
         descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)
-        with run.recomputed(network):
-            run.method.before_step(network, batch, key, last)
-            passes = sum(
-                share * count_passes(network, batch.x, partial(method.train_step, network, batch, key, last, descent))
-                for share, method in run.method.parts(last)
-            )
+        run.method.before_step(network, batch, key, last)
+        parts = run.method.parts(last)
+        steps = [(share, partial(method.train_step, network, batch, key, last, descent)) for share, method in parts]
+        yield Copied(network, batch, list(steps))
+
+
+def passes_per_step(run: Run) -> float | None:
+    """What a training step of the run costs as it stands, in forwards of the network on its batch.
+
+    None where that cannot be counted (see ``count_passes``), or the network cannot be copied.
+    """
+    with step_on_copies(run) as made:
+        if made is None:
+            return None
+        passes = sum(share * count_passes(made.network, made.batch.x, step) for share, step in made.steps)
     return None if math.isnan(passes) else passes

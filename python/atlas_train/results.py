@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +20,12 @@ from .checkpoint import versions
 from .evaluate import ACCURACIES, Evaluation
 from .options import fraction, radius
 
+#: The results of several methods, by seed.
+BySeed = Mapping[int, Mapping[str, "Result"]]
+#: A line of the table: what it is called, and what it is the mean of.
+Line = tuple[str, Sequence["Result"]]
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
+MEMORY = "memory: the most that torch holds at once in training, on a CPU as counted for one step"
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,10 @@ class Result:
     """What a method came to; None where it is not known.
 
     passes: what a training step costs, in forwards of the network on one batch (see ``passes.passes_per_step``).
+    memory: the most bytes that torch holds at once in training (see ``peak_memory.of_training``).
     skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
-    epoch: whose weights these are, usually the last. best: what those of best.pt came to, which ``rule`` chose.
+    epoch: whose weights these are, usually the last; raw: those in training, though there is an average. best: what
+    those of best.pt came to, which ``rule`` chose.
     validation_share: passes of validation for each pass of training. collapses: epochs in which training collapsed, and
     the sign. rescues: collapses that were taken back (``rescue``). ended: why training ended early.
     """
@@ -37,16 +45,23 @@ class Result:
     training_seconds: float | None = None
     epoch_seconds: float | None = None
     passes: float | None = None
+    memory: int | None = None
     skipped: int | None = None
     autoattack: AutoAttacked | None = None
     data: dict[str, Any] | None = None
     epoch: int | None = None
+    raw: bool | None = None
     best: Result | None = None
     rule: str | None = None
     validation_share: float | None = None
     collapses: Sequence[Sequence[Any]] = ()
     rescues: Sequence[Mapping[str, Any]] = ()
     ended: str | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether these are the weights of best.pt too."""
+        return self.best is not None and (self.best.epoch, self.best.raw) == (self.epoch, self.raw)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; without what is not known."""
@@ -69,15 +84,37 @@ class Result:
 def table(results: Mapping[str, Result]) -> str:
     """Clean, FGSM and PGD accuracy in percent and, where known, what training costs; a line per method, and a second
     where another epoch than the last is the best."""
-    return "\n".join([tables.aligned(_rows(results)), _note(results), *_told(results)])
+    return table_of_seeds({0: results})
 
 
 def markdown(results: Mapping[str, Result], title: str, environment: Mapping[str, Any]) -> str:
     """The table as a markdown document that says what it was made with."""
-    table = tables.markdown(_rows(results))
+    return markdown_of_seeds({0: results}, title, environment)
+
+
+def table_of_seeds(results: BySeed) -> str:
+    """As ``table``, of runs that differ in their seed: means, and the standard deviation where there are several."""
+    rows, notes = _of_seeds(results)
+    return "\n".join([tables.aligned(rows), *notes])
+
+
+def markdown_of_seeds(results: BySeed, title: str, environment: Mapping[str, Any]) -> str:
+    """As ``markdown``."""
+    rows, notes = _of_seeds(results)
     machine = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
-    told = [line for text in _told(results) for line in (f"{text}.", "")]
-    return "\n".join([f"# {title}", "", table, "", _note(results) + ".", "", *told, machine + ".", ""])
+    told = [line for text in notes for line in (f"{text}.", "")]
+    return "\n".join([f"# {title}", "", tables.markdown(rows), "", *told, machine + ".", ""])
+
+
+def _of_seeds(results: BySeed) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, and the lines below them."""
+    by_seed = list(results.values())
+    lines = [line for name in by_seed[0] for line in _lines(name, [own[name] for own in by_seed])]
+    if len(results) == 1:
+        return _rows(lines), [_note(by_seed[0]), *_told(by_seed[0])]
+    spread = f"mean ± standard deviation (of n - 1) over the seeds {', '.join(map(str, results))}"
+    named = {f"{name}, seed {seed}": result for seed, own in results.items() for name, result in own.items()}
+    return _rows(lines), [f"{spread}; {_note(named)}", *_told(named)]
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -121,33 +158,57 @@ def commit(digits: int = 40) -> str | None:
         return None
 
 
-def _rows(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
-    """The header and a row per method; a column of which nothing is known is left out."""
-    lines = [line for name, result in results.items() for line in _lines(name, result)]
-    rows = [row for _, row in lines]
-    first = rows[0].evaluation
-    columns = [
-        ("method", [name for name, _ in lines]),
-        *(
-            (header.format(**asdict(first)), [_percent(getattr(row.evaluation, name)) for row in rows])
-            for name, header in ACCURACIES.items()
-        ),
-        (_autoattack_header(rows), [_percent(row.autoattack.accuracy if row.autoattack else None) for row in rows]),
-        ("passes/step", [_decimal(row.passes) for row in rows]),
-        ("s/epoch", [_decimal(row.epoch_seconds, 2) for row in rows]),
-        ("training", [_decimal(row.training_seconds, 1, " s") for row in rows]),
-        ("skipped", [str(row.skipped or 0) for row in rows] if any(row.skipped for row in rows) else []),
-    ]
-    return list(zip(*((header, *cells) for header, cells in columns if any(cells)), strict=True))
+def figures(result: Result) -> dict[str, float]:
+    """The numbers of a line of the table, by name; those that are known."""
+    known = {name: getattr(result.evaluation, name) for name in ACCURACIES}
+    known |= {"autoattack": result.autoattack and result.autoattack.accuracy, "skipped": result.skipped or 0}
+    known |= {name: getattr(result, name) for name in ("passes", "epoch_seconds", "training_seconds", "memory")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def _lines(name: str, result: Result) -> list[tuple[str, Result]]:
+def _rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The header and a row per line; a column of which nothing is known is left out."""
+    first = lines[0][1][0]
+    columns = {
+        **{name: (header.format(**asdict(first.evaluation)), 100.0, 1, " %") for name, header in ACCURACIES.items()},
+        "autoattack": (_autoattack_header([row for _, rows in lines for row in rows]), 100.0, 1, " %"),
+        "passes": ("passes/step", 1.0, 1, ""),
+        "epoch_seconds": ("s/epoch", 1.0, 2, ""),
+        "training_seconds": ("training", 1.0, 1, " s"),
+        "memory": ("memory", 2.0**-20, 1, " MiB"),
+        "skipped": ("skipped", 1.0, 0, ""),
+    }
+    found = [[figures(row) for row in rows] for _, rows in lines]
+    if not any(each["skipped"] for own in found for each in own):
+        del columns["skipped"]
+    made = [("method", *(name for name, _ in lines))]
+    for name, (header, scale, places, unit) in columns.items():
+        cells = [_spread([scale * each[name] for each in own if name in each], places, unit) for own in found]
+        made += [(header, *cells)] if any(cells) else []
+    return list(zip(*made, strict=True))
+
+
+def _spread(values: Sequence[float], places: int, unit: str) -> str:
+    """A number, or the mean of several and their standard deviation."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{places}f}{deviation}{unit}"
+
+
+def _lines(name: str, results: Sequence[Result]) -> list[Line]:
     """The lines of a method: its last epoch and, if that is another, the best."""
-    name += ", rescued" if result.rescues else ""
-    if not result.best or result.best.epoch == result.epoch:
-        return [(name, result)]
-    best = f"{name}, best (epoch {result.best.epoch})", result.best
-    return [(f"{name}, last (epoch {result.epoch})", result), best]
+    name += ", rescued" if any(result.rescues for result in results) else ""
+    if all(result.best is None or result.is_best for result in results):
+        return [(name, results)]
+    best = [result.best or result for result in results]
+    raw = ", weights in training" if all(result.raw for result in best) else ""
+    return [(f"{name}, last ({_epochs(results)})", results), (f"{name}, best ({_epochs(best)}{raw})", best)]
+
+
+def _epochs(results: Sequence[Result]) -> str:
+    ends = dict.fromkeys(f(result.epoch or 0 for result in results) for f in (min, max))
+    return f"epoch{'s' * (len(ends) > 1)} {' to '.join(map(str, ends))}"
 
 
 def _told(results: Mapping[str, Result]) -> list[str]:
@@ -157,7 +218,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
         if result.rule:
             told.setdefault(result.rule, []).append(result.validation_share)
     lines = [f"best: the epoch with {rule}{_cost(shares)}" for rule, shares in told.items()]
-    if last := [name for name, result in results.items() if result.best and result.best.epoch == result.epoch]:
+    if last := [name for name, result in results.items() if result.is_best]:
         lines.append(f"the last epoch is also the best of {', '.join(last)}")
     for name, result in results.items():
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
@@ -186,22 +247,18 @@ def _autoattack_header(rows: list[Result]) -> str:
     return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _decimal(value: float | None, places: int = 1, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{places}f}{unit}"
-
-
 def _note(results: Mapping[str, Result]) -> str:
     first = next(iter(results.values())).evaluation
     restarts = f", {first.pgd_restarts} restarts" if first.pgd_restarts > 1 else ""
-    passes = f"; {PASSES}" if any(r.passes is not None for r in results.values()) else ""
+    costs: dict[str, list[float | None]] = {
+        PASSES: [r.passes for r in results.values()],
+        MEMORY: [r.memory for r in results.values()],
+    }
+    told = "".join(f"; {words}" for words, values in costs.items() if any(value is not None for value in values))
     steps = f"step {fraction(first.pgd_step_size)}"
     if first.norm == "l1":
         steps = f"steps down to {first.pgd_step_size:.4g}"
     return (
         f"eps {radius(first.eps, first.norm)}; {first.images:,} test images, standard error at most "
-        f"{100 * first.error:.1f} points; PGD {steps}{restarts}{passes}"
+        f"{100 * first.error:.1f} points; PGD {steps}{restarts}{told}"
     )

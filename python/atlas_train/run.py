@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import Execution
 
-from . import averaging, models, optimizers
+from . import averaging, models, optimizers, schedules
 from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits, Images, held_out
@@ -23,7 +23,6 @@ from .machine import autocast, usable_device
 from .methods import Method, State
 from .options import plain
 from .recompute import Recomputed, blocks
-from .schedules import learning_rate
 from .step_graph import require_recordable
 
 
@@ -33,8 +32,10 @@ class Run:
 
     network: what methods are given, ``model`` or its compiled form. execution: how attacks are run. data: the record
     of its images (``data.identity``). changes: settings that a resumed run has changed, each with its epoch.
-    validation: training images held out. best: the epoch that best.pt holds, 0 before there is one. rescues: where a
-    collapse was taken back, from which epoch to which and with what. ended: why training ended early, if it did.
+    validation: training images held out. best: the epoch that best.pt holds, 0 before there is one; best_raw: whether
+    it means the weights in training, though there is an average. rescues: where a collapse was taken back, from which
+    epoch to which and with what. ended: why training ended early, if it did. peak_memory: the most bytes that
+    torch held at once in an epoch on CUDA.
     """
 
     config: TrainConfig
@@ -59,8 +60,10 @@ class Run:
     changes: list[dict[str, Any]] = field(default_factory=list)
     validation: Images | None = None
     best: int = 0
+    best_raw: bool = False
     rescues: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
+    peak_memory: int = 0
 
     @property
     def final_model(self) -> nn.Module:
@@ -97,11 +100,22 @@ class Run:
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""
         c, updates = self.config, self.method.updates
-        total = self.total_steps * updates
-        warmup = c.lr_warmup * len(self.batches) * updates
-        rate = learning_rate(c.schedule, c.lr, self.step * updates + update, total, c.cyclic_peak, warmup)
+        step, total, warmup = self.epoch, c.epochs, c.lr_warmup
+        if c.schedule_step == "batch":
+            step, total = self.step * updates + update, self.total_steps * updates
+            warmup *= len(self.batches) * updates
+        rate = schedules.learning_rate(c.schedule, c.lr, step, total, c.cyclic_peak, warmup)
         # Graphs read the rate on the device in float32. Eager steps must get the same number.
         return torch.tensor(rate).item() if self.optimizer.param_groups[0]["fused"] else rate
+
+    @property
+    def momentum(self) -> float | None:
+        """The momentum of the batch that comes next, where it changes over training."""
+        c = self.config
+        if not c.momentum_low or c.optimizer != "sgd":
+            return None
+        step, total = (self.step, self.total_steps) if c.schedule_step == "batch" else (self.epoch, c.epochs)
+        return schedules.momentum(c.momentum, c.momentum_low, step, total, c.cyclic_peak)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -178,7 +192,7 @@ def network_of(config: TrainConfig, splits: DataSplits) -> nn.Module:
     """The network that the configuration names, with weights that torch's generator draws."""
     return models.network(
         config.model,
-        normalize=(config.mean, config.std) if config.mean else None,
+        normalize=(config.mean, config.std) if config.mean else None if config.mean is None else False,
         activation=config.activation,
         num_classes=splits.num_classes,
         in_channels=splits.train.shape[0],

@@ -23,13 +23,13 @@ from .writing import builtin, write_link
 LOG = "log.csv"
 FIXED = (
     "method", "train_size", "val_size", "batch_size", "optimizer", "seed", "averaging", "decay_norms", "activation",
-    "extra_share", "mixup", "cutmix",
+    "extra_share", "mixup", "cutmix", "protocol",
 )  # fmt: skip
 _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings of which one must change for a run to go on that ended before its time.
 _ENDING = ("epochs", "on_collapse", "early_stop")
 #: Settings that are never told as changed: checked, or without a say in the numbers.
-_UNTOLD = {*_CHECKED, *PLACES, "beside", "download", "tensorboard"}
+_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "tensorboard"}
 
 
 def save(run: Run) -> None:
@@ -53,14 +53,25 @@ def save(run: Run) -> None:
         "average": run.average and run.average.state_dict(),
         "validation": run.validation and identity.facts(run.validation),
         "best": run.best,
+        "best_raw": run.best_raw,
         "rescues": run.rescues,
         "ended": run.ended,
+        "peak_memory": run.peak_memory,
         "rng": checkpoint.rng_state(),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
     if run.best and run.best == run.epoch:
-        write_link(run.folder / checkpoint.BEST, run.folder / checkpoint.LAST)
+        _save_best(run, run.folder / checkpoint.LAST, state)
     write_csv(run.folder / LOG, run.history)
+
+
+def _save_best(run: Run, last: Path, state: Mapping[str, Any]) -> None:
+    """best.pt beside the checkpoint of its epoch: the same file, or a copy that means the weights in training."""
+    assert run.folder
+    if run.best_raw:
+        checkpoint.save(run.folder / checkpoint.BEST, {**state, "raw": True, "answers": _answers(run, run.model)})
+    else:
+        write_link(run.folder / checkpoint.BEST, last)
 
 
 def discard(folder: Path) -> None:
@@ -92,8 +103,8 @@ def _export(run: Run, model: nn.Module, path: Path) -> None:
 @contextmanager
 def best_weights(run: Run) -> Iterator[nn.Module | None]:
     """The run's network with the weights of best.pt, for as long as the context lasts; None where there is no such
-    file, or it is of the last epoch."""
-    if not run.best or run.best == run.epoch or not run.folder:
+    file, or it holds what the last epoch came to."""
+    if not run.best or (run.best == run.epoch and not run.best_raw) or not run.folder:
         yield None
         return
     with checkpoint.weights_of(run.folder / checkpoint.BEST, run.model):
@@ -134,8 +145,8 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     require_same(run, old, state, source)
     put(run, state, source)
     run.seconds, run.changes = state["seconds"], list(state.get("changes", []))
-    run.rescues = list(state.get("rescues", []))
-    notes = [] if not run.folder else _restore_best(run, source)
+    run.rescues, run.peak_memory = list(state.get("rescues", [])), state.get("peak_memory", 0)
+    notes = [] if not run.folder else _restore_best(run, state, source)
     if (ended := state.get("ended")) and all(getattr(old, name) == getattr(run.config, name) for name in _ENDING):
         run.ended = ended
         notes.append(f"nothing to train: {ended}; another value of {', '.join(_ENDING)} lets the run go on")
@@ -159,22 +170,26 @@ def put(run: Run, state: Mapping[str, Any], source: Path) -> None:
     optimizers.load(run.optimizer, state["optimizer"], source)
     if run.average:
         run.average.load_state_dict(state.get("average"), source)
-    answers.require_same(run.final_model, state.get("answers"), run.splits.train.shape, source)
+    meant = run.model if state.get("raw") else run.final_model
+    answers.require_same(meant, state.get("answers"), run.splits.train.shape, source)
     checkpoint.restore_rng(state["rng"], source)
-    run.epoch, run.step, run.best = state["epoch"], state["step"], state.get("best", 0)
+    run.epoch, run.step = state["epoch"], state["step"]
+    run.best, run.best_raw = state.get("best", 0), state.get("best_raw", False)
     run.history = state["history"]
     run.memory.clear()
     run.memory.update(_memory(run, state, source))
 
 
-def _restore_best(run: Run, source: Path) -> list[str]:
+def _restore_best(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     """Puts best.pt into the folder of a resumed run. It may be missing there: the folder may be another one, or the
     run was stopped before it was written. Returns what to tell the user if it is lost."""
     assert run.folder
     kept, own = source.parent / checkpoint.BEST, run.folder / checkpoint.BEST
     if run.best and run.best == run.epoch:
         kept = source
-    if run.best and kept.exists() and not (own.exists() and own.samefile(kept)):
+    if kept is source and run.best_raw and not state.get("raw"):
+        _save_best(run, source, state)
+    elif run.best and kept.exists() and not (own.exists() and own.samefile(kept)):
         write_link(own, kept)
     if run.best and not own.exists():
         lost, run.best = run.best, 0

@@ -31,7 +31,7 @@ def learning_rate(
     if schedule == "linear":
         return lr * (1 - t)
     if schedule == "one_cycle":
-        return _one_cycle(lr, step, total, cyclic_peak)
+        return _one_cycle((lr / 25, lr, lr / 250_000), step, total, cyclic_peak)
     if schedule == "constant":
         return lr
     known = "cyclic, piecewise, cosine, linear, one_cycle or constant"
@@ -43,11 +43,19 @@ def eps_share(epoch: int, warmup: int) -> float:
     return min(1.0, epoch / (warmup + 1))
 
 
-def _one_cycle(lr: float, step: int, total: int, peak: float) -> float:
+def momentum(highest: float, lowest: float, step: int, total: int, peak: float) -> float:
+    """The momentum of step ``step`` beside the learning rate ``one_cycle``, as torch's OneCycleLR has it: half a wave
+    from ``highest`` to ``lowest``, where the rate is highest, and half a wave back."""
+    return _one_cycle((highest, lowest, highest), step, total, peak)
+
+
+def _one_cycle(values: tuple[float, float, float], step: int, total: int, peak: float) -> float:
+    """From the first of the values to the second, at the share ``peak`` of the steps, and on to the third."""
+    start, turn, end = values
     top = max(peak * total - 1, 0.0)
     if step < top:
-        return _half_wave(lr / 25, lr, step / top)
-    return _half_wave(lr, lr / 250_000, (step - top) / max(total - 1 - top, 1.0))
+        return _half_wave(start, turn, step / top)
+    return _half_wave(turn, end, (step - top) / max(total - 1 - top, 1.0))
 
 
 def _half_wave(start: float, end: float, share: float) -> float:

@@ -219,7 +219,8 @@ CHECKPOINT = {
         {"count": Entry("an integer >= 0", _count), "model": _WEIGHTS},
     ),
     "validation": Entry("None or a record of images", lambda value: value is None or isinstance(value, dict), IMAGES),
-    "best": Entry("an integer >= 0", _count),
+    **dict.fromkeys(("best", "peak_memory"), Entry("an integer >= 0", _count)),
+    **dict.fromkeys(("best_raw", "raw"), Entry("true or false", _flag)),
     "rescues": Entry("a list", _list, each=Entry("a collapse that was taken back", _rescue)),
     "ended": Entry("a text", _text),
     "rng": Entry(
@@ -242,8 +243,9 @@ EVALUATION = {
 }
 _COSTS = {
     **dict.fromkeys(("training_seconds", "epoch_seconds", "passes"), Entry("a number", _number)),
-    **dict.fromkeys(("skipped", "epoch"), Entry("an integer >= 0", _count)),
+    **dict.fromkeys(("skipped", "epoch", "memory"), Entry("an integer >= 0", _count)),
     **dict.fromkeys(("rule", "ended"), Entry("a text", _text)),
+    "raw": Entry("true or false", _flag),
     "norm": Entry("one of linf, l2, l1", lambda value: _text(value) and value in NORMS),
     "validation_share": Entry("a number", _number),
     "collapses": Entry("a list", _list, each=Entry("an epoch and a sign", _collapse)),

@@ -15,11 +15,15 @@ from .methods import Batch, Method, Metrics, State
 from .methods.base import on_device
 
 Outcome = tuple[Tensor, Metrics]
+#: Settings of an optimiser that schedules move.
+_HELD = ("momentum", "betas", "weight_decay")
 
 
 class StepGraph:
     """``method.step``; its ``train_step`` is recorded once for each shape of batches, phase and variant of the method,
     then replayed.
+
+    A momentum (betas, weight decay) that changed makes a new phase, as the optimiser's kernels take it from the host.
 
     The first batch of a kind is trained on eagerly. It makes what lasts (the optimiser's state, the method's memory,
     compiled code) outside of the graph's memory, and has its values checked, which a graph does not. A recording trains
@@ -63,7 +67,7 @@ class StepGraph:
         with _uncached(batch.x.device.type):
             method.before_step(model, batch, key, state)
         phase = method.phase(state)
-        here = phase, *map(id, state.memory.values())
+        here = phase, *self._settings(), *map(id, state.memory.values())
         if here != self._phase:
             self._captures.clear()  # a phase that is over does not come back, nor does memory that was replaced
             self._phase = here
@@ -86,6 +90,10 @@ class StepGraph:
             group["lr"] = rates[-1]
         descent.look(loss, metrics)
         return loss, metrics
+
+    def _settings(self) -> list[Hashable]:
+        """What the optimiser's kernels take from the host, so that a graph has it for good: all but the rate."""
+        return [group.get(name) for group in self._optimizer.param_groups for name in _HELD]
 
     def _step(self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: OptimizerDescent) -> Outcome:
         """One step of the method, recorded or not."""

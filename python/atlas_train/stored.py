@@ -25,7 +25,8 @@ from .machine import on_host, usable_device
 from .options import NORMS, Norm, plain
 from .results import Result
 from .run import Run
-from .validation import rule
+from .seeds import compare_seeds
+from .validation import best_told, chooses, rule
 
 Path = str | os.PathLike[str]
 
@@ -82,6 +83,19 @@ def resume_compare(
     if is_comparison(path):
         changes["beside"] = added(config.beside, changes.get("beside"), config.method)
     return compare(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
+
+
+def resume_seeds(
+    path: Path, *, splits: DataSplits | None = None, show: str = "auto", say: Say = print, **changes: Any
+) -> dict[int, Results]:
+    """As ``resume_compare``, for the folder of several seeds; ``seeds`` among the changes adds some."""
+    path = os.fspath(path)
+    config = settings_of(path)
+    if splits is None and "dataset" not in changes:
+        require_trusted("dataset", config.dataset, path)
+    if "model" not in changes:
+        require_trusted("model", config.model, path)
+    return compare_seeds(replace(config, **changes | {"resume": path}), splits=splits, show=show, say=say)
 
 
 def evaluate_checkpoint(
@@ -160,12 +174,13 @@ def evaluate_checkpoint(
         return replace(result, autoattack=found)
 
     with on_host(run.get("threads") if threads is None else threads):
-        epoch, best = description.get("epoch"), description.get("best")
+        epoch, best, raw = (description.get(name) for name in ("epoch", "best", "best_raw"))
         result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
-        if best and best != epoch and os.path.isdir(path) and kept.exists():
-            say(f"and the best epoch, {best}:")
+        if best and (best != epoch or raw) and os.path.isdir(path) and kept.exists():
+            say(best_told(best, bool(raw)))
+            chosen = rule(run["method"], run["val_size"], chooses(run["averaging"], run["best_of"]))
             with checkpoint.weights_of(kept, network):
-                result = replace(result, best=attacked(best), rule=rule(run["method"], run["val_size"]))
+                result = replace(result, best=replace(attacked(best), raw=raw or None), rule=chosen)
     return {label(run["method"], run.get("awp", 0)): result}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from atlas_kernels import Execution
 from atlas_kernels.attacks import PGD
@@ -24,14 +25,27 @@ def validate(run: Run) -> dict[str, float]:
     """The accuracies of ``run.final_model``, the weights that are exported, on the held-out images: clean and, where
     the method trains against an attack, under PGD-10 (on images that are right clean, with the same noise every time).
 
-    The network runs in the precision of attacks: float32 would cost a GPU several times as much.
+    With ``best_of="either"`` and an average, those of the better of the average and the weights in training (of equal
+    ones the latter's); then ``val_raw`` says whether it is these, and what both come to is there too.
     """
+    if not chooses(run.config.averaging, run.config.best_of) or run.final_model is run.model:
+        return _accuracies(run, run.final_model)
+    raw, average = _accuracies(run, run.model), _accuracies(run, run.final_model)
+    better = _standing(raw)[0] >= _standing(average)[0]
+    named = {"raw": raw, "average": average}
+    both = {f"{name}{key.removeprefix('val')}": value for name, row in named.items() for key, value in row.items()}
+    return (raw if better else average) | both | {"val_raw": int(better)}
+
+
+def _accuracies(run: Run, model: nn.Module) -> dict[str, float]:
+    """The network runs in the precision of attacks: float32 would cost a GPU several times as much."""
     assert run.validation
     settings: dict[str, Any] = {"device": run.device, "channels_last": run.config.channels_last}
     batches = Batches(run.validation, BATCH_SIZE, shuffle=False, seed=0, **settings)
-    attacks = {"pgd": PGD(run.config.eps, steps=STEPS, norm=run.config.norm)} if run.method.adversarial else {}
+    pgd = PGD(run.config.eps, run.config.val_step_size, STEPS, norm=run.config.norm)
+    attacks = {"pgd": pgd} if run.method.adversarial else {}
     key = noise_keys(run.config.seed, -2, 1)[0].to(run.device)
-    model, precision = run.final_model, run.execution.precision
+    precision = run.execution.precision
     counts = []
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: every batch is a size
         for x, y, ids in batches:
@@ -51,21 +65,34 @@ def _standing(row: Mapping[str, Any]) -> tuple[float, float]:
     return row.get("val_pgd", clean), clean
 
 
-def rule(method: str, val_size: int) -> str | None:
-    """By what ``best.pt`` is chosen, in words; None without validation."""
+def rule(method: str, val_size: int, either: bool = False) -> str | None:
+    """By what ``best.pt`` is chosen, in words; None without validation. either: of an average or its raw weights."""
     if not val_size:
         return None
     first, then = f"PGD-{STEPS}", ", of equal ones the highest clean accuracy"
     if not methods.get(method).adversarial:
         first, then = "clean", ""
-    return f"the highest {first} accuracy on {val_size:,} validation images{then}, then the earliest"
+    whose = " of the average or of the weights in training, whichever has more," if either else ""
+    return f"the highest {first} accuracy{whose} on {val_size:,} validation images{then}, then the earliest"
+
+
+def chooses(averaging: str, best_of: str) -> bool:
+    """Whether best.pt may hold the weights in training beside an average."""
+    return averaging != "none" and best_of == "either"
+
+
+def best_told(epoch: int, raw: bool) -> str:
+    """The line above an evaluation of best.pt."""
+    return f"and the best epoch, {epoch}{', its weights in training' if raw else ''}:"
 
 
 def share(run: Run, passes_per_step: float | None) -> float | None:
     """What validation costs, in passes, as a share of what training on an epoch does; None where it is not known."""
-    rows = [row["val_clean"] for row in run.history if row.get("val_clean") is not None]
+    rows = [row for row in run.history if row.get("val_clean") is not None]
     if not run.validation or not passes_per_step or not rows:
         return None
+    both = "raw_clean", "average_clean"
+    looks = [row[name] for row in rows for name in (both if "val_raw" in row else ("val_clean",))]
     attack = 2 * STEPS + 1 if run.method.adversarial else 0  # forward, backward to the image; and the last iterate's
-    passes = len(run.validation) * (1 + attack * sum(rows) / len(rows))
+    passes = len(run.validation) * (len(looks) + attack * sum(looks)) / len(rows)
     return passes / (passes_per_step * min(len(run.splits.train), len(run.batches) * run.batches.batch_size))
