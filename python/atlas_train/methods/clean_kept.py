@@ -88,9 +88,10 @@ class CleanKept(Method):
         return Given(pgd_step(start.detach(), grad, batch.x, self.eps, self.eps), numbers)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
-        with torch.no_grad(), attacking(model, "keep", key):
-            clean_logits = logits_of(model(batch.x))
-        return self.attacked(model, clean_logits, batch, key, state)
+        with attacking(model, "keep", key):  # in which running statistics move for the attack, and are put back
+            with torch.no_grad():
+                clean_logits = logits_of(model(batch.x))
+            return self.attacked(model, clean_logits, batch, key, state)
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         return self._combined(model, logits_of(model(batch.x)), batch, given)
