@@ -26,6 +26,7 @@ from .losses import (
 )
 from .memory import can_keep_memory, keep_memory
 from .noise import noise_key
+from .nuclear_norm import nuclear_norm
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
 from .perturb import (
@@ -69,6 +70,7 @@ __all__ = [
     "margin_loss",
     "mart_loss",
     "noise_key",
+    "nuclear_norm",
     "pgd_step",
     "pgd_step_neighbours",
     "project",

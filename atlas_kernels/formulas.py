@@ -146,6 +146,17 @@ def compactness(h: Tensor, h_adv: Tensor, labels: Tensor, scale: float, squared:
     return factor * (torch.stack(rows) if rows else clean.sum(1))
 
 
+def nuclear_norm(d: Tensor) -> Tensor:
+    """Of the singular values that are not roundings of 0 (see ``nuclear_norm.py``)."""
+    d = _wide(d)
+    if not d.numel():
+        return d.sum()
+    bad = (d.detach() - d.detach()).sum()  # NaN, where an entry is not finite: there PyTorch's SVD would raise
+    lengths = torch.linalg.svdvals(torch.where(bad == 0, d, 0.0))
+    least = max(d.shape) * torch.finfo(d.dtype).eps * lengths[:1].detach()
+    return torch.where(lengths > least, lengths, 0.0).sum() + (bad * d).sum()
+
+
 def batch_norm_double_backward(
     x: Tensor,
     g: Tensor,

@@ -62,6 +62,10 @@ OPERATORS: dict[str, dict[str, str]] = {
         "wide[channels]? bias_cotangent, bool training, images[batch]!? cotangent_grad, images[batch]!? x_grad, "
         "wide[channels]!? weight_grad",
     },
+    # grad: that of the value. Singular values that are roundings of 0 count as 0 in both.
+    "nuclear_norm": {
+        "nuclear_norm": "same[batch, classes] d, wide[]! value, wide[batch, classes]!? grad",
+    },
     # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
     "perturb_norms": {
         "random_start_norm": f"images[batch] x=adv, int norm, number[batch] eps, {_CLIP}, {_NOISE}, images[batch]! out",

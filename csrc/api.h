@@ -91,6 +91,13 @@ struct AtlasPairwise { ATLAS_PAIRWISE(ATLAS_FIELD) };
   F(double*, partial) F(int32_t, training)
 struct AtlasBatchNorm { ATLAS_BATCH_NORM(ATLAS_FIELD) };
 
+// The sum of the singular values of d [batch, classes] in dtype, and its gradient; in the compute type. grad: null: not
+// wanted. work: workspace, see core/nuclear_norm.h; room: how much of it.
+#define ATLAS_NUCLEAR_NORM(F) \
+  F(int64_t, batch) F(int64_t, classes) F(int64_t, room) F(const void*, d) F(void*, value) F(void*, grad) \
+  F(double*, work) F(int32_t, dtype)
+struct AtlasNuclearNorm { ATLAS_NUCLEAR_NORM(ATLAS_FIELD) };
+
 // The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
 //   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad; l1 with `largest` > 0: along
 //                                                       the sign of that many of the largest entries instead
@@ -180,6 +187,7 @@ ATLAS_EXPORT int atlas_perturb(const AtlasPerturb* params, const AtlasWhere* whe
 ATLAS_EXPORT int atlas_augment(const AtlasAugment* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_batch_norm(const AtlasBatchNorm* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_nuclear_norm(const AtlasNuclearNorm* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_stored(const AtlasStored* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);

@@ -206,6 +206,23 @@ def test_message_of_compactness(error, message, call):
         call()
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "d must be a float tensor, got list", lambda: ak.nuclear_norm([[1.0, 2.0]])),
+        (TypeError, "d must be a float tensor, got torch.int64", lambda: ak.nuclear_norm(H.long())),
+        (TypeError, "d must be a float tensor, got .*; torch.from_numpy", lambda: ak.nuclear_norm(H.numpy())),
+        (TypeError, "d must be a strided tensor, got layout torch.sparse_coo", lambda: ak.nuclear_norm(H.to_sparse())),
+        (TypeError, "d must be a strided tensor, got nested", lambda: ak.nuclear_norm(nested(H))),
+        (ValueError, r"d has shape \[4, 3, 8, 8\], expected \[batch, classes\]", lambda: ak.nuclear_norm(ADV)),
+        (ValueError, r"d has shape \[4, 1\], expected \[batch, classes\], two classes or more", lambda: ak.nuclear_norm(H[:, :1])),
+    ],
+)  # fmt: skip
+def test_message_of_nuclear_norm(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
 C = torch.rand(3)
 
 

@@ -58,6 +58,8 @@ def valid_call(operator: str) -> dict[str, Any]:
         found["logits"], found["grad"] = torch.randn(3 * batch, classes), torch.empty(3 * batch, classes)
     if operator == "batch_norm_double_backward":
         found |= {a.name: torch.rand(3) for a in arguments_of(operator) if a.sides == ("channels",)}
+    if operator == "nuclear_norm":
+        found["value"] = torch.empty(())
     if operator == "compactness":
         found["grad"], found["adv_grad"] = torch.empty(batch, classes), torch.empty(batch, classes)
     return found
@@ -216,7 +218,10 @@ def test_a_plan_of_the_core_takes_no_tensor_that_has_no_memory(stem):
     """Even where the caller says that the arguments were looked at."""
     for operator in OPERATORS[stem]:
         plan, extra = plan_of(stem, operator), []
-        workspaces = {"compactness": (1, 4), "batch_norm_double_backward": (1, 8, 3), "stored_step": (1,)}
+        workspaces = {
+            "compactness": (1, 4), "batch_norm_double_backward": (1, 8, 3), "stored_step": (1,),
+            "nuclear_norm": (4 * 33,),
+        }  # fmt: skip
         if shape := workspaces.get(operator):
             extra = [torch.empty(shape, dtype=torch.float64)]
         given = valid_call(operator)

@@ -187,6 +187,7 @@ def operators() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
         found[f"compactness {d} of each"] = (
             lambda a, d=d: ak.compactness(H, a, CLASSES, distance=d, reduction="none"), (H_ADV,)
         )  # fmt: skip
+    found["nuclear_norm"] = lambda h, a: ak.nuclear_norm((h - a).flatten(1)), (H, H_ADV)
     return found
 
 
@@ -292,6 +293,7 @@ def test_raw_operators_never_lose_a_derivative():
     refused("x is being", lambda x: begin(x, store, rows, 0.0, None, 1.0, None, out), X)
     pairs = CLASSES, 0.99, False, 1.0, None, total, None, None
     refused("h is being", lambda h: torch.ops.atlas_kernels.compactness(h, H_ADV, *pairs), H)
+    refused("d is being", lambda d: torch.ops.atlas_kernels.nuclear_norm(d, total, None), H.flatten(1))
     images, numbers = [torch.rand(2, 3, 2, dtype=DOUBLE) for _ in range(4)], [torch.rand(3, dtype=DOUBLE) for _ in "12"]
     again = torch.ops.atlas_kernels.batch_norm_double_backward
     rest = *images[:2], *numbers, None, None, None, True, None, images[3], None

@@ -22,6 +22,7 @@ from .guard import DoorError, require_plain, takes_in_place
 _COLUMNS = 32  # kPairColumns of csrc/core/pairwise.h
 _SUMMED, _SUMS = 2048, 1024  # entries of a gradient that are worth a block of a sum, and the most blocks
 _SHARE, _SHARES = 64, 512  # how much of a channel a block of BatchNorm's sums covers at least, and the most blocks
+_LANES = 8  # kNuclearLanes of csrc/core/nuclear_norm.h
 # What a kernel needs besides, and how it is made of the operator's arguments: the core never allocates.
 _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "compactness": (
@@ -37,7 +38,19 @@ _WORKSPACES: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "float64[blocks]! partial",
         lambda x, *_: torch.empty(min(max(x.numel() // _SUMMED, 1), _SUMS), dtype=torch.float64, device=x.device),
     ),
+    "nuclear_norm": (
+        "float64[room]! work",
+        lambda d, *_: torch.empty(_vectors_room(*d.shape), dtype=torch.float64, device=d.device),
+    ),
 }  # fmt: skip
+
+
+def _vectors_room(*shape: int) -> int:
+    """NuclearLayout of csrc/core/nuclear_norm.h."""
+    if len(shape) != 2:  # refused later
+        return 0
+    short, long = (-(-side // _LANES) * _LANES for side in sorted(shape))
+    return min(shape) * (long + 3 * short + 1)
 
 
 def _sums_shape(batch: int, channels: int, pixels: int) -> tuple[int, int, int]:
@@ -64,7 +77,7 @@ def _words(operator: str, a: Argument) -> tuple[Any, ...]:
 def implementation(stem: str, operator: str) -> Callable[[tuple[Any, ...]], None]:
     """What runs the operator on CPU and CUDA tensors, of its arguments as one tuple."""
     plan, done, threads = plan_of(stem, operator), core().DONE, torch.get_num_threads
-    workspace = _WORKSPACES[operator][1] if operator in _WORKSPACES else None
+    workspace = workspace_of(operator)
 
     def run(args: tuple[Any, ...]) -> None:
         given = args if workspace is None else (*args, workspace(*args))

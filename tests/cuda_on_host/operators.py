@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 import test_batch_norm as batch_norm
+import test_nuclear_norm as nuclear
 import test_pairwise as pairwise
 import test_stored as stored
 from atlas_kernels.core import core
@@ -394,6 +395,29 @@ def test_stored_with_everything(layouts):
         rows, clip = [torch.rand(4) for _ in "12"], {"clip_min": torch.rand(3) - 1, "clip_max": [1.0, 0.8, 2.0]}
         stored.check(*inputs, rows[0], step_size=rows[1], **clip)
         stored.check(*stored.case((0, 3, 4, 4), layouts=layouts, grad_dtype=grad_dtype))
+
+
+@pytest.mark.parametrize("kind", nuclear.KINDS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [(1, 2), (3, 2), (2, 3), (40, 10), (9, 33), (35, 33)], ids=str)
+def test_nuclear_norm(size, dtype, kind):
+    if size == (35, 33) and dtype != torch.float32:
+        return  # more pairs than warps: once is enough
+    with ak.backend("native"):
+        nuclear.check(unaligned(nuclear.matrix(*size, kind, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nuclear_norm_of_special_matrices(dtype):
+    for size in ((6, 4), (4, 6)):
+        nuclear.test_directions_of_nothing_get_nothing(dtype, size, "cpu")
+    for special in (float("nan"), float("-inf")):
+        nuclear.test_a_number_that_is_none_spoils_all(special, (6, 4), "cpu")
+
+
+def test_nuclear_norm_of_nothing_and_of_any_size():
+    nuclear.test_an_empty_batch_has_norm_0("cpu")
+    nuclear.test_entries_of_any_size((6, 4), "cpu")
 
 
 def ran(library) -> set[int]:

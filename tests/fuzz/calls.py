@@ -342,6 +342,28 @@ def _compactness(draw: Draw) -> Call:
     return Call("compactness", with_gradients, arguments, partial(roundings, tensors=("h", "h_adv")))
 
 
+def _nuclear_norm(draw: Draw) -> Call:
+    shape = draw.integer(0 if draw.chance(0.1) else 1, 40), draw.integer(2, 40)
+    d = draw.normal(shape, draw.one_of([1e-4, 1.0, 100.0]))
+    if draw.chance(0.3):  # of a rank that may be small
+        d = d[draw.integers(2, shape[:1]) % max(shape[0], 1)]
+    if draw.chance(0.1):
+        d = draw.with_special(d, 0.02)
+    with_gradients = partial(_with_gradients, ak.nuclear_norm, ("d",))
+    return Call("nuclear_norm", with_gradients, {"d": draw.laid_out(d.to(draw.dtype()))}, _judged_by_rank)
+
+
+def _judged_by_rank(ours: Any, call: Call, **changed: Any) -> str | None:
+    """A singular value that rounding may take past the bound, below which it counts as 0, counts or not."""
+    d = {**call.arguments, **changed}["d"]
+    if bool(d.isfinite().all()) and d.numel():
+        lengths = torch.linalg.svdvals(d.to_dense().double())
+        ratio = lengths / (max(d.shape) * (2.0**-52 if d.dtype == torch.float64 else 2.0**-23) * lengths[0])
+        if bool(((ratio > 0.1) & (ratio < 10)).any()):
+            return None
+    return roundings(ours, call, tensors=("d",), same=True, **changed)
+
+
 def _twice(input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, **rest: Any) -> tuple[Tensor, ...]:
     """The derivatives of BatchNorm's gradient by its cotangent and all that has one."""
     running = [t.clone() if is_plain(t) else t for t in (running_mean, running_var)]
@@ -385,5 +407,5 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
 _ALL = (
     _random_start, _label_noise_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours,
     _stored_start, _stored_step, _augment, _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness,
-    _batch_norm,
+    _batch_norm, _nuclear_norm,
 )  # fmt: skip

@@ -57,13 +57,13 @@ _SQUARED = ("logit_pairing", "consistency_loss", "atlas_loss", "compactness")  #
 
 def roundings(
     ours: Any, call: Any, *, tensors: tuple[str, ...] = (), wide: dict[str, Any] | None = None, values: int = 1,
-    **changed: Any,
+    same: bool = False, **changed: Any,
 ) -> str | None:  # fmt: skip
     """Equal to the reference in float64 on the same numbers, up to the roundings of float32 and of the result's dtype.
 
     A sum has errors in proportion to its largest terms, so those are what the bound is taken from: the spread of a
     row's logits, the result's own largest entry. tensors: the names of what may be large. values: how many of the
-    results come before the gradients.
+    results come before the gradients. same: the reference gets the type of the call, which its result depends on.
     """
     given = {**call.arguments, **changed}
     factors = [given[n] for n in _FACTORS if given.get(n) is not None]
@@ -73,7 +73,7 @@ def roundings(
     if size > 1e30:  # near what float32 holds
         return None
     finite = all(map(_is_finite, [*(given[name] for name in tensors), *factors]))
-    if finite:
+    if finite and not same:
         doubled = {k: v.double() for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
         truth = by_reference(call, **{**given, **doubled, **(wide or {})})
     else:
