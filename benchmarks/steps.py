@@ -42,11 +42,15 @@ import published.yopo
 
 
 class Statement(NamedTuple):
-    """``algorithm(model, x, y, start, optimizer, **how)`` -> (x', loss), as in ``tests/published``."""
+    """``algorithm(model, x, y, start, optimizer, **how)`` -> (x', loss), as in ``tests/published``.
+
+    memory: more of its arguments, and what of the method's memory each of them is: a copy of its own.
+    """
 
     algorithm: Callable[..., tuple[Tensor, Tensor]]
     start: Tensor | None
     how: Mapping[str, Any]
+    memory: Mapping[str, str] = {}
 
 
 #: From our method, the batch and the noise key of the step: the published step with the same settings and noise.
@@ -191,6 +195,7 @@ def standard(m: Any, batch: Batch, key: Tensor) -> Statement:
 
 
 _PAIR = Learn((Forward(), Forward()))  # x and x', one after the other
+_KEPT = Learn((Forward(kept=True), Forward()))  # the start and x', with the gradient of the first between them
 _REPLAY = Learn((Forward(to_input=True),))
 
 STEPS: dict[str, Step] = {
