@@ -33,6 +33,7 @@ import published.cure
 import published.fgsm_uap
 import published.free
 import published.gairat
+import published.gat
 import published.grad_align
 import published.jacobian
 import published.liet
@@ -142,6 +143,20 @@ def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
     return Statement(published.fgsm_uap.fgsm_uap, None, how | {"smoothing": m.label_smoothing}, memory)
 
 
+def gat(m: Any, batch: Batch, key: Tensor) -> Statement:
+    """A batch whose attack has the guide, as every second one; the authors' code costs the same in the others."""
+    signs = torch.where(uniform(batch.x, key, batch.ids, 0) < 0, -1.0, 1.0).to(batch.x)
+    how = {"noise": m.noise_magnitude * m.eps, "l2_reg": m.weight, "attack": m.attack_mode, "slip": m.code == "fastat"}
+    return Statement(gat_step, signs, {"eps": m.eps, "smooth": m.label_smoothing, **how})
+
+
+def gat_step(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, optimizer: torch.optim.Optimizer, **how: Any
+) -> tuple[Tensor, Tensor]:
+    advs, losses = published.gat.gat(model, [[(x, y, start)]], optimizer, mul=1, after=(), alternate=False, **how)
+    return advs[0], losses[0]
+
+
 def trades(m: Any, batch: Batch, key: Tensor) -> Statement:
     return Statement(published.trades.trades, near_start(batch, key), {**pgd(m), "beta": m.beta})
 
@@ -239,6 +254,7 @@ STEPS: dict[str, Step] = {
     "atlas start": Step("atlas", {"": atlas_start}, lambda m, _: [_KEPT], {"local": "start"}),
     "liet": Step("liet", {"": liet}, lambda m, _: [_KEPT]),
     "fgsm_uap": Step("fgsm_uap", {"": fgsm_uap}, lambda m, _: [_KEPT]),
+    "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m.attack_mode), _PAIR]),
     "backward_smoothing": Step(
         "backward_smoothing", {"": backward_smoothing}, lambda m, _: [Attack(1 + m.steps, "eval"), _PAIR]
     ),
