@@ -13,6 +13,7 @@ from . import __version__
 from .backends import BACKENDS, default_for, unavailable_reason
 from .core import ISAS, core
 from .environment import problems
+from .precision import cpu_report
 
 
 def report() -> list[tuple[str, str]]:
@@ -24,7 +25,7 @@ def report() -> list[tuple[str, str]]:
     lines += [("WARNING", problem) for problem in problems()]
     if shadowed := _shadowed():
         lines.append(("WARNING", shadowed))
-    lines += _cpu_lines() + _cuda_lines()
+    lines += [("CPU", cpu_report()), *_cpu_lines(), *_cuda_lines()]
     for name in BACKENDS:
         for device_type in ("cpu", "cuda"):
             reason = unavailable_reason(name, device_type)

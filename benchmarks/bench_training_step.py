@@ -183,6 +183,9 @@ class Contest:
         self.made = bench.run(self.step.method, hyper_of(self.step, bench.settings))
         self.batch = next(iter(self.made.batches))
         self.key = noise_keys(0, 0, 1)[0].to(bench.device)
+        # What is due in the first batch and now and then is made here, for both sides alike; the step is the second.
+        self.made.method.before_step(self.made.model, self.batch, self.key, self.made.state)
+        self.made.step = 1
         self.passes = {dtype: self._passes(dtype == "bf16") for dtype in ("fp32", "bf16")}
         self.kinds = {"": self.made.model}
         if bench.settings.compile:
@@ -278,8 +281,9 @@ class Contest:
         model = copy.deepcopy(bench.model)
         optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
         prime(model, optimizer)
-        algorithm, start, how = published(self.made.method, batch, self.key)
-        return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how)[1]
+        algorithm, start, how, memory = published(self.made.method, batch, self.key)
+        kept = {argument: self.made.memory[name].clone() for argument, name in memory.items()}
+        return lambda: algorithm(model, batch.x, batch.y, start, optimizer, **how, **kept)[1]
 
     def _ours(self, model: nn.Module, bf16: bool, recorder: Recorder | None, cache: bool) -> Call:
         """A step as the engine makes it."""

@@ -41,12 +41,14 @@ class Look:
 @dataclass(frozen=True)
 class Forward:
     """A forward that is trained on: ``wide`` batches side by side; ``slopes`` gradients at the input, each with a graph
-    to the weights; to_input: the backward also goes to the input."""
+    to the weights; to_input: the backward also goes to the input; kept: an attack takes a gradient of it to the input
+    alone, before the next one."""
 
     wide: int = 1
     mode: str = "train"
     slopes: int = 0
     to_input: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,17 @@ class Bare:
         with self._autocast():
             for forward in learn.forwards:
                 leaf = self._side_by_side(forward.wide).detach()
-                if forward.to_input or forward.slopes:
+                kept = forward.kept and self._eager is self.model
+                if forward.kept and not kept:
+                    self._attack(Attack(1, forward.mode))  # of compiled code the step keeps none either
+                if forward.to_input or forward.slopes or kept:
                     inputs.append(leaf.requires_grad_())
                 model = self._eager if forward.slopes else self.model
                 with FastDoubleBackward() if forward.slopes else nullcontext():
                     z = model.train(forward.mode == "train")(leaf)
                 outputs.append(z)
+                if kept:
+                    torch.autograd.grad(z, leaf, self._cotangent(z), retain_graph=True)
                 for _ in range(forward.slopes):
                     outputs += torch.autograd.grad(z, leaf, self._cotangent(z), create_graph=True)
         torch.autograd.grad(outputs, inputs, [self._cotangent(o) for o in outputs], allow_unused=True)

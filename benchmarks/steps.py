@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from atlas_kernels import random_start, sample_neighbours
 from atlas_kernels.attacks import PGD
+from atlas_kernels.backends.reference.philox import below, words
 from atlas_train import methods
 from atlas_train.methods import Batch
 from atlas_train.methods.terms import near_start
@@ -29,10 +30,13 @@ import published.adv
 import published.atlas
 import published.backward_smoothing
 import published.cure
+import published.fgsm_uap
 import published.free
 import published.gairat
+import published.gat
 import published.grad_align
 import published.jacobian
+import published.liet
 import published.llr
 import published.mart
 import published.mma
@@ -42,11 +46,15 @@ import published.yopo
 
 
 class Statement(NamedTuple):
-    """``algorithm(model, x, y, start, optimizer, **how)`` -> (x', loss), as in ``tests/published``."""
+    """``algorithm(model, x, y, start, optimizer, **how)`` -> (x', loss), as in ``tests/published``.
+
+    memory: more of its arguments, and what of the method's memory each of them is: a copy of its own.
+    """
 
     algorithm: Callable[..., tuple[Tensor, Tensor]]
     start: Tensor | None
     how: Mapping[str, Any]
+    memory: Mapping[str, str] = {}
 
 
 #: From our method, the batch and the noise key of the step: the published step with the same settings and noise.
@@ -104,6 +112,49 @@ def atlas(m: Any, batch: Batch, key: Tensor) -> Statement:
     how = {name: m.in_use()[name] for name in names} | pgd(m)
     how |= {"radius": m._radius, "local_weight": m._local_weight, "noise": noise.view(m.count, *batch.x.shape)}
     return Statement(published.atlas.atlas, in_ball(m, batch, key), how)
+
+
+def atlas_start(m: Any, batch: Batch, key: Tensor) -> Statement:
+    how = {name: m.in_use()[name] for name in ("local_objective", "local_weight", "global_term", "global_weight")}
+    return Statement(published.atlas.atlas_start, in_ball(m, batch, key), pgd(m) | how)
+
+
+def liet(m: Any, batch: Batch, key: Tensor, classes: int = 10) -> Statement:
+    large, like = m.eps > 8 / 255, batch.x.new_empty(len(batch.y), classes)
+    pixels = batch.x.flatten(2).shape
+    word = words(pixels, key.cpu(), batch.ids.cpu(), 0, 3, 0).view(batch.x.shape).to(batch.x.device)
+    one, two = words((1, 1, 1), key.cpu(), torch.zeros(1, dtype=torch.int64), 0, 3, 1)[0, 0, :2]
+    low, high = round(4096 * m._share_low), round(4096 * m._share_high)
+    drawn = ((word + 2**19) % 2**20 - 2**19).to(batch.x.dtype) / 2**19
+    how = {
+        "replaced": word >> 20 < low + int(below(one, high - low + 1)),
+        "uniform": m._noise_magnitude * m.eps * drawn,
+        "minus": int(two) >= 2**31,
+        "numbers": [uniform(like, key, batch.ids, draw) + (1 + 2.0**-24) for draw in (2, 3)],
+        "cur_lambda": m._weight,  # of the only epoch
+        "smoothing": m._smoothing,
+    }
+    return Statement(published.liet.liet, None, {"eps": m.eps, "large": large, **how}, {"noise": "label_noise"})
+
+
+def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
+    how = {"eps": m.eps, "uap_eps": m._radius, "per_class": m.per_class, "lamda": m.weight, "decay": m.momentum}
+    memory = {"uaps": "perturbation", "momentum": "momentum"}
+    return Statement(published.fgsm_uap.fgsm_uap, None, how | {"smoothing": m.label_smoothing}, memory)
+
+
+def gat(m: Any, batch: Batch, key: Tensor) -> Statement:
+    """A batch whose attack has the guide, as every second one; the authors' code costs the same in the others."""
+    signs = torch.where(uniform(batch.x, key, batch.ids, 0) < 0, -1.0, 1.0).to(batch.x)
+    how = {"noise": m.noise_magnitude * m.eps, "l2_reg": m.weight, "attack": m.attack_mode, "slip": m.code == "fastat"}
+    return Statement(gat_step, signs, {"eps": m.eps, "smooth": m.label_smoothing, **how})
+
+
+def gat_step(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, optimizer: torch.optim.Optimizer, **how: Any
+) -> tuple[Tensor, Tensor]:
+    advs, losses = published.gat.gat(model, [[(x, y, start)]], optimizer, mul=1, after=(), alternate=False, **how)
+    return advs[0], losses[0]
 
 
 def trades(m: Any, batch: Batch, key: Tensor) -> Statement:
@@ -191,6 +242,7 @@ def standard(m: Any, batch: Batch, key: Tensor) -> Statement:
 
 
 _PAIR = Learn((Forward(), Forward()))  # x and x', one after the other
+_KEPT = Learn((Forward(kept=True), Forward()))  # the start and x', with the gradient of the first between them
 _REPLAY = Learn((Forward(to_input=True),))
 
 STEPS: dict[str, Step] = {
@@ -199,6 +251,10 @@ STEPS: dict[str, Step] = {
     "n_fgsm": Step("n_fgsm", {"": n_fgsm}, lambda m, _: [Attack(1), Learn()]),
     "grad_align": Step("grad_align", {"": grad_align}, lambda m, _: [Attack(1), Learn((Forward(), Forward(slopes=1)))]),
     "atlas": Step("atlas", {"": atlas}, lambda m, _: [Attack(m.steps), Learn((Forward(wide=2 + m.count),))]),
+    "atlas start": Step("atlas", {"": atlas_start}, lambda m, _: [_KEPT], {"local": "start"}),
+    "liet": Step("liet", {"": liet}, lambda m, _: [_KEPT]),
+    "fgsm_uap": Step("fgsm_uap", {"": fgsm_uap}, lambda m, _: [_KEPT]),
+    "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m.attack_mode), _PAIR]),
     "backward_smoothing": Step(
         "backward_smoothing", {"": backward_smoothing}, lambda m, _: [Attack(1 + m.steps, "eval"), _PAIR]
     ),

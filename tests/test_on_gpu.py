@@ -93,7 +93,7 @@ def operators(ours: float) -> dict[str, object]:
 def steps(**settings: object) -> dict[str, object]:
     times = {"published": [0.04] * 3, "ours bf16": [0.02] * 3, "bare bf16": [0.01] * 3}
     times |= {"ours bf16 graphs": [0.0074, 0.0075, 0.0076], "bare bf16 graphs": [0.0067] * 3}
-    rows = [StepRow(name, losses={"published": 1.0}, seconds=times) for name in ("atlas", "trades")]
+    rows = [StepRow(name, losses={"published": 1.0}, seconds=times) for name in ("atlas", "trades", "liet")]
     return {"settings": {**targets.NETWORK, **settings}, "rows": [asdict(r) | {"published": r.published} for r in rows]}
 
 
@@ -106,6 +106,7 @@ def test_targets_beside_what_was_reached(tmp_path: Path) -> None:
     assert [line[2:] for line in found] == [
         ["87.0%", "missed"], ["87.0%", "missed"], ["87.0%", "reached"], ["87.0%", "reached"], ["87.0%", "reached"],
         ["7.50", "reached"], ["89.3%", "missed"], ["5.33", "reached"], ["89.3%", "missed"],
+        ["5.33", "reached"], *[["-", "not measured"]] * 4,
     ]  # fmt: skip
     assert found[5][:2] == ["atlas step, batch 128, ours bf16 graphs, ms", "<= 7.50"]
     (tmp_path / "GPU-training-step.json").write_text(json.dumps(steps(batch_size=64)))
@@ -116,3 +117,18 @@ def test_targets_beside_what_was_reached(tmp_path: Path) -> None:
     (tmp_path / "GPU-training-step.json").write_text('{"settings": {"netw')
     with pytest.raises(SystemExit, match="GPU-training-step.json is not whole JSON .*: measure it again"):
         targets.main(results)
+
+
+def test_targets_of_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "training-step-cpu.json"
+    times = {"published": [1.3, 1.31, 1.2], "ours fp32": [1.0] * 3, "bare fp32": [0.95, 0.93, 0.9]}
+    row = StepRow("fgsm_uap", losses={"published": 1.0}, seconds=times)
+    measured = {"settings": targets.ON_CPU, "rows": [asdict(row) | {"published": row.published}]}
+    results.write_text(json.dumps(measured))
+    targets.main(str(results))
+    lines = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[4:6] == [["1.30", "1.30", "reached"], ["94.0%", "93.0%", "missed"]] and len(lines) == 10
+    assert lines[6] == ["-", "not", "measured"] and [path.name for path in tmp_path.iterdir()] == [results.name]
+    results.write_text(json.dumps({"settings": targets.NETWORK, "rows": []}))
+    with pytest.raises(SystemExit, match="holds no steps of"):
+        targets.main(str(results))

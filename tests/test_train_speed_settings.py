@@ -505,7 +505,7 @@ def test_freed_memory_is_kept_while_a_run_lasts() -> None:
         ),
         ({"compile": True, "checkpoint_activations": True}, "compile and checkpoint_activations do not go together"),
         ({"cuda_graphs": "always"}, "cuda_graphs must be one of 'none', 'attack', 'step', got 'always'"),
-        ({"attack_precision": "fp16"}, "attack_precision must be one of 'fp32', 'bf16', got 'fp16'"),
+        ({"attack_precision": "fp16"}, "attack_precision must be one of 'fp32', 'bf16', 'auto', got 'fp16'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -717,7 +717,7 @@ def test_results_hold_what_was_used_and_no_place(tmp_path: Path) -> None:
     command = ["atlas", "train", "--data-dir", str(home / "data"), f"--out-dir={home}/out", "--eps", "8/255", "../x y"]
     compare(config, splits=splits(), show="silent", say=lambda text: None, command=command)
     written = json.loads((home / "out" / "results.json").read_text())
-    assert written["command"] == "atlas train --data-dir data --out-dir=out --eps 8/255 'x y'"
+    assert written["command"] == "atlas train --data-dir DATA-DIR --out-dir=OUT-DIR --eps 8/255 'x y'"
     own = written["methods"]["atlas+awp"]["hyper"]
     assert own == methods.ATLAS(TINY["eps"]).in_use()
     assert own["step_size"] == 1.25 * TINY["eps"] and own["radius"] == TINY["eps"] / 2 and own["local_weight"] == 1.0

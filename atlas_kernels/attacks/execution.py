@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import flag, require_choice
+from ..precision import taken, warn_if_slow
 from .batch import Batch
 from .cast_weights import cast_once
 from .contract import leave_no_trace
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 
 #: By name, the dtype of the network's forwards and backwards; "keep" leaves autocast as it is found.
 PRECISIONS = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTO = "auto"
 
 
 @dataclass(eq=False)
@@ -39,7 +41,10 @@ class Execution:
             keeps to its ball as well as that dtype can: to rounding in float32 and float64, while 16-bit images miss
             it by up to 6 % of eps (see ``perturb``). In 16 bits weights are cast once per attack. "fp16" also runs in
             float32, a second time, those samples whose gradient it loses; on CUDA the host waits in every step to know
-            (see ``float16.py``, also for CUDA graphs). "bf16" has the range of float32 and loses none.
+            (see ``float16.py``, also for CUDA graphs). "bf16" has the range of float32 and loses none. "auto" is "bf16"
+            where that is known to be faster, and "fp32" elsewhere; ``precision_on`` says which. A precision that is
+            far slower than "fp32" on the device, such as "bf16" on a CPU without instructions for it, is warned of
+            once.
         cuda_graphs: record each kind of attack on CUDA tensors as one CUDA graph and replay that (see ``graphs.py``:
             what it remembers, what it costs in memory, and which attacks run as ever, with a warning that says why).
 
@@ -51,7 +56,7 @@ class Execution:
     graphs: Graphs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_choice("precision", self.precision, tuple(PRECISIONS))
+        require_choice("precision", self.precision, (*PRECISIONS, AUTO))
         flag("cuda_graphs", self.cuda_graphs)
         self.graphs = Graphs() if self.cuda_graphs else None
 
@@ -91,15 +96,21 @@ class Execution:
     @contextmanager
     def around(self, model: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[None]:
         """What an attack on ``model``, its weights frozen and its modes set, runs in."""
-        with self._autocast(device.type), cast_once(model, device.type):
+        with self._autocast(device), cast_once(model, device.type):
             yield
 
+    def precision_on(self, device: torch.device | str) -> str:
+        """The precision of attacks on that device: what "auto" comes to there."""
+        return taken(self.precision, torch.device(device))
+
     @contextmanager
-    def _autocast(self, device: str) -> Iterator[None]:
-        dtype = PRECISIONS[self.precision]
+    def _autocast(self, where: torch.device) -> Iterator[None]:
+        precision, device = taken(self.precision, where), where.type
+        dtype = PRECISIONS[precision]
         if dtype is None:
             yield
             return
+        warn_if_slow(precision, where)
         enabled, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         steps = partial(torch.set_autocast_enabled, device, enabled), partial(torch.set_autocast_dtype, device, before)
         low = dtype != torch.float32

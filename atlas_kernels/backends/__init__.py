@@ -101,7 +101,18 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
     if name == "reference" and forced is None:
         kernels = "kernels" if known else f"{stem} kernels"
         warnings.warn(f"no {kernels} for device {device_type!r}: using the plain PyTorch reference", stacklevel=4)
+    if name == "triton" and device_type == "cpu":
+        _warn_of_interpreter()
     return importlib.import_module(f"{__name__}.{name}")
+
+
+@cache
+def _warn_of_interpreter() -> None:
+    warnings.warn(
+        "Triton's interpreter runs the operators, ten thousand times slower than the native kernels or more: it is for "
+        'tests; leave out ATLAS_BACKEND, or use backend("native")',
+        stacklevel=5,
+    )
 
 
 def _differentiable(name: str) -> dict[int, str]:

@@ -26,7 +26,6 @@ from . import data, flags, methods
 from .config import (
     AUTOATTACK,
     AUTOATTACK_VERSION,
-    MOST_THREADS,
     RETIRED,
     SECTIONS,
     TrainConfig,
@@ -37,6 +36,7 @@ from .config import (
 )
 from .imported import require_trusted, without_place
 from .interrupts import Terminated, terminable
+from .machine import MOST_THREADS
 from .options import Norm, allowed, fraction, hints, nearest, one_line, option, plain, shown
 from .writing import write_json
 

@@ -16,7 +16,7 @@ from torch import nn
 from . import checkpoint, methods, peak_memory, progress, protocols, schema
 from .autoattack import autoattack, require_autoattack
 from .compiled import require_compilable
-from .config import TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
+from .config import PLACES, TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, identity, with_extra
 from .engine import load_splits, train
 from .evaluate import Say, evaluate
@@ -356,11 +356,15 @@ def _write(
 
 
 def public(command: Sequence[str] | None) -> str | None:
-    """The command as a line that holds no folder of this machine."""
-    return shlex.join(map(_public, command)) if command else None
-
-
-def _public(word: str) -> str:
-    """A word of the command line without folders that nobody else has: --data-dir=/home/me/data: --data-dir=data."""
-    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + sign + without_place(value)
+    """The command line without folders that nobody else has: "--data-dir=/home/me/data" is "--data-dir=DATA-DIR"."""
+    shown, flag = [], ""
+    for word in command or ():
+        begin, value = "", word
+        if word.startswith("--"):
+            flag, sign, value = word.partition("=")
+            begin = flag + sign
+        known = without_place(value)
+        if known != value and flag.strip("-").replace("-", "_") in PLACES:
+            known = flag.strip("-").upper()
+        shown.append(begin + known)
+    return shlex.join(shown) if command else None

@@ -15,14 +15,15 @@ from typing import Any, Literal, cast
 
 import torch
 
+from atlas_kernels.precision import taken
+
 from . import data, methods, models, protocols
 from .data import Dataset, DataSplits, Images, held_out
 from .imported import is_import_path, without_place
+from .machine import MOST_THREADS, usable_device
 from .methods.awp import require_wrappable
 from .options import NORMS, Norm, canonical, check, option, plain, shown, suggestion
 
-#: CPU threads that anybody has; of a million torch ends the process.
-MOST_THREADS = 1024
 #: Settings that say where on this machine things are, and nothing about the results.
 PLACES = ("data_dir", "out_dir", "resume")
 #: Settings of earlier versions that no longer exist, and why. Files, flags and calls that have one still work: it is
@@ -325,10 +326,13 @@ class TrainConfig(metaclass=_Lenient):
     autoattack: int = option(0, AUTOATTACK, low=0)
     autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
 
-    train_precision: Literal["fp32", "bf16"] = option(
-        "fp32", "of the network where weights get gradients; bf16: autocast. Evaluation stays fp32"
+    train_precision: Literal["fp32", "bf16", "auto"] = option(
+        "fp32",
+        "of the network where weights get gradients; bf16: autocast; auto: bf16 where the device is known to be faster "
+        "in it (`python -m atlas_kernels` tells of the CPU), else fp32. The record says what auto took, and a resumed "
+        "run keeps to it. Evaluation stays fp32",
     )
-    attack_precision: Literal["fp32", "bf16"] | None = option(
+    attack_precision: Literal["fp32", "bf16", "auto"] | None = option(
         None,
         "of the network in attacks, validation and probe; images and steps stay fp32. Default: as train_precision",
     )
@@ -527,11 +531,18 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
     missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
     if config.val_size is None:
         missing["val_size"] = held_out.default_size(len(splits.train), config.train_size)
-    config = dataclasses.replace(config, **missing)
+    config = _precise(dataclasses.replace(config, **missing))
     config = dataclasses.replace(config, beside=_beside(config.beside, config.method))
     _require_known(config, splits, own, own_model)
     held_out.require_room(len(splits.train), config.train_size, config.val_size)
     return dataclasses.replace(config, hyper={**config.hyper, **_published(config, dataset)})
+
+
+def _precise(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the precisions that are left to the machine come to on the device."""
+    left = [name for name in ("train_precision", "attack_precision") if getattr(config, name) == "auto"]
+    found: dict[str, Any] = {name: taken("auto", usable_device(config.device)) for name in left}
+    return dataclasses.replace(config, **found)
 
 
 def _require_valid(dataset: Dataset) -> None:

@@ -120,7 +120,8 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
     board = TensorBoard(run.folder) if c.tensorboard else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
-    title = progress.headline(c.label, run.splits.name, size, network, parameters, radius(c.eps, c.norm), c.device)
+    where = c.device if c.train_precision == "fp32" else f"{c.device} in {c.train_precision}"
+    title = progress.headline(c.label, run.splits.name, size, network, parameters, radius(c.eps, c.norm), where)
     display.start(title, run.total_steps)
     try:
         for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):

@@ -87,9 +87,10 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
     if kind is bool and field.default is not None:
         return field.name, _annotated(bool, argument), default
     many = typing.get_origin(kind) is tuple
+    unset = NONE if AUTO in typing.get_args(kind) else AUTO  # the word for None
 
     def convert(words: list[str]) -> Any:
-        if words == [AUTO] and field.default is None:
+        if words == [unset] and field.default is None:
             return None
         value: Any = [word for word in words if word != NONE] if many else words[0]
         if kind is bool:
@@ -101,7 +102,7 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
                 return checked(in_any_norm(field), hint, value, group or "config")
             raise
 
-    return field.name, _annotated(Any, _spec(_metavar(kind), convert, many), argument), default
+    return field.name, _annotated(Any, _spec(_metavar(kind), convert, many, unset), argument), default
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -116,7 +117,7 @@ def _metavar(kind: Any) -> str:
     return {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}[kind]
 
 
-def _spec(metavar: str, convert: Any, many: bool = False) -> Any:
+def _spec(metavar: str, convert: Any, many: bool = False, unset: str = AUTO) -> Any:
     """How tyro reads and shows a value that this module converts itself."""
     require_tyro()
     from tyro.constructors import PrimitiveConstructorSpec
@@ -126,14 +127,14 @@ def _spec(metavar: str, convert: Any, many: bool = False) -> Any:
         metavar=metavar,
         instance_from_str=convert,
         is_instance=lambda value: True,
-        str_from_instance=_shown,
+        str_from_instance=lambda value: _shown(value, unset),
     )
 
 
-def _shown(value: Any) -> list[str]:
+def _shown(value: Any, unset: str) -> list[str]:
     if isinstance(value, tuple):
         return list(map(str, value)) or [NONE]
-    return [AUTO if value is None else str(value)]
+    return [unset if value is None else str(value)]
 
 
 def _annotated(kind: Any, *marks: Any) -> Any:

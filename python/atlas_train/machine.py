@@ -10,8 +10,10 @@ import torch
 from atlas_kernels import keep_memory
 from atlas_kernels.checks import whole
 
-from .config import MOST_THREADS
 from .options import one_line, shown
+
+#: CPU threads that anybody has; of a million torch ends the process.
+MOST_THREADS = 1024
 
 
 def usable_device(name: str | None) -> torch.device:

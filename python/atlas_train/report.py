@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,21 +59,29 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
 
 
 class TensorBoard:
-    """Writes the numbers of each epoch as scalars, after its checkpoint: a resumed run repeats none."""
+    """Writes the numbers of each epoch as scalars, after its checkpoint: a resumed run repeats none.
+
+    TensorBoard's own writer puts the name of the machine into that of the file.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         if folder is None:
             raise ValueError("tensorboard=True needs a folder to write to: give train one")
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise ImportError("tensorboard=True needs TensorBoard: pip install 'atlas-kernels[train]'") from error
-        self._writer = SummaryWriter(str(folder))
+        self._event = Event
+        self._writer = RecordWriter((folder / f"events.out.tfevents.{time.time():.6f}").open("xb"))
+        self._add(file_version="brain.Event:2")
 
     def write(self, row: Row) -> None:
-        for key, value in row.items():
-            if key not in ("epoch", "step") and value is not None:
-                self._writer.add_scalar(key, value, row["step"])
+        found = [{"tag": key, "simple_value": value} for key, value in row.items() if value is not None]
+        self._add(step=row["step"], summary={"value": [each for each in found if each["tag"] not in ("epoch", "step")]})
+
+    def _add(self, **content: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
         self._writer.flush()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import Execution
+from atlas_kernels.precision import warn_if_slow
 
 from . import averaging, models, optimizers, schedules
 from .compiled import compiled_network, require_compilable
@@ -169,6 +170,8 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     method, optimizer = require_trainable(config, model)
     network = compiled_network(model, method) if config.compile else model
     precision = config.attack_precision or config.train_precision
+    for each in (config.train_precision, precision):
+        warn_if_slow(each, device)
     execution = Execution(precision, cuda_graphs=config.cuda_graphs == "attack")
     return Run(
         config=config,

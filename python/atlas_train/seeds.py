@@ -148,7 +148,7 @@ def _write(
     values = {
         "methods": {name: dict(_spreads([own[name] for own in results.values()])) for name in first},
         "seeds": {seed: {name: result.to_dict() for name, result in own.items()} for seed, own in results.items()},
-        "failed": dict(failed),
+        "failed": {seed: reason.replace(f"{root}/", "") for seed, reason in failed.items()},
         "config": recorded(config),
         "command": public(command),
         "environment": machine,

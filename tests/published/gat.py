@@ -7,17 +7,18 @@ from torch.nn import functional as F
 
 
 def guided_attack(model, image, target, eps, p_out, l2_reg, alt, *, smooth=0.0, slip=False):
-    """``slip``: FastAT's file gives the probabilities to the cross-entropy where there is no guide."""
+    """``slip``: FastAT's file gives the probabilities to the cross-entropy where there is no guide. The authors' takes
+    the guide times ``alt``: its backward goes through ``p_out`` in every batch."""
     img = image.clone().requires_grad_()
     out = model(img)
     r_out = torch.softmax(out, dim=1)
-    if alt:
+    if alt or not slip:
         cost = F.cross_entropy(out, target, label_smoothing=smooth)
-        cost = cost + l2_reg * ((p_out - r_out) ** 2.0).sum(1).mean(0)
+        cost = cost + alt * l2_reg * ((p_out - r_out) ** 2.0).sum(1).mean(0)
     else:
-        cost = F.cross_entropy(r_out if slip else out, target, label_smoothing=smooth)
-    (grad,) = torch.autograd.grad(cost, img)
-    return torch.clamp(image + eps * torch.sign(grad), 0, 1)
+        cost = F.cross_entropy(r_out, target, label_smoothing=smooth)
+    cost.backward()
+    return torch.clamp(image + eps * torch.sign(img.grad), 0, 1)
 
 
 def gat(
