@@ -36,7 +36,7 @@ def matrix(batch, classes, kind="full", *, dtype=torch.float32, device="cpu", se
 
 
 def by_svd(d):
-    """Norm and gradient from PyTorch's singular values in float64, and how far the norm of ``d`` goes down: s_1 / s_r."""
+    """Norm and gradient from PyTorch's singular values in float64, and how far ``d`` goes down: s_1 / s_r."""
     wide = torch.finfo(torch.float64 if d.dtype == torch.float64 else torch.float32)
     u, s, v = torch.linalg.svd(d.double(), full_matrices=False)
     counts = s > max(d.shape) * wide.eps * s[:1]

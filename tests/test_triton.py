@@ -466,8 +466,26 @@ def test_norms_compile_ahead_of_time(compiled, variant, capability):
 
 @compiles
 @pytest.mark.parametrize("capability", [80, 90])
-            variants = {**VARIANTS, **NORM_VARIANTS, **STORED_VARIANTS, **MATRIX_VARIANTS}
-            kernel = triton.compile_ahead(variants[variant](), capability)
+@pytest.mark.parametrize("variant", STORED_VARIANTS)
+def test_stored_perturbations_compile_ahead_of_time(compiled, variant, capability):
+    """The quotient alone may use fused operations, which round it correctly."""
+    ptx, sass, usage = compiled(variant, capability)
+    for operation in ("fma.", "mad.f", ".ftz", "min.f", "max.f", "div.full", "div.approx", "cvt.rz"):
+        assert operation not in re.sub(r"cvt\.rzi|//.*", "", ptx), operation
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", MATRIX_VARIANTS)
+def test_the_nuclear_norm_compiles_ahead_of_time(compiled, variant, capability):
+    """In double precision throughout; vectors pass from thread to thread, but never by the cache for constants. No more
+    than a few numbers, which loops count, leave the registers."""
+    ptx, _, usage = compiled(variant, capability)
+    for operation in ("fma.", "mad.f", "f32.approx", "ld.global.nc", "sqrt.approx", "div.approx", "div.full"):
+        assert operation not in re.sub(r"//.*", "", ptx), operation
+    stack = re.search(r"STACK:(\d+) .*LOCAL:0 ", usage)
+    assert "bar.sync" in ptx and stack and int(stack[1]) <= 32
 
 
 @compiles

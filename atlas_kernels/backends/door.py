@@ -77,7 +77,7 @@ def _words(operator: str, a: Argument) -> tuple[Any, ...]:
 def implementation(stem: str, operator: str) -> Callable[[tuple[Any, ...]], None]:
     """What runs the operator on CPU and CUDA tensors, of its arguments as one tuple."""
     plan, done, threads = plan_of(stem, operator), core().DONE, torch.get_num_threads
-    workspace = workspace_of(operator)
+    workspace = _WORKSPACES[operator][1] if operator in _WORKSPACES else None
 
     def run(args: tuple[Any, ...]) -> None:
         given = args if workspace is None else (*args, workspace(*args))
