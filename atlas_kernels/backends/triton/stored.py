@@ -138,15 +138,15 @@ def _example(
 _BRAIN = torch.bfloat16
 # To be compiled ahead of time.
 VARIANTS: dict[str, Callable[[], Launch]] = {
-    "start": partial(_example, step=False),
-    "start, bf16 store, channels_last network": partial(_example, store=_BRAIN, step=False, out=_BRAIN, last="out"),
-    "norm": partial(_example, which=0),
-    "norm, bf16": partial(_example, _BRAIN, which=0),
-    "step": _example,
-    "step, bf16 store": partial(_example, store=_BRAIN),
-    "step, channels_last gradient": partial(_example, last="grad"),
-    "step, per sample and channel": partial(_example, rows=True),
-    "step, bf16": partial(_example, _BRAIN, _BRAIN, last="grad out"),
-    "step, one pixel": partial(_example, shape=(1, 1, 1, 1)),
-    "step of large images": partial(_example, shape=(256, 3, 224, 224)),
+    "stored start": partial(_example, step=False),
+    "stored start, bf16 store, channels_last network": partial(_example, store=_BRAIN, step=False, out=_BRAIN, last="out"),
+    "stored norm": partial(_example, which=0),
+    "stored norm, bf16": partial(_example, _BRAIN, which=0),
+    "stored step": _example,
+    "stored step, bf16 store": partial(_example, store=_BRAIN),
+    "stored step, channels_last gradient": partial(_example, last="grad"),
+    "stored step, per sample and channel": partial(_example, rows=True),
+    "stored step, bf16": partial(_example, _BRAIN, _BRAIN, last="grad out"),
+    "stored step, one pixel": partial(_example, shape=(1, 1, 1, 1)),
+    "stored step of large images": partial(_example, shape=(256, 3, 224, 224)),
 }
