@@ -65,9 +65,7 @@ def without_stores(method: Method, memory: Mapping[str, Tensor]) -> dict[str, Te
 def begins_anew(method: Method, memory: Mapping[str, Tensor]) -> str:
     """That a checkpoint had none of the method's stores, in words; or nothing."""
     lost = [name for name in method.stores if name not in memory]
-    return (
-        f"{' and '.join(lost)} of the training images begin anew, as this checkpoint does not hold them" if lost else ""
-    )
+    return f"{' and '.join(lost)} of the images begin anew, as the checkpoint does not hold them" if lost else ""
 
 
 def require_room(method: Method, shape: Sequence[int], device: torch.device) -> str:

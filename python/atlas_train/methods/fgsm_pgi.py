@@ -9,14 +9,16 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from atlas_kernels import consistency_loss
+
 from ..data import Batch
 from ..options import option
 from .base import Metrics, State
 from .kept import Given, KeptForward
 from .stored_noise import StoredNoise, StoreType
-from .terms import accuracy, wide
+from .terms import accuracy
 
-_OFTEN: Mapping[str, Any] = {"original_reset": 10 / 110}
+_OFTEN: Mapping[str, Any] = {"authors_reset": 10 / 110}
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,27 @@ class FGSMPGI(KeptForward):
 
     weight: float = option(10.0, "weight of the squared distance of the logits; lambda in the paper", low=0)
     decay: float = option(0.3, "what is left of the momentum each time", low=0)
-    variant: Literal["fastat", "original"] = option(
+    code: Literal["authors", "fastat"] = option(
         "fastat",
-        "what sources do differently. fastat, the FastAT benchmark: x0 is clipped to the image range, and reset is 0.4 "
-        "(40 of its 100 epochs). original, the authors' code: x0 is not clipped, and reset is original_reset",
+        "whose code. fastat (the FastAT Benchmark): x0 is clipped to the image range, and reset is 0.4, 40 of its 100 "
+        "epochs. authors: x0 is not clipped, and reset is authors_reset",
     )
     reset: float | None = option(
-        None, "share of training after which perturbations begin anew; default: as the variant says", above=0, high=1
+        None, "share of training after which perturbations begin anew; default: as the code has it", above=0, high=1
     )
-    original_reset: float = option(
-        40 / 110, "reset of variant original: 40 of its 110 epochs; on CIFAR-100 and Tiny-ImageNet 10", above=0, high=1
+    authors_reset: float = option(
+        40 / 110, "the authors' reset: 40 of their 110 epochs; on CIFAR-100 and Tiny-ImageNet 10", above=0, high=1
     )
     store: StoreType = option("float32", "type of what is kept for each image; bfloat16 takes half the memory")
 
     @property
     def _reset(self) -> float:
-        default = 0.4 if self.variant == "fastat" else self.original_reset
+        default = 0.4 if self.code == "fastat" else self.authors_reset
         return default if self.reset is None else self.reset
 
     @cached_property
     def _noise(self) -> StoredNoise:
-        return StoredNoise(self.eps, self.decay, self._reset, self.variant == "fastat", self.store)
+        return StoredNoise(self.eps, self.decay, self._reset, self.code == "fastat", self.store)
 
     def store_bytes(self, shape: Sequence[int]) -> int:
         return self._noise.bytes(shape)
@@ -75,13 +77,16 @@ class FGSMPGI(KeptForward):
         self._noise.before_step(batch, key, state)
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, None]:
-        return self._noise.start(batch, key, state), None
+        for name in self.stores:
+            self.remembered(state, name)
+        return self._noise.start(batch, state), None
 
     def adversary(self, batch: Batch, start: Tensor, known: None, grad: Tensor, key: Tensor, state: State) -> Tensor:
         return self._noise.step(batch, grad, state)
 
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        apart = (wide(adv_logits) - wide(start_logits)).square().mean()
-        loss = self.ce(adv_logits, batch) + self.weight * apart
-        metrics = {"start": accuracy(start_logits, batch), "adv": accuracy(adv_logits, batch)}
-        return loss, {**metrics, "apart": apart.detach()}
+        weight, smoothing = self.weight / adv_logits.shape[1], self.label_smoothing  # of a sum over classes
+        loss = batch.over_labels(
+            lambda y: consistency_loss(adv_logits, start_logits, y, weight=weight, label_smoothing=smoothing)
+        )
+        return loss, {"adv": accuracy(adv_logits, batch)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atlas_kernels import stored_start, stored_step
 from atlas_kernels.core import advise_huge_pages
-from atlas_kernels.layout import is_channels_last
+from atlas_kernels.layout import compute_dtype, is_channels_last
 
 from ..data import Batch
 from ..noise import uniform
@@ -29,7 +29,8 @@ class StoredNoise:
     """``state.memory["perturbations"]`` and ``["momentum"]``, with a row for each training image.
 
     Perturbations begin at +-eps, each pixel's sign at random, and momentum at 0; both do so again after every ``reset``
-    of the training. Where the memory holds none, they begin. ``type``: of what is kept.
+    of the training. Where the memory holds none, they begin. ``type``: of what is kept; float32 is
+    float64 for such images.
     """
 
     stores: ClassVar[tuple[str, ...]] = ("perturbations", "momentum")
@@ -51,13 +52,11 @@ class StoredNoise:
         for first in range(0, len(perturbations), _ROWS):
             part = perturbations[first : first + _ROWS]
             ids = torch.arange(first, first + len(part), device=part.device)
-            signs = uniform(torch.empty_like(part, dtype=torch.float32), key, ids, _DRAW)
-            part.copy_(torch.where(signs < 0, -self.eps, self.eps))
+            numbers = uniform(part.to(compute_dtype(part.dtype)), key, ids, _DRAW)
+            part.copy_(torch.full_like(numbers, self.eps).copysign_(numbers))
 
-    def start(self, batch: Batch, key: Tensor, state: State) -> Tensor:
+    def start(self, batch: Batch, state: State) -> Tensor:
         """Each image at its perturbation, in the image range unless ``clip_start`` is off."""
-        if self.stores[0] not in state.memory:  # nobody called before_step
-            self.before_step(batch, key, state)
         bounds = {} if self.clip_start else {"clip_min": -math.inf, "clip_max": math.inf}
         return stored_start(batch.x, state.memory[self.stores[0]], batch.ids, **bounds)
 
@@ -102,10 +101,10 @@ class StoredNoise:
     def _make(self, batch: Batch, state: State) -> None:
         size = state.size or int(batch.ids.max()) + 1  # nobody said how large the set is: a loss outside of the trainer
         layout = torch.channels_last if is_channels_last(batch.x) else torch.contiguous_format
+        dtype, shape = self._type, (size, *batch.x.shape[1:])
+        dtype = batch.x.dtype if dtype == torch.float32 and batch.x.dtype == torch.float64 else dtype
         for name in self.stores:
-            made = torch.empty(
-                (size, *batch.x.shape[1:]), dtype=self._type, device=batch.x.device, memory_format=layout
-            )
+            made = torch.empty(shape, dtype=dtype, device=batch.x.device, memory_format=layout)
             state.memory[name] = advise_huge_pages(made)
 
     def _is_due(self, state: State) -> bool:
