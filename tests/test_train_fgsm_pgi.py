@@ -77,12 +77,9 @@ def test_resets_are_shares_of_training() -> None:
     """The published ones at the published lengths, and none beside."""
 
     def resets(method: FGSMPGI, epochs: int, batches: int = 7) -> list[float]:
-        noise, state = method._noise, State(total_steps=epochs * batches, epochs=epochs)
-        found = []
-        for state.step in range(1, state.total_steps):
-            if noise._is_due(state):
-                found.append(state.step / batches)
-        return found
+        total = epochs * batches
+        due = (step for step in range(1, total) if method._noise._is_due(State(step, total, step // batches, epochs)))
+        return [step / batches for step in due]
 
     assert resets(FGSMPGI(EPS), 100) == [40, 80]
     assert resets(FGSMPGI(EPS, code="authors"), 110) == [40, 80]
@@ -109,7 +106,7 @@ def test_it_learns_and_says_what_it_keeps_and_counting_passes_leaves_that_alone(
     assert any("fgsm_pgi keeps 0.0 MB on cpu: perturbations and momentum of 64 images" in line for line in lines.said)
     kept = {name: (value, value.clone()) for name, value in run.memory.items()}
     assert passes_per_step(run) == pytest.approx(7, abs=0.5)
-    assert all(run.memory[name] is value and torch.equal(value, copy) for name, (value, copy) in kept.items())
+    assert all(run.memory[name] is value and torch.equal(value, was) for name, (value, was) in kept.items())
 
 
 def test_only_last_pt_holds_what_is_kept(tmp_path: Path) -> None:
@@ -187,13 +184,13 @@ def test_a_batch_that_is_left_out_leaves_what_is_kept_as_it_was(method: Method) 
     assert before
     for other in (batch, Batch(*(t[:5] for t in batch))):
         method.step(model, other, made.key + 1, replace(state, memory=dict(state.memory)), Steps(model))
-        assert any(not torch.equal(value, copy) for value, copy in before.values()), "a step that counts writes it"
+        assert any(not torch.equal(value, was) for value, was in before.values()), "a step that counts writes it"
         before = {name: (value, value.clone()) for name, value in state.memory.items()}
         with pytest.raises(NonFiniteLoss):
             LeftOut(method)(model, other, made.key + 2, state, Refusing(model))
         assert {*state.memory} == {*before}
-        for name, (value, copy) in before.items():
-            assert state.memory[name] is value and torch.equal(value, copy)
+        for name, (value, was) in before.items():
+            assert state.memory[name] is value and torch.equal(value, was)
 
 
 def test_rows_alone_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
