@@ -30,6 +30,7 @@ import published.adv
 import published.atlas
 import published.backward_smoothing
 import published.cure
+import published.fgsm_pgi
 import published.fgsm_uap
 import published.free
 import published.gairat
@@ -135,6 +136,12 @@ def liet(m: Any, batch: Batch, key: Tensor, classes: int = 10) -> Statement:
         "smoothing": m._smoothing,
     }
     return Statement(published.liet.liet, None, {"eps": m.eps, "large": large, **how}, {"noise": "label_noise"})
+
+
+def fgsm_pgi(m: Any, batch: Batch, key: Tensor) -> Statement:
+    how = {"eps": m.eps, "clip_start": m.code == "fastat", "lamda": m.weight, "decay": m.decay, "idx": batch.ids}
+    memory = {"all_delta": "perturbations", "all_momentum": "momentum"}
+    return Statement(published.fgsm_pgi.fgsm_pgi, None, how | {"smoothing": m.label_smoothing}, memory)
 
 
 def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
@@ -253,6 +260,7 @@ STEPS: dict[str, Step] = {
     "atlas": Step("atlas", {"": atlas}, lambda m, _: [Attack(m.steps), Learn((Forward(wide=2 + m.count),))]),
     "atlas start": Step("atlas", {"": atlas_start}, lambda m, _: [_KEPT], {"local": "start"}),
     "liet": Step("liet", {"": liet}, lambda m, _: [_KEPT]),
+    "fgsm_pgi": Step("fgsm_pgi", {"": fgsm_pgi}, lambda m, _: [_KEPT]),
     "fgsm_uap": Step("fgsm_uap", {"": fgsm_uap}, lambda m, _: [_KEPT]),
     "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m.attack_mode), _PAIR]),
     "backward_smoothing": Step(

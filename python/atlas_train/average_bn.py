@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .machine import autocast
 from .noise import noise_keys
+from .remembered import unchanged
 from .run import Run
 
 
@@ -46,11 +47,11 @@ def _forwards(run: Run, network: nn.Module, attack: bool) -> None:
     first = run.step - len(run.batches)
     run.batches.set_epoch(run.epoch - 1)
     keys = noise_keys(run.config.seed, first, len(run.batches)).to(run.device)
-    memory = {name: value.clone() for name, value in run.memory.items()}
     for number, (batch, key) in enumerate(zip(run.batches, keys, strict=True)):
         if attack:
-            state = replace(run.state, step=first + number, epoch=run.epoch - 1, memory=memory)
-            run.method.loss(network, batch, key, state)
+            state = replace(run.state, step=first + number, epoch=run.epoch - 1)
+            with unchanged(run.method, run.memory, batch.ids):
+                run.method.loss(network, batch, key, state)
         else:
             with torch.no_grad():
                 network(batch.x)

@@ -23,9 +23,10 @@ from .folders import LOCK, locked, made
 from .interrupts import terminable
 from .machine import cudnn_benchmark, on_host
 from .noise import noise_keys
-from .nonfinite import Losses, NonFiniteLoss, NonFiniteWeights
+from .nonfinite import LeftOut, Losses, NonFiniteLoss, NonFiniteWeights
 from .options import plain, radius, shown
 from .peak_memory import watched
+from .remembered import require_room
 from .report import TensorBoard
 from .rescue import Collapsed
 from .run import Run, prepare
@@ -196,7 +197,8 @@ def _beginnings(run: Run) -> list[str]:
     config, extra = run.config, run.splits.extra
     share = f"{config.extra_share:.0%} of every batch from {0 if extra is None else len(extra):,} extra images"
     init = f"begins with the weights of {plain(config.init)}"
-    return [text for text, said in ((init, config.init), (share, extra is not None)) if said]
+    kept = require_room(run.method, (run.samples, *run.splits.train.shape), run.device)
+    return [text for text, said in ((init, config.init), (share, extra is not None), (kept, kept)) if said]
 
 
 def load_splits(
@@ -285,7 +287,8 @@ def _ended(run: Run, sign: str | None) -> str:
 def make_train_step(run: Run, display: progress.Display) -> TrainStep:
     """What trains on a batch: the method itself, or graphs of its step; on a compiled network under its watch."""
     graphs = run.config.cuda_graphs == "step"
-    step: TrainStep = StepGraph(run.method, run.optimizer, display.say) if graphs else run.method.step
+    plain = LeftOut(run.method) if run.config.on_nonfinite == "skip" else run.method.step
+    step: TrainStep = StepGraph(run.method, run.optimizer, display.say) if graphs else plain
     return CompiledStep(run, step, display.say) if run.config.compile else step
 
 

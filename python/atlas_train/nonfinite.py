@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import LAST
-from .methods import Metrics
+from .methods import Batch, Descent, Method, Metrics, State
 from .options import plain
+from .remembered import put_back_later
 from .run import Run
 from .segment import Segment
 
@@ -43,6 +44,27 @@ class NonFiniteWeights(NonFiniteLoss):
             f"the network holds NaN or infinity after epoch {run.epoch}, in {plain(names[0])} for one; {kept}. "
             "Try a smaller lr or weights of the terms, or train_precision fp32",
         )
+
+
+class LeftOut:
+    """``method.step`` of a run that leaves batches out: what the method remembers is then as before ``train_step``.
+
+    What ``before_step`` did stays: it is due, whatever the batch.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
+    ) -> tuple[Tensor, Metrics]:
+        self._method.before_step(model, batch, key, state)
+        put_back = put_back_later(self._method, state.memory, batch.ids)
+        try:
+            return self._method.train_step(model, batch, key, state, descent)
+        except NonFiniteLoss:
+            put_back()
+            raise
 
 
 class Losses:

@@ -18,6 +18,7 @@ from .data import Batch
 from .descent import OptimizerDescent
 from .evaluate import eval_mode
 from .noise import noise_keys
+from .remembered import set_apart
 from .run import Run
 
 _aten = torch.ops.aten
@@ -109,8 +110,8 @@ class Copied(NamedTuple):
 
 @contextmanager
 def step_on_copies(run: Run) -> Iterator[Copied | None]:
-    """A training step (a batch) of the run as it stands, on copies of the network and of the method's memory; None
-    where the network cannot be copied.
+    """A training step (a batch) of the run as it stands, on copies of the network and of what the method remembers of
+    the batch; None where the network cannot be copied.
 
     It updates nothing: the run goes on as if it had not been looked at. What a method does now and then,
     ``before_step``, is done before.
@@ -120,9 +121,8 @@ def step_on_copies(run: Run) -> Iterator[Copied | None]:
     except Exception:  # it holds a lock, say
         yield None
         return
-    memory = {name: value.clone() for name, value in run.memory.items()}
-    last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0), memory=memory)
-    batch = next(iter(run.batches))
+    last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0))
+    last, batch = set_apart(run.method, last, next(iter(run.batches)))
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), run.recomputed(network):
         descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import checkpoint, saving
 from .config import TrainConfig, from_record
+from .remembered import begins_anew
 from .run import Run
 
 #: After so many a run ends: what returns at every strength of the attack is no overfitting to it.
@@ -57,7 +58,8 @@ def take_back(run: Run, epoch: int, sign: str, *, stronger: bool) -> str:
     saving.save(run)
     more = ", ".join(f"{name} {now:.4g} (before: {then:.4g})" for name, (then, now) in changed.items())
     so = f"and on from there with {more}" if changed else f"where the run ends, as {why}"
-    return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, {so}"
+    anew = begins_anew(run.method, run.memory)
+    return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, {so}{f'; {anew}' if anew else ''}"
 
 
 def _why_no_further(run: Run, stronger: bool) -> str:

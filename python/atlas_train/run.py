@@ -24,6 +24,7 @@ from .machine import autocast, usable_device
 from .methods import Method, State
 from .options import plain
 from .recompute import Recomputed, blocks
+from .remembered import require_room
 from .step_graph import require_recordable
 
 
@@ -90,13 +91,15 @@ class Run:
     @property
     def samples(self) -> int:
         """Images that are trained on, the extra ones too."""
-        extra = self.splits.extra
-        return len(self.splits.train) + (0 if extra is None else len(extra))
+        return run_samples(self.splits)
 
     @property
     def state(self) -> State:
         """What a method may know of the run."""
-        return State(self.step, self.total_steps, self.epoch, self.config.epochs, self.samples, self.memory)
+        repeats = self.splits.extra is not None
+        return State(
+            self.step, self.total_steps, self.epoch, self.config.epochs, self.samples, self.memory, repeats=repeats
+        )
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""
@@ -168,6 +171,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         few = splits.train.images[:2].to(device).float() / 255
         models.require_usable(model, arch["name"], few, splits.num_classes)
     method, optimizer = require_trainable(config, model)
+    require_room(method, (run_samples(splits), *splits.train.shape), device)
     network = compiled_network(model, method) if config.compile else model
     precision = config.attack_precision or config.train_precision
     for each in (config.train_precision, precision):
@@ -189,6 +193,10 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         average=averaging.make(config, model),
         validation=validation,
     )
+
+
+def run_samples(splits: DataSplits) -> int:
+    return len(splits.train) + (0 if splits.extra is None else len(splits.extra))
 
 
 def network_of(config: TrainConfig, splits: DataSplits) -> nn.Module:

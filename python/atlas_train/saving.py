@@ -16,6 +16,7 @@ from .config import PLACES, TrainConfig, from_record, recorded
 from .data import identity
 from .imported import without_place
 from .options import plain, shown
+from .remembered import begins_anew, without_stores
 from .report import write_csv
 from .run import Run
 from .writing import builtin, write_link
@@ -66,12 +67,22 @@ def save(run: Run) -> None:
 
 
 def _save_best(run: Run, last: Path, state: Mapping[str, Any]) -> None:
-    """best.pt beside the checkpoint of its epoch: the same file, or a copy that means the weights in training."""
+    """best.pt beside the checkpoint of its epoch: the same file, or a copy that differs as ``_of_best`` says."""
     assert run.folder
-    if run.best_raw:
-        checkpoint.save(run.folder / checkpoint.BEST, {**state, "raw": True, "answers": _answers(run, run.model)})
+    if changed := _of_best(run, state):
+        checkpoint.save(run.folder / checkpoint.BEST, {**state, **changed})
     else:
         write_link(run.folder / checkpoint.BEST, last)
+
+
+def _of_best(run: Run, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What best.pt has otherwise than the checkpoint of its epoch: it may mean the weights in training, and it holds
+    nothing that is kept for each image."""
+    changed: dict[str, Any] = {}
+    if run.best_raw and not state.get("raw"):
+        changed = {"raw": True, "answers": _answers(run, run.model)}
+    memory = without_stores(run.method, state.get("memory", {}))
+    return changed if len(memory) == len(state.get("memory", {})) else {**changed, "memory": memory}
 
 
 def discard(folder: Path) -> None:
@@ -161,6 +172,8 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
         notes += [text for text in (_told(run, changed), _stretched(run, old)) if text]
     elif not run.ended:
         notes.append(f"resumed after epoch {run.epoch} of {run.config.epochs}")
+    if run.epoch and not run.ended and (anew := begins_anew(run.method, run.memory)):
+        notes.append(anew)
     return notes
 
 
@@ -187,7 +200,7 @@ def _restore_best(run: Run, state: Mapping[str, Any], source: Path) -> list[str]
     kept, own = source.parent / checkpoint.BEST, run.folder / checkpoint.BEST
     if run.best and run.best == run.epoch:
         kept = source
-    if kept is source and run.best_raw and not state.get("raw"):
+    if kept is source and _of_best(run, state):
         _save_best(run, source, state)
     elif run.best and kept.exists() and not (own.exists() and own.samefile(kept)):
         write_link(own, kept)

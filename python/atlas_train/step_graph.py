@@ -13,6 +13,7 @@ from atlas_kernels.capture import Capture, CaptureFailed, Recorder, capturing, c
 from .descent import OptimizerDescent
 from .methods import Batch, Method, Metrics, State
 from .methods.base import on_device
+from .remembered import unchanged
 
 Outcome = tuple[Tensor, Metrics]
 #: Settings of an optimiser that schedules move.
@@ -107,10 +108,11 @@ class StepGraph:
             return self._step(model, Batch(x, y, ids), key, replace(state, numbers=changing), descent)
 
         moved = [value for kept in self._optimizer.state.values() for value in kept.values()]
-        written = [*model.parameters(), *model.buffers(), *moved, *state.memory.values()]
+        written = [*model.parameters(), *model.buffers(), *moved]
         shared = next(filter(None, self._captures.values()), None)
-        # One run before, the rehearsal: the step before was an ordinary one.
-        return Capture(step, inputs, warmup=1, restore=written, share=shared, recorder=self._recorder)
+        with unchanged(self._method, state.memory, inputs[2]):
+            # One run before, the rehearsal: the step before was an ordinary one.
+            return Capture(step, inputs, warmup=1, restore=written, share=shared, recorder=self._recorder)
 
 
 def _uncached(device: str) -> torch.autocast:

@@ -16,6 +16,7 @@ from .backward_smoothing import BackwardSmoothing
 from .base import Descent, Method, Metrics, State
 from .cure import CURE
 from .curriculum import Curriculum
+from .fgsm_pgi import FGSMPGI
 from .fgsm_uap import FGSMUAP
 from .free import Free
 from .gairat import GAIRAT
@@ -43,6 +44,7 @@ __all__ = [
     "CURE",
     "Curriculum",
     "Descent",
+    "FGSMPGI",
     "FGSMUAP",
     "Free",
     "GAIRAT",
@@ -73,7 +75,7 @@ __all__ = [
 
 _ALL = (
     ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
-    Jacobian, LIET, FGSMUAP, GAT, Standard,
+    Jacobian, LIET, FGSMPGI, FGSMUAP, GAT, Standard,
 )  # fmt: skip
 _METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 

@@ -25,7 +25,7 @@ class Around(Method):
     method: Method
 
     def __post_init__(self) -> None:
-        for name in (*OF_RUN, "name", "adversarial", "no_graph", "no_compile", "sizes_vary"):
+        for name in (*OF_RUN, "name", "adversarial", "no_graph", "no_compile", "sizes_vary", "stores"):
             object.__setattr__(self, name, getattr(self.method, name))
         super().__post_init__()
 
@@ -67,6 +67,9 @@ class Around(Method):
 
     def require_memory(self, memory: Any, shape: Sequence[int]) -> None:
         self.method.require_memory(memory, shape)
+
+    def store_bytes(self, shape: Sequence[int]) -> int:
+        return self.method.store_bytes(shape)
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
         self.method.before_step(model, batch, key, state)

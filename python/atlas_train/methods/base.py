@@ -28,7 +28,8 @@ EVERY_NORM: tuple[Norm, ...] = ("linf", "l2", "l1")
 class State:
     """Where training stands, and what a method remembers from one batch to the next.
 
-    step: batches so far, of ``total_steps``. epoch: from 0, of ``epochs``. size: images in the training set.
+    step: batches so far, of ``total_steps``. epoch: from 0, of ``epochs``. size: images in the training set. repeats:
+    whether a batch may hold an image twice, as extra images may come.
     memory: tensors by name, put there by the method; they are part of a checkpoint. numbers: in a graph of the step,
     what ``Method.numbers`` gives.
     """
@@ -40,6 +41,7 @@ class State:
     size: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     numbers: Tensor | None = None
+    repeats: bool = False
 
 
 class Descent(Protocol):
@@ -74,6 +76,8 @@ class Method(ABC):
     no_compile: ClassVar[str] = ""
     #: Whether the network meets batches of sizes that depend on the data.
     sizes_vary: ClassVar[bool] = False
+    #: What of ``state.memory`` has a row for each training image. It is in last.pt alone, and is never copied whole.
+    stores: ClassVar[tuple[str, ...]] = ()
     #: Norms of the ball that its adversaries can live in.
     norms: ClassVar[tuple[Norm, ...]] = ("linf",)
 
@@ -182,6 +186,10 @@ class Method(ABC):
 
         shape: of the training images, [N, C, H, W].
         """
+
+    def store_bytes(self, shape: Sequence[int]) -> int:
+        """The memory that ``stores`` take for training images [N, C, H, W]."""
+        return 0
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:  # noqa: B027 (as above)
         """Does what is due now and then, for the batch that comes next: makes and renews what ``state.memory`` keeps.
