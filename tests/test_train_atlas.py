@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key, random_start, sample_neighbours
 from atlas_kernels.attacks import PGD
 from atlas_train import methods
-from atlas_train.methods import ATLAS, Batch, State, atlas_local
+from atlas_train.methods import ATLAS, LIET, Batch, Method, Mixing, State, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
 from atlas_train.noise import normal
-from beside_published import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
+from atlas_train.passes import count_passes
+from beside_published import CLASSES, EPS, Case, Steps, assert_same, case, close, ours, theirs
 from published import atlas as published
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -81,6 +82,48 @@ def test_start_may_leave_the_ball(how: dict[str, Any], radius: float) -> None:
     assert (mine.images[-1] - made.batch.x).abs().max() > 1.5 * EPS
 
 
+def test_start_may_be_that_of_liet() -> None:
+    """Its start and step: with Jensen-Shannon that grows, and whole labels, it is LIET itself."""
+    made, method = (
+        case(),
+        ATLAS(EPS, local="start", start_noise="liet", local_objective="js", local_weight=20.0, local_ramp=1.0),
+    )
+    state = State(epoch=1, epochs=2, total_steps=8, step=4)
+    mine = ours(method, made, state)
+    assert set(state.memory) == {"label_noise"}
+    theirs_ = LIET(EPS, smoothing=0.0, weight=20.0)
+    steps = Steps(copy.deepcopy(made.model).train())
+    loss, _ = theirs_.train_step(steps.model, made.batch, made.key, state, steps)
+    close(mine.loss, loss, "loss")
+    for a, b in zip(mine.grads[0], steps.grads[0], strict=True):
+        close(a, b, "gradient")
+
+
+def test_what_starts_as_a_method_does_keeps_to_it() -> None:
+    method = ATLAS(EPS, local="start", start_noise="liet", label_smoothing=0.2)
+    small = method.scaled(0.1)
+    assert isinstance(small, ATLAS) and small._origin is not None
+    assert small._origin.in_use()["noise_magnitude"] == 2.0, "of the whole radius, which is above 8/255"
+    assert small.eps == small._origin.eps == small._attack.effective_step_size == 0.1 * EPS
+    with pytest.raises(ValueError, match="atlas with start_noise='liet', which starts from the noise of an image's"):
+        Mixing(method, "mixup", 1.0)
+    with pytest.raises(ValueError, match="memory label_noise is"):
+        method.require_memory({"label_noise": torch.zeros(4)}, [10, 3, 6, 6])
+    longer = method.with_steps(2)
+    assert passes_of(longer) == passes_of(method) + 2
+
+
+def passes_of(method: Method) -> float:
+    """Passes, of a network without a cheap layer's share."""
+    made, model = (
+        case(),
+        nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, CLASSES)),
+    )
+    batch, state = made.batch._replace(x=made.batch.x.float()), State(size=8)
+    method.before_step(model.train(), batch, made.key, state)
+    return round(count_passes(model, batch.x, lambda: method.train_step(model, batch, made.key, state, Steps(model))))
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_start_in_other_norms(norm: Any, steps: int) -> None:
@@ -115,6 +158,9 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
         ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
+        ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),
+        ({"local": "start", "start_noise": "liet", "norm": "l2"}, "start_noise='liet' is for norm='linf', got 'l2'"),
+        ({"local": "start", "start_noise": "liet", "wide_start": 2}, "wide_start is another start than"),
         ({"local": "start", "start_noise": "wide", "steps": 2}, "wide_start is of one step in l_inf, got steps=2"),
     ],
 )
