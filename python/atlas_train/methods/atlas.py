@@ -47,8 +47,6 @@ _ONLY = {
 }
 _OBJECTIVES = {"start": ("kl", "js", "logit", "prob")}
 _WIDE = 2.0  # eps, as in n_fgsm
-#: Methods whose start ``start_noise`` may be: their noise, and the step from it.
-_ORIGINS: dict[str, type[kept.KeptForward]] = {"liet": LIET}
 
 
 class Given(NamedTuple):
@@ -166,7 +164,7 @@ class ATLAS(kept.KeptForward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_noise in _ORIGINS:
+        if self.start_noise == "liet":
             self._begin_as(self._made_origin())
         require_wide(self, self._wide, self.steps)
         if self._wide and self.project:
@@ -199,7 +197,7 @@ class ATLAS(kept.KeptForward):
                 )
         if self.wide_start:
             raise ValueError(f"atlas: wide_start is another start than start_noise={self.start_noise!r}: leave one out")
-        return _ORIGINS[self.start_noise](self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
+        return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
 
     def _begin_as(self, origin: kept.KeptForward) -> None:
         object.__setattr__(self, "_origin", origin)
