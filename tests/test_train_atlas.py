@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key, random_start, sample_neighbours
 from atlas_kernels.attacks import PGD
 from atlas_train import methods
-from atlas_train.methods import ATLAS, LIET, Batch, Method, Mixing, State, atlas_local
+from atlas_train.methods import ATLAS, AWP, FGSMPGI, LIET, Batch, Method, Mixing, State, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
 from atlas_train.noise import normal
 from atlas_train.passes import count_passes
@@ -99,6 +99,32 @@ def test_start_may_be_that_of_liet() -> None:
         close(a, b, "gradient")
 
 
+def test_start_may_be_that_of_fgsm_pgi() -> None:
+    """With squared logits, whose mean over the classes is 1 / C of ours, it is FGSM-PGI itself."""
+    made, outcomes, memories = case(), [], []
+    how: dict[str, Any] = {"local": "start", "start_noise": "pgi", "local_objective": "logit"}
+    for method in (
+        ATLAS(EPS, **how, local_weight=10 / CLASSES, label_smoothing=0.4),
+        FGSMPGI(EPS, label_smoothing=0.4),
+    ):
+        state = State(epochs=2, total_steps=4, size=100)
+        steps = Steps(copy.deepcopy(made.model).train())
+        for state.step in range(4):
+            state.epoch = state.step // 2
+            method.step(steps.model, made.batch, made.key + state.step, state, steps)
+        outcomes.append([g for grads in steps.grads for g in grads] + list(steps.model.buffers()))
+        memories.append(state.memory)
+    assert len(outcomes[0]) > 4 * 8 and all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert set(memories[0]) == {"perturbations", "momentum"} and memories[0].keys() == memories[1].keys()
+    assert all(torch.equal(value, memories[1][name]) for name, value in memories[0].items())
+    assert method.stores and ATLAS(EPS, **how).stores == method.stores and ATLAS(EPS).stores == ()
+    assert AWP(ATLAS(EPS, **how), 0.01).stores == ATLAS(EPS, **how).scaled(0.5).stores == method.stores
+    assert ATLAS(EPS, **how).store_bytes([50_000, 3, 32, 32]) == method.store_bytes([50_000, 3, 32, 32]) > 1e9
+    assert ATLAS(EPS, **ATLAS(EPS, **how).in_use()).in_use() == ATLAS(EPS, **how).in_use()
+    longer = ATLAS(EPS, **how, steps=2, step_size=0.625 * EPS)  # as a rollback makes it
+    assert ours(longer, made, State(size=100)).loss.isfinite()
+
+
 def test_what_starts_as_a_method_does_keeps_to_it() -> None:
     method = ATLAS(EPS, local="start", start_noise="liet", label_smoothing=0.2)
     small = method.scaled(0.1)
@@ -158,6 +184,7 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
         ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
+        ({"local": "start", "start_noise": "pgi", "step_size": 0.05}, "step_size=0.05 with start_noise='pgi', whose"),
         ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),
         ({"local": "start", "start_noise": "liet", "norm": "l2"}, "start_noise='liet' is for norm='linf', got 'l2'"),
         ({"local": "start", "start_noise": "liet", "wide_start": 2}, "wide_start is another start than"),

@@ -314,7 +314,19 @@ def test_mixed_batches_are_a_share_by_seed_and_step() -> None:
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_mixes_or_says_that_it_cannot(name: str) -> None:
     settings = {"method": name, "hyper": {}, "mix_share": 0.5, "mix_steps": 3, "epochs": 1}
-    unmixable = ("standard", "free", "yopo", "n_fgsm", "grad_align", "cure", "jacobian", "liet", "fgsm_pgi", "fgsm_uap", "gat")
+    unmixable = (
+        "standard",
+        "free",
+        "yopo",
+        "n_fgsm",
+        "grad_align",
+        "cure",
+        "jacobian",
+        "liet",
+        "fgsm_pgi",
+        "fgsm_uap",
+        "gat",
+    )
     if name in unmixable:
         with pytest.raises(ValueError, match=f"mix_share needs a method that attacks in steps.*{name} is not: set"):
             config(**settings)

@@ -28,6 +28,7 @@ from ..options import Norm, option
 from . import atlas_local, kept
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
+from .fgsm_pgi import FGSMPGI
 from .liet import LIET
 from .mixed import samples
 from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide, uncompiled
@@ -97,10 +98,10 @@ class ATLAS(kept.KeptForward):
 
     With start the forward at x0 serves attack and loss (see ``KeptForward``), and the attack climbs the smoothed
     cross-entropy. That forward, and a loss that ties it to x', are not ours: they are of FGSM-PGI, with squared logits
-    (Jia et al. 2022, ECCV), and of LIET, with Jensen-Shannon and a weight that grows (ICCV 2025), whose start
-    ``start_noise`` may take. To see in the start a point of the local ball is ours, and so is this choice of ties,
-    weights and starts, and GLOBAL beside it. By default there is no GLOBAL with it; each part has a forward of its own,
-    as the second needs the gradient of the first.
+    (Jia et al. 2022), and of LIET, with Jensen-Shannon and a weight that grows (ICCV 2025). To see in the start a point
+    of the local ball is ours, and so is this choice of ties, weights and starts, and GLOBAL beside it; with the start
+    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. By default there is no GLOBAL with it; each
+    part has a forward of its own, as the second needs the gradient of the first.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -117,10 +118,10 @@ class ATLAS(kept.KeptForward):
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps for one step, else PGD's", above=0)
     wide_start: float = option(0.0, WIDE_START, low=0)
-    start_noise: Literal["uniform", "wide", "liet"] = option(
+    start_noise: Literal["uniform", "wide", "liet", "pgi"] = option(
         "uniform",
         f"noise from which the attack starts. wide: that of wide_start, {_WIDE:g} unless it says another radius; with "
-        "local=start also liet: start and step of that method, with its defaults",
+        "local=start also liet and pgi: start and step of liet and fgsm_pgi, with their defaults",
     )
     local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "start", "none"] = option(
         "neighbours",
@@ -164,7 +165,7 @@ class ATLAS(kept.KeptForward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_noise == "liet":
+        if self.start_noise in ("liet", "pgi"):
             self._begin_as(self._made_origin())
         require_wide(self, self._wide, self.steps)
         if self._wide and self.project:
@@ -197,10 +198,17 @@ class ATLAS(kept.KeptForward):
                 )
         if self.wide_start:
             raise ValueError(f"atlas: wide_start is another start than start_noise={self.start_noise!r}: leave one out")
-        return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
+        if self.start_noise == "liet":
+            return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
+        if self.steps == 1 and self.step_size not in (None, self.eps):
+            raise ValueError(
+                f"atlas: step_size={self.step_size} with start_noise='pgi', whose step is eps: leave it out"
+            )
+        return FGSMPGI(self.eps, label_smoothing=self.label_smoothing)
 
     def _begin_as(self, origin: kept.KeptForward) -> None:
         object.__setattr__(self, "_origin", origin)
+        object.__setattr__(self, "stores", origin.stores)
 
     def scaled(self, share: float) -> Method:
         made = super().scaled(share)
@@ -268,6 +276,9 @@ class ATLAS(kept.KeptForward):
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
         if self._origin:
             self._origin.require_memory(memory, shape)
+
+    def store_bytes(self, shape: Sequence[int]) -> int:
+        return self._origin.store_bytes(shape) if self._origin else 0
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
         if self._origin:
