@@ -202,7 +202,7 @@ class ATLAS(kept.KeptForward):
             return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
         if self.steps == 1 and self.step_size not in (None, self.eps):
             raise ValueError(
-                f"atlas: step_size={self.step_size} with start_noise='pgi', whose step is eps: leave it out"
+                f"atlas: step_size={self.step_size:g} with start_noise='pgi', whose step is eps: set {self.eps:g}"
             )
         return FGSMPGI(self.eps, label_smoothing=self.label_smoothing)
 
