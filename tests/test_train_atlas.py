@@ -121,6 +121,7 @@ def test_start_may_be_that_of_fgsm_pgi() -> None:
     assert AWP(ATLAS(EPS, **how), 0.01).stores == ATLAS(EPS, **how).scaled(0.5).stores == method.stores
     assert ATLAS(EPS, **how).store_bytes([50_000, 3, 32, 32]) == method.store_bytes([50_000, 3, 32, 32]) > 1e9
     assert ATLAS(EPS, **ATLAS(EPS, **how).in_use()).in_use() == ATLAS(EPS, **how).in_use()
+    assert ATLAS(8 / 255, **how, step_size=float(f"{8 / 255:g}"))._origin
     longer = ATLAS(EPS, **how, steps=2, step_size=0.625 * EPS)  # as a rollback makes it
     assert ours(longer, made, State(size=100)).loss.isfinite()
 

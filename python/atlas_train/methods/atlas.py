@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -200,7 +201,7 @@ class ATLAS(kept.KeptForward):
             raise ValueError(f"atlas: wide_start is another start than start_noise={self.start_noise!r}: leave one out")
         if self.start_noise == "liet":
             return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
-        if self.steps == 1 and self.step_size not in (None, self.eps):
+        if self.steps == 1 and not isclose(self.step_size or self.eps, self.eps, rel_tol=1e-5):
             raise ValueError(
                 f"atlas: step_size={self.step_size:g} with start_noise='pgi', whose step is eps: set {self.eps:g}"
             )
