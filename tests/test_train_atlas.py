@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key, random_start, sample_neighbours
 from atlas_kernels.attacks import PGD
 from atlas_train import methods
-from atlas_train.methods import ATLAS, Batch, State, atlas_local
+from atlas_train.methods import ATLAS, AWP, FGSMPGI, LIET, Batch, Method, Mixing, State, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
 from atlas_train.noise import normal
-from beside_published import CLASSES, EPS, Case, assert_same, case, close, ours, theirs
+from atlas_train.passes import count_passes
+from beside_published import CLASSES, EPS, Case, Steps, assert_same, case, close, ours, theirs
 from published import atlas as published
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -81,6 +82,75 @@ def test_start_may_leave_the_ball(how: dict[str, Any], radius: float) -> None:
     assert (mine.images[-1] - made.batch.x).abs().max() > 1.5 * EPS
 
 
+def test_start_may_be_that_of_liet() -> None:
+    """Its start and step: with Jensen-Shannon that grows, and whole labels, it is LIET itself."""
+    made, method = (
+        case(),
+        ATLAS(EPS, local="start", start_noise="liet", local_objective="js", local_weight=20.0, local_ramp=1.0),
+    )
+    state = State(epoch=1, epochs=2, total_steps=8, step=4)
+    mine = ours(method, made, state)
+    assert set(state.memory) == {"label_noise"}
+    theirs_ = LIET(EPS, smoothing=0.0, weight=20.0)
+    steps = Steps(copy.deepcopy(made.model).train())
+    loss, _ = theirs_.train_step(steps.model, made.batch, made.key, state, steps)
+    close(mine.loss, loss, "loss")
+    for a, b in zip(mine.grads[0], steps.grads[0], strict=True):
+        close(a, b, "gradient")
+
+
+def test_start_may_be_that_of_fgsm_pgi() -> None:
+    """With squared logits, whose mean over the classes is 1 / C of ours, it is FGSM-PGI itself."""
+    made, outcomes, memories = case(), [], []
+    how: dict[str, Any] = {"local": "start", "start_noise": "pgi", "local_objective": "logit"}
+    for method in (
+        ATLAS(EPS, **how, local_weight=10 / CLASSES, label_smoothing=0.4),
+        FGSMPGI(EPS, label_smoothing=0.4),
+    ):
+        state = State(epochs=2, total_steps=4, size=100)
+        steps = Steps(copy.deepcopy(made.model).train())
+        for state.step in range(4):
+            state.epoch = state.step // 2
+            method.step(steps.model, made.batch, made.key + state.step, state, steps)
+        outcomes.append([g for grads in steps.grads for g in grads] + list(steps.model.buffers()))
+        memories.append(state.memory)
+    assert len(outcomes[0]) > 4 * 8 and all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert set(memories[0]) == {"perturbations", "momentum"} and memories[0].keys() == memories[1].keys()
+    assert all(torch.equal(value, memories[1][name]) for name, value in memories[0].items())
+    assert method.stores and ATLAS(EPS, **how).stores == method.stores and ATLAS(EPS).stores == ()
+    assert AWP(ATLAS(EPS, **how), 0.01).stores == ATLAS(EPS, **how).scaled(0.5).stores == method.stores
+    assert ATLAS(EPS, **how).store_bytes([50_000, 3, 32, 32]) == method.store_bytes([50_000, 3, 32, 32]) > 1e9
+    assert ATLAS(EPS, **ATLAS(EPS, **how).in_use()).in_use() == ATLAS(EPS, **how).in_use()
+    assert ATLAS(8 / 255, **how, step_size=float(f"{8 / 255:g}"))._origin
+    longer = ATLAS(EPS, **how, steps=2, step_size=0.625 * EPS)  # as a rollback makes it
+    assert ours(longer, made, State(size=100)).loss.isfinite()
+
+
+def test_what_starts_as_a_method_does_keeps_to_it() -> None:
+    method = ATLAS(EPS, local="start", start_noise="liet", label_smoothing=0.2)
+    small = method.scaled(0.1)
+    assert isinstance(small, ATLAS) and small._origin is not None
+    assert small._origin.in_use()["noise_magnitude"] == 2.0, "of the whole radius, which is above 8/255"
+    assert small.eps == small._origin.eps == small._attack.effective_step_size == 0.1 * EPS
+    with pytest.raises(ValueError, match="atlas with start_noise='liet', which starts from the noise of an image's"):
+        Mixing(method, "mixup", 1.0)
+    with pytest.raises(ValueError, match="memory label_noise is"):
+        method.require_memory({"label_noise": torch.zeros(4)}, [10, 3, 6, 6])
+    longer = method.with_steps(2)
+    assert passes_of(longer) == passes_of(method) + 2
+
+
+def passes_of(method: Method) -> float:
+    """Passes, of a network without a cheap layer's share."""
+    made, model = (
+        case(),
+        nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, CLASSES)),
+    )
+    batch, state = made.batch._replace(x=made.batch.x.float()), State(size=8)
+    method.before_step(model.train(), batch, made.key, state)
+    return round(count_passes(model, batch.x, lambda: method.train_step(model, batch, made.key, state, Steps(model))))
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_start_in_other_norms(norm: Any, steps: int) -> None:
@@ -115,6 +185,10 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
         ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
+        ({"local": "start", "start_noise": "pgi", "step_size": 0.05}, "step_size=0.05 with start_noise='pgi', whose"),
+        ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),
+        ({"local": "start", "start_noise": "liet", "norm": "l2"}, "start_noise='liet' is for norm='linf', got 'l2'"),
+        ({"local": "start", "start_noise": "liet", "wide_start": 2}, "wide_start is another start than"),
         ({"local": "start", "start_noise": "wide", "steps": 2}, "wide_start is of one step in l_inf, got steps=2"),
     ],
 )

@@ -126,6 +126,7 @@ def test_the_defaults_of_each_data_set_can_be_built(name: str) -> None:
 
 
 _FORMS = [("atlas", {"local": form}) for form in ("worst", "jacobian", "radius", "start")]
+_FORMS += [("atlas", {"local": "start", "start_noise": noise}) for noise in ("wide", "liet")]
 
 
 @pytest.mark.parametrize(("name", "hyper"), [*((name, {}) for name in methods.names()), *_FORMS])

@@ -32,6 +32,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "atlas:radius": ({"local": "radius"}, 2 + 2 * (1 + 1 + 2 + 2)),
     "atlas:radius of 3": ({"local": "radius", "rivals": 3}, 2 + 2 * (1 + 3 + 1 + 2 + 2)),
     "atlas:start": ({"local": "start"}, 1 + 1 + 1 + 2 * 2),  # z(x0), to x0, z(x'), and both to the weights
+    "atlas:start of pgi": ({"local": "start", "start_noise": "pgi"}, 7),
+    "atlas:start of liet": ({"local": "start", "start_noise": "liet"}, 7),
     "atlas:start, 2 steps": ({"local": "start", "steps": 2}, 9),
     "atlas:start, global": ({"local": "start", "global_term": "kl"}, 10),
     "trades": ({"steps": 10}, 27),

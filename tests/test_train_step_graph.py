@@ -58,6 +58,8 @@ FORMS: list[dict[str, Any]] = [
     {"method": "atlas", "hyper": {"local": "start", "local_objective": "js", "local_ramp": 1.0}},
     {"method": "atlas", "hyper": {"local": "start", "steps": 2}, "awp": 0.01, "label_smoothing": 0.3},
     {"method": "atlas", "hyper": {"local": "start"}, "mixup": 1.0},
+    {"method": "atlas", "hyper": {"local": "start", "start_noise": "liet"}},
+    {"method": "atlas", "hyper": {"local": "start", "start_noise": "pgi"}, "eps_warmup": 1},
     {"method": "adv", "norm": "l2", "eps": 0.8},
     {"method": "atlas", "norm": "l2", "eps": 0.8},
     {"method": "trades", "norm": "l1", "eps": 5.0},

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import atlas_loss, kl_div, logit_pairing, pgd_step, pgd_step_neighbours, project, random_start
+from atlas_kernels import (
+    atlas_loss,
+    consistency_loss,
+    kl_div,
+    logit_pairing,
+    pgd_step,
+    pgd_step_neighbours,
+    project,
+    random_start,
+)
 from atlas_kernels.attacks import PGD
 from atlas_kernels.attacks import Batch as Samples
 from atlas_kernels.outputs import Model, logits_of
@@ -19,6 +29,8 @@ from ..options import Norm, option
 from . import atlas_local, kept
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
+from .fgsm_pgi import FGSMPGI
+from .liet import LIET
 from .mixed import samples
 from .terms import NO_BALL, WIDE_START, accuracy, from_wide_noise, require_wide, uncompiled
 
@@ -37,22 +49,6 @@ _ONLY = {
 }
 _OBJECTIVES = {"start": ("kl", "js", "logit", "prob")}
 _WIDE = 2.0  # eps, as in n_fgsm
-
-
-def consistency_loss(logits, other, y, *, distance, weight, label_smoothing, return_terms):  # type: ignore[no-untyped-def]
-    """Stands in until the operator of that name is there."""
-    from torch.nn import functional as F
-
-    p, q = (t.to(torch.promote_types(t.dtype, torch.float32)).log_softmax(1) for t in (other, logits))
-    m = torch.logaddexp(p, q) - 0.6931471805599453
-    apart = {
-        "logit": lambda: (logits - other).square(),
-        "prob": lambda: (p.exp() - q.exp()).square(),
-        "kl": lambda: p.exp() * (p - q),
-        "js": lambda: (p.exp() * (p - m) + q.exp() * (q - m)) / 2,
-    }[distance]().sum(1)
-    ce = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
-    return (ce + weight * apart).mean(), torch.stack([ce, apart]).detach()
 
 
 class Given(NamedTuple):
@@ -101,11 +97,12 @@ class ATLAS(kept.KeptForward):
     Passes: 2K + 6 + 3 ``count`` (neighbours), 2K + 11 (worst), 2K + 5 (start; 3 more with GLOBAL), 2K + 12 (the others;
     2K + 9 with ``bn="split"``).
 
-    With start the forward at x0 serves attack and loss (see ``KeptForward``). That forward, and a loss that ties it to
-    x', are not ours: they are of FGSM-PGI, squared logits (Jia et al. 2022, ECCV), and of LIET, Jensen-Shannon with a
-    weight that grows (ICCV 2025). To see in the start a point of the local ball is ours, and so are this choice of
-    ties, weights and starts, and GLOBAL beside it. GLOBAL is none by default there, and the parts have forwards of
-    their own, as the second needs the gradient of the first. Its attack climbs the smoothed cross-entropy.
+    With start the forward at x0 serves attack and loss (see ``KeptForward``), and the attack climbs the smoothed
+    cross-entropy. That forward, and a loss that ties it to x', are not ours: they are of FGSM-PGI, with squared logits
+    (Jia et al. 2022), and of LIET, with Jensen-Shannon and a weight that grows (ICCV 2025). To see in the start a point
+    of the local ball is ours, and so is this choice of ties, weights and starts, and GLOBAL beside it; with the start
+    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. By default there is no GLOBAL with it; each
+    part has a forward of its own, as the second needs the gradient of the first.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -122,9 +119,10 @@ class ATLAS(kept.KeptForward):
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps for one step, else PGD's", above=0)
     wide_start: float = option(0.0, WIDE_START, low=0)
-    start_noise: Literal["uniform", "wide"] = option(
+    start_noise: Literal["uniform", "wide", "liet", "pgi"] = option(
         "uniform",
-        f"noise from which the attack starts. wide: that of wide_start, {_WIDE:g} unless it says another radius",
+        f"noise from which the attack starts. wide: that of wide_start, {_WIDE:g} unless it says another radius; with "
+        "local=start also liet and pgi: start and step of liet and fgsm_pgi, with their defaults",
     )
     local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "start", "none"] = option(
         "neighbours",
@@ -164,9 +162,12 @@ class ATLAS(kept.KeptForward):
     )
     attack_mode: AttackMode = option("train", "mode of BatchNorm and dropout in the attack, as in one_step_adv")
     _buffers: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _origin: kept.KeptForward | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start_noise in ("liet", "pgi"):
+            self._begin_as(self._made_origin())
         require_wide(self, self._wide, self.steps)
         if self._wide and self.project:
             raise ValueError("atlas: project keeps points in the ball, and wide_start leaves it: leave one out")
@@ -189,8 +190,38 @@ class ATLAS(kept.KeptForward):
                 "first: leave it out"
             )
 
+    def _made_origin(self) -> kept.KeptForward:
+        """The method whose start it is. Raises ValueError where that cannot be."""
+        for name, value, only in (("local", self.local, "start"), ("norm", self.norm, "linf")):
+            if value != only:
+                raise ValueError(
+                    f"atlas: start_noise={self.start_noise!r} is for {name}={only!r}, got {value!r}: leave it out"
+                )
+        if self.wide_start:
+            raise ValueError(f"atlas: wide_start is another start than start_noise={self.start_noise!r}: leave one out")
+        if self.start_noise == "liet":
+            return LIET(self.eps, label_smoothing=self.label_smoothing, step_size=self.step_size)
+        if self.steps == 1 and not isclose(self.step_size or self.eps, self.eps, rel_tol=1e-5):
+            raise ValueError(
+                f"atlas: step_size={self.step_size:g} with start_noise='pgi', whose step is eps: set {self.eps:g}"
+            )
+        return FGSMPGI(self.eps, label_smoothing=self.label_smoothing)
+
+    def _begin_as(self, origin: kept.KeptForward) -> None:
+        object.__setattr__(self, "_origin", origin)
+        object.__setattr__(self, "stores", origin.stores)
+
+    def scaled(self, share: float) -> Method:
+        made = super().scaled(share)
+        if self._origin:
+            assert isinstance(made, ATLAS) and isinstance(origin := self._origin.scaled(share), kept.KeptForward)
+            made._begin_as(origin)  # with the settings of the whole radius
+        return made
+
     @property
     def one_label(self) -> str:
+        if self._origin and (reason := self._origin.one_label):
+            return f"atlas with start_noise={self.start_noise!r}, {reason.partition(', ')[2]}"
         return f"atlas with local={self.local!r}, a margin of one class" if self.local in ("margin", "radius") else ""
 
     @property
@@ -201,7 +232,7 @@ class ATLAS(kept.KeptForward):
     def _step_size(self) -> Any:
         if self.step_size is not None:
             return self.step_size
-        return self.eps if self._wide else super()._step_size
+        return self.eps if self._wide or self._origin else super()._step_size
 
     @property
     def _wide(self) -> float:
@@ -242,6 +273,17 @@ class ATLAS(kept.KeptForward):
         if not self.local_ramp:
             return ()
         return (self._local_weight * min(1.0, (state.epoch + 1) / (self.local_ramp * state.epochs)),)
+
+    def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        if self._origin:
+            self._origin.require_memory(memory, shape)
+
+    def store_bytes(self, shape: Sequence[int]) -> int:
+        return self._origin.store_bytes(shape) if self._origin else 0
+
+    def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
+        if self._origin:
+            self._origin.before_step(model, batch, key, state)
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
         if self.local == "start":
@@ -308,10 +350,14 @@ class ATLAS(kept.KeptForward):
         return self._combine(_logits(model, parts), batch)
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
+        if self._origin:
+            return self._origin.start(batch, key, state)
         radius = (self._wide or 1.0) * self.eps
         return random_start(batch.x, radius, norm=self.norm, key=key, ids=batch.ids), None
 
     def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
+        if self._origin:
+            return self._origin.adversary(batch, start, known, grad, key, state)
         attack = self._attack
         if attack.steps > 1:
             return attack.step(samples(attack, batch, key), start, grad, None, 1.0)[0]
