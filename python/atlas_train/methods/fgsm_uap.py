@@ -30,7 +30,7 @@ class FGSMUAP(KeptForward):
 
     u, of l_inf radius 1.25 eps, is one for all images, or one for each class, and steps along the images' gradients:
 
-        m <- mean over the batch (class) of g / ||g||_1 + momentum m,    u <- clamp(u + radius sign(m), +-radius)
+        m <- mean over the batch (class) of g / ||g||_1 + momentum_decay m,   u <- clamp(u + radius sign(m), +-radius)
 
     ||g||_1 is that of the whole batch. u begins as +-radius at random; a class that the batch has no image of keeps its
     u and m, and all keep theirs where a gradient is zero or not finite. Both are in ``state.memory``, [1 or classes, C,
@@ -43,7 +43,7 @@ class FGSMUAP(KeptForward):
     per_class: bool = option(False, "one perturbation for each class (CUAP)")
     weight: float = option(10.0, "weight of the squared difference of logits", low=0)
     radius: float | None = option(None, "of the common perturbation, and its step; default: 1.25 eps", above=0)
-    momentum: float = option(0.3, "share of m that is left from the batch before", low=0)
+    momentum_decay: float = option(0.3, "share of m that is left from the batch before", low=0)
     step_size: float | None = option(None, "step of the attack; default: eps", above=0)
 
     @property
@@ -98,7 +98,7 @@ class FGSMUAP(KeptForward):
             moves = moves & (counts > 0)
         else:
             mean = grad.mean(0, keepdim=True)
-        momentum.copy_(torch.where(moves, mean / norm + self.momentum * momentum, momentum))
+        momentum.copy_(torch.where(moves, mean / norm + self.momentum_decay * momentum, momentum))
         moved = (common + self._radius * momentum.sign()).clamp(-self._radius, self._radius)
         common.copy_(torch.where(moves, moved, common))
 
