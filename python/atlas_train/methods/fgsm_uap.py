@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import pgd_step, project
+from atlas_kernels import consistency_loss, pgd_step, project
 
 from ..data import Batch
 from ..noise import uniform
 from ..options import option
 from .base import Metrics, State
 from .kept import Given, KeptForward
-from .terms import accuracy, classes_of, wide
+from .terms import accuracy, classes_of
 
 _FIRST = 1  # draw of the first perturbation
 
@@ -103,5 +103,6 @@ class FGSMUAP(KeptForward):
         common.copy_(torch.where(moves, moved, common))
 
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        apart = (wide(adv_logits) - wide(start_logits)).square().mean()
-        return self.ce(adv_logits, batch) + self.weight * apart, {"adv": accuracy(adv_logits, batch)}
+        how = {"weight": self.weight / adv_logits.shape[1], "label_smoothing": self.label_smoothing}
+        loss = batch.over_labels(lambda y: consistency_loss(adv_logits, start_logits, y, **how))
+        return loss, {"adv": accuracy(adv_logits, batch)}
