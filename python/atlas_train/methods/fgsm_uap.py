@@ -103,6 +103,8 @@ class FGSMUAP(KeptForward):
         common.copy_(torch.where(moves, moved, common))
 
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        how = {"weight": self.weight / adv_logits.shape[1], "label_smoothing": self.label_smoothing}
-        loss = batch.over_labels(lambda y: consistency_loss(adv_logits, start_logits, y, **how))
+        weight, smoothing = self.weight / adv_logits.shape[1], self.label_smoothing
+        loss = batch.over_labels(
+            lambda y: consistency_loss(adv_logits, start_logits, y, weight=weight, label_smoothing=smoothing)
+        )
         return loss, {"adv": accuracy(adv_logits, batch)}
