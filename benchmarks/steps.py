@@ -145,7 +145,7 @@ def fgsm_pgi(m: Any, batch: Batch, key: Tensor) -> Statement:
 
 
 def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
-    how = {"eps": m.eps, "uap_eps": m._radius, "per_class": m.per_class, "lamda": m.weight, "decay": m.momentum}
+    how = {"eps": m.eps, "uap_eps": m._radius, "per_class": m.per_class, "lamda": m.weight, "decay": m.momentum_decay}
     memory = {"uaps": "perturbation", "momentum": "momentum"}
     return Statement(published.fgsm_uap.fgsm_uap, None, how | {"smoothing": m.label_smoothing}, memory)
 

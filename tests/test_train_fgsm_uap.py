@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from atlas_kernels.backends.reference.philox import noise
 from atlas_train.methods import FGSMUAP, Batch, Mixing, State
 from beside_published import CLASSES, EPS, Net, Outcome, Steps, _note, assert_same, case, close
 from published import fgsm_uap as published
+from resume import resumed_and_whole
 
 
 def first_perturbation(key: Tensor, radius: float, count: int) -> Tensor:
@@ -112,3 +114,9 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"memory (momentum|perturbation) is torch.* expected floats of an image"):
             FGSMUAP(EPS).require_memory(bad_memory, shape)
+
+
+def test_a_resumed_run_comes_to_the_same_bits(tmp_path: Path) -> None:
+    resumed, whole = resumed_and_whole("fgsm_uap", {"per_class": True}, tmp_path)
+    assert resumed.keys() == whole.keys() and any(name.startswith("memory.") for name in whole)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())

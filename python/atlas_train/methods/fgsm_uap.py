@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import pgd_step, project
+from atlas_kernels import consistency_loss, pgd_step, project
 
 from ..data import Batch
 from ..noise import uniform
 from ..options import option
 from .base import Metrics, State
 from .kept import Given, KeptForward
-from .terms import accuracy, classes_of, wide
+from .terms import accuracy, classes_of
 
 _FIRST = 1  # draw of the first perturbation
 
@@ -30,7 +30,7 @@ class FGSMUAP(KeptForward):
 
     u, of l_inf radius 1.25 eps, is one for all images, or one for each class, and steps along the images' gradients:
 
-        m <- mean over the batch (class) of g / ||g||_1 + momentum m,    u <- clamp(u + radius sign(m), +-radius)
+        m <- mean over the batch (class) of g / ||g||_1 + momentum_decay m,   u <- clamp(u + radius sign(m), +-radius)
 
     ||g||_1 is that of the whole batch. u begins as +-radius at random; a class that the batch has no image of keeps its
     u and m, and all keep theirs where a gradient is zero or not finite. Both are in ``state.memory``, [1 or classes, C,
@@ -43,7 +43,7 @@ class FGSMUAP(KeptForward):
     per_class: bool = option(False, "one perturbation for each class (CUAP)")
     weight: float = option(10.0, "weight of the squared difference of logits", low=0)
     radius: float | None = option(None, "of the common perturbation, and its step; default: 1.25 eps", above=0)
-    momentum: float = option(0.3, "share of m that is left from the batch before", low=0)
+    momentum_decay: float = option(0.3, "share of m that is left from the batch before", low=0)
     step_size: float | None = option(None, "step of the attack; default: eps", above=0)
 
     @property
@@ -98,10 +98,13 @@ class FGSMUAP(KeptForward):
             moves = moves & (counts > 0)
         else:
             mean = grad.mean(0, keepdim=True)
-        momentum.copy_(torch.where(moves, mean / norm + self.momentum * momentum, momentum))
+        momentum.copy_(torch.where(moves, mean / norm + self.momentum_decay * momentum, momentum))
         moved = (common + self._radius * momentum.sign()).clamp(-self._radius, self._radius)
         common.copy_(torch.where(moves, moved, common))
 
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        apart = (wide(adv_logits) - wide(start_logits)).square().mean()
-        return self.ce(adv_logits, batch) + self.weight * apart, {"adv": accuracy(adv_logits, batch)}
+        weight, smoothing = self.weight / adv_logits.shape[1], self.label_smoothing
+        loss = batch.over_labels(
+            lambda y: consistency_loss(adv_logits, start_logits, y, weight=weight, label_smoothing=smoothing)
+        )
+        return loss, {"adv": accuracy(adv_logits, batch)}

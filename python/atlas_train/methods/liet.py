@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import label_noise_start, pgd_step
+from atlas_kernels import consistency_loss, label_noise_start, pgd_step
 from atlas_kernels.attacks import attacking
 from atlas_kernels.attacks.float16 import pull_back
 from atlas_kernels.outputs import logits_of
@@ -57,8 +57,8 @@ class LIET(KeptForward):
     )
     smoothing: float | None = option(
         None,
-        "s, spread at random over the wrong classes; the run's label_smoothing, which is uniform, then comes on top. "
-        "Default: s is the run's label_smoothing, or where that is 0, 0.6, above eps = 8/255 0.4",
+        "s, spread at random over the wrong classes, in the place of the run's label_smoothing; 0: that, as in other "
+        "methods. Default: 0.6, above eps = 8/255 0.4",
         low=0,
         below=1,
     )
@@ -100,9 +100,7 @@ class LIET(KeptForward):
 
     @property
     def _smoothing(self) -> float:
-        if self.smoothing is not None:
-            return self.smoothing
-        return self.label_smoothing or self._by_radius(0.6, 0.4)
+        return self._by_radius(0.6, 0.4) if self.smoothing is None else self.smoothing
 
     @property
     def _share_low(self) -> float:
@@ -128,8 +126,6 @@ class LIET(KeptForward):
     def scaled(self, share: float) -> Method:
         """The settings stay those of the whole radius."""
         fixed = self.in_use() | {"project": "no" if self._ball == NO_BALL else "yes", "step_size": self.step_size}
-        if self.label_smoothing:
-            fixed["smoothing"] = self.smoothing
         return Method.scaled(replace(self, **fixed), share)
 
     def changing(self, state: State) -> tuple[float, ...]:
@@ -176,30 +172,20 @@ class LIET(KeptForward):
         return pgd_step(start, grad, batch.x, self._ball, self._step_size)
 
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
-        z, z_adv = wide(start_logits), wide(adv_logits)
-        targets = self._targets(z_adv, batch.y, given.key, batch.ids, _OF_LOSS)
-        ce = -(targets * z_adv.log_softmax(1)).sum(1).mean()
-        return ce + given.numbers[0] * jensen_shannon(z, z_adv), {"adv": accuracy(adv_logits, batch)}
+        targets = self._targets(wide(adv_logits.detach()), batch.y, given.key, batch.ids, _OF_LOSS)
+        loss = consistency_loss(adv_logits, start_logits, targets, distance="js", weight=given.numbers[0])
+        return loss, {"adv": accuracy(adv_logits, batch)}
 
     def _cotangent(self, logits: Tensor, y: Tensor, key: Tensor, ids: Tensor, draw: int) -> Tensor:
         """d CE / d logits [B, C], of the sum over the batch."""
         return logits.softmax(1) - self._targets(logits, y, key, ids, draw)
 
     def _targets(self, logits: Tensor, y: Tensor, key: Tensor, ids: Tensor, draw: int) -> Tensor:
-        """1 - s for the label, and s spread over the other classes by numbers uniform in (0, 1); and of all that the
-        run's share, alike for all classes, where s was given."""
+        """1 - s for the label, and s spread over the other classes by numbers uniform in (0, 1)."""
+        if not self._smoothing:
+            rest = self.label_smoothing / logits.shape[1]
+            return torch.full_like(logits, rest).scatter(1, y[:, None], 1 - self.label_smoothing + rest)
         numbers = uniform(logits, key, ids, draw) + (1 + 2.0**-24)
         spread = numbers.scatter(1, y[:, None], 0.0)
         spread = spread * (self._smoothing / spread.sum(1, keepdim=True))
-        targets = spread.scatter(1, y[:, None], 1 - self._smoothing)
-        if self.smoothing is None or not self.label_smoothing:
-            return targets
-        return (1 - self.label_smoothing) * targets + self.label_smoothing / logits.shape[1]
-
-
-def jensen_shannon(z: Tensor, other: Tensor) -> Tensor:
-    """The mean over the batch, in natural logarithms."""
-    log_p, log_q = z.log_softmax(1), other.log_softmax(1)
-    p, q = log_p.exp(), log_q.exp()
-    log_m = ((p + q) / 2).log()
-    return (p * (log_p - log_m) + q * (log_q - log_m)).sum(1).mean() / 2
+        return spread.scatter(1, y[:, None], 1 - self._smoothing)
