@@ -114,6 +114,19 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"memory (momentum|perturbation) is torch.* expected floats of an image"):
             FGSMUAP(EPS).require_memory(bad_memory, shape)
+    for bad_memory, message in (
+        ({"perturbation": good["perturbation"]}, "memory has no momentum"),
+        (
+            {**good, "perturbation": good["perturbation"] + 2 * EPS},
+            "memory perturbation must hold finite numbers, a pert",
+        ),
+        ({**good, "momentum": good["momentum"].log()}, "memory momentum must hold finite numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FGSMUAP(EPS).require_memory(bad_memory, shape)
+    unknown = made.batch._replace(y=made.batch.y + CLASSES)
+    with pytest.raises(ValueError, match=r"labels\[0\] = \d is not a class: the perturbations have 5, from 0 on"):
+        FGSMUAP(EPS, per_class=True).step(made.model, unknown, made.key, State(), Steps(made.model))
 
 
 def test_a_resumed_run_comes_to_the_same_bits(tmp_path: Path) -> None:

@@ -200,7 +200,10 @@ def test_what_cannot_be_is_refused() -> None:
         ValueError, match=r"memory label_noise is torch.float32 \[5, 3, 8, 8\], expected floats of an im"
     ):
         LIET(SMALL).require_memory({"label_noise": torch.zeros(5, 3, 8, 8)}, (50, 3, 6, 6))
-    LIET(SMALL).require_memory({"label_noise": torch.zeros(5, 3, 6, 6)}, (50, 3, 6, 6))
+    LIET(SMALL).require_memory({"label_noise": torch.full((5, 3, 6, 6), SMALL)}, (50, 3, 6, 6))
+    for bad in (2 * SMALL, float("nan")):
+        with pytest.raises(ValueError, match="memory label_noise must be perturbations within eps"):
+            LIET(SMALL).require_memory({"label_noise": torch.full((5, 3, 6, 6), bad)}, (50, 3, 6, 6))
 
 
 def test_a_resumed_run_comes_to_the_same_bits(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ class Few(Net):
     def forward(self, x):
         return super().forward(x)[:, :4]
 
+class One(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
 class Spatial(Net):
     def forward(self, x):
         return super().forward(x)[..., None]
@@ -140,6 +144,10 @@ def test_a_factory_that_takes_no_in_channels_is_called_without(factory: str) -> 
             "returns the model\n",
         ),
         ("Few", "given images [2, 1, 8, 8] in [0, 1], gives 4 logits, fewer than the data set's 10 classes"),
+        (
+            "One",
+            "given images [2, 1, 8, 8] in [0, 1], gives logits [2, 1], and a label needs two classes or more: stack",
+        ),
         ("Spatial", "given images [2, 1, 8, 8] in [0, 1], must give logits [2, 10], got [2, 10, 1]"),
         ("FailsInTraining", "atlas: TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType' (/"),
     ],

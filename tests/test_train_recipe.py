@@ -75,7 +75,7 @@ SMOOTHED: dict[str, list[tuple[dict[str, Any], Smoothed]]] = {
     "llr": [({}, lambda m, f, b, g: [(2.0, None, f(b.x))])],
     "mma": [({}, of_mma)],
     "liet": [({"smoothing": 0.0}, of_given)],  # else the share spreads at random in its own way
-} | dict.fromkeys(("standard", "backward_smoothing", "cure", "jacobian"), [({}, of_clean)])
+} | dict.fromkeys(("standard", "backward_smoothing", "cure", "jacobian", "gat", "nuat"), [({}, of_clean)])
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -334,7 +334,8 @@ class TrainConfig(metaclass=_Lenient):
     )
     attack_precision: Literal["fp32", "bf16", "auto"] | None = option(
         None,
-        "of the network in attacks, validation and probe; images and steps stay fp32. Default: as train_precision",
+        "of the network in attacks, validation and probe; images and steps stay fp32. Attacks on a forward of training "
+        "(liet, fgsm_uap, fgsm_pgi, atlas with local=start) run as that does. Default: as train_precision",
     )
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import consistency_loss, pgd_step, project
+from atlas_kernels.checks import class_indices
 
 from ..data import Batch
 from ..noise import uniform
@@ -59,14 +60,20 @@ class FGSMUAP(KeptForward):
         return self.eps if self.step_size is None else self.step_size
 
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
-        for name in ("perturbation", "momentum"):
+        for name, most in (("perturbation", self._radius * (1 + 1e-3)), ("momentum", torch.inf)):  # 16 bits round
             kept = memory.get(name)
-            fits = kept is None or (kept.is_floating_point() and kept.shape[1:] == tuple(shape[1:]) and len(kept))
-            if kept is not None and not (fits and (self.per_class or len(kept) == 1)):
+            if kept is None and memory:
+                raise ValueError(f"memory has no {name}, which a step leaves with what it keeps")
+            if kept is None:
+                continue
+            fits = kept.is_floating_point() and kept.shape[1:] == tuple(shape[1:]) and len(kept)
+            if not (fits and (self.per_class or len(kept) == 1)):
                 raise ValueError(
                     f"memory {name} is {kept.dtype} {list(kept.shape)}, expected floats of an image {list(shape[1:])} "
                     + ("for each class" if self.per_class else "alone")
                 )
+            if not bool((kept.isfinite() & (kept.abs() <= most)).all()):
+                raise ValueError(f"memory {name} must hold finite numbers, a perturbation none beyond its radius")
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
         if "perturbation" in state.memory:
@@ -79,7 +86,9 @@ class FGSMUAP(KeptForward):
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
         common = self.remembered(state, "perturbation")
-        return project(batch.x + (common[batch.y] if self.per_class else common), batch.x, self.eps), None
+        if self.per_class:
+            common = common[class_indices("labels", batch.y, batch.x, len(common), of="the perturbations have")]
+        return project(batch.x + common, batch.x, self.eps), None
 
     def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
         self._keep(grad, batch, *(self.remembered(state, name) for name in ("perturbation", "momentum")))

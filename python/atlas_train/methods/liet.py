@@ -133,11 +133,15 @@ class LIET(KeptForward):
 
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
         noise = memory.get("label_noise")
-        if noise is not None and not (noise.is_floating_point() and noise.shape[1:] == tuple(shape[1:])):
+        if noise is None:
+            return
+        if not (noise.is_floating_point() and noise.shape[1:] == tuple(shape[1:])):
             raise ValueError(
                 f"memory label_noise is {noise.dtype} {list(noise.shape)}, expected floats of an image "
                 f"{list(shape[1:])} for each class"
             )
+        if not bool((noise.abs() <= self.eps * (1 + 1e-3)).all()):  # 16 bits round
+            raise ValueError("memory label_noise must be perturbations within eps")
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
         noise = state.memory.get("label_noise")

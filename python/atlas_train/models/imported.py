@@ -66,5 +66,10 @@ def require_usable(model: nn.Module, name: str, images: Tensor, num_classes: int
         raise ValueError(f"{given} fails: {one_line(error)}{remedy}") from error
     if logits.dim() != 2 or len(logits) != len(images):
         raise ValueError(f"{given} must give logits [{len(images)}, {num_classes}], got {list(logits.shape)}")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{given} gives logits [{len(images)}, 1], and a label needs two classes or more: stack a single logit z "
+            "of two classes as [-z/2, z/2]"
+        )
     if logits.shape[1] < num_classes:
         raise ValueError(f"{given} gives {logits.shape[1]} logits, fewer than the data set's {num_classes} classes")
