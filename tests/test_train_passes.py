@@ -49,6 +49,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "liet": ({}, 1 + 1 + 2 + 3),  # x0 forward, its gradient; the backward of that forward; x'
     "gat": ({}, 1 + 2 + 1 + 2 * 2),  # x, the attack, x', and the backward of both forwards
     "gat:bn_compat": ({"bn_compat": True}, 1 + 2 + 1 + 2 * 2 + 1),
+    "nuat": ({}, 1 + 2 + 1 + 2 * 2),
+    "nuat:bn_compat": ({"bn_compat": True}, 1 + 2 + 1 + 2 * 2 + 1),
     "fgsm_uap": ({}, 1 + 1 + 2 + 3),
     "fgsm_uap:per_class": ({"per_class": True}, 1 + 1 + 2 + 3),
     "jacobian": ({"projections": 3}, 1 + 3 * (1 + 2) + 2),
