@@ -60,7 +60,8 @@ def test_a_weight_that_is_there_from_the_start_and_a_norm_in_every_attack() -> N
         for batch, _, signs in of_epoch:
             wanted.append(published.nuat(model, [[(batch.x, batch.y, signs)]], steps, eps=EPS, first=1, **how))
     advs, losses = ([of[i][0] for of in wanted] for i in (0, 1))
-    assert_all_same(trained(method, made), (Outcome(losses[-1], steps.grads, model, []), advs, losses), statistics=False)
+    outcome = Outcome(losses[-1], steps.grads, model, [])
+    assert_all_same(trained(method, made), (outcome, advs, losses), statistics=False)
 
 
 @pytest.mark.parametrize("code", ["authors", "fastat"])
@@ -72,7 +73,8 @@ def test_the_norm_of_a_short_batch(code: Any) -> None:
     loss, _ = method.objective(model, made.batch, given)
     z, moved = model(made.batch.x), model(given.adv)
     weight = 4.5 / 64 if code == "authors" else 4.0 / 3
-    close(loss, F.cross_entropy(z, made.batch.y) + weight * torch.linalg.matrix_norm(z - moved, ord="nuc"), "loss")
+    wanted = F.cross_entropy(z, made.batch.y) + weight * torch.linalg.matrix_norm(z - moved, ord="nuc")
+    close(loss.detach(), wanted, "loss")
 
 
 def test_the_weight_grows_as_published() -> None:
@@ -108,7 +110,8 @@ def test_adversaries_that_are_the_images_leave_the_cross_entropy() -> None:
     loss, _ = method.objective(model, made.batch, given._replace(adv=made.batch.x))
     wanted = F.cross_entropy(model(made.batch.x), made.batch.y)
     close(loss, wanted, "loss")
-    for mine, plain in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (loss, wanted)), strict=True):
+    grads = (torch.autograd.grad(made_of, list(model.parameters())) for made_of in (loss, wanted))
+    for mine, plain in zip(*grads, strict=True):
         close(mine, plain, "gradient")
 
 

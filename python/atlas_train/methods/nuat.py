@@ -35,7 +35,10 @@ class NuAT(CleanKept):
 
     weight: float | None = option(None, "R, what it grows to; default: 4.5, with code=fastat 4", low=0)
     growth_share: float | None = option(
-        None, "share of training over which R grows from 0; 0: it does not; default: 0.9, with code=fastat 1", low=0, high=1
+        None,
+        "share of training over which R grows from 0; 0: it does not; default: 0.9, with code=fastat 1",
+        low=0,
+        high=1,
     )
     divisor: int | None = option(
         None,
