@@ -42,6 +42,7 @@ import published.llr
 import published.mart
 import published.mma
 import published.n_fgsm
+import published.nuat
 import published.trades
 import published.yopo
 
@@ -153,7 +154,7 @@ def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
 def gat(m: Any, batch: Batch, key: Tensor) -> Statement:
     """A batch whose attack has the guide, as every second one; the authors' code costs the same in the others."""
     signs = torch.where(uniform(batch.x, key, batch.ids, 0) < 0, -1.0, 1.0).to(batch.x)
-    how = {"noise": m.noise_magnitude * m.eps, "l2_reg": m.weight, "attack": m.attack_mode, "slip": m.code == "fastat"}
+    how = {"noise": m.noise_magnitude * m.eps, "l2_reg": m.weight, "attack": m._attack_mode, "slip": m.code == "fastat"}
     return Statement(gat_step, signs, {"eps": m.eps, "smooth": m.label_smoothing, **how})
 
 
@@ -161,6 +162,20 @@ def gat_step(
     model: nn.Module, x: Tensor, y: Tensor, start: Tensor, optimizer: torch.optim.Optimizer, **how: Any
 ) -> tuple[Tensor, Tensor]:
     advs, losses = published.gat.gat(model, [[(x, y, start)]], optimizer, mul=1, after=(), alternate=False, **how)
+    return advs[0], losses[0]
+
+
+def nuat(m: Any, batch: Batch, key: Tensor) -> Statement:
+    """With the weight that it grows to. Of the batches, likewise."""
+    signs = torch.where(uniform(batch.x, key, batch.ids, 0) < 0, -1.0, 1.0).to(batch.x)
+    how = {"noise": m.noise_magnitude * m.eps, "nuc_reg": m._weight, "attack": m._attack_mode, "divisor": m._divisor}
+    return Statement(nuat_step, signs, {"eps": m.eps, "smooth": m.label_smoothing, **how})
+
+
+def nuat_step(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, optimizer: torch.optim.Optimizer, **how: Any
+) -> tuple[Tensor, Tensor]:
+    advs, losses = published.nuat.nuat(model, [[(x, y, start)]], optimizer, nuc_max=0.0, growing=1, first=1, **how)
     return advs[0], losses[0]
 
 
@@ -262,7 +277,8 @@ STEPS: dict[str, Step] = {
     "liet": Step("liet", {"": liet}, lambda m, _: [_KEPT]),
     "fgsm_pgi": Step("fgsm_pgi", {"": fgsm_pgi}, lambda m, _: [_KEPT]),
     "fgsm_uap": Step("fgsm_uap", {"": fgsm_uap}, lambda m, _: [_KEPT]),
-    "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m.attack_mode), _PAIR]),
+    "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m._attack_mode), _PAIR]),
+    "nuat": Step("nuat", {"": nuat}, lambda m, _: [Attack(1, m._attack_mode), _PAIR], {"growth_share": 0.0}),
     "backward_smoothing": Step(
         "backward_smoothing", {"": backward_smoothing}, lambda m, _: [Attack(1 + m.steps, "eval"), _PAIR]
     ),

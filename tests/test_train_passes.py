@@ -52,6 +52,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "gat": ({}, 1 + 2 + 1 + 2 * 2),  # x, the attack, x', and the backward of both forwards
     "gat:bn_compat": ({"bn_compat": True}, 1 + 2 + 1 + 2 * 2 + 1),
     "fgsm_pgi": ({}, 1 + 1 + 2 + 3),
+    "nuat": ({}, 1 + 2 + 1 + 2 * 2),
+    "nuat:bn_compat": ({"bn_compat": True}, 1 + 2 + 1 + 2 * 2 + 1),
     "fgsm_uap": ({}, 1 + 1 + 2 + 3),
     "fgsm_uap:per_class": ({"per_class": True}, 1 + 1 + 2 + 3),
     "jacobian": ({"projections": 3}, 1 + 3 * (1 + 2) + 2),

@@ -29,6 +29,7 @@ from .mart import MART
 from .mixing import Mixing, require_mixable
 from .mma import MMA
 from .n_fgsm import NFGSM
+from .nuat import NuAT
 from .one_step_adv import OneStepADV
 from .standard import Standard
 from .trades import TRADES
@@ -59,6 +60,7 @@ __all__ = [
     "Metrics",
     "Mixing",
     "NFGSM",
+    "NuAT",
     "OfEps",
     "OneStepADV",
     "Standard",
@@ -75,7 +77,7 @@ __all__ = [
 
 _ALL = (
     ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
-    Jacobian, LIET, FGSMPGI, FGSMUAP, GAT, Standard,
+    Jacobian, LIET, FGSMPGI, FGSMUAP, NuAT, GAT, Standard,
 )  # fmt: skip
 _METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 

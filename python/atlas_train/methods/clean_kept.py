@@ -47,12 +47,16 @@ class CleanKept(Method):
     alternate: bool = option(
         True, "only every second batch of an epoch, from the second on, has the tie in what its attack climbs"
     )
-    attack_mode: AttackMode = option("eval", "mode of BatchNorm and dropout in the attack")
+    attack_mode: AttackMode | None = option(None, "mode of BatchNorm and dropout in the attack; default: eval")
     bn_compat: bool = option(
         False,
         "BatchNorm's running statistics as in the published code, which runs x, the start of an attack in train mode, "
         "x' and x again (1 pass more); else x and x' once each",
     )
+
+    @property
+    def _attack_mode(self) -> AttackMode:
+        return self.attack_mode or "eval"
 
     @abstractmethod
     def attack_loss(self, logits: Tensor, clean_logits: Tensor, batch: Batch, numbers: Tensor, guided: bool) -> Tensor:
@@ -77,8 +81,8 @@ class CleanKept(Method):
         numbers, size = self.numbers(state, batch.x.device), self.noise_magnitude * self.eps
         noise = uniform(batch.x, key, batch.ids, 0)
         start = torch.where(noise < 0, batch.x - size, batch.x + size).clamp_(0.0, 1.0)
-        seen = self.bn_compat and self.attack_mode != "eval"
-        with attacking(model, self.attack_mode, key, update_buffers=seen):
+        seen = self.bn_compat and self._attack_mode != "eval"
+        with attacking(model, self._attack_mode, key, update_buffers=seen):
             leaf = start.requires_grad_()
             logits = logits_of(model(leaf))
             at = wide(logits.detach()).requires_grad_()
