@@ -43,9 +43,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 #: Of single methods: settings, and hyper-parameters. LIET has a smoothing of its own, 0.6 there, instead of the run's;
-#: GAT's figures are those of the benchmark's file.
+#: GAT's and NuAT's figures are those of the benchmark's files.
 OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {"fastat": {"liet": {"label_smoothing": 0.0}}}
-HYPER: dict[str, dict[str, dict[str, Any]]] = {"fastat": {"gat": {"code": "fastat"}}}
+HYPER: dict[str, dict[str, dict[str, Any]]] = {"fastat": {"gat": {"code": "fastat"}, "nuat": {"code": "fastat"}}}
 #: What no protocol has, and how that is written in the settings.
 _ABSENT: dict[str, Any] = {
     "train_size": None, "extra_data": None, "mixup": 0.0, "cutmix": 0.0, "width": None, "activation": "relu",
