@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from atlas_train import checkpoint, cli, engine, validation
+from atlas_train import checkpoint, cli, engine, methods, validation
 from atlas_train import compare as comparing
 from atlas_train.compare import compare
-from atlas_train.config import TrainConfig, from_dict, to_dict
-from atlas_train.protocols import PROTOCOLS
+from atlas_train.config import TrainConfig, from_dict, resolved, to_dict
+from atlas_train.data import DataSplits, Images
+from atlas_train.protocols import HYPER, PROTOCOLS
 from atlas_train.run import Run
 from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
 from tiny_runs import TINY, Lines, same, splits, weights
@@ -25,6 +26,12 @@ SMALL: dict[str, Any] = {
     "protocol": "fastat", "eps": 0.1, "epochs": 5, "batch_size": 16, "model": "digits_net", "width": 4, "val_size": 16,
     "probe_size": 8, "augment": False, "device": "cpu", "threads": 1, "method": "one_step_adv", "beside": (),
 }  # fmt: skip
+
+
+def cifar() -> DataSplits:
+    """A data set of that name, of a few images."""
+    images = Images(torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), torch.arange(2000) % 10)
+    return DataSplits("cifar10", images, images, 10, 8 / 255)
 
 
 def trained(config: TrainConfig, **how: Any) -> Run:
@@ -76,6 +83,44 @@ def test_the_command_line_takes_protocol_file_and_flags_in_this_order(
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "epochs 100, batch_size 128, optimizer sgd, lr 0.1, schedule one_cycle, schedule_step epoch" in text
     assert "mean none, std none" in text and "(default: one_cycle)" in text and "(default: 0.9995)" in text
+
+
+def test_a_method_has_its_own_settings_in_a_protocol_beside_others_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """LIET's smoothing is its own, 0.6 there, and the run's 0.4 must not come on top; GAT's code is the benchmark's."""
+    smoothings = {}
+    for main, beside in (("liet", ("adv", "gat")), ("adv", ("liet", "gat"))):
+        config = resolved(TrainConfig(**SMALL | {"method": main, "beside": beside}), splits())
+        for name in (main, *beside):
+            own = comparing._own(config, name, tmp_path)
+            smoothings[name] = own.label_smoothing
+            built = own.build_method()
+            if name == "liet":
+                assert built.in_use()["smoothing"] == (0.6 if own.eps <= 8 / 255 else 0.4)
+            if name == "gat":
+                assert built.in_use()["code"] == "fastat"
+        assert smoothings == {"liet": 0.0, "adv": 0.4, "gat": 0.4}
+    given = TrainConfig("liet", protocol="fastat", label_smoothing=0.2)
+    assert given.label_smoothing == comparing._own(resolved(given, cifar()), "adv", tmp_path).label_smoothing == 0.2
+    assert (
+        resolved(TrainConfig("gat", {"code": "authors"}, protocol="fastat"), cifar()).hyper_of("gat")["code"]
+        == "authors"
+    )
+    at_8 = resolved(TrainConfig("liet", protocol="fastat"), cifar()).build_method()
+    assert at_8.in_use()["smoothing"] == 0.6 and at_8.label_smoothing == 0
+    for name in HYPER["fastat"].keys() & set(methods.names()):
+        built = resolved(TrainConfig(name, protocol="fastat"), cifar()).build_method()
+        assert built.in_use()["code"] == "fastat" != methods.build(name, 8 / 255).in_use()["code"]
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(comparing, "compare", lambda config, command: seen.append(config))
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"method": "adv", "hyper": {"steps": 4}, "protocol": "fastat"}))
+    assert cli.main(["train", "--protocol", "fastat", "--method", "LIET"]) == 0
+    assert cli.main(["train", "--config", str(file), "--method", "liet"]) == 0
+    assert cli.main(["train", "--config", str(file)]) == 0
+    of_liet = TrainConfig("liet", protocol="fastat")
+    assert seen == [of_liet, of_liet, TrainConfig("adv", {"steps": 4}, protocol="fastat")]
 
 
 # --- what it does to a run

@@ -136,7 +136,7 @@ def test_a_seed_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest
         trained(config(tmp_path / "a", beside=()), said)
     written = json.loads((tmp_path / "a" / "results.json").read_text())
     assert list(written["seeds"]) == ["0", "2"] and list(written["failed"]) == ["1"]
-    assert "is in seed-1/standard/last.pt" in written["failed"]["1"] and str(tmp_path) not in json.dumps(written)
+    assert "is in seed-1/one_step_adv/last.pt" in written["failed"]["1"] and str(tmp_path) not in json.dumps(written)
     assert any("over the seeds 0, 2" in line for line in said)
     bad = {0, 1, 2}
     with pytest.raises(SeedsFailed, match="3 of 3 seeds failed, there is no table"):

@@ -22,7 +22,7 @@ import torch
 
 import atlas_kernels
 
-from . import data, flags, methods
+from . import data, flags, methods, protocols
 from .config import (
     AUTOATTACK,
     AUTOATTACK_VERSION,
@@ -169,7 +169,8 @@ def train(argv: Sequence[str]) -> int:
             require_trusted("dataset", base.dataset, first.resume)
         if not first.model:
             require_trusted("model", base.model, first.resume)
-    name = first.method or base.method
+    name = methods.get(first.method or base.method).name
+    base = dataclasses.replace(base, **protocols.beside(base.protocol, vars(base), name))
     config, command = parse_train(name, base, argv, kept), ("atlas", "train", *argv)
     if config.seeds:
         compare_seeds(config, command=command)

@@ -231,7 +231,9 @@ def _require_all(config: TrainConfig, owns: Mapping[str, TrainConfig], splits: D
 def _own(config: TrainConfig, name: str, folder: Path) -> TrainConfig:
     """The run of one method: the same settings, without what belongs to another method."""
     own = config if name == config.method else replace(config, awp=0.0, mix_share=0.0, on_collapse="warn")
-    own = replace(own, method=name, hyper=config.hyper_of(name))
+    own = replace(
+        own, method=name, hyper=config.hyper_of(name), **protocols.beside(config.protocol, vars(config), name)
+    )
     return replace(own, beside=(), resume=_start(config, name, folder))
 
 

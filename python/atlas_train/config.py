@@ -634,7 +634,7 @@ def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)
-        for key, value in methods.defaults_on(dataset, name).items():
+        for key, value in {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}.items():
             if isinstance(value, data.OfEps):
                 if key not in given and "steps" not in given and config.norm == "linf":
                     filled[f"{name}.{key}"] = value * config.eps

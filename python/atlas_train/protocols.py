@@ -42,6 +42,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Of single methods: settings, and hyper-parameters. LIET has a smoothing of its own, 0.6 there, instead of the run's;
+#: GAT's and NuAT's figures are those of the benchmark's files.
+OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {"fastat": {"liet": {"label_smoothing": 0.0}}}
+HYPER: dict[str, dict[str, dict[str, Any]]] = {"fastat": {"gat": {"code": "fastat"}, "nuat": {"code": "fastat"}}}
 #: What no protocol has, and how that is written in the settings.
 _ABSENT: dict[str, Any] = {
     "train_size": None, "extra_data": None, "mixup": 0.0, "cutmix": 0.0, "width": None, "activation": "relu",
@@ -51,8 +55,27 @@ _ABSENT: dict[str, Any] = {
 
 def missing(protocol: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the protocol has of the settings that are not given; nothing for a name that is not known."""
-    table = PROTOCOLS.get(canonical(protocol, PROTOCOLS), {}) if isinstance(protocol, str) else {}
+    protocol = canonical(protocol, PROTOCOLS)
+    known = isinstance(protocol, str) and protocol in PROTOCOLS
+    table = _table(protocol, str(given.get("method")).lower()) if known else {}
     return {name: value for name, value in table.items() if given.get(name) is None}
+
+
+def _table(protocol: str, method: str) -> dict[str, Any]:
+    return PROTOCOLS[protocol] | OF_METHODS[protocol].get(method, {})
+
+
+def beside(protocol: str | None, settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings that are others for ``method`` than for the one of ``settings``, where those are the protocol's."""
+    if not protocol:
+        return {}
+    mine, other = _table(protocol, settings["method"]), _table(protocol, method)
+    return {name: value for name, value in other.items() if value != mine[name] == settings[name]}
+
+
+def hyper(protocol: str | None, method: str) -> dict[str, Any]:
+    """The hyper-parameters of a method in the protocol."""
+    return HYPER[protocol].get(method, {}) if protocol else {}
 
 
 def require_of_norm(protocol: str | None, settings: Mapping[str, Any]) -> None:
@@ -71,7 +94,7 @@ def departures(protocol: str | None, settings: Mapping[str, Any]) -> str:
     """The protocol and what differs from it, in words; nothing without one."""
     if not protocol:
         return ""
-    table = PROTOCOLS[protocol] | _ABSENT
+    table = _table(protocol, settings["method"]) | _ABSENT
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     others = [f"{name} {written(name, plain[name])}" for name, value in table.items() if plain[name] != value]
     return f"protocol {protocol}" + (f" but {', '.join(others)}" if others else "")
@@ -79,7 +102,9 @@ def departures(protocol: str | None, settings: Mapping[str, Any]) -> str:
 
 def told(protocol: str) -> str:
     """The whole table, in the words of the command line."""
-    return ", ".join(f"{name} {written(name, value)}" for name, value in PROTOCOLS[protocol].items())
+    lists = [("", PROTOCOLS[protocol]), *OF_METHODS[protocol].items(), *HYPER[protocol].items()]
+    words = [(of, ", ".join(f"{name} {written(name, value)}" for name, value in table.items())) for of, table in lists]
+    return "; ".join(f"{of}: {values}" if of else values for of, values in words)
 
 
 def written(name: str, value: Any) -> str:
