@@ -200,7 +200,7 @@ def test_every_epoch_is_a_new_order_of_all_images(monkeypatch: pytest.MonkeyPatc
 
 def test_a_collapse_under_pgd_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.45, 0.5, 0.3, 0.05])
-    monkeypatch.setattr(watch, "probe", lambda run: next(accuracies))
+    monkeypatch.setattr(watch, "probe", lambda run: {"probe": next(accuracies)})
     monkeypatch.setattr(watch, "PROBE_GAP", 1.0)  # the other signs, tested below
     monkeypatch.setattr(watch, "LEAP", 1.0)
     lines = Lines()
@@ -219,7 +219,10 @@ def test_the_alarm_needs_a_drop_of_20_points_and_by_half(now: float, before: lis
 
 def test_the_alarm_sees_a_method_that_fits_its_own_attack_only() -> None:
     healthy, masked = {"adv": 0.9, "probe": 0.6}, {"adv": 0.95, "probe": 0.5}
-    said = "PGD-5 accuracy on the same training images is 50 %, but 95 % under the method's own attack"
+    said = (
+        "the network learned its own attack: PGD-5 accuracy on the same training images is 50 %, but 95 % under the "
+        "method's own attack"
+    )
     assert watch.collapse(masked, [healthy]) == said
     assert watch.collapse(masked, []) is not None
     assert watch.collapse(masked, [healthy, masked]) is None  # said once
@@ -233,12 +236,14 @@ def test_the_probe_is_pgd_accuracy_of_fixed_images_and_draws_nothing() -> None:
     first = watch.probe(run)
     assert_same(state(run), before)
     assert torch.equal(torch.get_rng_state(), random) and run.model.training
-    assert watch.probe(run) == first == run.history[-1]["probe"]
+    assert watch.probe(run) == first == {name: run.history[-1][name] for name in ("probe", "probe_10")}
     x, y = run.splits.train.images.float() / 255, run.splits.train.labels
     adv = PGD(0.3, steps=5)(run.model, x, y, key=noise_keys(0, -1, 1)[0])
     right = run.model.eval()(adv).argmax(1) == y
     assert 0 < right.sum() < 64
-    assert first == right.float().mean().item()
+    assert first["probe"] == right.float().mean().item()
+    further = PGD(0.3, 0.3 / 8, steps=5)(run.model, x, y, start=adv)
+    assert first["probe_10"] == (right & (run.model(further).argmax(1) == y)).float().mean().item()
 
 
 def test_bf16_and_channels_last_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_kernels import PGD
-from atlas_train import checkpoint, cli, data, engine, methods, validation, watch
+from atlas_train import checkpoint, cli, data, engine, methods, validation
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.data import DataSplits, Images
@@ -212,19 +212,13 @@ def test_evaluation_attacks_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_what_watches_a_run_attacks_in_its_norm(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attacks: list[tuple[str, PGD]] = []
-
-    def made(who: str) -> Any:
-        return lambda *how, **more: attacks.append((who, PGD(*how, **more))) or attacks[-1][1]
-
-    monkeypatch.setattr(watch, "PGD", made("probe"))
-    monkeypatch.setattr(validation, "PGD", made("validation"))
-    how = {"method": "adv", "hyper": {"steps": 1}, "epochs": 1, "eps": RADII[norm], "norm": norm, "val_size": 16}
-    engine.train(TrainConfig(**TINY | how), splits=splits())
-    assert {(who, attack.norm, attack.eps) for who, attack in attacks} == {
-        ("probe", norm, RADII[norm]),
-        ("validation", norm, RADII[norm]),
-    }
+    attacks: list[PGD] = []
+    monkeypatch.setattr(validation, "PGD", lambda *how, **more: attacks.append(PGD(*how, **more)) or attacks[-1])
+    how = {"method": "adv", "hyper": {"steps": 1}, "epochs": 1, "eps": RADII[norm], "norm": norm}
+    for look in ({"val_size": 16, "probe_size": 0}, {"probe_size": 8}):
+        engine.train(TrainConfig(**TINY | how | look), splits=splits())
+        assert {(attack.norm, attack.eps) for attack in attacks} == {(norm, RADII[norm])}
+        attacks.clear()
 
 
 def test_the_command_line_knows_norms(capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,10 +293,10 @@ def test_validation_costs_twice_with_both_and_the_step_of_its_attack_is_the_give
     monkeypatch.setattr(
         validation, "PGD", lambda eps, step, *how, **more: steps.append(step) or made(eps, step, *how, **more)
     )
-    run = trained(TrainConfig(**SMALL | {"epochs": 1}))
-    assert steps == [2 / 255] * 2  # of the weights in training, and of their average
+    run = trained(TrainConfig(**SMALL | {"epochs": 1, "probe_size": 0}))
+    assert steps == [2 / 255] * 4  # two halves for the weights in training, and two for their average
     row = run.history[0]
-    clean = row["raw_clean"] + row["average_clean"]
-    assert validation.share(run, 5.0) == pytest.approx(16 * (2 + 21 * clean) / (5 * 48))
+    half = sum(row[f"{name}_{look}"] for name in ("raw", "average") for look in ("clean", "pgd_5"))
+    assert validation.share(run, 5.0) == pytest.approx(16 * (2 + 11 * half) / (5 * 48))
     alone = trained(TrainConfig(**SMALL | {"epochs": 1, "best_of": "average"}))
     assert alone.history[0]["val_pgd"] == row["average_pgd"] and "val_raw" not in alone.history[0]

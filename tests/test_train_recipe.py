@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
-from atlas_train import engine, methods, models, optimizers, watch
+from atlas_train import engine, methods, models, optimizers, validation, watch
 from atlas_train.config import TrainConfig
 from atlas_train.methods import Batch, Curriculum, Method, State
 from atlas_train.passes import passes_per_step
@@ -272,22 +272,22 @@ def test_lengths_are_all_that_has_one(name: str) -> None:
 
 def test_eps_grows_over_epochs_in_attack_and_log_and_evaluation_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     radii, probed = [], []
-    objective, attack = methods.ADV.objective, watch.PGD
+    objective, attack = methods.ADV.objective, validation.PGD
 
     def seen(method: methods.ADV, model: nn.Module, batch: Batch, given: Tensor) -> Any:
         radii.append((given - batch.x).abs().max().item())
         return objective(method, model, batch, given)
 
-    def made(eps: float, **how: Any) -> Any:
+    def made(eps: float, *steps: Any, **how: Any) -> Any:
         probed.append(eps)
-        return attack(eps, **how)
+        return attack(eps, *steps, **how)
 
     monkeypatch.setattr(methods.ADV, "objective", seen)
-    monkeypatch.setattr(watch, "PGD", made)
+    monkeypatch.setattr(validation, "PGD", made)
     run = trained(config(eps_warmup=2, epochs=4, probe_size=8))
     expected = [EPS * min(1.0, epoch / 3) for epoch in range(1, 5) for _ in range(4)]
     assert radii == pytest.approx(expected, abs=1e-6)
-    assert probed == pytest.approx([EPS] * 4, abs=1e-6)
+    assert probed == pytest.approx([EPS] * 8, abs=1e-6)
     assert [row.get("eps") for row in run.history] == pytest.approx([EPS / 3, 2 * EPS / 3, None, None])
 
 

@@ -31,7 +31,7 @@ from .results import Result, commit, environment, markdown, table
 from .run import Run, network_of, require_trainable
 from .saving import best_weights
 from .validation import best_told, chooses, rule, share
-from .watch import collapses
+from .watch import collapses, telling
 from .writing import write_json, write_text
 
 Results = dict[str, Result]
@@ -302,7 +302,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         best=best,
         rule=rule(c.method, c.val_size, chooses(c.averaging, c.best_of)),
         validation_share=share(run, passes),
-        collapses=[list(each) for each in collapses(run.history)],
+        collapses=[list(each) for each in collapses(run.history, telling(run))],
         rescues=run.rescues,
         ended=run.ended or None,
     )

@@ -161,7 +161,10 @@ class TrainConfig(metaclass=_Lenient):
         low=0,
     )
     val_step_size: float | None = option(
-        None, "step of PGD-10 in validation, e.g. 2/255; default: 2.5 eps / 10, in l1 PGD's own", above=0
+        None,
+        "step of PGD-10 in validation, e.g. 2/255; default: eps / 2 in its first half, in l1 PGD's own, and eps / 8 in "
+        "its second",
+        above=0,
     )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
     extra_data: str | None = option(
@@ -319,7 +322,7 @@ class TrainConfig(metaclass=_Lenient):
         0, "end the run after so many epochs in a row without a better one in validation; 0: never", low=0
     )
     probe_size: int = option(
-        64, "training images that PGD-5 attacks after each epoch, to see a collapse; 0: do not watch", low=0
+        64, "training images that PGD-10 attacks after each epoch, to see a collapse; 0: do not watch", low=0
     )
 
     eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)

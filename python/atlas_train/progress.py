@@ -117,7 +117,8 @@ def describe(row: Mapping[str, Any]) -> tuple[str, str]:
     """A row of numbers in words: how far and how fast; loss and accuracies."""
     time_left = f"{row['images_per_s']:,.0f} images/s  ETA {clock(row['eta'])}"
     parts = [f"loss {row['loss']:.3f}"]
-    names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "val_clean": "val", "val_pgd": "val PGD-10"}
+    names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "probe_10": "PGD-10"}
+    names |= {"val_clean": "val", "val_pgd": "val PGD-10"}
     parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")

@@ -13,7 +13,10 @@ from typing import Any
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
-COLUMNS = ("epoch", "step", "lr", "loss", "clean", "adv", "probe", "val_clean", "val_pgd", "images_per_s", "seconds")
+COLUMNS = (
+    "epoch", "step", "lr", "loss", "clean", "adv", "probe", "probe_10", "val_clean", "val_pgd_5", "val_pgd",
+    "images_per_s", "seconds",
+)  # fmt: skip
 
 
 def write_csv(path: Path, history: Sequence[Row]) -> None:

@@ -37,8 +37,8 @@ class Result:
     skipped: batches left out of training, for their loss was not finite. data: the record of the test images.
     epoch: whose weights these are, usually the last; raw: those in training, though there is an average. best: what
     those of best.pt came to, which ``rule`` chose.
-    validation_share: passes of validation for each pass of training. collapses: epochs in which training collapsed, and
-    the sign. rescues: collapses that were taken back (``rescue``). ended: why training ended early.
+    validation_share: passes of validation and probe for each pass of training. collapses: epochs in which training
+    collapsed, and the sign. rescues: collapses that were taken back (``rescue``). ended: why training ended early.
     """
 
     evaluation: Evaluation
@@ -236,7 +236,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
 def _cost(shares: Sequence[float | None]) -> str:
     known = sorted(100 * share for share in shares if share is not None)
     ends = dict.fromkeys(f"{share:.1f}" for share in (*known[:1], *known[-1:]))
-    return f"; validation costs {' to '.join(ends)} % of the passes of training" if known else ""
+    return f"; validation and probe cost {' to '.join(ends)} % of the passes of training" if known else ""
 
 
 def _autoattack_header(rows: list[Result]) -> str:

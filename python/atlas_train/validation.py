@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atlas_kernels import Execution
 from atlas_kernels.attacks import PGD
 
 from . import methods
 from .data import Batches
-from .evaluate import evaluating, survivors
+from .evaluate import evaluating, predict
 from .machine import autocast
 from .noise import noise_keys
 from .run import Run
 
-STEPS, BATCH_SIZE = 10, 250
+#: PGD-10 in two halves: five of the usual steps of PGD-5, eps / 2, then five of eps / 8 from where they end.
+HALF, FINE, BATCH_SIZE = 5, 1 / 8, 250
+STEPS = 2 * HALF
+
+
+def withstood(
+    run: Run, model: nn.Module, right: Tensor, x: Tensor, y: Tensor, ids: Tensor, key: Tensor, size: float | None = None
+) -> Iterator[Tensor]:
+    """Of the rows that are ``right``, which are so after five steps of PGD, and which after ten; bool [B] each.
+
+    A network can hide from the first half, by bends within its long steps. The second half then finds what PGD with
+    steps of eps / 4 finds in 20, and next to nothing in a network that does not hide.
+
+    size: of all steps, in place of those.
+    """
+    adv, eps = x.clone(), run.config.eps
+    for second, step_size in enumerate((size, FINE * eps if size is None else size)):
+        rows = right.nonzero().squeeze(1)
+        right = torch.zeros_like(right)
+        if len(rows):
+            start = adv[rows] if second else None
+            attack = PGD(eps, step_size, HALF, norm=run.config.norm)
+            adv[rows] = attack(model, x[rows], y[rows], start=start, key=key, ids=ids[rows])
+            right[rows] = predict(model, adv[rows]) == y[rows]
+        yield right
 
 
 def validate(run: Run) -> dict[str, float]:
     """The accuracies of ``run.final_model``, the weights that are exported, on the held-out images: clean and, where
-    the method trains against an attack, under PGD-10 (on images that are right clean, with the same noise every time).
+    the method trains against an attack, under the halves of PGD-10 (on images that are right clean, with the same noise
+    every time).
 
     With ``best_of="either"`` and an average, those of the better of the average and the weights in training (of equal
     ones the latter's); then ``val_raw`` says whether it is these, and what both come to is there too.
@@ -42,17 +67,17 @@ def _accuracies(run: Run, model: nn.Module) -> dict[str, float]:
     assert run.validation
     settings: dict[str, Any] = {"device": run.device, "channels_last": run.config.channels_last}
     batches = Batches(run.validation, BATCH_SIZE, shuffle=False, seed=0, **settings)
-    pgd = PGD(run.config.eps, run.config.val_step_size, STEPS, norm=run.config.norm)
-    attacks = {"pgd": pgd} if run.method.adversarial else {}
     key = noise_keys(run.config.seed, -2, 1)[0].to(run.device)
     precision = run.execution.precision
     counts = []
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: every batch is a size
         for x, y, ids in batches:
-            rights = survivors(model, attacks, x, y, ids, key)
-            counts.append(torch.stack([right.sum() for right in rights.values()]))
+            rights = [predict(model, x) == y]
+            if run.method.adversarial:
+                rights += withstood(run, model, rights[0], x, y, ids, key, run.config.val_step_size)
+            counts.append(torch.stack([right.sum() for right in rights]))
     shares = (torch.stack(counts).sum(0).double() / len(run.validation)).tolist()
-    return dict(zip(("val_clean", "val_pgd"), shares, strict=False))
+    return dict(zip(("val_clean", "val_pgd_5", "val_pgd"), shares, strict=False))
 
 
 def better(row: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
@@ -87,12 +112,18 @@ def best_told(epoch: int, raw: bool) -> str:
 
 
 def share(run: Run, passes_per_step: float | None) -> float | None:
-    """What validation costs, in passes, as a share of what training on an epoch does; None where it is not known."""
+    """What validation and the probe cost, in passes, as a share of what training on an epoch does; None without
+    validation, and where it is not known. Epochs of older versions do not say how many images the second half saw."""
     rows = [row for row in run.history if row.get("val_clean") is not None]
     if not run.validation or not passes_per_step or not rows:
         return None
-    both = "raw_clean", "average_clean"
-    looks = [row[name] for row in rows for name in (both if "val_raw" in row else ("val_clean",))]
-    attack = 2 * STEPS + 1 if run.method.adversarial else 0  # forward, backward to the image; and the last iterate's
-    passes = len(run.validation) * (len(looks) + attack * sum(looks)) / len(rows)
-    return passes / (passes_per_step * min(len(run.splits.train), len(run.batches) * run.batches.batch_size))
+    probed = min(run.config.probe_size, len(run.splits.train))
+    half = 2 * HALF + 1 if run.method.adversarial else 0  # forward, backward to the image; and the last iterate's
+    passes = 0.0
+    for row in rows:
+        for name in ("raw", "average") if "val_raw" in row else ("val",):
+            clean = row[f"{name}_clean"]
+            passes += len(run.validation) * (1 + half * (clean + row.get(f"{name}_pgd_5", clean)))
+        passes += probed * half * (1 + (row.get("probe") or 0))
+    images = min(len(run.splits.train), len(run.batches) * run.batches.batch_size)
+    return passes / len(rows) / (passes_per_step * images)
