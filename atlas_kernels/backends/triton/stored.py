@@ -139,7 +139,9 @@ _BRAIN = torch.bfloat16
 # To be compiled ahead of time.
 VARIANTS: dict[str, Callable[[], Launch]] = {
     "stored start": partial(_example, step=False),
-    "stored start, bf16 store, channels_last network": partial(_example, store=_BRAIN, step=False, out=_BRAIN, last="out"),
+    "stored start, bf16 store, channels_last network": partial(
+        _example, store=_BRAIN, step=False, out=_BRAIN, last="out"
+    ),
     "stored norm": partial(_example, which=0),
     "stored norm, bf16": partial(_example, _BRAIN, which=0),
     "stored step": _example,
