@@ -58,7 +58,7 @@ def take_back(run: Run, epoch: int, sign: str, *, stronger: bool) -> str:
     saving.save(run)
     more = ", ".join(f"{name} {now:.4g} (before: {then:.4g})" for name, (then, now) in changed.items())
     so = f"and on from there with {more}" if changed else f"where the run ends, as {why}"
-    anew = begins_anew(run.method, run.memory)
+    anew = "" if run.ended else begins_anew(run.method, run.memory)
     return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, {so}{f'; {anew}' if anew else ''}"
 
 

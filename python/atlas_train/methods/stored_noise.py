@@ -57,22 +57,22 @@ class StoredNoise:
 
     def start(self, batch: Batch, state: State) -> Tensor:
         """Each image at its perturbation, in the image range unless ``clip_start`` is off."""
-        bounds = {} if self.clip_start else {"clip_min": -math.inf, "clip_max": math.inf}
-        return stored_start(batch.x, state.memory[self.stores[0]], batch.ids, **bounds)
+        low, high = (0.0, 1.0) if self.clip_start else (-math.inf, math.inf)
+        return stored_start(batch.x, state.memory[self.stores[0]], batch.ids, clip_min=low, clip_max=high)
 
     def step(self, batch: Batch, grad: Tensor, state: State) -> Tensor:
         """The adversaries by the gradient at the start; then what is kept of these images is moved on.
 
         An image that a batch holds twice is kept as its first place there leaves it.
         """
-        store = [state.memory[name] for name in self.stores]
+        kept, momentum = (state.memory[name] for name in self.stores)
         if not state.repeats:
-            return stored_step(batch.x, grad, *store, batch.ids, self.eps, decay=self.decay)
+            return stored_step(batch.x, grad, kept, momentum, batch.ids, self.eps, decay=self.decay)
         ids, numbers = batch.ids, torch.arange(len(batch.ids), device=batch.ids.device)
-        rows = [values[ids] for values in store]
+        rows = kept[ids], momentum[ids]
         adv = stored_step(batch.x, grad, *rows, numbers, self.eps, decay=self.decay)
         first = (ids[:, None] == ids).int().argmax(1)
-        for values, moved in zip(store, rows, strict=True):
+        for values, moved in zip((kept, momentum), rows, strict=True):
             values[ids] = moved[first]  # in whatever order, for equal ids have equal rows
         return adv
 
