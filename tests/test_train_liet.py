@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atlas_kernels.backends.reference.philox import below, noise, words
+from atlas_train import config, data
 from atlas_train.data import UpTo
 from atlas_train.methods import LIET, Batch, Mixing, State
 from beside_published import CLASSES, EPS, Case, Net, Outcome, Steps, _note, assert_same, case, close
@@ -165,6 +167,14 @@ def test_a_smaller_radius_of_a_warm_up_keeps_the_settings_of_the_whole() -> None
     expected = LIET(2 * SMALL, step_size=0.5 * SMALL, project="no").in_use()
     assert scaled.eps == SMALL / 2 and scaled.in_use() == expected
     assert LIET(SMALL).scaled(0.5).in_use()["project"] == "yes"
+
+
+@pytest.mark.parametrize(("eps", "every"), [(SMALL, 20), (16 / 255, 10)])
+def test_a_run_on_cifar10_has_the_defaults_of_its_radius(eps: float, every: int) -> None:
+    settings = config.TrainConfig(method="liet", dataset="cifar10", eps=eps, beside=())
+    filled = config._published(settings, data.get("cifar10"))
+    assert filled == {"liet.every": every}
+    assert replace(settings, hyper=filled).build_method().in_use()["every"] == every
 
 
 def test_random_smoothing_is_in_the_place_of_the_runs() -> None:

@@ -46,8 +46,9 @@ class Dataset:
     colour images) then has to be set.
     radii: the usual radii in l2 and l1: {"l2": 128 / 255}; that in l_inf is ``eps``.
     methods: hyper-parameters of methods on this data set, by name: {"trades": {"steps": 40}}; lengths may be shares of
-    eps, ``OfEps(1 / 4)``. They win over those that the method has for this data set (``Method.defaults``), and these
-    over the method's own; what the user sets wins over all.
+    eps, ``OfEps(1 / 4)``, and a number may be another above a radius, ``UpTo(8 / 255, 20, 10)``. They win over those
+    that the method has for this data set (``Method.defaults``), and these over the method's own; what the user sets
+    wins over all.
     """
 
     name: str

@@ -35,7 +35,8 @@ class FGSMUAP(KeptForward):
 
     ||g||_1 is that of the whole batch. u begins as +-radius at random; a class that the batch has no image of keeps its
     u and m, and all keep theirs where a gradient is zero or not finite. Both are in ``state.memory``, [1 or classes, C,
-    H, W]. The forward at x0 serves attack and loss: 7 passes. Published with label smoothing 0.4.
+    H, W]. The forward at x0 serves attack and loss: 7 passes. Published with label smoothing 0.4. There the second
+    backward adds the squared difference's gradient by x0 to g, in place, before m sees it; that is not repeated here.
     """
 
     name: ClassVar[str] = "fgsm_uap"
