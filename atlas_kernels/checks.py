@@ -408,7 +408,8 @@ def target_distributions(name: str, t: Tensor, like: Tensor) -> Tensor:
         )
     if t.numel() and value_checks_enabled(t, name=name):
         given = t.detach()
-        if not bool(((given >= 0) & (given < math.inf)).all()):
+        least, most = (float(bound) for bound in given.aminmax())  # NaN, where there is any
+        if not 0.0 <= least <= most < math.inf:
             row, c = (int(i) for i in (~((given >= 0) & (given < math.inf))).nonzero()[0])
             raise ValueError(f"{name}[{row}, {c}] = {given[row, c].item()} is no share of a class: give numbers >= 0")
     require_memory(name, t)

@@ -81,7 +81,7 @@ def cross_entropy(
     smoothing = number_in("label_smoothing", label_smoothing, 0.0, 1.0)
     if isinstance(labels, Tensor) and labels.ndim > 1 and labels.is_floating_point():
         targets = target_distributions("labels", labels, logits)
-        return _loss("soft_cross_entropy", logits, None, (targets,), (smoothing,), weights, reduction)
+        return _loss("soft_cross_entropy", logits, None, (targets,), (smoothing,), weights, reduction, targets)
     labels = class_indices("labels", labels, logits, logits.shape[1])
     return _loss("cross_entropy", logits, None, (labels,), (smoothing,), weights, reduction)
 
@@ -220,9 +220,12 @@ def consistency_loss(
         indices = None, target_distributions("labels", labels, logits)
     else:
         indices = class_indices("labels", labels, logits, logits.shape[1]), None
-    numbers = (DISTANCES.index(distance), *_number_or_tensor("weight", weight, logits), smoothing)
+    number, tensor = _number_or_tensor("weight", weight, logits)
+    numbers = (DISTANCES.index(distance), number, tensor, smoothing)
     flag("return_terms", return_terms)
-    loss, terms = _loss("consistency_loss", logits, other_logits, indices, numbers, weights, reduction)
+    loss, terms = _loss(
+        "consistency_loss", logits, other_logits, indices, numbers, weights, reduction, indices[1], tensor
+    )
     return (loss, terms) if return_terms else loss
 
 
@@ -382,11 +385,12 @@ def _loss(
     numbers: tuple[Any, ...],
     weights: Tensor | None,
     reduction: str,
+    *constants: Tensor | None,
 ) -> Any:
-    """One loss, checked but for what all share, with its gradient if somebody needs it."""
+    """One loss, checked but for what all share, with its gradient if somebody needs it. constants: what the kernel
+    makes no gradient to; if they need one, the plain formula runs."""
     require_choice("reduction", reduction, _REDUCTIONS)
     batch = indices[0].shape[0] if indices and indices[0] is not None else logits.shape[0]
-    soft = name in ("soft_cross_entropy", "consistency_loss")
     scale = 1.0
     if reduction == "mean":
         scale = 1.0 / batch if batch else float("nan")
@@ -394,8 +398,7 @@ def _loss(
     if weights is not None:
         weights = sample_weights(weights, batch, logits)
     call = _Call(name, indices, numbers, batch, scale, reduced)
-    constants = tuple(t for t in (*indices, *numbers) if isinstance(t, Tensor)) if soft else ()
-    if followed(logits, other, weights, *constants) or any(_differentiated(t) for t in constants):
+    if followed(logits, other, weights, *constants) or (constants and any(map(_is_differentiated, constants))):
         rows, terms = _formula(call, logits, other, weights)
         rows = rows if weights is None else rows * weights
         result = rows.sum() * scale if reduced else rows
@@ -406,8 +409,8 @@ def _loss(
     return result if terms is None else (result, terms)
 
 
-def _differentiated(t: Tensor) -> bool:
-    return t.requires_grad and torch.is_grad_enabled()
+def _is_differentiated(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
 class _Call(NamedTuple):

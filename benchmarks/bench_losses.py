@@ -106,20 +106,23 @@ def test_cross_entropy_of_distributions(size, report):
 @pytest.mark.parametrize("distance", ["logit", "prob", "js", "kl"])
 def test_consistency_loss(size, report, distance):
     ours = lambda z, other, y: ak.consistency_loss(z, other, y, distance=distance, weight=BETA)  # noqa: E731
-    forms = {"modules": lambda z, other, y: F.cross_entropy(z, y) + BETA * distance_plain(distance, other, z)}
+    forms = {"functional": consistency_plain(distance, BETA)}
     run(report, f"consistency_loss {distance}", size, ours, forms, logits(size), logits(size), labels(size))
 
 
-def distance_plain(distance, other, z):  # type: ignore[no-untyped-def]
-    if distance == "logit":
-        return z.shape[1] * F.mse_loss(z, other)
-    if distance == "prob":
-        return z.shape[1] * F.mse_loss(F.softmax(z, 1), F.softmax(other, 1))
-    if distance == "kl":
-        return kl_softmax(other, z)
-    p, q = F.softmax(other, 1), F.softmax(z, 1)
-    m = (0.5 * (p + q)).clamp(min=1e-30).log()
-    return 0.5 * (F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean"))
+def consistency_plain(distance: str, weight: float) -> Callable[..., Tensor]:
+    def apart(other, z):  # type: ignore[no-untyped-def]
+        if distance == "logit":
+            return z.shape[1] * F.mse_loss(z, other)
+        if distance == "prob":
+            return z.shape[1] * F.mse_loss(F.softmax(z, 1), F.softmax(other, 1))
+        if distance == "kl":
+            return kl_softmax(other, z)
+        p, q = F.softmax(other, 1), F.softmax(z, 1)
+        m = (0.5 * (p + q)).clamp(min=1e-30).log()
+        return 0.5 * (F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean"))
+
+    return lambda z, other, y: F.cross_entropy(z, y) + weight * apart(other, z)
 
 
 def test_kl_div(size, report):

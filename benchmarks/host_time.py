@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import atlas_kernels as ak
 import bench_perturb as images
 from atlas_kernels import backends
-from bench_losses import with_backward
+from bench_losses import consistency_plain, with_backward
 from bench_perturb import COUNT, EPS, RADIUS, STEP
 from harness import Call, environment, synchronise
 
@@ -113,6 +113,10 @@ def loss_rows(size: tuple[int, int]) -> Iterator[Row]:
     )  # fmt: skip
     ours, plain = (with_backward(loss, (leaf, y)) for loss in (ak.cross_entropy, F.cross_entropy))
     yield "cross_entropy, forward and backward", name, ours, plain, None
+    other = torch.randn(size, device=DEVICE, requires_grad=True)
+    forms = partial(ak.consistency_loss, distance="js"), consistency_plain("js", 1.0)
+    ours, plain = (with_backward(loss, (leaf, other, y)) for loss in forms)
+    yield "consistency_loss js, forward and backward", name, ours, plain, None
     yield "attack_cotangent ce", name, lambda: ak.attack_cotangent(z, y), lambda: _closed(z, y), None
 
 

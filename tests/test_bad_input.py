@@ -161,6 +161,13 @@ def test_message(error, message, call):
         call()
 
 
+def shares(value: float) -> torch.Tensor:
+    """Target distributions for Z, one number of which is this."""
+    made = torch.full((4, 5), 0.2)
+    made[1, 2] = value
+    return made
+
+
 def quantized(t):
     return torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8)
 
@@ -314,6 +321,23 @@ def test_message_of_batch_norm(error, message, call):
         (TypeError, "adv_logits must be a strided tensor, got nested", lambda: ak.trades_loss(Z, nested(Z), Y)),
         (TypeError, "return_terms must be True or False, got 1", lambda: ak.atlas_loss(torch.cat([Z, Z]), Y, return_terms=1)),
         (TypeError, "beta must be a number or a tensor, got True", lambda: ak.trades_loss(Z, Z, Y, beta=True)),
+        (ValueError, r"labels is torch.float32 \[4, 4\] on cpu, expected integers \[4\], or distributions \[4, 5\]", lambda: ak.cross_entropy(Z, Z[:, :4])),
+        (ValueError, r"labels\[1, 2\] = -0.5 is no share of a class: give numbers >= 0", lambda: ak.cross_entropy(Z, shares(-0.5))),
+        (ValueError, r"labels\[1, 2\] = nan is no share of a class", lambda: ak.consistency_loss(Z, Z, shares(NAN))),
+        (ValueError, r"labels\[1, 2\] = inf is no share of a class", lambda: ak.consistency_loss(Z, Z, shares(float("inf")))),
+        (ValueError, r"labels is torch.float32 \[4, 5\] on meta", lambda: ak.cross_entropy(Z, shares(0.0).to("meta"))),
+        (TypeError, "labels must be a strided tensor, got layout torch.sparse_coo", lambda: ak.cross_entropy(Z, shares(0.0).to_sparse())),
+        (ValueError, r"labels is \[4, 5\] on cpu, expected \[4\]", lambda: ak.consistency_loss(Z, Z, torch.ones(4, 5).long())),
+        (ValueError, r"other_logits has shape \[3, 5\], logits has \[4, 5\]", lambda: ak.consistency_loss(Z, Z[:3], Y)),
+        (ValueError, "distance must be one of .*did you mean 'logit'", lambda: ak.consistency_loss(Z, Z, Y, distance="logits")),
+        (ValueError, "weight must be a number >= 0, got -1.0", lambda: ak.consistency_loss(Z, Z, Y, weight=-1)),
+        (ValueError, "weight must be a number >= 0, got -1.0", lambda: ak.consistency_loss(Z, Z, Y, weight=torch.tensor(-1.0))),
+        (ValueError, "weight must be a number >= 0, got nan", lambda: ak.consistency_loss(Z, Z, Y, weight=torch.tensor(NAN))),
+        (ValueError, r"weight = 1e\+300 does not fit torch.float32", lambda: ak.consistency_loss(Z, Z, Y, weight=HUGE[0])),
+        (TypeError, r"weight must be a number or a float tensor \[\], got torch.float32 \[1\]", lambda: ak.consistency_loss(Z, Z, Y, weight=torch.ones(1))),
+        (TypeError, r"weight must be a number or a float tensor \[\], got torch.int64 \[\]", lambda: ak.consistency_loss(Z, Z, Y, weight=torch.tensor(1))),
+        (ValueError, r"weight is on meta, the logits on cpu: move it there, or pass float\(weight\)", lambda: ak.consistency_loss(Z, Z, Y, weight=torch.ones((), device="meta"))),
+        (TypeError, "return_terms must be True or False, got 1", lambda: ak.consistency_loss(Z, Z, Y, return_terms=1)),
         (ValueError, "steps must be an integer of at least 2", lambda: ak.gairat_weights(Y, 1)),
         *((ValueError, "steps must be an integer of at most 2147483647", lambda steps=steps: ak.gairat_weights(Y, steps)) for steps in (2**31, 2**63, 2**70)),
         (TypeError, "steps must be an integer, got 10.0", lambda: ak.gairat_weights(Y, 10.0)),

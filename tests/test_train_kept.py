@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from atlas_kernels import pgd_step, random_start
 from atlas_train.descent import OptimizerDescent
-from atlas_train.methods import ADV, AWP, Batch, Curriculum, Method, Metrics, Mixing, State
+from atlas_train.methods import ADV, AWP, GAT, Batch, Curriculum, Method, Metrics, Mixing, State
 from atlas_train.methods.kept import Given, KeptForward
 from atlas_train.methods.terms import accuracy
 from atlas_train.passes import count_passes
@@ -257,7 +257,11 @@ def group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", [Tied(EPS), AWP(Tied(EPS), 0.01)], ids=["kept", "awp"])
+@pytest.mark.parametrize(
+    "method",
+    [Tied(EPS), AWP(Tied(EPS), 0.01), GAT(EPS), GAT(EPS, attack_mode="train", bn_compat=True)],
+    ids=["kept", "awp", "clean kept", "clean kept, bn_compat"],
+)
 def test_distributed_data_parallel(group: None, method: Method) -> None:
     """With its defaults it writes all buffers before a forward, which a second one of a step must not see."""
     made, outcomes, written = case(), [], []

@@ -60,6 +60,8 @@ FORMS: list[dict[str, Any]] = [
     {"method": "atlas", "hyper": {"local": "start"}, "mixup": 1.0},
     {"method": "atlas", "hyper": {"local": "start", "start_noise": "liet"}},
     {"method": "atlas", "hyper": {"local": "start", "start_noise": "pgi"}, "eps_warmup": 1},
+    {"method": "gat", "hyper": {"code": "fastat", "growth_start": 0.5, "attack_mode": "train"}, "mixup": 1.0},
+    {"method": "gat", "hyper": {"bn_compat": True}, "awp": 0.01, "label_smoothing": 0.4},
     {"method": "adv", "norm": "l2", "eps": 0.8},
     {"method": "atlas", "norm": "l2", "eps": 0.8},
     {"method": "trades", "norm": "l1", "eps": 5.0},

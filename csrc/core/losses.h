@@ -431,12 +431,39 @@ template <class V> struct Twins {
   }
 };
 
+// Jensen-Shannon, or the squared distance, of the probabilities in slot 1 and in slot 0, whose CE has the gradient that
+// is added. Both pull a probability by an amount less the mean of all amounts, each side by its own probabilities.
+template <bool Js, class Row>
+ATLAS_HD typename Row::V distance_of_twins(Row& row, const Softmax<Row>& o, const Softmax<Row>& q,
+                                           const Distribution<Row>& target, typename Row::V scale,
+                                           typename Row::V tie_scale) {
+  using V = typename Row::V;
+  Pair<Row> pair(o, 1, q, 0);
+  pair.look_closely(row);
+  Total<V> sum, o_sum, q_sum;
+  for (int64_t j = 0; j < row.vectors(); ++j) {
+    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
+    const V d = twins.difference();
+    sum.add(Js ? twins.divergence() : d * d);
+    o_sum.add(weighted(twins.p, Js ? twins.log_p : d));
+    q_sum.add(weighted(twins.q, Js ? twins.log_q : -d));
+  }
+  const V o_mean = o_sum.over(row), q_mean = q_sum.over(row), pull = tie_scale * scalar_of<V>(Js ? 0.5 : 2);
+  const bool wanted = row.wants(0) || row.wants(1);
+  for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
+    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
+    const V d = twins.difference(), to_ce = target.to_ce(row, j) * scale;
+    row.gradient(0, j, to_ce + pull * weighted(twins.q, (Js ? twins.log_q : -d) - q_mean));
+    row.gradient(1, j, pull * weighted(twins.p, (Js ? twins.log_p : d) - o_mean));
+  }
+  return sum.over(row);
+}
+
 // CE of slot 0 + weight * distance of slot 1 and slot 0, as parts `adv` and `local`.
 template <class Row>
 ATLAS_HD AtlasParts<Row> consistency_loss(Row& row, const AtlasLosses& p, typename Row::V scale) {
   using V = typename Row::V;
-  using T = scalar_of<V>;
-  const V tie_scale = scale * distance_weight<T>(p);
+  const V tie_scale = scale * distance_weight<scalar_of<V>>(p);
   const Softmax<Row> q = softmax(row, 0);
   const Distribution<Row> target(q, row, p.parameter);
   AtlasParts<Row> parts = {target.ce, V{}, V{}};
@@ -451,34 +478,18 @@ ATLAS_HD AtlasParts<Row> consistency_loss(Row& row, const AtlasLosses& p, typena
     return parts;
   }
   const Softmax<Row> o = softmax(row, 1);
-  Pair<Row> pair(o, 1, q, 0);
   if (p.distance == ATLAS_DISTANCE_KL) {
+    const Pair<Row> pair(o, 1, q, 0);
     const V kl = parts.local = pair.kl(row);
     for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
       const V to_o = pair.kl_to_p(row, j, kl), to_q = pair.difference(row, j), to_ce = target.to_ce(row, j) * scale;
       row.gradient(0, j, to_ce + to_q * tie_scale);
       row.gradient(1, j, times(tie_scale, to_o));
     }
-    return parts;
-  }
-  // Both distances pull a probability by an amount less the mean of all amounts, each side by its own probabilities.
-  pair.look_closely(row);
-  const bool js = p.distance == ATLAS_DISTANCE_JS;
-  Total<V> sum, o_sum, q_sum;
-  for (int64_t j = 0; j < row.vectors(); ++j) {
-    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
-    const V d = twins.difference();
-    sum.add(js ? twins.divergence() : d * d);
-    o_sum.add(weighted(twins.p, js ? twins.log_p : d));
-    q_sum.add(weighted(twins.q, js ? twins.log_q : -d));
-  }
-  parts.local = sum.over(row);
-  const V o_mean = o_sum.over(row), q_mean = q_sum.over(row), pull = tie_scale * T(js ? 0.5 : 2);
-  for (int64_t j = 0; wanted && j < row.vectors(); ++j) {
-    const Twins<V> twins(o.p(row, 1, j), q.p(row, 0, j), pair.log_ratio(row, j));
-    const V d = twins.difference(), to_ce = target.to_ce(row, j) * scale;
-    row.gradient(0, j, to_ce + pull * weighted(twins.q, (js ? twins.log_q : -d) - q_mean));
-    row.gradient(1, j, pull * weighted(twins.p, (js ? twins.log_p : d) - o_mean));
+  } else if (p.distance == ATLAS_DISTANCE_JS) {
+    parts.local = distance_of_twins<true>(row, o, q, target, scale, tie_scale);
+  } else {
+    parts.local = distance_of_twins<false>(row, o, q, target, scale, tie_scale);
   }
   return parts;
 }
