@@ -152,8 +152,9 @@ def test_images_go_into_the_network_as_they_are() -> None:
     assert own.config.mean == ()  # which says nothing of a network of one's own
 
 
-def test_a_resumed_run_keeps_its_protocol_to_the_same_bits(tmp_path: Path) -> None:
-    config = TrainConfig(**SMALL)
+@pytest.mark.parametrize("method", ["one_step_adv", "fgsm_pgi"])
+def test_a_resumed_run_keeps_its_protocol_to_the_same_bits(method: str, tmp_path: Path) -> None:
+    config = TrainConfig(**SMALL | {"method": method})
     whole = trained(config, folder=tmp_path / "whole")
     trained(config, folder=tmp_path / "cut", on_epoch=lambda row: row["epoch"] == 2)
     lines = Lines()
