@@ -4,13 +4,15 @@
     python benchmarks/one_step_page.py --memory    also measures the memory of a step, into benchmarks/results
 
 Published figures are those of ``one_step_published.json``, which names their source. Ours are read from
-benchmarks/results/fastat-ROW.json, the results.json of ``atlas train --protocol fastat --seeds``. A row whose method is
-not there is left out.
+benchmarks/results/fastat-ROW.json, the results.json of ``atlas train --protocol fastat --seeds``; those of the small runs
+that show a collapse from collapse-ROW.json and collapse-ROW.csv, the results.json and the log.csv of a run. A row whose
+method is not there is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,6 +191,23 @@ def ours(path: Path, method: str) -> str:
     return f"{100 * aa['mean']:.2f}" + (f" ± {100 * aa['deviation']:.2f}" if aa["deviation"] is not None else "")
 
 
+def collapse_table(results: Path) -> Table:
+    """What the small runs came to, in percent: a test at the end, and training images in the last epoch."""
+    lines = [["method", "clean", "PGD-20", "APGD", "own adversaries", "PGD-5", "outcome"]]
+    for name, row in rows().items():
+        if not (results / f"collapse-{name}.json").exists():
+            continue
+        found = json.loads((results / f"collapse-{name}.json").read_text(encoding="utf-8"))["methods"][row.method]
+        with (results / f"collapse-{name}.csv").open(encoding="utf-8", newline="") as file:
+            *_, last = csv.DictReader(file)
+        shares = [found["clean"], found["pgd"], found["autoattack"]["accuracy"], last["adv"], last["probe"]]
+        epochs = ", ".join(str(epoch) for epoch, _ in found["collapses"])
+        survives = not epochs and float(last["probe"]) >= float(last["adv"]) / 2
+        outcome = "survives" if survives else f"collapses in epoch {epochs}" if epochs else "collapses"
+        lines.append([row.title, *(f"{100 * float(share):.1f}" for share in shares), outcome])
+    return lines
+
+
 def memory_table(results: Path) -> Table:
     peaks = json.loads((results / MEMORY).read_text(encoding="utf-8"))["bytes"]
     lines = [["method", "GiB as published", "of a step, standard training = 1", "kept from batch to batch"]]
@@ -212,6 +231,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
     made = {
         "passes": passes_table,
         "accuracy": partial(accuracy_table, results),
+        "collapse": partial(collapse_table, results),
         "memory": partial(memory_table, results),
     }
 

@@ -21,7 +21,7 @@ def table(text: str, name: str) -> dict[str, list[str]]:
 
 def test_the_page_is_as_its_methods_and_results_make_it() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
-    assert len(page.BLOCK.findall(text)) == text.count("<!-- begin") == text.count("<!-- end") == 3
+    assert len(page.BLOCK.findall(text)) == text.count("<!-- begin") == text.count("<!-- end") == 4
     assert page.filled(text) == text, "run python benchmarks/one_step_page.py"
 
 
@@ -51,6 +51,20 @@ def test_results_of_seeds_are_shown_once_they_are_there(tmp_path: Path) -> None:
     (tmp_path / "fastat-fgsm_rs.json").write_text(json.dumps({"methods": {"one_step_adv": last}}))
     cells = {line[0]: line[5] for line in page.accuracy_table(tmp_path)}
     assert (cells["N-FGSM"], cells["FGSM-RS"], cells["PGD-10"]) == ("47.77 ± 0.31", "10.00", "-")
+
+
+@pytest.mark.parametrize(
+    ("collapses", "probe", "outcome"),
+    [([], 0.2, "survives"), ([], 0.1, "collapses"), ([[3, "a sign"], [7, "a sign"]], 0.2, "collapses in epoch 3, 7")],
+)
+def test_a_run_survives_without_a_warning_and_where_its_own_attack_is_not_the_only_one(
+    tmp_path: Path, collapses: list[object], probe: float, outcome: str
+) -> None:
+    found = {"clean": 0.4, "pgd": 0.2, "autoattack": {"accuracy": 0.19}, "collapses": collapses}
+    (tmp_path / "collapse-n_fgsm.json").write_text(json.dumps({"methods": {"n_fgsm": found}}))
+    (tmp_path / "collapse-n_fgsm.csv").write_text(f"epoch,adv,probe\n1,0.9,0.9\n2,0.3,{probe}\n")
+    _, line = page.collapse_table(tmp_path)
+    assert line == ["N-FGSM", "40.0", "20.0", "19.0", "30.0", f"{100 * probe:.1f}", outcome]
 
 
 def test_what_is_kept_is_scaled_to_the_images_of_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
