@@ -168,7 +168,12 @@ def gat_step(
 def nuat(m: Any, batch: Batch, key: Tensor) -> Statement:
     """With the weight that it grows to. Of the batches, likewise."""
     signs = torch.where(uniform(batch.x, key, batch.ids, 0) < 0, -1.0, 1.0).to(batch.x)
-    how = {"noise": m.noise_magnitude * m.eps, "nuc_reg": m._weight, "attack": m._attack_mode, "divisor": m._divisor}
+    how = {
+        "noise": m.noise_magnitude * m.eps,
+        "nuc_reg": m._weight,
+        "attack": m._attack_mode,
+        "divisor": m.divisor or None,
+    }
     return Statement(nuat_step, signs, {"eps": m.eps, "smooth": m.label_smoothing, **how})
 
 

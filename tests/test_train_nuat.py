@@ -32,7 +32,8 @@ def by_authors(made: Case, **how: Any) -> tuple[Outcome, list[Tensor], list[Tens
 def test_as_the_authors(bn_compat: bool) -> None:
     """The weight grows between the epochs, and every second batch of an epoch has the norm in its attack."""
     made = case()
-    mine, wanted = trained(NuAT(EPS, bn_compat=bn_compat), made), by_authors(made, **AUTHORS)
+    mine = trained(NuAT(EPS, divisor=64, bn_compat=bn_compat), made)
+    wanted = by_authors(made, **AUTHORS)
     if bn_compat:
         assert_all_same(mine, wanted, statistics=True)
         assert int(mine[0].model.bn1.num_batches_tracked) == 3 * EPOCHS * BATCHES
@@ -64,15 +65,15 @@ def test_a_weight_that_is_there_from_the_start_and_a_norm_in_every_attack() -> N
     assert_all_same(trained(method, made), (outcome, advs, losses), statistics=False)
 
 
-@pytest.mark.parametrize("code", ["authors", "fastat"])
-def test_the_norm_of_a_short_batch(code: Any) -> None:
+@pytest.mark.parametrize(("code", "divisor"), [("authors", 64), ("authors", 0), ("fastat", 0)])
+def test_the_norm_of_a_short_batch(code: Any, divisor: int) -> None:
     """The authors divide by their batch size also where there are fewer images, FastAT by those."""
     made, state = case(size=3), State(epoch=1, epochs=1, total_steps=2)
-    method, model = NuAT(EPS, code=code), copy.deepcopy(made.model).eval()
+    method, model = NuAT(EPS, code=code, divisor=divisor), copy.deepcopy(made.model).eval()
     given = method.prepare(model, made.batch, made.key, state)
     loss, _ = method.objective(model, made.batch, given)
     z, moved = model(made.batch.x), model(given.adv)
-    weight = 4.5 / 64 if code == "authors" else 4.0 / 3
+    weight = (4.5 if code == "authors" else 4.0) / (divisor or 3)
     wanted = F.cross_entropy(z, made.batch.y) + weight * torch.linalg.matrix_norm(z - moved, ord="nuc")
     close(loss.detach(), wanted, "loss")
 
@@ -91,12 +92,12 @@ def test_the_weight_grows_as_published() -> None:
 
 def test_settings_in_use_are_those_of_the_code() -> None:
     names = "weight", "growth_share", "divisor", "attack_mode"
-    assert [NuAT(EPS).in_use()[name] for name in names] == [4.5, 0.9, 64, "eval"]
-    assert [NuAT(EPS, code="fastat").in_use()[name] for name in names] == [4.0, 1.0, None, "train"]
+    assert [NuAT(EPS).in_use()[name] for name in names] == [4.5, 0.9, 0, "eval"]
+    assert [NuAT(EPS, code="fastat").in_use()[name] for name in names] == [4.0, 1.0, 0, "train"]
     given = {"weight": 1.0, "growth_share": 0.5, "divisor": 128, "attack_mode": "eval"}
     assert [NuAT(EPS, code="fastat", **given).in_use()[name] for name in names] == list(given.values())
     with pytest.raises(ValueError, match="divisor"):
-        NuAT(EPS, divisor=0)
+        NuAT(EPS, divisor=-1)
     with pytest.raises(ValueError, match="growth_share"):
         NuAT(EPS, growth_share=1.5)
 

@@ -19,16 +19,16 @@ from .terms import accuracy, wide
 @dataclass(frozen=True)
 class NuAT(CleanKept):
     """NuAT (Sriramanan et al. 2021, "Towards efficient and effective adversarial training", NeurIPS):
-    L = CE(z(x), y) + R ||z(x) - z(x')||_* / 64, the nuclear norm of the [B, C] matrix of a batch's differences.
+    L = CE(z(x), y) + R ||z(x) - z(x')||_* / B, the nuclear norm of the [B, C] matrix of a batch's differences.
 
-    x' is one sign step of eps from x +- eps/2, on CE(z0, y), and in every second batch on R ||z(x) - z0||_* / 64 too.
+    x' is one sign step of eps from x +- eps/2, on CE(z0, y), and in every second batch on R ||z(x) - z0||_* / B too.
     There is no CE at x'. R is 0 in the first epoch and grows by the same amount after each, up to 4.5 over the first
-    90 % of training.
+    90 % of training. The published script divides by its batch size, 64, also where the last batch has fewer images.
 
     ``code`` fastat is the FastAT Benchmark's: R grows over all of training towards 4 (3.96 in the last of its 100
-    epochs), the norm is divided by the images of the batch, and BatchNorm and dropout of the attack are in train mode;
-    it also trains with label smoothing, which is a setting of the run. There NuAT's AutoAttack accuracy is 50.10 % on
-    CIFAR-10, but 14.41 on CIFAR-100 and 10.20 on Tiny-ImageNet, where PGD-10 has 26.90 and 19.77.
+    epochs), and BatchNorm and dropout of the attack are in train mode; it also trains with label smoothing, which is a
+    setting of the run. There NuAT's AutoAttack accuracy is 50.10 % on CIFAR-10, but 14.41 on CIFAR-100 and 10.20 on
+    Tiny-ImageNet, where PGD-10 has 26.90 and 19.77.
     """
 
     name: ClassVar[str] = "nuat"
@@ -40,12 +40,7 @@ class NuAT(CleanKept):
         low=0,
         high=1,
     )
-    divisor: int | None = option(
-        None,
-        "what the norm is divided by; default: 64, the published batch, of which a last one may have fewer; with "
-        "code=fastat the images of the batch. Give your batch size where it is another, as the published script does",
-        low=1,
-    )
+    divisor: int = option(0, "what the norm is divided by; 0: the images of the batch", low=0)
     attack_mode: AttackMode | None = option(
         None, "mode of BatchNorm and dropout in the attack; default: eval, with code=fastat train"
     )
@@ -58,10 +53,6 @@ class NuAT(CleanKept):
     @property
     def _growth_share(self) -> float:
         return (1.0 if self.code == "fastat" else 0.9) if self.growth_share is None else self.growth_share
-
-    @property
-    def _divisor(self) -> int | None:
-        return 64 if self.divisor is None and self.code == "authors" else self.divisor
 
     @property
     def _attack_mode(self) -> AttackMode:
@@ -85,4 +76,4 @@ class NuAT(CleanKept):
     def _tied(self, judged: Tensor, a: Tensor, b: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         """The cross-entropy of ``judged``, and the norm of a - b; in float32, of which 16 bits would leave little."""
         norm = nuclear_norm(wide(a) - wide(b))
-        return self.ce(judged, batch) + numbers[0] * norm / (self._divisor or max(len(a), 1))
+        return self.ce(judged, batch) + numbers[0] * norm / (self.divisor or max(len(a), 1))
