@@ -4,9 +4,9 @@
     python benchmarks/one_step_page.py --memory    also measures the memory of a step, into benchmarks/results
 
 Published figures are those of ``one_step_published.json``, which names their source. Ours are read from
-benchmarks/results: fastat-ROW.json, the results.json of ``atlas train --protocol fastat --seeds``; collapse-ROW.json and
-collapse-ROW.csv, the results.json and the log.csv of a small run that may collapse. A row whose method is not there is
-left out.
+benchmarks/results: fastat-ROW.json is the results.json of ``atlas train --protocol fastat --seeds``, collapse-ROW.json
+and collapse-ROW.csv are the results.json and the log.csv of a small run that may collapse. A row whose method is not
+there is left out.
 """
 
 from __future__ import annotations
