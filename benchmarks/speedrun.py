@@ -125,8 +125,8 @@ def trained(config: TrainConfig, splits: DataSplits, folder: Path, budget: float
         seconds = (time.perf_counter() - marks[-1]) * config.epochs
         if row["epoch"] == 1 and seconds > budget:
             fit = int(config.epochs * budget / seconds)
-            long = f"  it will take about {seconds:.3g} s, and the budget is {budget:g}"
-            print(f"{long}: {fit} of {config.epochs} epochs fit (--set epochs={fit})", flush=True)
+            few = f"{fit} of {config.epochs} epochs fit (--set epochs={fit})" if fit else "not one epoch fits"
+            print(f"  it will take about {seconds:.3g} s, and the budget is {budget:g}: {few}", flush=True)
 
     run = train(config, splits=splits, display=Told(), on_start=start, on_epoch=foretell)
     state = {"config": recorded(run.config), "arch": run.arch, "model": run.final_model.state_dict()}
@@ -230,7 +230,7 @@ def marks() -> Table:
 
 def report(o: argparse.Namespace, config: TrainConfig, rows: Sequence[Row], command: str) -> None:
     """Writes what there is so far."""
-    parts, said = [table(rows), marks()], verdict(o.budget, rows, len(o.seeds))
+    parts, said = [table(rows), marks()], verdict(o.budget, rows, len({*o.seeds}))
     if o.results:
         values = {"budget": o.budget, "target": RECORDS[o.budget].target, "verdict": said, "rows": rows}
         how = ", ".join(f"{name} {value}" for name, value in sorted(_own(config).items()))
