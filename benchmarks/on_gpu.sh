@@ -8,21 +8,30 @@
 #   --steps      whole training steps of every method, the published way and ours; a profile; what each choice gains
 #   --scaling    cost per image against sizes, with figures
 #   --training   with --data-dir: PreActResNet-18 on CIFAR-10, 30 epochs of four methods; else a short one on digits
+# One part runs only where it is asked for, once for each budget:
+#   --speedrun SECONDS  three networks for CIFAR-10, each trained in 60, 120 or 300 seconds, then AutoAttack; the same
+#                       command goes on with those that are there
 # --data-dir DIR: where CIFAR-10 lies. --results DIR: in place of benchmarks/results. --seconds N: a part ends after so
 # many; what it has measured until then is kept.
 # A command that fails or is cut off does not stop the others. Which they were is said at the end, with exit status 1.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 known=(tests operators attacks steps scaling training)
-data_dir="" folder=benchmarks/results seconds=0 parts=() failed=()
+data_dir="" folder=benchmarks/results seconds=0 parts=() budgets=() failed=()
 while (($#)); do
   case $1 in
     --data-dir) data_dir=${2:?--data-dir needs a folder}; shift 2 ;;
     --results) folder=${2:?--results needs a folder}; shift 2 ;;
     --seconds) seconds=${2:?--seconds needs a number}; shift 2
       [[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number above 0, got $seconds" >&2; exit 2; } ;;
+    --speedrun)
+      [[ ${2:?--speedrun needs a number} =~ ^[1-9][0-9]*$ ]] || {
+        echo "--speedrun takes a whole number of seconds, got $2" >&2; exit 2; }
+      ((${#budgets[@]})) || parts+=(speedrun)
+      budgets+=("$2"); shift 2 ;;
     --tests | --operators | --attacks | --steps | --scaling | --training) parts+=("${1#--}"); shift ;;
-    *) echo "unknown option $1 (known: --data-dir DIR --results DIR --seconds N ${known[*]/#/--})" >&2; exit 2 ;;
+    *) echo "unknown option $1 (known: --data-dir DIR --results DIR --seconds N ${known[*]/#/--}" \
+      "--speedrun SECONDS)" >&2; exit 2 ;;
   esac
 done
 ((${#parts[@]})) || parts=("${known[@]}")
@@ -104,6 +113,14 @@ run_training() {
   for method in "$runs"/*/; do
     run "training-$(basename "$method")-pgd-50-10" python -m atlas_train evaluate "$method" --size 1000 --steps 50 \
       --restarts 10 "${data[@]}"
+  done
+}
+
+run_speedrun() {
+  local budget
+  for budget in "${budgets[@]}"; do
+    run "speedrun-$budget" python benchmarks/speedrun.py "$budget" "${data[@]}" --runs "runs/speedrun-$gpu" \
+      --results "$results-speedrun-$budget.json"
   done
 }
 

@@ -71,6 +71,19 @@ def test_the_rest_goes_on_when_a_command_fails_or_its_part_has_no_time_left(tmp_
     assert all((results / f"Some-GPU-{name}.txt").exists() for name in ("attack-precision", "scaling"))
 
 
+def test_a_speedrun_is_run_for_each_budget_and_only_if_asked_for(tmp_path: Path) -> None:
+    done = run(tmp_path, "--speedrun", "60", "--speedrun", "120", "--data-dir", "the data")
+    assert done.returncode == 0 and done.stderr == ""
+    results = tmp_path / "results" / "Some-GPU-speedrun"
+    asked = [line for line in done.stdout.splitlines() if line.startswith("asked: ")]
+    assert asked == ["asked: -m atlas_kernels"] + [
+        f"asked: benchmarks/speedrun.py {budget} --data-dir the data --runs runs/speedrun-Some-GPU --results "
+        f"{results}-{budget}.json"
+        for budget in (60, 120)
+    ]
+    assert Path(f"{results}-120.txt").exists()
+
+
 @pytest.mark.parametrize("limit", [[], ["--seconds", "60"]])
 def test_a_command_that_was_killed_is_not_said_to_be_out_of_time(tmp_path: Path, limit: list[str]) -> None:
     done = run(tmp_path, "--operators", *limit, killed="host_time", broken="targets")
@@ -78,10 +91,13 @@ def test_a_command_that_was_killed_is_not_said_to_be_out_of_time(tmp_path: Path,
     assert done.returncode == 1 and done.stderr.splitlines()[-2:] == said
 
 
-@pytest.mark.parametrize("options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"]])
+WRONG = [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"], ["--speedrun", "soon"]]
+
+
+@pytest.mark.parametrize("options", WRONG)
 def test_what_it_does_not_know_it_says(tmp_path: Path, options: list[str]) -> None:
     done = run(tmp_path, *options)
-    assert done.returncode and "--seconds" in done.stderr and not (tmp_path / "results").exists()
+    assert done.returncode and "seconds" in done.stderr and not (tmp_path / "results").exists()
     assert options != ["--nothing"] or "--tests --operators --attacks --steps --scaling --training" in done.stderr
 
 

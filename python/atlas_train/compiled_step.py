@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from atlas_kernels.attacks.held import generators
 
+from . import remembered
 from .compiled import LIMIT, graphs
 from .descent import OptimizerDescent
 from .methods import Batch, Metrics, State
 from .options import one_line
-from .remembered import put_back_later
 from .run import Run
 
 TrainStep = Callable[[nn.Module, Batch, Tensor, State, OptimizerDescent], tuple[Tensor, Metrics]]
@@ -37,7 +37,7 @@ class CompiledStep:
 
         run = self._run
         retried = self._first and run.config.on_compile_error == "eager"
-        begin_anew = _put_back_later(run, batch.ids) if retried else None
+        begin_anew = put_back_later(run, batch.ids) if retried else None
         before, started = graphs(), time.perf_counter()
         try:
             with config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
@@ -62,12 +62,12 @@ class CompiledStep:
         return outcome
 
 
-def _put_back_later(run: Run, ids: Tensor) -> Callable[[], None]:
-    """Gives what undoes a step that stopped before its update."""
+def put_back_later(run: Run, ids: Tensor) -> Callable[[], None]:
+    """Gives what undoes a step on the images ``ids`` that stopped before its update."""
     indices = [run.device.index or 0] if run.device.type == "cuda" else []
     random = [(generator, generator.get_state()) for generator in generators(indices)]
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
-    forget = put_back_later(run.method, run.memory, ids)
+    forget = remembered.put_back_later(run.method, run.memory, ids)
 
     def put_back() -> None:
         run.optimizer.zero_grad(set_to_none=True)

@@ -38,6 +38,7 @@ from .validation import better
 from .watch import ADVICE, collapse, watch
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
+OnStart = Callable[[Run, TrainStep], object]
 
 
 def train(
@@ -48,6 +49,7 @@ def train(
     folder: str | os.PathLike[str] | None = None,
     display: progress.Display | None = None,
     on_epoch: OnEpoch | None = None,
+    on_start: OnStart | None = None,
 ) -> Run:
     """Trains one method (``config.beside`` is for ``compare``) and hands the finished run back.
 
@@ -62,6 +64,7 @@ def train(
             empty one stays empty where the run fails in its first epoch, but for a loss that is not finite.
         display: told of the progress; default: nothing is printed.
         on_epoch: called with each epoch's numbers; returning True ends the training there.
+        on_start: called with the run and its training step before the first batch: ``warm_up.warm_up``, say.
 
     Raises NonFiniteLoss when the loss is NaN or infinite (with ``on_nonfinite="skip"``: for every batch of an epoch),
     ValueError for a checkpoint of another run or of other data, FileExistsError when another run writes to the folder
@@ -83,7 +86,7 @@ def train(
         empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
-            _train(run, notes, display, on_epoch)
+            _train(run, notes, display, on_epoch, on_start)
         except Exception as error:
             if folder and empty and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
                 discard(folder)
@@ -113,7 +116,9 @@ def _require_free(folder: Path, resumed: Path | None) -> None:
         )
 
 
-def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None) -> None:
+def _train(
+    run: Run, notes: Sequence[str], display: progress.Display, on_epoch: OnEpoch | None, on_start: OnStart | None
+) -> None:
     c = run.config
     left_out = checkpoint.require_exportable(run.model) if run.folder else None
     if not c.resume and run.folder:
@@ -128,7 +133,7 @@ def _train(run: Run, notes: Sequence[str], display: progress.Display, on_epoch: 
         for note in (*notes, *([left_out] if left_out else []), *_without_effect(run)):
             display.say(note)
         with on_host(c.threads), cudnn_benchmark(c.cudnn_benchmark):
-            fit(run, display, board, on_epoch)
+            fit(run, display, board, on_epoch, on_start)
         if run.average and (unbegun := run.average.unbegun(run.epoch)):
             display.say(unbegun)
         if run.skipped:
@@ -217,10 +222,18 @@ def load_splits(
     return data.load(name, config.data_dir, config.download)
 
 
-def fit(run: Run, display: progress.Display, board: TensorBoard | None, on_epoch: OnEpoch | None) -> None:
+def fit(
+    run: Run,
+    display: progress.Display,
+    board: TensorBoard | None,
+    on_epoch: OnEpoch | None,
+    on_start: OnStart | None = None,
+) -> None:
     """Epoch after epoch, each with its look back, its checkpoint and its line in the logs; a collapse may be taken
     back, or end the run."""
     step = make_train_step(run, display)
+    if on_start:
+        on_start(run, step)
     masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs and not run.ended:
         epoch = run.epoch + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,31 @@ def set_momentum(optimizer: torch.optim.Optimizer, momentum: float | None) -> No
     """From the next step on; None: as it is."""
     for group in optimizer.param_groups if momentum is not None else ():
         group["momentum"] = momentum
+
+
+def put_back_later(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Gives what puts memory and settings back as they are now, in the tensors that graphs of a step know."""
+    before = {
+        (weight, name): value.clone()
+        for weight, state in optimizer.state.items()
+        for name, value in state.items()
+        if value is not None
+    }
+    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+
+    def put_back() -> None:
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update(values)
+            for weight in group["params"]:
+                for name, value in list(optimizer.state.get(weight, {}).items()):
+                    if (old := before.get((weight, name))) is not None:
+                        value.copy_(old)
+                    elif group["fused"]:  # what a graph may move: from 0, as it began
+                        value.zero_()
+                    else:
+                        del optimizer.state[weight][name]
+
+    return put_back
 
 
 def _groups(config: TrainConfig, weights: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -155,18 +155,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = Batches(
-        splits.train,
-        config.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        augment=config.augment,
-        device=device,
-        channels_last=config.channels_last,
-        drop_last=len(splits.train) >= config.batch_size,
-        extra=splits.extra,
-        extra_share=config.extra_share,
-    )
+    batches = batches_of(config, splits, device)
     if arch["by_name"]:
         few = splits.train.images[:2].to(device).float() / 255
         models.require_usable(model, arch["name"], few, splits.num_classes)
@@ -192,6 +181,22 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         total_steps=config.epochs * len(batches),
         average=averaging.make(config, model),
         validation=validation,
+    )
+
+
+def batches_of(config: TrainConfig, splits: DataSplits, device: torch.device) -> Batches:
+    """What is trained on. A smaller last batch is left out, unless there is no other."""
+    return Batches(
+        splits.train,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        augment=config.augment,
+        device=device,
+        channels_last=config.channels_last,
+        drop_last=len(splits.train) >= config.batch_size,
+        extra=splits.extra,
+        extra_share=config.extra_share,
     )
 
 

@@ -59,6 +59,7 @@ class StepGraph:
         self._method, self._say, self._recorder, self._optimizer = method, say, recorder, optimizer
         optimizer.register_step_pre_hook(_require_state)
         self._phase: Hashable = None
+        self._memory: dict[str, Tensor] = {}
         self._captures: dict[Hashable, Capture[Outcome] | None] = {}  # None: seen once, not yet recorded
         self._works = True
 
@@ -67,12 +68,13 @@ class StepGraph:
         method = self._method
         with _uncached(batch.x.device.type):
             method.before_step(model, batch, key, state)
+        self._settle(state.memory)
         phase = method.phase(state)
         here = phase, *self._settings(), *map(id, state.memory.values())
         if here != self._phase:
-            self._captures.clear()  # a phase that is over does not come back, nor does memory that was replaced
+            self._captures.clear()  # a phase that is over does not come back, nor does memory of another kind
             self._phase = here
-        kind = method.variant(state), *((t.shape, t.stride(), t.dtype) for t in batch)
+        kind = method.variant(state), *map(_kind, batch)
         if phase is None or not self._works or kind not in self._captures:
             outcome = self._step(model, batch, key, state, descent)
             self._captures[kind] = None
@@ -91,6 +93,14 @@ class StepGraph:
             group["lr"] = rates[-1]
         descent.look(loss, metrics)
         return loss, metrics
+
+    def _settle(self, memory: dict[str, Tensor]) -> None:
+        """Memory that was made anew moves into the tensors that the graphs know, if it is of their kind."""
+        for name, value in memory.items():
+            known = self._memory.get(name)
+            if known is not None and known is not value and _kind(known) == _kind(value):
+                memory[name] = known.copy_(value)
+        self._memory = dict(memory)
 
     def _settings(self) -> list[Hashable]:
         """What the optimiser's kernels take from the host, so that a graph has it for good: all but the rate."""
@@ -113,6 +123,10 @@ class StepGraph:
         with unchanged(self._method, state.memory, inputs[2]):
             # One run before, the rehearsal: the step before was an ordinary one.
             return Capture(step, inputs, warmup=1, restore=written, share=shared, recorder=self._recorder)
+
+
+def _kind(t: Tensor) -> Hashable:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def _uncached(device: str) -> torch.autocast:
