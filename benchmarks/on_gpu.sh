@@ -8,21 +8,24 @@
 #   --steps      whole training steps of every method, the published way and ours; a profile; what each choice gains
 #   --scaling    cost per image against sizes, with figures
 #   --training   with --data-dir: PreActResNet-18 on CIFAR-10, 30 epochs of four methods; else a short one on digits
+#   --studies SECONDS   only when asked: the next part of the queue of docs/atlas_study.md, four runs beside each other
 # --data-dir DIR: where CIFAR-10 lies. --results DIR: in place of benchmarks/results. --seconds N: a part ends after so
 # many; what it has measured until then is kept.
 # A command that fails or is cut off does not stop the others. Which they were is said at the end, with exit status 1.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 known=(tests operators attacks steps scaling training)
-data_dir="" folder=benchmarks/results seconds=0 parts=() failed=()
+data_dir="" folder=benchmarks/results seconds=0 studies=0 parts=() failed=()
 while (($#)); do
   case $1 in
     --data-dir) data_dir=${2:?--data-dir needs a folder}; shift 2 ;;
     --results) folder=${2:?--results needs a folder}; shift 2 ;;
     --seconds) seconds=${2:?--seconds needs a number}; shift 2
       [[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number above 0, got $seconds" >&2; exit 2; } ;;
+    --studies) studies=${2:?--studies needs a number of seconds}; shift 2; parts+=(studies)
+      [[ $studies =~ ^[1-9][0-9]*$ ]] || { echo "--studies takes a whole number above 0, got $studies" >&2; exit 2; } ;;
     --tests | --operators | --attacks | --steps | --scaling | --training) parts+=("${1#--}"); shift ;;
-    *) echo "unknown option $1 (known: --data-dir DIR --results DIR --seconds N ${known[*]/#/--})" >&2; exit 2 ;;
+    *) echo "unknown option $1 (known: --data-dir DIR --results DIR --seconds N ${known[*]/#/--} --studies SECONDS)" >&2; exit 2 ;;
   esac
 done
 ((${#parts[@]})) || parts=("${known[@]}")
@@ -105,6 +108,10 @@ run_training() {
     run "training-$(basename "$method")-pgd-50-10" python -m atlas_train evaluate "$method" --size 1000 --steps 50 \
       --restarts 10 "${data[@]}"
   done
+}
+
+run_studies() {
+  run studies python benchmarks/studies/run_queue.py "$studies" --parallel 4 --results "$folder/atlas-study" "${data[@]}"
 }
 
 for part in "${parts[@]}"; do

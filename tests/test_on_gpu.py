@@ -78,7 +78,17 @@ def test_a_command_that_was_killed_is_not_said_to_be_out_of_time(tmp_path: Path,
     assert done.returncode == 1 and done.stderr.splitlines()[-2:] == said
 
 
-@pytest.mark.parametrize("options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"]])
+def test_the_study_runs_only_when_asked(tmp_path: Path) -> None:
+    done = run(tmp_path, "--studies", "600", "--data-dir", "the data")
+    how = f"600 --parallel 4 --results {tmp_path}/results/atlas-study --data-dir the data"
+    assert done.returncode == 0 and done.stdout.count("asked: ") == 2
+    said = (tmp_path / "results" / "Some-GPU-studies.txt").read_text()
+    assert said == f"asked: benchmarks/studies/run_queue.py {how}\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"], ["--studies", "soon"]]
+)
 def test_what_it_does_not_know_it_says(tmp_path: Path, options: list[str]) -> None:
     done = run(tmp_path, *options)
     assert done.returncode and "--seconds" in done.stderr and not (tmp_path / "results").exists()

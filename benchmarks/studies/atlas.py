@@ -5,8 +5,8 @@
     python benchmarks/studies/atlas.py report                   tables and verdicts; fills docs/atlas_study.md
     python benchmarks/studies/atlas.py diagnose NAME --data-dir DATA
 
-A name is BED-EPOCHSe-EPS-RECIPE-sSEED, as in cpu-15e-16of255-start-s0. A run that was stopped or killed goes on with the
-same words, and one that has a row is not made again. ``run_queue.py`` beside this runs the next part of the queue.
+A name is BED-EPOCHSe-EPS-RECIPE-sSEED, as in cpu-15e-16of255-start-s0. A run that was stopped or killed goes on with
+the same words, and one that has a row is not made again. ``run_queue.py`` beside this runs the next part of the queue.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from torch.nn import functional as F
 from atlas_kernels import attack_cotangent, pgd_step, random_start
 from atlas_kernels.outputs import logits_of
 from atlas_train import checkpoint
-from atlas_train.data import Batches, Images
+from atlas_train.data import Batches, Images, held_out
 from atlas_train.engine import train
 from atlas_train.evaluate import evaluating
+from atlas_train.machine import usable_device
 from atlas_train.methods.grad_align import misalignment
 from atlas_train.noise import noise_keys
 from atlas_train.options import number
 from atlas_train.writing import write_text
-from studies.judged import judging
 from studies.plan import Planned
 from studies.work import Places
 from worker import splits_of
@@ -71,38 +70,37 @@ def _along(points: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield end, b
 
 
-def look_at(path: Path, images: Images, eps: float, device: torch.device) -> Row:
-    """``look`` at a checkpoint, at the weights in training, as an average lags behind a collapse."""
-    network, _ = checkpoint.load_network(path)
-    state = checkpoint.load(checkpoint.locate(path), ("epoch", "model"))
-    checkpoint.load_weights(network, state["model"], path)
+def look_at(folder: Path, images: Images, eps: float, device: torch.device) -> Row:
+    """``look`` at a run's checkpoint: at the weights in training, as an average lags behind a collapse. Beside it what
+    the run said of its last epoch."""
+    network, _ = checkpoint.load_network(folder)
+    state = checkpoint.load(folder, ("epoch", "model", "history"))
+    checkpoint.load_weights(network, state["model"], folder)
     x, y, _ = next(iter(Batches(images, len(images), shuffle=False, seed=0, device=device)))
-    return {"epoch": state["epoch"], **look(network.to(device).eval(), x, y, eps)}
+    said = {name: state["history"][-1].get(name) for name in ("adv", "probe", "probe_10", "val_clean", "val_pgd")}
+    return {"epoch": state["epoch"], **look(network.to(device).eval(), x, y, eps), **said}
 
 
 def diagnose(planned: Planned, places: Places, path: Path) -> list[Row]:
     """Trains the run anew, past a collapse, and looks at its checkpoint after each epoch: a line each in ``path``. A
     diagnosis that was stopped goes on."""
     folder = places.runs / f"diagnosis-{planned.folder}"
-    config = planned.config(data_dir=places.data_dir, device=places.device, on_collapse="warn")
-    if (folder / checkpoint.LAST).exists():
-        config = replace(config, resume=str(folder))
+    begun = (folder / checkpoint.LAST).exists()
+    how = {"resume": str(folder)} if begun else {}
+    config = planned.config(data_dir=places.data_dir, device=places.device, on_collapse="warn", **how)
     splits = splits_of(config.dataset, places.data_dir)
-    held, train_images = judging(planned, splits)
-    seen = torch.ones(len(train_images), dtype=torch.bool)
-    seen[torch.from_numpy(held)] = False
-    rest = Images(train_images.images[seen], train_images.labels[seen])
-    images = rest.subset(min(IMAGES, len(rest)), 0)
-    found = _read(path) if config.resume else []
+    images, _ = held_out.split(splits.train, config.train_size, config.val_size, config.seed)
+    few = images.subset(min(IMAGES, len(images)), 0)
+    device, found = usable_device(places.device), _read(path) if begun else []
 
-    def after_epoch(row: Row) -> None:
-        device = torch.device(places.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        own = look_at(folder, images, number(planned.eps), device)
-        found[:] = [old for old in found if int(old["epoch"]) < own["epoch"]]
-        found.append(own | {name: row.get(name) for name in ("adv", "probe", "probe_10", "val_clean", "val_pgd")})
+    def after_epoch() -> None:
+        own = look_at(folder, few, number(planned.eps), device)
+        found[:] = [*(old for old in found if int(old["epoch"]) < own["epoch"]), own]
         write_text(path, _text(found))
 
-    train(config, splits=splits, folder=folder, on_epoch=after_epoch)
+    if begun and checkpoint.load(folder)["epoch"]:  # it may have been killed before it looked
+        after_epoch()
+    train(config, splits=splits, folder=folder, on_epoch=lambda row: after_epoch())
     return found
 
 

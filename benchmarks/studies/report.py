@@ -103,7 +103,8 @@ def collapsed(row: Row) -> bool:
 def table(study: Study, setting: Setting, judge: str) -> Table:
     """A line for each recipe: accuracies with the images' interval, what training cost, and the gap to ADV-2."""
     attack = "AA" if judge == "test" else "APGD"
-    lines = [["recipe", "seeds", "passes", "clean", "PGD-20", attack, "over adv-2", "collapsed", "s/epoch", "MiB", "on"]]
+    costs = ["s/epoch", "MiB", "on"]
+    lines = [["recipe", "seeds", "passes", "clean", "PGD-20", attack, "over adv-2", "collapsed", *costs]]
     for recipe in RECIPES:
         if own := study.of(setting, recipe, judge):
             lines.append([recipe, str(len(own)), *_cells(study, setting, recipe, judge, own)])

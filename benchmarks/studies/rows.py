@@ -1,4 +1,4 @@
-"""The rows of a study: a CSV file to which finished runs are added, whole or not at all, by several processes at once."""
+"""The rows of a study: a CSV file to which processes add finished runs, each row whole or not at all."""
 
 from __future__ import annotations
 
