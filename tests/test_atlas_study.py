@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from atlas_train import checkpoint, watch
-from atlas_train.data import held_out
+from atlas_train.autoattack import autoattack
+from atlas_train.data import Images, held_out
 from studies import bootstrap, diagnosis, judged, plan, report, rows, run_queue, work
 from studies.plan import Bed, Planned
 from studies.report import FAILS, GPU, HOLDS, NOT_RUN, OPEN, AtLeast, Setting, Study, Survives
@@ -48,7 +49,7 @@ def quick(model: nn.Module, images: Any, eps: float, **how: Any) -> tuple[torch.
 def test_a_killed_study_goes_on_and_repeats_nothing(
     places: work.Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pyautoattack")
+    monkeypatch.setattr(judged, "verdicts", quick)
     first, second = tiny(), tiny("adv-1")
     assert not work.finish(first, places, until=0.0)  # the time is over: it stops after a whole epoch
     folder = places.runs / first.folder
@@ -76,9 +77,23 @@ def test_a_killed_study_goes_on_and_repeats_nothing(
     one, other = map(judged.load, names)
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
     row = made[0]
-    assert row["aa"] <= row["pgd"] <= row["clean"] == one["clean"].mean() and row["images"] == 30 == len(one["ids"])
+    assert row["pgd"] <= row["clean"] == one["clean"].mean() == row["aa"] and row["images"] == 30 == len(one["ids"])
     assert round(row["passes"]) == 7 and row["commit"] == "c0ffee" and row["epochs_done"] == 3 and row["memory"] > 0
     assert json.loads(row["settings"])["averaging"] == "ema" and json.loads(row["given"])["hyper"]["step_size"] == 0.2
+
+
+def test_verdicts_are_those_of_autoattack() -> None:
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), splits_of("digits", None).test.subset(40, 0)
+    right = model(images.images.float() / 255).argmax(1)
+    images = Images(images.images, torch.where(torch.arange(40) < 30, right, images.labels))
+    ids = np.arange(5, 35)
+    seen = judged._verdicts(model, images, ids, 0.02, "apgd")
+    few = Images(images.images[5:35], images.labels[5:35])
+    found = autoattack(model, few, 0.02, 30, version="apgd")
+    assert seen["aa"].mean() == pytest.approx(found.accuracy) and 0 < found.accuracy < seen["clean"].mean()
+    assert not (seen["aa"] & ~seen["clean"]).any() and not (seen["pgd"] & ~seen["clean"]).any()
 
 
 def test_a_collapse_ends_the_run_and_its_row_says_so(places: work.Places, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +167,17 @@ def test_rows_of_several_processes_are_whole_and_there_once(tmp_path: Path) -> N
     assert rows.append(path, row("start", 0, given="another"))  # a recipe that was changed is another run
     with pytest.raises(ValueError, match="a row has no colour"):
         rows.append(path, row() | {"colour": 1})
+
+
+def test_rows_made_elsewhere_are_added_once(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    rows.append(here / work.ROWS, row("start"))
+    rows.append(there / work.ROWS, row("start", aa=0.9, verdicts="verdicts/old.npz"))  # which is not even there
+    rows.append(there / work.ROWS, row("liet", verdicts="verdicts/new.npz"))
+    judged.save(there / "verdicts" / "new.npz", {"ids": np.arange(3)})
+    assert [rows.merge(there, here), rows.merge(there, here)] == [1, 0]
+    assert [(each["recipe"], each["aa"]) for each in rows.read(here / work.ROWS)] == [("start", 0.2), ("liet", 0.2)]
+    assert judged.load(here / "verdicts" / "new.npz")["ids"].tolist() == [0, 1, 2]
 
 
 # --- intervals

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-REPLICATES, LEVEL = 2000, 0.95
-_BLOCK = 100
+REPLICATES, LEVEL = 10_000, 0.95
+_ABSENT = 9.0
 #: Of one network: the numbers of the images, ascending, and whether each is right.
 Verdicts = tuple[np.ndarray, np.ndarray]
 
@@ -49,18 +49,18 @@ def _interval(values: list[Verdicts]) -> Interval:
     whose spread is widened by sqrt(n / (n - 1)), as that of n draws from n is too narrow. With few seeds the interval
     is still a little narrow: it knows no more seeds than these."""
     every, seeds = np.unique(np.concatenate([ids for ids, _ in values])), len(values)
-    where = [np.searchsorted(every, ids) for ids, _ in values]
-    rng, means = np.random.default_rng(0), []
-    for begin in range(0, REPLICATES, _BLOCK):
-        count = min(_BLOCK, REPLICATES - begin)
-        drawn = rng.multinomial(len(every), np.full(len(every), 1 / len(every)), size=count).astype(float)
-        sums = [(drawn[:, rows] @ own, drawn[:, rows].sum(1)) for rows, (_, own) in zip(where, values, strict=True)]
-        of_seeds = np.stack([total / np.maximum(weight, 1) for total, weight in sums], axis=1)
-        mean = of_seeds.mean(1)
-        if seeds > 1:
-            picked = np.take_along_axis(of_seeds, rng.integers(seeds, size=of_seeds.shape), axis=1).mean(1)
-            mean = mean + (picked - mean) * (seeds / (seeds - 1)) ** 0.5
-        means.append(mean)
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    table = np.full((len(every), seeds), _ABSENT)
+    for seed, (ids, own) in enumerate(values):
+        table[np.searchsorted(every, ids), seed] = own
+    # Images with the same values in all seeds are as good as one another: their numbers are drawn, not each of them.
+    kinds, counts = np.unique(table, axis=0, return_counts=True)
+    rng, seen = np.random.default_rng(0), kinds != _ABSENT
+    drawn = rng.multinomial(len(every), counts / len(every), size=REPLICATES)
+    of_seeds = drawn @ np.where(seen, kinds, 0.0) / np.maximum(drawn @ seen, 1)
+    means = of_seeds.mean(1)
+    if seeds > 1:
+        picked = np.take_along_axis(of_seeds, rng.integers(seeds, size=of_seeds.shape), axis=1).mean(1)
+        means = means + (picked - means) * (seeds / (seeds - 1)) ** 0.5
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     mean = float(np.mean([own.mean() for _, own in values]))
     return Interval(mean, float(low), float(high), len(every), seeds)

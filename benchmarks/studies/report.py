@@ -16,8 +16,8 @@ from atlas_train.writing import write_text
 from studies import judged, plan, rows
 from studies.bootstrap import Interval, Verdicts, accuracy, difference
 from studies.plan import BEDS, RECIPES
-from studies.rows import Row
-from studies.work import RESULTS, ROOT, ROWS
+from studies.rows import ROWS, Row
+from studies.work import RESULTS, ROOT
 from tables import Table, aligned, markdown
 
 PAGE = ROOT / "docs" / "atlas_study.md"

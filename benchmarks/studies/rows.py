@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atlas_train.writing import write_text
+from atlas_train.writing import write_bytes, write_text
 
 #: clean, pgd and aa are shares of ``images``, of the weights that validation chose; last_* those of the last epoch.
 #: given: what the study sets, as JSON; settings: all that the run was made with.
@@ -20,6 +20,7 @@ COLUMNS = (
     "epoch_seconds", "memory", "judge_seconds", "parallel", "date", "commit", "torch", "device", "cpu", "threads",
     "verdicts", "given", "settings",
 )  # fmt: skip
+ROWS = "rows.csv"
 KEY = ("name", "judge", "given")
 _NUMBERS: dict[str, type[Any]] = {
     **dict.fromkeys(("clean", "pgd", "aa", "last_clean", "last_pgd", "last_aa", "passes"), float),
@@ -54,6 +55,17 @@ def append(path: Path, row: Mapping[str, Any]) -> bool:
             return False
         write_text(path, _text([*rows, row]))
     return True
+
+
+def merge(source: Path, target: Path) -> int:
+    """Adds the rows of a folder that was filled elsewhere, and the verdicts that they name; how many were new."""
+    known = set(map(key, read(target / ROWS)))
+    new = [row for row in read(source / ROWS) if key(row) not in known]
+    for row in new:
+        if row["verdicts"]:
+            write_bytes(target / row["verdicts"], (source / row["verdicts"]).read_bytes())
+        append(target / ROWS, row)
+    return len(new)
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

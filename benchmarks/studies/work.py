@@ -28,11 +28,12 @@ from atlas_train.watch import collapses, telling
 from atlas_train.writing import builtin
 from studies import judged, rows
 from studies.plan import Planned
+from studies.rows import ROWS
 from worker import commit_here, splits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, RUNS = ROOT / "benchmarks" / "results" / "atlas-study", ROOT / "runs" / "atlas-study"
-ROWS, VERDICTS = "rows.csv", "verdicts"
+VERDICTS = "verdicts"
 Say = Callable[[str], None]
 
 
