@@ -86,9 +86,12 @@ def test_the_study_runs_only_when_asked(tmp_path: Path) -> None:
     assert said == f"asked: benchmarks/studies/run_queue.py {how}\n"
 
 
-@pytest.mark.parametrize(
-    "options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"], ["--studies", "soon"]]
-)
+def test_the_study_wants_to_know_how_long(tmp_path: Path) -> None:
+    done = run(tmp_path, "--studies", "--data-dir")
+    assert done.returncode == 2 and "--studies takes a whole number above 0, got --data-dir" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"]])
 def test_what_it_does_not_know_it_says(tmp_path: Path, options: list[str]) -> None:
     done = run(tmp_path, *options)
     assert done.returncode and "--seconds" in done.stderr and not (tmp_path / "results").exists()

@@ -58,18 +58,19 @@ def judge(
     path: Path,
     until: float = math.inf,
 ) -> Arrays | None:
-    """Which of the images with these numbers the network is right at, by ``MEASURES``; None where the time was over
-    before all were judged. What is known is kept in ``path``, and is not made again."""
-    known = _kept(path, ids)
+    """Which of the images with these numbers the network is right at, by ``MEASURES``; None where the time is too
+    short for another part of them. What is known is kept in ``path``, and is not made again."""
+    known, took = _kept(path, ids), 0.0
     for begin in range(0, len(ids), PART):
         part = slice(begin, begin + PART)
         if (known["aa"][part] != _UNKNOWN).all():
             continue
-        if time.time() > until:
+        if (now := time.time()) + took > until:
             return None
         for name, right in _verdicts(model, images, ids[part], eps, version).items():
             known[name][part] = right
         save(path, {"ids": ids, **known})
+        took = time.time() - now
     return {name: values == 1 for name, values in known.items()}
 
 
