@@ -310,6 +310,8 @@ def test_verdicts_on_differences(tmp_path: Path) -> None:
     for seconds, verdict in ((3.9, HOLDS), (4.1, FAILS)):
         made = study(tmp_path, {"start": 0.21, "adv-2": 0.20}, start={"seconds": seconds})
         assert timed.verdict(made)[0] == verdict
+    longer = AtLeast("", CPU, "start", "adv-2", 0.02, epochs=20)  # in the other's own setting there is no row
+    assert longer.verdict(study(tmp_path, {"start": 0.30, "adv-2": 0.20})) == (NOT_RUN, "-")
     elsewhere = study(tmp_path, {"start": 0.21, "adv-2": 0.20}, start={"device": "another", "seconds": 1.0})
     assert timed.verdict(elsewhere)[0] == OPEN
 

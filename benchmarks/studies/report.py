@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -77,8 +77,11 @@ class Study:
                 found[seed] = arrays["ids"], arrays[measure]
         return found
 
-    def difference(self, setting: Setting, one: str, other: str, judge: str, measure: str = "aa") -> Interval | None:
-        pair = (self.verdicts(self.of(setting, recipe, judge), measure) for recipe in (one, other))
+    def difference(
+        self, one: tuple[Setting, str], other: tuple[Setting, str], judge: str, measure: str = "aa"
+    ) -> Interval | None:
+        """Of two recipes, each in its setting."""
+        pair = (self.verdicts(self.of(*each, judge), measure) for each in (one, other))
         return difference(*pair)
 
 
@@ -117,7 +120,7 @@ def _cells(study: Study, setting: Setting, recipe: str, judge: str, own: Mapping
     for measure in judged.MEASURES:
         seen = study.verdicts(own, measure)
         cells.append(accuracy(seen).points(sign=False) if seen else "-")
-    gap = study.difference(setting, recipe, "adv-2", judge) if recipe != "adv-2" else None
+    gap = study.difference((setting, recipe), (setting, "adv-2"), judge) if recipe != "adv-2" else None
     bad = [row for row in of if collapsed(row)]
     cells += [gap.points() if gap else "-", _told(bad, len(of)) if judge == "screen" else "-"]
     cells += [_mean(of, "epoch_seconds", "{:.2f}"), _mean(of, "memory", "{:.0f}", 2**-20)]
@@ -212,7 +215,7 @@ class Survives:
 class AtLeast:
     """``one`` is right at least ``margin`` more often than ``other``; at most ``time`` of its training time, if said.
 
-    beside: another measure whose difference is told too.
+    beside: another measure whose difference is told too. epochs: those of ``other``, if it has its own.
     """
 
     words: str
@@ -223,15 +226,21 @@ class AtLeast:
     measure: str = "aa"
     beside: str | None = None
     time: float | None = None
+    epochs: int | None = None
+
+    @property
+    def pair(self) -> tuple[tuple[Setting, str], tuple[Setting, str]]:
+        other = replace(self.setting, epochs=self.epochs or self.setting.epochs)
+        return (self.setting, self.one), (other, self.other)
 
     def verdict(self, study: Study) -> tuple[str, str]:
         for judge in ("test", "screen"):
-            if gap := study.difference(self.setting, self.one, self.other, judge, self.measure):
+            if gap := study.difference(*self.pair, judge, self.measure):
                 break
         else:
             return _missing(self.setting), "-"
         told = f"{gap.points()}, {gap.images:,} {'test' if judge == 'test' else 'validation'} images, {gap.seeds} seeds"
-        if self.beside and (more := study.difference(self.setting, self.one, self.other, judge, self.beside)):
+        if self.beside and (more := study.difference(*self.pair, judge, self.beside)):
             told += f"; {'AutoAttack' if self.beside == 'aa' else self.beside}: {more.points()}"
         found = HOLDS if gap.low >= self.margin else FAILS if gap.high < self.margin else OPEN
         if self.time is not None:
@@ -242,7 +251,7 @@ class AtLeast:
 
     def _share(self, study: Study) -> float | None:
         """Of the training time, from runs on one device with as many beside them."""
-        one, other = (list(study.of(self.setting, name).values()) for name in (self.one, self.other))
+        one, other = (list(study.of(*each).values()) for each in self.pair)
         shares = [
             a["seconds"] / b["seconds"]
             for a in one
@@ -272,6 +281,10 @@ def figures() -> Iterator[Figure]:
         yield AtLeast("within 1 point of ADV-10 (23 passes)", setting, "start", "adv-10", -0.01)
         yield AtLeast("at least 2 points above one-step ADV", setting, "start", "adv-1", 0.02)
         yield AtLeast("at least as accurate as ADV-2 on clean images", setting, "start", "adv-2", measure="clean")
+    equal = (("adv-1", "ADV-1", 42), ("n_fgsm", "N-FGSM", 42), ("adv-3", "ADV-3", 23), ("adv-4", "ADV-4", 19))
+    for other, called, epochs in (*equal, ("adv-10", "ADV-10", 9)):
+        words = f"at least as robust as {called} with as many passes in all ({epochs} epochs)"
+        yield AtLeast(words, Setting("full", 30, "8/255"), "start", other, epochs=epochs)
     for setting in (Setting("mnist", 10, "0.3"), Setting("digits", 40, "0.2")):
         yield AtLeast("at least as robust as ADV-2", setting, "start", "adv-2")
         yield AtLeast("at least as robust as LIET", setting, "start", "liet")
