@@ -8,16 +8,17 @@
 #   --steps      whole training steps of every method, the published way and ours; a profile; what each choice gains
 #   --scaling    cost per image against sizes, with figures
 #   --training   with --data-dir: PreActResNet-18 on CIFAR-10, 30 epochs of four methods; else a short one on digits
-# One part runs only where it is asked for, once for each budget:
+# Two parts run only where they are asked for:
 #   --speedrun SECONDS  three networks for CIFAR-10, each trained in 60, 120 or 300 seconds, then AutoAttack; the same
-#                       command goes on with those that are there
+#                       command goes on with those that are there; may be given once for each budget
+#   --studies SECONDS   the next part of the queue of docs/atlas_study.md, four runs beside each other
 # --data-dir DIR: where CIFAR-10 lies. --results DIR: in place of benchmarks/results. --seconds N: a part ends after so
 # many; what it has measured until then is kept.
 # A command that fails or is cut off does not stop the others. Which they were is said at the end, with exit status 1.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 known=(tests operators attacks steps scaling training)
-data_dir="" folder=benchmarks/results seconds=0 parts=() budgets=() failed=()
+data_dir="" folder=benchmarks/results seconds=0 studies=0 parts=() budgets=() failed=()
 while (($#)); do
   case $1 in
     --data-dir) data_dir=${2:?--data-dir needs a folder}; shift 2 ;;
@@ -29,9 +30,11 @@ while (($#)); do
         echo "--speedrun takes a whole number of seconds, got $2" >&2; exit 2; }
       ((${#budgets[@]})) || parts+=(speedrun)
       budgets+=("$2"); shift 2 ;;
+    --studies) studies=${2:?--studies needs a number of seconds}; shift 2; parts+=(studies)
+      [[ $studies =~ ^[1-9][0-9]*$ ]] || { echo "--studies takes a whole number above 0, got $studies" >&2; exit 2; } ;;
     --tests | --operators | --attacks | --steps | --scaling | --training) parts+=("${1#--}"); shift ;;
     *) echo "unknown option $1 (known: --data-dir DIR --results DIR --seconds N ${known[*]/#/--}" \
-      "--speedrun SECONDS)" >&2; exit 2 ;;
+      "--speedrun SECONDS --studies SECONDS)" >&2; exit 2 ;;
   esac
 done
 ((${#parts[@]})) || parts=("${known[@]}")
@@ -122,6 +125,10 @@ run_speedrun() {
     run "speedrun-$budget" python benchmarks/speedrun.py "$budget" "${data[@]}" --runs "runs/speedrun-$gpu" \
       --results "$results-speedrun-$budget.json"
   done
+}
+
+run_studies() {
+  run studies python benchmarks/studies/run_queue.py "$studies" --parallel 4 --results "$folder/atlas-study" "${data[@]}"
 }
 
 for part in "${parts[@]}"; do

@@ -27,10 +27,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -43,9 +41,10 @@ from atlas_train.engine import train
 from atlas_train.evaluate import evaluate
 from atlas_train.imported import without_place
 from atlas_train.peak_memory import of_training
-from atlas_train.results import commit, environment
+from atlas_train.results import environment
 from atlas_train.writing import write_text
 from tables import Table, aligned, markdown
+from worker import commit_here, set_up, splits_of
 
 #: Of every run. The published batch of 128 leaves 78 updates an epoch.
 BASE: dict[str, Any] = {
@@ -102,7 +101,7 @@ Row = dict[str, Any]
 def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
     """A run, and what came of it; of an average also what came of the weights in training."""
     config = TrainConfig(**base | named["changed"], seed=named["seed"])
-    splits = _splits(config.dataset, data_dir)
+    splits = splits_of(config.dataset, data_dir)
     with TemporaryDirectory() as folder:
         run = train(replace(config, **files(config, splits, Path(folder))), splits=splits)
 
@@ -110,7 +109,7 @@ def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
         seen = evaluate(network, splits.test, run.config.eps, size=size, channels_last=config.channels_last)
         return {name: getattr(seen, name) for name in ACCURACIES}
 
-    machine = environment(run.device, torch.get_num_threads()) | {"commit": _commit()}
+    machine = environment(run.device, torch.get_num_threads()) | {"commit": commit_here()}
     return {
         **named,
         **accuracies(run.final_model),
@@ -121,20 +120,6 @@ def outcome(named: Row, base: Row, data_dir: str | None, size: int) -> Row:
         "memory": of_training(run),
         "environment": {name: machine[name] for name in ("date", "commit", "torch", "device", "cpu")},
     }
-
-
-def set_up(threads: int) -> None:
-    """What a process does first. It ends with its parent, should that be killed."""
-    torch.set_num_threads(threads)
-    _commit()
-    if parent := multiprocessing.parent_process():
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@cache
-def _commit() -> str | None:
-    """The commit of the code that this process runs, whatever is checked out while it runs."""
-    return commit()
 
 
 def files(config: TrainConfig, splits: data.DataSplits, folder: Path) -> dict[str, str]:
@@ -160,11 +145,6 @@ def _left_out(images: data.Images, config: TrainConfig) -> data.Images:
     if not rows.any():
         raise ValueError(f"no image is left out as extra data: set train_size to less than {len(images):,}")
     return data.Images(images.images[rows], images.labels[rows])
-
-
-@cache
-def _splits(dataset: str, data_dir: str | None) -> data.DataSplits:
-    return data.load(dataset, data_dir)
 
 
 def queue(study: str, base: Row, wanted: Sequence[str], seeds: int, done: Sequence[Row]) -> Iterator[Row]:

@@ -91,6 +91,19 @@ def test_a_command_that_was_killed_is_not_said_to_be_out_of_time(tmp_path: Path,
     assert done.returncode == 1 and done.stderr.splitlines()[-2:] == said
 
 
+def test_the_study_runs_only_when_asked(tmp_path: Path) -> None:
+    done = run(tmp_path, "--studies", "600", "--data-dir", "the data")
+    how = f"600 --parallel 4 --results {tmp_path}/results/atlas-study --data-dir the data"
+    assert done.returncode == 0 and done.stdout.count("asked: ") == 2
+    said = (tmp_path / "results" / "Some-GPU-studies.txt").read_text()
+    assert said == f"asked: benchmarks/studies/run_queue.py {how}\n"
+
+
+def test_the_study_wants_to_know_how_long(tmp_path: Path) -> None:
+    done = run(tmp_path, "--studies", "--data-dir")
+    assert done.returncode == 2 and "--studies takes a whole number above 0, got --data-dir" in done.stderr
+
+
 WRONG = [["--nothing"], ["--seconds", "soon"], ["--seconds", "0"], ["--seconds"], ["--speedrun", "soon"]]
 
 

@@ -42,7 +42,7 @@ class Here:
 def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recipe, "ProcessPoolExecutor", Here)
     yield
-    recipe._splits.cache_clear()
+    recipe.splits_of.cache_clear()
 
 
 @pytest.mark.parametrize("study", recipe.STUDIES)

@@ -59,14 +59,31 @@ def autoattack(
     The targeted DLR loss of APGD-T takes four classes: for three the untargeted one is run instead, for two neither;
     a warning says so. Raises ImportError without the package, and ValueError for a model of one class.
     """
+    require_autoattack()
+    images = images.subset(size, SUBSET_SEED) if size < len(images) else images
+    if say:
+        say(f"AutoAttack ({version}) on {len(images):,} images at eps {radius(eps, norm)}")
+    started = time.perf_counter()
+    right, instead = verdicts(model, images, eps, norm=norm, version=version, batch_size=batch_size, seed=seed)
+    seconds = time.perf_counter() - started
+    return AutoAttacked(right.double().mean().item(), len(images), version, seconds, seed, instead)
+
+
+def verdicts(
+    model: nn.Module,
+    images: Images,
+    eps: float,
+    *,
+    norm: Norm = "linf",
+    version: Version = "standard",
+    batch_size: int = 250,
+    seed: int = 0,
+) -> tuple[Tensor, str | None]:
+    """As ``autoattack``, on all images: whether each is right whatever the attacks do, bool [N] on the model's device;
+    and what stands in for a part of ``version`` that cannot be had."""
     package = require_autoattack()
     device = next(model.parameters()).device
-    images = images.subset(size, SUBSET_SEED) if size < len(images) else images
-    data = Batches(images, len(images), shuffle=False, seed=0, device=device)
-    x, y, _ = next(iter(data))
-    if say:
-        say(f"AutoAttack ({version}) on {len(y):,} images at eps {radius(eps, norm)}")
-    started = time.perf_counter()
+    x, y, _ = next(iter(Batches(images, len(images), shuffle=False, seed=0, device=device)))
     key = noise_key(device, generator=torch.Generator(device).manual_seed(seed))
     with torch.random.fork_rng(range(torch.cuda.device_count())), attacking(model, "eval", key):
         first = logits_of(model(x[:1]))
@@ -76,7 +93,7 @@ def autoattack(
         if instead:
             warnings.warn(
                 f"AutoAttack on {classes} classes runs {instead}: the DLR loss takes three classes, targeted four",
-                stacklevel=2,
+                stacklevel=3,
             )
         attack = package.AutoAttack(InRows(model), device=device, eps=eps, norm=_NAMES[norm], seed=seed, **attacks)
         if norm == "l1":  # as in the package's standard version, whatever is run of it
@@ -86,8 +103,7 @@ def autoattack(
         adv, predicted = attack.run_standard_evaluation(x, y, batch_size=batch_size)
         # The package takes NaN for the largest logit, which is right for some labels.
         predicted = torch.where(torch.cat([predict(model, part) for part in adv.split(batch_size)]) < 0, -1, predicted)
-    seconds = time.perf_counter() - started
-    return AutoAttacked((predicted == y).double().mean().item(), len(y), version, seconds, seed, instead)
+    return predicted == y, instead
 
 
 class InRows(nn.Module):

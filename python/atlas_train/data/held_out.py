@@ -39,14 +39,20 @@ def split(images: Images, train_size: int | None, val_size: int, seed: int) -> t
     """
     if not val_size:
         return (images if train_size is None else images.subset(train_size, seed)), None
-    labels = images.labels.cpu().numpy()
-    rest = np.ones(len(images), dtype=bool)
+    chosen, held = rows(images.labels.cpu().numpy(), train_size, val_size, seed)
+    train = images.subset(train_size, seed) if train_size is not None else _rows(images, chosen)
+    return train, _rows(images, held)
+
+
+def rows(labels: np.ndarray, train_size: int | None, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the images that ``split`` gives for training and for validation, int64 in ascending order."""
+    rest = np.ones(len(labels), dtype=bool)
     if train_size is not None:
         rest[stratified(labels, train_size, seed)] = False
-    chosen = np.flatnonzero(rest)[stratified(labels[rest], val_size, seed)]
-    rest[chosen] = False
-    train = images.subset(train_size, seed) if train_size is not None else _rows(images, np.flatnonzero(rest))
-    return train, _rows(images, chosen)
+    held = np.flatnonzero(rest)[stratified(labels[rest], val_size, seed)]
+    unseen = rest.copy()
+    unseen[held] = False
+    return np.flatnonzero(unseen if train_size is None else ~rest), held
 
 
 def _rows(images: Images, chosen: np.ndarray) -> Images:
