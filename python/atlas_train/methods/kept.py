@@ -50,8 +50,9 @@ class KeptForward(Method):
             method.before_step(model, batch, key, state)
             loss, metrics = method.loss(model, batch, key, state)  # then backward and the optimiser, as always
 
-    ``prepare`` and ``objective``, the same with the attack apart, take one forward more (AWP needs them). So does ``loss`` on a compiled network: there a backward to the input makes the gradients of
-    all weights too, which takes as long as that forward, and torch would have to keep what it frees by default.
+    ``prepare`` and ``objective``, the same with the attack apart, take one forward more (AWP needs them). So does
+    ``loss`` on a compiled network: there a backward to the input makes the gradients of all weights too, which takes as
+    long as that forward, and torch would have to keep what it frees by default.
 
     The forward at x0 is one of training: in its precision and mode, with its hooks and dropout, seen by BatchNorm's
     running statistics. So settings of attacks, such as ``Execution``, apply to ``prepare`` alone, not to ``loss``.
