@@ -114,8 +114,8 @@ def stored_step(
 
     Returns the adversaries in x's dtype and layout, unless ``out`` says otherwise; a constant for autograd. Raises
     ``TypeError`` and ``ValueError`` that name the argument. Where the values of ``index`` are not checked (on CUDA, by
-    default), a sample whose row the store lacks becomes NaN and writes none, and where several samples share a row, each
-    pixel of the row keeps the numbers of any one of them.
+    default), a sample whose row the store lacks becomes NaN and writes none, and where several samples share a row,
+    each pixel of the row keeps the numbers of any one of them.
     """
     require_float_images("x", x)
     require_like("grad", grad, "x", x, dtype=False)
