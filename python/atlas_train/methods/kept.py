@@ -40,7 +40,8 @@ class KeptForward(Method):
 
     z0 is made once, by a training forward, and serves attack and loss; g is taken of it to the input alone: 7 passes.
     A subclass says what the start is (``start``), which loss the step increases (``cotangent``), what the adversary is
-    (``adversary``) and what the training loss is (``combine``). In a training loop of your own::
+    (``adversary``) and what the training loss is (``combine``). In a training loop of your own, with ``Batch`` and
+    ``State`` of ``atlas_train.methods``::
 
         method = MyMethod(eps=8 / 255)
         memory = {}  # what the method keeps from batch to batch
