@@ -267,7 +267,7 @@ def require_rows(name: str, index: Tensor, of: Tensor) -> None:
         return
     first = first_outside(index.contiguous(), of.shape[0])
     if first < index.shape[0]:
-        raise ValueError(f"{name}[{first}] = {int(index[first])} is no row of the {of.shape[0]} images, 0 on")
+        raise ValueError(f"{name}[{first}] = {int(index[first])} is no row of the {of.shape[0]} images, counted from 0")
 
 
 def require_active(active: Tensor, like: Tensor) -> None:

@@ -24,10 +24,10 @@ def nuclear_norm(d: Tensor) -> Tensor:
     """``sum_i s_i``, s_i the singular values of ``d`` [B, C]; of logits' differences, the regulariser of NuAT
     (Sriramanan et al. 2021, "Towards efficient and effective adversarial training", NeurIPS).
 
-    The gradient is ``U V^T``, of the singular vectors of the s_i that are not 0: directions that the matrix has nothing
-    of get 0, where other sub-gradients of the norm exist, so a matrix of zeros has gradient 0. Equal singular values
+    The gradient is ``U V^T``, of the singular vectors of the s_i that are not 0. Directions in which the matrix
+    is 0 get gradient 0 (other sub-gradients exist there), so a matrix of zeros has gradient 0. Equal singular values
     are like any others. What counts as 0, in the norm and in the gradient, is an s_i of at most ``max(B, C) u s_1``
-    (u: 2^-23, and 2^-52 for float64), as in ``torch.linalg.matrix_rank``: rounding the matrix makes as much of a 0.
+    (u: 2^-23, and 2^-52 for float64), as in ``torch.linalg.matrix_rank``: rounding a matrix can turn 0 into as much.
 
     With k = min(B, C) and e = 2^-53, all in float64, whatever the matrix is in:
 
@@ -42,7 +42,7 @@ def nuclear_norm(d: Tensor) -> Tensor:
     - Larger k elsewhere: products of matrices alone, as many as the shape says, with the errors of the first line. What
       is between a half and 1.05 of the bound counts in part there.
 
-    No device is waited for, so it can be captured in a CUDA graph (but ``backend("reference")`` cannot).
+    Nothing waits for the device, so it can be captured in a CUDA graph (but ``backend("reference")`` cannot).
 
     Args:
         d: float [B, C], B >= 0, C >= 2; strides other than contiguous are copied first. 16-bit matrices are taken as

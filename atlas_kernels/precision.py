@@ -47,10 +47,10 @@ def warn_if_slow(precision: str, device: torch.device) -> None:
     """Warns, once per process, of a precision that is far slower on the device than float32."""
     if precision not in _INSTRUCTIONS or is_native(precision, device):
         return
-    remedy = 'fp32 is faster here, and "auto" takes bf16 only where it is faster'
+    remedy = 'fp32 is faster here, and "auto" takes bf16 only where it is known to be faster'
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        warnings.warn(f"{precision} is slow on {name}, which computes it by other means: {remedy}", stacklevel=2)
+        warnings.warn(f"{precision} is slow on {name}, which has no instructions for it: {remedy}", stacklevel=2)
     elif device.type == "cpu" and (slower := _slower(precision)):
         missing = " or ".join(_INSTRUCTIONS[precision].values())
         warnings.warn(

@@ -1,6 +1,6 @@
 """The operators of a perturbation that is kept for each training image from epoch to epoch (FGSM-PGI; Jia et al. 2022,
 "Prior-guided adversarial initialization for fast adversarial training", arXiv 2207.08859): the start of the attack, and
-its step, after which the image's perturbation is moved on. l_inf only.
+its step, which also updates the image's perturbation. l_inf only.
 
 The store is two tensors with a row for each image: ``stored``, the perturbations, and ``momentum``, by which they move;
 ``index`` says which rows the batch has. Both may be of any float type: computed is in float32 (float64 for such
@@ -90,7 +90,7 @@ def stored_step(
     clip_max: _Bound = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """FGSM-PGI's adversary, and the images' perturbations moved on, in one pass after one sum.
+    """FGSM-PGI's adversary, and the update of the images' perturbations, in one pass after one sum.
 
     With ``d`` and ``m`` the rows ``index`` of ``stored`` and ``momentum``, and ``ball`` the clip to +-eps::
 
@@ -114,8 +114,8 @@ def stored_step(
 
     Returns the adversaries in x's dtype and layout, unless ``out`` says otherwise; a constant for autograd. Raises
     ``TypeError`` and ``ValueError`` that name the argument. Where the values of ``index`` are not checked (on CUDA, by
-    default), a sample whose row the store lacks becomes NaN and writes none, and of samples that share a row any may
-    be the one whose numbers are kept, another for each pixel.
+    default), a sample whose row the store lacks becomes NaN and writes none, and where several samples share a row,
+    each pixel of the row keeps the numbers of any one of them.
     """
     require_float_images("x", x)
     require_like("grad", grad, "x", x, dtype=False)

@@ -48,7 +48,7 @@ def test_a_recorded_collapse_to_its_own_attack_is_named_so() -> None:
     signs = dict(watch.collapses(recorded("one-step-adv-collapses.csv")))
     assert signs[4] == (
         "the network learned its own attack: on training images its accuracy is 12 % after 5 steps of PGD, 4 % after "
-        "10, but 25 % under that"
+        "10, but 25 % under the method's own attack"
     )
 
 

@@ -96,8 +96,8 @@ class TrainConfig(metaclass=_Lenient):
     )
     protocol: Literal["fastat"] | None = option(
         None,
-        "a published recipe as the default of other settings, which win where they are given. fastat: of the FastAT "
-        f"Benchmark (arXiv 2604.22853): {protocols.told('fastat')}",
+        "a published recipe: it changes the defaults of other settings; a setting that you give wins. fastat: of the "
+        f"FastAT Benchmark (arXiv 2604.22853): {protocols.told('fastat')}",
     )
     eps: float = option(
         None,
@@ -162,8 +162,8 @@ class TrainConfig(metaclass=_Lenient):
     )
     val_step_size: float | None = option(
         None,
-        "step of PGD-10 in validation, e.g. 2/255; default: eps / 2 in its first half, in l1 PGD's own, and eps / 8 in "
-        "its second",
+        "step of PGD-10 in validation, e.g. 2/255; default: eps / 2 in its first five steps (in l1 PGD's own), and "
+        "eps / 8 in the other five",
         above=0,
     )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
@@ -227,8 +227,8 @@ class TrainConfig(metaclass=_Lenient):
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
     momentum_low: float = option(
         0.0,
-        "with schedule one_cycle: momentum of sgd where the learning rate is highest, and momentum where it is lowest "
-        "(torch's OneCycleLR: 0.85 and 0.95). 0: it stays the same",
+        "with schedule one_cycle: momentum of sgd at the highest learning rate; at the lowest it is that of momentum "
+        "(torch's OneCycleLR: 0.85, and momentum 0.95). 0: momentum stays the same",
         low=0,
         below=1,
         hint="0: momentum stays the same",
@@ -273,8 +273,9 @@ class TrainConfig(metaclass=_Lenient):
     )
     label_smoothing: float = option(
         0.0,
-        "share of the label that is spread evenly over all classes, in the cross-entropies of the loss; attacks keep "
-        "whole labels (not in free and yopo). Published: 0.1 to 0.2 (Pang et al. 2021)",
+        "share of the label that is spread evenly over all classes, in the cross-entropies of the loss; attacks use "
+        "whole labels (not in free, yopo, liet, fgsm_pgi, fgsm_uap, gat, nuat and atlas with local=start). Published: "
+        "0.1 to 0.2 (Pang et al. 2021)",
         low=0,
         below=1,
         hint="write 0.1 for a tenth; 0: off",
@@ -308,8 +309,8 @@ class TrainConfig(metaclass=_Lenient):
 
     best_of: Literal["average", "either"] = option(
         "average",
-        "with averaging: whose weights best.pt may hold. average: the average's alone; either: also those in training, "
-        "where they are as robust in validation, which then looks at both",
+        "with averaging: whose weights best.pt may hold. average: the average's; either: those of the average or "
+        "those in training, whichever are more robust in validation, which then takes twice the time",
     )
 
     on_collapse: Literal["warn", "stop", "rollback"] = option(
@@ -332,13 +333,13 @@ class TrainConfig(metaclass=_Lenient):
     train_precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32",
         "of the network where weights get gradients; bf16: autocast; auto: bf16 where the device is known to be faster "
-        "in it (`python -m atlas_kernels` tells of the CPU), else fp32. The record says what auto took, and a resumed "
-        "run keeps to it. Evaluation stays fp32",
+        "in it (`python -m atlas_kernels` says it of the CPU), else fp32. results.json says which auto took, and a "
+        "resumed run keeps it. Evaluation stays fp32",
     )
     attack_precision: Literal["fp32", "bf16", "auto"] | None = option(
         None,
         "of the network in attacks, validation and probe; images and steps stay fp32. Attacks on a forward of training "
-        "(liet, fgsm_uap, fgsm_pgi, atlas with local=start) run as that does. Default: as train_precision",
+        "(liet, fgsm_uap, fgsm_pgi, atlas with local=start) use train_precision. Default: as train_precision",
     )
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(

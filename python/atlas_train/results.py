@@ -25,7 +25,7 @@ BySeed = Mapping[int, Mapping[str, "Result"]]
 #: A line of the table: what it is called, and what it is the mean of.
 Line = tuple[str, Sequence["Result"]]
 PASSES = "passes/step: the cost of one step, counted in forwards of the network"
-MEMORY = "memory: the most that torch holds at once in training, on a CPU as counted for one step"
+MEMORY = "memory: the most that torch holds at once in training (on a CPU: counted for one step)"
 
 
 @dataclass(frozen=True)

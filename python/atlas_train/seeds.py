@@ -100,7 +100,8 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, Path]:
     root = Path(str(config.resume))
     if not is_of_seeds(root):
         raise ValueError(
-            f"seeds: {plain(root)} is no folder of several seeds: leave seeds out to go on with it, or resume to begin"
+            f"seeds: {plain(root)} is no folder of several seeds: leave seeds out to go on with it, or resume "
+            "to begin new runs"
         )
     old = from_file(root / CONFIG, from_record)
     if config.method != old.method:

@@ -102,7 +102,9 @@ def _hidden(row: Row, halves: Halves) -> str | None:
             evidence = f"on {images} images its accuracy is {percents}"
             own = row.get("adv") or 0.0
             learned = own > 2 * row[early]
-            return f"{OWN}: {evidence}, but {100 * own:.0f} % under that" if learned else f"{HIDES}: {evidence}"
+            if learned:
+                return f"{OWN}: {evidence}, but {100 * own:.0f} % under the method's own attack"
+            return f"{HIDES}: {evidence}"
     return None
 
 

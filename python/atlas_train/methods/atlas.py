@@ -89,7 +89,7 @@ class ATLAS(kept.KeptForward):
                     regularisers at natural images with methods based on adversaries
         margin      as jacobian, for the one difference of logits that decides, in the dual norm of the l_inf ball
         radius      LOCAL is also put as enlarging the radius of the ball around x' on which the network stays correct
-        start       the start is a point of the local ball that has been paid for
+        start       the start is a point near x' too, and its forward has been made anyway, for the attack
 
     Choices of ours: points may leave the eps-ball of x (``project`` keeps them in); lengths in radius are in units of
     r, as softplus(r - rho) is all but linear at pixel scale; a misclassified x' has radius 0, and only CE pulls at it;
@@ -144,7 +144,8 @@ class ATLAS(kept.KeptForward):
     )
     local_ramp: float = option(
         0.0,
-        "start: share of the epochs in which the weight of LOCAL grows, from epoch to epoch; 1 as in LIET, 0: constant",
+        "start: share of the epochs in which the weight of LOCAL grows, from epoch to epoch; 1: as in LIET; 0: it is "
+        "constant",
         low=0,
         high=1,
     )

@@ -36,16 +36,19 @@ class CleanKept(Method):
 
         z = z(x);  g = d(attack_loss)/dx0 at x0 = x + noise;  x' = x0 + eps sign(g), in the ball;  L of z and z(x')
 
-    z is made once, by a training forward, and guides the attack and stays in the loss: 8 passes. Published code makes
-    it anew for the loss. A subclass says what the attack climbs (``attack_loss``) and what the loss is (``combine``),
-    and which batches have the tie in their attack (``guided``). ``prepare`` and ``objective`` take one forward more.
+    z is made once, by a training forward, and guides the attack and stays in the loss: 8 passes. Published code
+    makes it anew for the loss. A subclass says which loss the attack increases (``attack_loss``) and what the
+    training loss is (``combine``); ``guided``: which batches have the distance to z in their attack. ``prepare``
+    and ``objective`` take one forward more.
     """
 
     noise_magnitude: float = option(
-        0.5, "size of the noise at the attack's start, in eps: each pixel moves so far up or down, by chance", low=0
+        0.5, "size of the noise at the attack's start, in eps: each pixel moves by it, up or down at random", low=0
     )
     alternate: bool = option(
-        True, "only every second batch of an epoch, from the second on, has the tie in what its attack climbs"
+        True,
+        "the attack uses the distance to the clean logits only in every second batch of an epoch, from the second on; "
+        "otherwise in every batch",
     )
     attack_mode: AttackMode | None = option(None, "mode of BatchNorm and dropout in the attack; default: eval")
     bn_compat: bool = option(
@@ -60,7 +63,8 @@ class CleanKept(Method):
 
     @abstractmethod
     def attack_loss(self, logits: Tensor, clean_logits: Tensor, batch: Batch, numbers: Tensor, guided: bool) -> Tensor:
-        """What the step climbs, of the logits at its start; the clean ones have no graph. All in float32 or 64."""
+        """The loss that the step increases, from the logits at its start; the clean ones have no graph. All in float32
+        or float64."""
 
     @abstractmethod
     def combine(
@@ -69,7 +73,7 @@ class CleanKept(Method):
         """Loss and metrics, as ``objective`` gives them, of the logits at x and x', both with their graph."""
 
     def guided(self, state: State) -> bool:
-        """Whether the batch that comes has the tie in its attack; the count of batches starts anew in every epoch."""
+        """Whether the next batch has the distance to z in its attack; batches are counted from 0 in every epoch."""
         within = state.step - state.epoch * (state.total_steps // max(state.epochs, 1))
         return not self.alternate or within % 2 == 1
 

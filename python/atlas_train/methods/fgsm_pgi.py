@@ -36,7 +36,7 @@ class FGSMPGI(KeptForward):
     counts in both cross-entropies. 7 passes; the published code makes 8.
 
     The perturbations of CIFAR-10 take 1.2 GB, half with ``store="bfloat16"``. A checkpoint has them (last.pt); best.pt
-    and exported weights do not, so that what goes back to best.pt begins them anew.
+    and exported weights do not: a run that goes back to best.pt begins them anew.
     """
 
     name: ClassVar[str] = "fgsm_pgi"
@@ -44,17 +44,17 @@ class FGSMPGI(KeptForward):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar100": _OFTEN, "tiny_imagenet": _OFTEN}
 
     weight: float = option(10.0, "weight of the squared distance of the logits; lambda in the paper", low=0)
-    decay: float = option(0.3, "what is left of the momentum each time", low=0)
+    decay: float = option(0.3, "share of the momentum that each step keeps", low=0)
     code: Literal["authors", "fastat"] = option(
         "fastat",
         "whose code. fastat (the FastAT Benchmark): x0 is clipped to the image range, and reset is 0.4, 40 of its 100 "
         "epochs. authors: x0 is not clipped, and reset is authors_reset",
     )
     reset: float | None = option(
-        None, "share of training after which perturbations begin anew; default: as the code has it", above=0, high=1
+        None, "share of training after which all perturbations begin anew; default: that of `code`", above=0, high=1
     )
     authors_reset: float = option(
-        40 / 110, "the authors' reset: 40 of their 110 epochs; on CIFAR-100 and Tiny-ImageNet 10", above=0, high=1
+        40 / 110, "reset with code=authors: 40 of their 110 epochs; on CIFAR-100 and Tiny-ImageNet 10", above=0, high=1
     )
     store: StoreType = option("float32", "type of what is kept for each image; bfloat16 takes half the memory")
 

@@ -27,7 +27,7 @@ class FGSMUAP(KeptForward):
     """FGSM-UAP, and with ``per_class`` FGSM-CUAP, as FastAT Benchmark's code (arXiv 2604.22853) has them:
 
         L = CE(z(x'), y) + weight mean((z(x0) - z(x'))^2), mean over batch and classes, gradient to both
-        x0 = x + u into the eps-ball and the image range,  x' = x0 + eps sign(g) into both,  g = grad CE(z(x0), y)
+        x0 = x + u,  x' = x0 + eps sign(g),  both projected on the eps-ball and the image range,  g = grad CE(z(x0), y)
 
     u, of l_inf radius 1.25 eps, is one for all images, or one for each class, and steps along the images' gradients:
 
@@ -35,8 +35,9 @@ class FGSMUAP(KeptForward):
 
     ||g||_1 is that of the whole batch. u begins as +-radius at random; a class that the batch has no image of keeps its
     u and m, and all keep theirs where a gradient is zero or not finite. Both are in ``state.memory``, [1 or classes, C,
-    H, W]. The forward at x0 serves attack and loss: 7 passes. Published with label smoothing 0.4. There the second
-    backward adds the squared difference's gradient by x0 to g, in place, before m sees it; that is not repeated here.
+    H, W]. The forward at x0 serves attack and loss: 7 passes. Published with label smoothing 0.4. In the
+    published code the second backward adds the squared difference's gradient by x0 to g, in place, before m is updated;
+    here it does not.
     """
 
     name: ClassVar[str] = "fgsm_uap"

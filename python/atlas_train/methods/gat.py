@@ -40,16 +40,16 @@ class GAT(CleanKept):
         "imagenet100": {"weight": 20.0, "growth": 7.0, "growth_start": 0.75},
     }  # fmt: skip
 
-    weight: float = option(10.0, "of the squared distance of the two predictions", low=0)
+    weight: float = option(10.0, "weight of the squared distance between the predictions at image and adversary", low=0)
     growth: float = option(4.0, "factor by which the weight grows", low=0)
-    growth_start: float = option(0.86, "share of training after which it grows; 1: never", low=0, high=1)
-    growth_period: float = option(
-        0.0, "share of training after which it grows again, and again; 0: once", low=0, high=1
+    growth_start: float = option(
+        0.86, "share of training after which the weight is multiplied by growth; 1: never", low=0, high=1
     )
+    growth_period: float = option(0.0, "the same again after each such share of training; 0: only once", low=0, high=1)
     code: Literal["authors", "fastat"] = option(
         "authors",
-        "whose code. fastat (the FastAT Benchmark): in batches without the distance the attack climbs the CE of the "
-        "probabilities taken as logits, softmax(softmax(z)); a slip, but its figures are with it",
+        "whose code. fastat (the FastAT Benchmark): in batches without the distance the attack takes the probabilities "
+        "for logits, softmax(softmax(z)), in its CE; a mistake there, but its published figures were made with it",
     )
 
     def changing(self, state: State) -> tuple[float, ...]:

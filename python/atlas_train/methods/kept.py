@@ -39,27 +39,39 @@ class KeptForward(Method):
         z0 = z(x0);  g = d(attack's loss)/dx0 of z0;  x' = a step along g;  L of z0 and z(x')
 
     z0 is made once, by a training forward, and serves attack and loss; g is taken of it to the input alone: 7 passes.
-    A subclass says what the start is (``start``), what the step climbs (``cotangent``), where it leads (``adversary``)
-    and what the loss is (``combine``). ``prepare`` and ``objective``, the same with the attack apart, take one forward
-    more (AWP needs them). So does ``loss`` on a compiled network: there a backward to the input makes the gradients of
-    all weights too, which takes as long as that forward, and torch would have to keep what it frees by default.
+    A subclass says what the start is (``start``), which loss the step increases (``cotangent``), what the adversary is
+    (``adversary``) and what the training loss is (``combine``). In a training loop of your own, with ``Batch`` and
+    ``State`` of ``atlas_train.methods``::
+
+        method = MyMethod(eps=8 / 255)
+        memory = {}  # what the method keeps from batch to batch
+        for step, (x, y, ids) in enumerate(loader):  # ids: the numbers of the images in the training set
+            batch, key = Batch(x, y, ids), noise_key(x.device)
+            state = State(step, total_steps, epoch, epochs, len(images), memory)
+            method.before_step(model, batch, key, state)
+            loss, metrics = method.loss(model, batch, key, state)  # then backward and the optimiser, as always
+
+    ``prepare`` and ``objective``, the same with the attack apart, take one forward more (AWP needs them). So does
+    ``loss`` on a compiled network: there a backward to the input makes the gradients of all weights too, which takes as
+    long as that forward, and torch would have to keep what it frees by default.
 
     The forward at x0 is one of training: in its precision and mode, with its hooks and dropout, seen by BatchNorm's
-    running statistics. So settings of attacks, ``Execution`` among them, reach ``prepare`` alone.
+    running statistics. So settings of attacks, such as ``Execution``, apply to ``prepare`` alone, not to ``loss``.
     """
 
     @abstractmethod
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
-        """x0, in a tensor of its own and in the dtype of ``batch.x``, and what ``adversary`` is to know of it."""
+        """x0, in a tensor of its own and in the dtype of ``batch.x``; and what ``adversary`` needs of it, or None."""
 
     def cotangent(self, logits: Tensor, batch: Batch, key: Tensor) -> Tensor:
-        """What the step climbs: the derivative of its loss, summed over the batch, by ``logits`` [B, C], those of x0 in
-        float32 or float64 and without a graph. Here of the cross-entropy of the labels, smoothed as the run says."""
+        """The derivative of the loss that the step increases, summed over the batch, by ``logits`` [B, C]: those of x0
+        in float32 or float64, without a graph. Here: of the cross-entropy, with the label smoothing of the run."""
         return batch.over_labels(lambda y: self._of_cross_entropy(logits, y))
 
     @abstractmethod
     def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
-        """x', made of x0, of what ``start`` said of it and of the gradient there; keeps what the next step needs."""
+        """x', from x0, from what ``start`` gave (``known``) and from the gradient at x0; also stores what the next step
+        needs."""
 
     @abstractmethod
     def combine(self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
@@ -94,7 +106,7 @@ class KeptForward(Method):
         return Given(start, adv, key, self.numbers(state, start.device))
 
     def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
-        """x', where the attack takes more steps than the one to ``adv``; each costs two passes."""
+        """x' after further attack steps from ``adv``, each of two passes; here there are none."""
         return adv
 
     def tied(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:

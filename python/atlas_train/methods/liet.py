@@ -1,4 +1,4 @@
-"""LIET: one-step training from the noise of the label, mostly removed, with the forward at the start in the loss."""
+"""LIET: one-step training from the noise of the label, part of it made random, with the start in the loss."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class LIET(KeptForward):
         L = CE(z(x'), t) + w JS(p(x0), p(x')),   w = weight (epoch + 1) / epochs, gradient to both p
 
     JS is the Jensen-Shannon divergence of a sample, p = softmax(z). x' is a step along sign(grad CE(z(x0), t)) from x0,
-    projected on the ball for eps up to 8/255 and clipped to the image range; the forward at x0 serves both: 7 passes.
+    projected on the ball for eps up to 8/255 and clipped to the image range. The forward at x0 serves attack and loss:
+    7 passes.
 
         x0 = clip(x +- n),  n: of a share r of the pixels uniform noise, else the noise of the label, N_y
-        N_c = eps sign(grad CE(z(g), t)) at a gray image g of 0.5, in eval mode, for each class; made anew at times
+        N_c = eps sign(grad CE(z(g), t)) at a gray image g of 0.5, in eval mode, for each class; see ``every``
 
     r and the sign are drawn once a batch, on the device, r between ``share_low`` and ``share_high``. t has 1 - s for
     the label and spreads s over the other classes by random numbers, drawn anew for the loss, the attack and the noise
@@ -53,17 +54,17 @@ class LIET(KeptForward):
     }
 
     weight: float | None = option(
-        None, "weight of JS at the end, to which it grows by epochs; default: 100, above eps = 8/255 20", low=0
+        None, "weight of JS in the last epoch, to which it grows evenly; default: 100, above eps = 8/255 20", low=0
     )
     smoothing: float | None = option(
         None,
-        "s, spread at random over the wrong classes, in the place of the run's label_smoothing; 0: that, as in other "
-        "methods. Default: 0.6, above eps = 8/255 0.4",
+        "label smoothing of liet, used instead of label_smoothing: s is spread over the wrong classes by random "
+        "numbers; 0: label_smoothing is used, as in other methods. Default: 0.6, above eps = 8/255 0.4",
         low=0,
         below=1,
     )
     share_low: float | None = option(
-        None, "least share of the pixels with uniform noise; default: 0.1, above eps = 8/255 0", low=0, high=1
+        None, "smallest share of the pixels with uniform noise; default: 0.1, above eps = 8/255 0", low=0, high=1
     )
     share_high: float | None = option(
         None, "largest share of the pixels with uniform noise; default: 0.5, above eps = 8/255 1", low=0, high=1
@@ -77,8 +78,8 @@ class LIET(KeptForward):
     )
     every: int = option(
         20,
-        "batches until the noise of the labels is made anew, in each epoch from its first batch on. For CIFAR-10 at "
-        "8/255 FastAT Benchmark's file has 20, the authors' 10",
+        "the noise of the labels is computed anew in the first batch of an epoch, and then every so many. For CIFAR-10 "
+        "at 8/255 FastAT Benchmark's file has 20, the authors' 10",
         low=1,
     )
 

@@ -33,10 +33,12 @@ class NuAT(CleanKept):
 
     name: ClassVar[str] = "nuat"
 
-    weight: float | None = option(None, "R, what it grows to; default: 4.5, with code=fastat 4", low=0)
+    weight: float | None = option(
+        None, "weight R of the nuclear norm, once it has grown; default: 4.5, with code=fastat 4", low=0
+    )
     growth_share: float | None = option(
         None,
-        "share of training over which R grows from 0; 0: it does not; default: 0.9, with code=fastat 1",
+        "share of training over which R grows from 0; 0: R is constant; default: 0.9, with code=fastat 1",
         low=0,
         high=1,
     )
