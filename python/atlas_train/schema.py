@@ -165,6 +165,7 @@ def _tensor(value: Any) -> bool:
         and (value.layout, value.device.type) == (torch.strided, "cpu")
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        and all(step or size < 2 for size, step in zip(value.shape, value.stride(), strict=True))
     )
 
 
