@@ -406,14 +406,17 @@ def target_distributions(name: str, t: Tensor, like: Tensor) -> Tensor:
             f"{name} is {t.dtype} {list(t.shape)} on {t.device}, expected integers [{like.shape[0]}], or distributions "
             f"{list(like.shape)} like the logits, on {like.device}"
         )
-    if t.numel() and value_checks_enabled(t, name=name):
-        given = t.detach()
-        least, most = (float(bound) for bound in given.aminmax())  # NaN, where there is any
-        if not 0.0 <= least <= most < math.inf:
-            row, c = (int(i) for i in (~((given >= 0) & (given < math.inf))).nonzero()[0])
-            raise ValueError(f"{name}[{row}, {c}] = {given[row, c].item()} is no share of a class: give numbers >= 0")
     require_memory(name, t)
-    return contiguous(name, t.to(compute_dtype(like.dtype)))
+    made = contiguous(name, t.to(compute_dtype(like.dtype)))
+    if t.numel() and value_checks_enabled(t):
+        found = made.detach()
+        least, most = (float(bound) for bound in found.aminmax())  # NaN, where there is any
+        if not 0.0 <= least <= most < math.inf:
+            row, c = (int(i) for i in (~((found >= 0) & (found < math.inf))).nonzero()[0])
+            number = t.detach()[row, c].item()
+            remedy = f"give numbers >= 0, finite in {made.dtype}"
+            raise ValueError(f"{name}[{row}, {c}] = {number} is no share of a class: {remedy}")
+    return made
 
 
 def sample_weights(weights: Tensor, batch: int, like: Tensor) -> Tensor:

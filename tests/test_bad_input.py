@@ -161,9 +161,9 @@ def test_message(error, message, call):
         call()
 
 
-def shares(value: float) -> torch.Tensor:
+def shares(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Target distributions for Z, one number of which is this."""
-    made = torch.full((4, 5), 0.2)
+    made = torch.full((4, 5), 0.2, dtype=dtype)
     made[1, 2] = value
     return made
 
@@ -325,6 +325,7 @@ def test_message_of_batch_norm(error, message, call):
         (ValueError, r"labels\[1, 2\] = -0.5 is no share of a class: give numbers >= 0", lambda: ak.cross_entropy(Z, shares(-0.5))),
         (ValueError, r"labels\[1, 2\] = nan is no share of a class", lambda: ak.consistency_loss(Z, Z, shares(NAN))),
         (ValueError, r"labels\[1, 2\] = inf is no share of a class", lambda: ak.consistency_loss(Z, Z, shares(float("inf")))),
+        (ValueError, r"labels\[1, 2\] = 1e\+300 is no share of a class: .* finite in torch.float32", lambda: ak.cross_entropy(Z, shares(1e300, torch.float64))),
         (ValueError, r"labels is torch.float32 \[4, 5\] on meta", lambda: ak.cross_entropy(Z, shares(0.0).to("meta"))),
         (TypeError, "labels must be a strided tensor, got layout torch.sparse_coo", lambda: ak.cross_entropy(Z, shares(0.0).to_sparse())),
         (ValueError, r"labels is \[4, 5\] on cpu, expected \[4\]", lambda: ak.consistency_loss(Z, Z, torch.ones(4, 5).long())),

@@ -134,6 +134,22 @@ def test_an_edited_checkpoint_is_taken_or_refused(saved: Path, tmp_path: Path) -
     assert seen.refused > 60 and seen.taken > 3
 
 
+def test_a_tensor_whose_places_are_one_place_is_refused() -> None:
+    assert schema._tensor(torch.zeros(8)) and schema._tensor(torch.zeros(1, 8).expand(1, 8))
+    assert not schema._tensor(torch.zeros(8)[:1].expand(8))
+
+
+@pytest.mark.parametrize("method", ["fgsm_pgi", "fgsm_uap", "liet", "free"])
+def test_what_a_method_remembers_has_a_type_that_runs_keep(method: str, tmp_path: Path) -> None:
+    engine.train(TrainConfig(**SMALL | {"method": method}), splits=splits(), folder=tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for dtype in (torch.float64, torch.float16, torch.float8_e5m2):
+        memory = {name: value.to(dtype) for name, value in state["memory"].items()}
+        torch.save(state | {"memory": memory}, tmp_path / "edited.pt")
+        with pytest.raises(ValueError, match=f"memory [a-z_]+ is {dtype}, and a run keeps float32 or bf.*: edited or"):
+            go_on(tmp_path / "edited.pt", 1)
+
+
 def test_every_entry_of_a_checkpoint_is_checked_before_anything_is_built(saved: Path) -> None:
     state = torch.load(saved / "last.pt", weights_only=True)
     seen = Outcomes()

@@ -148,6 +148,7 @@ def test_other_data_is_refused_before_anything_is_launched(tmp_path: Path) -> No
         ({STORES[0]: good[STORES[0]]}, "without the other"),
         (good | {"momentum": torch.zeros(63, 1, 8, 8)}, r"expected floats \[64, 1, 8, 8\]"),
         (good | {"momentum": torch.zeros(shape, dtype=torch.int64)}, "expected floats"),
+        (good | {"momentum": good["momentum"].bfloat16()}, r"expected floats \[64, 1, 8, 8\] in torch.float32"),
         (good | {"perturbations": good["perturbations"] + 2 * EPS}, "within eps"),
         (good | {"momentum": good["momentum"] + float("nan")}, "finite numbers"),
     ):

@@ -214,6 +214,10 @@ def test_what_cannot_be_is_refused() -> None:
     for bad in (2 * SMALL, float("nan")):
         with pytest.raises(ValueError, match="memory label_noise must be perturbations within eps"):
             LIET(SMALL).require_memory({"label_noise": torch.full((5, 3, 6, 6), bad)}, (50, 3, 6, 6))
+    for classes in (CLASSES - 1, CLASSES + 1):
+        memory = {"label_noise": torch.zeros(classes, 3, 6, 6).double()}
+        with pytest.raises(ValueError, match=f"memory label_noise is of {classes} classes, the network of {CLASSES}"):
+            LIET(SMALL).before_step(made.model, made.batch, made.key, State(memory=memory))
 
 
 def test_a_resumed_run_comes_to_the_same_bits(tmp_path: Path) -> None:

@@ -278,3 +278,15 @@ def test_a_wide_start_gives_way_to_two_steps() -> None:
     assert changed == {"steps": [1, 2], "step_size": [eps, 1.25 * eps / 2]} | narrow
     stronger = rescue.with_attack(run.config, changed).build_method()
     assert (stronger.steps, stronger.wide_start, stronger.step_size) == (2, 0.0, 1.25 * eps / 2)  # type: ignore[attr-defined]
+
+
+def test_a_run_with_a_wide_start_is_rescued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What changes is a name too, which the checkpoint, the results and what is said must hold."""
+    script(monkeypatch, SERIES)
+    lines: list[str] = []
+    hyper = {"start_noise": "wide", "local": "start"}
+    settings = ROLLBACK | {"method": "atlas", "hyper": hyper, "epochs": 5, "out_dir": str(tmp_path)}
+    (result,) = compare(TrainConfig(**settings), splits=splits(), show="silent", say=lines.append).values()
+    assert result.rescues[0]["changed"]["start_noise"] == ["wide", "uniform"]
+    assert "went back to epoch 2, to go on with steps 2, " in lines[-2] and "start_noise uniform" in lines[-2]
+    assert resume_compare(tmp_path / "atlas", splits=splits(), show="silent", say=lines.append) == {"atlas": result}

@@ -127,6 +127,11 @@ def plain(name: object) -> str:
     return text if text.isprintable() and len(text) < 500 else shown(text)
 
 
+def in_words(value: object) -> str:
+    """The value of a setting in few characters."""
+    return f"{value:.4g}" if isinstance(value, (int, float)) else plain(value)
+
+
 def hints(cls: type) -> dict[str, Any]:
     """The resolved types of the fields of a dataclass."""
     return typing.get_type_hints(cls)

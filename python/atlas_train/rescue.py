@@ -8,6 +8,7 @@ from typing import Any
 
 from . import checkpoint, saving
 from .config import TrainConfig, from_record
+from .options import in_words
 from .remembered import begins_anew
 from .run import Run
 
@@ -56,7 +57,7 @@ def take_back(run: Run, epoch: int, sign: str, *, stronger: bool) -> str:
     why = "" if changed else _why_no_further(run, stronger)
     run.ended = why and f"training collapsed in epoch {epoch}, and {why}"
     saving.save(run)
-    more = ", ".join(f"{name} {now:.4g} (before: {then:.4g})" for name, (then, now) in changed.items())
+    more = ", ".join(f"{name} {in_words(now)} (before: {in_words(then)})" for name, (then, now) in changed.items())
     so = f"and on from there with {more}" if changed else f"where the run ends, as {why}"
     anew = "" if run.ended else begins_anew(run.method, run.memory)
     return f"{sign} in epoch {epoch}: back to epoch {run.epoch}, the best, {so}{f'; {anew}' if anew else ''}"

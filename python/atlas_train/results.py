@@ -18,7 +18,7 @@ from . import tables
 from .autoattack import AutoAttacked
 from .checkpoint import versions
 from .evaluate import ACCURACIES, Evaluation
-from .options import fraction, radius
+from .options import fraction, in_words, radius
 
 #: The results of several methods, by seed.
 BySeed = Mapping[int, Mapping[str, "Result"]]
@@ -223,7 +223,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
     for name, result in results.items():
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
         for rescue in result.rescues:
-            now = ", ".join(f"{key} {pair[1]:.4g}" for key, pair in rescue["changed"].items())
+            now = ", ".join(f"{key} {in_words(pair[1])}" for key, pair in rescue["changed"].items())
             lines.append(
                 f"{name} was rescued: it collapsed in epoch {rescue['epoch']} ({rescue['sign']}) and went back to "
                 f"epoch {rescue['back_to']}, " + (f"to go on with {now}" if now else "where it ended")

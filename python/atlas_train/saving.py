@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import answers, checkpoint, models, optimizers
@@ -29,6 +30,7 @@ FIXED = (
 _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "std", "hyper", "awp", "awp_warmup")
 #: Settings of which one must change for a run to go on that ended before its time.
 _ENDING = ("epochs", "on_collapse", "early_stop")
+_KEPT = (torch.float32, torch.bfloat16)  # floats of a method's memory; images in training are float32
 #: Settings that are never told as changed: checked, or without a say in the numbers.
 _UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "tensorboard"}
 
@@ -215,11 +217,15 @@ def _memory(run: Run, state: Mapping[str, Any], source: Path) -> dict[str, Tenso
     if run.step != run.epoch * len(run.batches):
         raise ValueError(f"{plain(source)}: step {run.step} is not the end of epoch {run.epoch}: edited or damaged")
     memory = state.get("memory", {})
+    for name, value in memory.items():
+        if value.is_floating_point() and value.dtype not in _KEPT:
+            kept = f"memory {plain(name)} is {value.dtype}, and a run keeps float32 or bfloat16"
+            raise ValueError(f"{plain(source)}: {kept}: edited or damaged")
     try:
         run.method.require_memory(memory, (run.samples, *run.splits.train.shape))
     except ValueError as error:
         raise ValueError(f"{plain(source)}: {error}: edited or damaged") from error
-    return {name: value.to(run.device) for name, value in memory.items()}
+    return {name: value.detach().to(run.device) for name, value in memory.items()}
 
 
 def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: Path) -> None:

@@ -138,8 +138,8 @@ def _answers(value: Any) -> bool:
 
 def _rescue(value: Any) -> bool:
     """A collapse that was taken back: {"epoch": 5, "back_to": 3, "sign": "...", "changed": {"steps": [1, 2]}}."""
-    numbers = _change(value) and all(_number(number) for pair in value["changed"].values() for number in pair)
-    return numbers and _size(value.get("back_to")) and _text(value.get("sign"))
+    known = _change(value) and _size(value.get("back_to")) and _text(value.get("sign"))
+    return known and all(_number(each) or _text(each) for pair in value["changed"].values() for each in pair)
 
 
 def _collapse(value: Any) -> bool:
@@ -165,6 +165,7 @@ def _tensor(value: Any) -> bool:
         and (value.layout, value.device.type) == (torch.strided, "cpu")
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        and all(step or size < 2 for size, step in zip(value.shape, value.stride(), strict=True))
     )
 
 

@@ -162,6 +162,8 @@ class LIET(KeptForward):
             gray = torch.full_like(batch.x[: len(labels)], 0.5)
             with attacking(model, "eval", key):
                 logits = logits_of(model(gray.requires_grad_()))
+                if (known := logits.shape[1]) != classes:
+                    raise ValueError(f"liet: memory label_noise is of {classes} classes, the network of {known}")
                 cotangent = self._cotangent(wide(logits.detach()), labels, key, labels, _OF_NOISE)
                 noise.append(self.eps * pull_back(model, logits, gray, cotangent).sign())
         return torch.cat(noise)

@@ -84,8 +84,10 @@ class StoredNoise:
                 raise ValueError(f"memory holds one of {' and '.join(self.stores)} without the other")
             if t is None:
                 continue
-            if list(t.shape) != list(shape) or not t.is_floating_point():
-                raise ValueError(f"memory {name} is {t.dtype} {list(t.shape)}, expected floats {list(shape)}")
+            if list(t.shape) != list(shape) or t.dtype != self._type:
+                raise ValueError(
+                    f"memory {name} is {t.dtype} {list(t.shape)}, expected floats {list(shape)} in {self._type}"
+                )
             most = self.eps * (1 + 1e-2) if name == self.stores[0] else math.inf  # 16 bits round
             if not bool(((t.abs() <= most) & t.isfinite()).all()):
                 raise ValueError(f"memory {name} must hold finite numbers, perturbations within eps")
