@@ -101,8 +101,9 @@ class ATLAS(kept.KeptForward):
     cross-entropy. That forward, and a loss that ties it to x', are not ours: they are of FGSM-PGI, with squared logits
     (Jia et al. 2022), and of LIET, with Jensen-Shannon and a weight that grows (ICCV 2025). To see in the start a point
     of the local ball is ours, and so is this choice of ties, weights and starts, and GLOBAL beside it; with the start
-    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. By default there is no GLOBAL with it; each
-    part has a forward of its own, as the second needs the gradient of the first.
+    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. From the uniform start, the default, the
+    network collapses on the small runs of docs/one_step.md; from that of pgi it does not. By default there is no GLOBAL
+    with it; each part has a forward of its own, as the second needs the gradient of the first.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -122,7 +123,8 @@ class ATLAS(kept.KeptForward):
     start_noise: Literal["uniform", "wide", "liet", "pgi"] = option(
         "uniform",
         f"noise from which the attack starts. wide: that of wide_start, {_WIDE:g} unless it says another radius; with "
-        "local=start also liet and pgi: start and step of liet and fgsm_pgi, with their defaults",
+        "local=start also liet and pgi: start and step of liet and fgsm_pgi, with their defaults. With local=start the "
+        "network collapses from uniform noise on the small runs of docs/one_step.md; take pgi",
     )
     local: Literal["neighbours", "worst", "jacobian", "margin", "radius", "start", "none"] = option(
         "neighbours",
