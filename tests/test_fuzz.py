@@ -33,7 +33,7 @@ def test_calls_are_right():
 
 def test_every_operator_is_called(monkeypatch):
     monkeypatch.setattr(backends, "chosen", {})
-    for i in range(300):
+    for i in range(600):
         legal(Draw(f"every/{i}"))
     called = {operator for operator, _, _ in backends.chosen}
     assert called == {operator for operators in OPERATORS.values() for operator in operators}

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -389,12 +390,15 @@ def test_stored(shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("layouts", ["cccc", "llll", "clcl"])
-def test_stored_with_everything(layouts):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_stored_with_everything(dtype, layouts):
     for grad_dtype in FLOATS:
-        inputs = stored.case((4, 3, 5, 8), layouts=layouts, grad_dtype=grad_dtype)
+        made = partial(stored.case, dtype=dtype, layouts=layouts, grad_dtype=grad_dtype)
+        *inputs, index = made((4, 3, 5, 8))
         rows, clip = [torch.rand(4) for _ in "12"], {"clip_min": torch.rand(3) - 1, "clip_max": [1.0, 0.8, 2.0]}
-        stored.check(*inputs, rows[0], step_size=rows[1], **clip)
-        stored.check(*stored.case((0, 3, 4, 4), layouts=layouts, grad_dtype=grad_dtype))
+        stored.check(*inputs, index, rows[0], step_size=rows[1], **clip)
+        stored.check(*map(unaligned, inputs), index)
+        stored.check(*made((0, 3, 4, 4)))
 
 
 @pytest.mark.parametrize("kind", nuclear.KINDS)
