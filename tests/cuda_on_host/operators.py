@@ -401,6 +401,18 @@ def test_stored_with_everything(dtype, layouts):
         stored.check(*made((0, 3, 4, 4)))
 
 
+def test_stored_by_a_gradient_in_double_precision():
+    """Of float32 images; the public function would round it before."""
+    x, grad, *store, index = stored.case((4, 3, 5, 8))
+    outcomes = []
+    for g in (grad, grad.double()):
+        rows, out = [t.clone() for t in store], torch.empty_like(x)
+        stored.OPS.stored_step(x, g, *rows, index, 0.1, None, 0.1, None, 0.3, 0.0, None, 1.0, None, out)
+        outcomes.append([out, *rows])
+    for single, double in zip(*outcomes, strict=True):
+        torch.testing.assert_close(double, single, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", nuclear.KINDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [(1, 2), (3, 2), (2, 3), (40, 10), (9, 33), (35, 33)], ids=str)
