@@ -23,7 +23,7 @@ def set_up(threads: int) -> None:
 
 @cache
 def commit_here() -> str | None:
-    """The commit of the code that this process runs, whatever is checked out while it runs."""
+    """The commit of the code that this process runs: the one that was checked out when it began."""
     return commit()
 
 

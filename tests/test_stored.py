@@ -19,7 +19,10 @@ OPS = torch.ops.atlas_kernels
 
 
 def case(shape, *, store=torch.float32, layouts="cccc", extra=3, seed=0, device="cpu", **options):
-    """x, gradient, stored, momentum and rows of them; layouts: of x, gradient, the store and results."""
+    """Images x, their gradient, the stored perturbations and momentum, and the index of each image's row in these.
+
+    layouts: those of x, the gradient, the store and the results.
+    """
     _, grad, x = problem(shape, layouts="c" + layouts[1] + layouts[0], seed=seed, device=device, **options)
     g = torch.Generator().manual_seed(seed)
     count = shape[0] + extra

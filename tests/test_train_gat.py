@@ -63,6 +63,16 @@ def assert_all_same(mine: Any, theirs: Any, *, statistics: bool) -> None:
     assert_same(mine[0], theirs[0], statistics=statistics)
 
 
+def assert_as_in_eval_mode(mine: Any, theirs: Any, bn_compat: bool) -> None:
+    """The attack in eval mode sees running statistics: without bn_compat the first batch alone is the same."""
+    if bn_compat:
+        assert_all_same(mine, theirs, statistics=True)
+    else:
+        close(mine[1][0], theirs[1][0], "x'")
+        close(mine[2][0], theirs[2][0], "loss")
+    assert int(mine[0].model.bn1.num_batches_tracked) == (3 if bn_compat else 2) * EPOCHS * BATCHES
+
+
 PUBLISHED = {"noise": EPS / 2, "l2_reg": 10.0, "mul": 4.0, "after": (0,)}
 
 
@@ -74,13 +84,7 @@ def test_gat(code: str, bn_compat: bool) -> None:
     method = GAT(EPS, code=code, bn_compat=bn_compat, growth_start=0.5, label_smoothing=smooth)  # type: ignore[arg-type]
     wanted = by_authors(made, **PUBLISHED, smooth=smooth, slip=code == "fastat")
     mine = trained(method, made)
-    if bn_compat:
-        assert_all_same(mine, wanted, statistics=True)
-        assert int(mine[0].model.bn1.num_batches_tracked) == 3 * EPOCHS * BATCHES
-    else:  # the attack in eval mode sees running statistics: without them, the first batch alone is the same
-        close(mine[1][0], wanted[1][0], "x'")
-        close(mine[2][0], wanted[2][0], "loss")
-        assert int(mine[0].model.bn1.num_batches_tracked) == 2 * EPOCHS * BATCHES
+    assert_as_in_eval_mode(mine, wanted, bn_compat)
 
 
 @pytest.mark.parametrize("bn_compat", [False, True])

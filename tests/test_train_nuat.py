@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from atlas_train.methods import AWP, Batch, NuAT, State
 from beside_published import EPS, Case, Outcome, Steps, case, close
 from published import nuat as published
-from test_train_gat import BATCHES, EPOCHS, assert_all_same, batches, trained
+from test_train_gat import assert_all_same, assert_as_in_eval_mode, batches, trained
 
 #: Over 90 % of two epochs the weight grows to its end, so in the second it is 2.5; over all of them, towards 4: 2.
 AUTHORS = {"noise": EPS / 2, "nuc_max": 4.5, "growing": 1.8, "divisor": 64}
@@ -34,13 +34,7 @@ def test_as_the_authors(bn_compat: bool) -> None:
     made = case()
     mine = trained(NuAT(EPS, divisor=64, bn_compat=bn_compat), made)
     wanted = by_authors(made, **AUTHORS)
-    if bn_compat:
-        assert_all_same(mine, wanted, statistics=True)
-        assert int(mine[0].model.bn1.num_batches_tracked) == 3 * EPOCHS * BATCHES
-    else:  # the attack in eval mode sees running statistics: without them, the first batch alone is the same
-        close(mine[1][0], wanted[1][0], "x'")
-        close(mine[2][0], wanted[2][0], "loss")
-        assert int(mine[0].model.bn1.num_batches_tracked) == 2 * EPOCHS * BATCHES
+    assert_as_in_eval_mode(mine, wanted, bn_compat)
 
 
 @pytest.mark.parametrize("bn_compat", [False, True])

@@ -62,7 +62,8 @@ def _start(**changed: Any) -> dict[str, Any]:
     return {"method": "atlas", "hyper": _START | changed}
 
 
-#: The default from before the study, whatever the default is by now; its lengths are the data set's.
+#: The default of ATLAS before the study. It is written out here, so it stays when the default changes; its lengths are
+#: those of the data set.
 _OLD: dict[str, Any] = {
     "local": "neighbours", "start_noise": "uniform", "local_objective": "kl", "global_term": "kl", "bn": "joint",
 }  # fmt: skip

@@ -2,8 +2,9 @@
 
     python benchmarks/studies/run_queue.py SECONDS --data-dir DATA [--parallel 4] [--beds cpu half]
 
-Rows are added as runs end (benchmarks/results/atlas-study/rows.csv). When the time is over, the runs under way stop
-after a whole epoch or a part of the images; the same command goes on with them. Their checkpoints lie in
+Rows are added as runs end (benchmarks/results/atlas-study/rows.csv). When the time is over, each
+run that has not ended stops after its epoch, or after the part of the images that is attacked; the same command
+continues it. Their checkpoints lie in
 runs/atlas-study: keep that folder. Runs that need a GPU are left out where there is none.
 """
 

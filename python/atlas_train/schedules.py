@@ -44,8 +44,8 @@ def eps_share(epoch: int, warmup: int) -> float:
 
 
 def momentum(highest: float, lowest: float, step: int, total: int, peak: float) -> float:
-    """The momentum of step ``step`` beside the learning rate ``one_cycle``, as torch's OneCycleLR has it: half a wave
-    from ``highest`` to ``lowest``, where the rate is highest, and half a wave back."""
+    """The momentum of step ``step`` beside the learning rate ``one_cycle``, as torch's OneCycleLR has it: along a
+    cosine from ``highest`` to ``lowest``, which it has where the rate is highest, and back."""
     return _one_cycle((highest, lowest, highest), step, total, peak)
 
 

@@ -354,7 +354,7 @@ def _nuclear_norm(draw: Draw) -> Call:
 
 
 def _judged_by_rank(ours: Any, call: Call, **changed: Any) -> str | None:
-    """A singular value that rounding may take past the bound, below which it counts as 0, counts or not."""
+    """A singular value close to the bound below which it counts as 0: rounding decides, and both results are right."""
     d = {**call.arguments, **changed}["d"]
     if bool(d.isfinite().all()) and d.numel():
         lengths = torch.linalg.svdvals(d.to_dense().double())
