@@ -54,7 +54,7 @@ def warn_if_slow(precision: str, device: torch.device) -> None:
         missing = " or ".join(_INSTRUCTIONS[precision].values())
         warnings.warn(
             f"{precision} is slow on this CPU, which has no instructions for it ({missing}): a network takes "
-            f"many times as long as in fp32; {remedy}",
+            f"several times as long as in fp32; {remedy}",
             stacklevel=2,
         )
 
@@ -68,7 +68,7 @@ def cpu_report() -> str:
     if is_native("bf16", torch.device("cpu")):
         return f'{told}: bf16 pays here, Execution("bf16") and --train-precision bf16'
     if _is_known():
-        return f"{told}: keep to fp32, a network takes many times as long in bf16"
+        return f"{told}: keep to fp32, a network takes several times as long in bf16"
     return f"{told}: keep to fp32 unless you have measured bf16"
 
 

@@ -109,7 +109,7 @@ def _choose(forced: str | None, stem: str, device_type: str) -> ModuleType:
 @cache
 def _warn_of_interpreter() -> None:
     warnings.warn(
-        "Triton's interpreter runs the operators, ten thousand times slower than the native kernels or more: it is for "
+        "Triton's interpreter runs the operators, far slower than the native kernels do: it is for "
         'tests; leave out ATLAS_BACKEND, or use backend("native")',
         stacklevel=5,
     )
