@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep
+from .attacks import CWPGD, FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep, MinimumNorm
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .batch_norm import batch_norm
@@ -42,6 +42,7 @@ from .stored import stored_start, stored_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "CWPGD",
     "FGSM",
     "MIFGSM",
     "PGD",
@@ -51,6 +52,7 @@ __all__ = [
     "Execution",
     "FastDoubleBackward",
     "LastStep",
+    "MinimumNorm",
     "atlas_loss",
     "attack_cotangent",
     "augment",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from .attack import Attack
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
+from .cw_pgd import CWPGD
 from .execution import Execution, attacking
 from .fgsm import FGSM
 from .mifgsm import MIFGSM
+from .minimum_norm import MinimumNorm, MinimumNormResult
 from .objective import Model
 from .pgd import PGD
 
 __all__ = [
-    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "attacking",
-    "leave_no_trace",
+    "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
+    "MinimumNormResult", "Model", "attacking", "leave_no_trace",
 ]  # fmt: skip
