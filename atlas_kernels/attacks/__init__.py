@@ -10,8 +10,9 @@ from .fgsm import FGSM
 from .mifgsm import MIFGSM
 from .objective import Model
 from .pgd import PGD
+from .search import Search
 
 __all__ = [
-    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "attacking",
-    "leave_no_trace",
+    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "Search",
+    "attacking", "leave_no_trace",
 ]  # fmt: skip
