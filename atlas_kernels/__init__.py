@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import CWPGD, FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep, MinimumNorm
+from .attacks import CWPGD, FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep, MinimumNorm, Square
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .batch_norm import batch_norm
@@ -53,6 +53,7 @@ __all__ = [
     "FastDoubleBackward",
     "LastStep",
     "MinimumNorm",
+    "Square",
     "atlas_loss",
     "attack_cotangent",
     "augment",

@@ -20,7 +20,7 @@ OBJECTIVES = ("ce", "kl", "margin", "dlr", "dlr_targeted")  # numbered as in csr
 TERMS = ("kl", "ce", "logit", "none")
 DISTANCES = ("logit", "prob", "js", "kl")  # of consistency_loss
 # Who draws: low byte of the last counter word, so that two kinds of noise of one attack never share words.
-STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT, STREAM_LABEL_NOISE = range(4)
+STREAM_START, STREAM_NEIGHBOUR, STREAM_AUGMENT, STREAM_LABEL_NOISE, STREAM_SEARCH = range(5)
 SHARES = 2**12  # what a share of pixels is counted in: kWhole of csrc/core/perturb.h
 
 _CLIP = "number[channels] clip_min, number[channels] clip_max"

@@ -12,8 +12,10 @@ from .mifgsm import MIFGSM
 from .minimum_norm import MinimumNorm, MinimumNormResult
 from .objective import Model
 from .pgd import PGD
+from .search import Search
+from .square import Square
 
 __all__ = [
     "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
-    "MinimumNormResult", "Model", "attacking", "leave_no_trace",
+    "MinimumNormResult", "Model", "Search", "Square", "attacking", "leave_no_trace",
 ]  # fmt: skip

@@ -42,3 +42,8 @@ def require_radius(
             f"{name}={high:g} covers all of [0, 1]: it has the unit of the images, so write 8/255 for 8 grey levels; "
             "give clip_min and clip_max if your images have another range"
         )
+
+
+def numbers(*values: tuple[float, Tensor | None]) -> list[float | Tensor]:
+    """Numbers, or tensors of numbers, that no graph hangs on."""
+    return [number if rows is None else rows.detach() for number, rows in values]

@@ -23,7 +23,7 @@ from ..checks import (
 from ..layout import column, compute_dtype
 from ..noise import noise_key
 from ..schema import LINF, NORMS
-from .arguments import require_choice, require_count, require_radius
+from .arguments import numbers, require_choice, require_count, require_radius
 from .batch import AttackResult, Batch
 from .contract import ATTACK_MODES
 from .execution import run
@@ -202,8 +202,8 @@ class Attack:
         if key is not None and generator is not None:
             raise ValueError("key and generator are both given: a key already fixes the noise, so leave one out")
         require_float_images("x", x)
-        clips = _numbers(per_channel("clip_min", self.clip_min, x), per_channel("clip_max", self.clip_max, x))
-        radii = _numbers(per_sample("eps", self.eps, x), per_sample("step_size", self.effective_step_size, x))
+        clips = numbers(per_channel("clip_min", self.clip_min, x), per_channel("clip_max", self.clip_max, x))
+        radii = numbers(per_sample("eps", self.eps, x), per_sample("step_size", self.effective_step_size, x))
         require_images(x, *clips)
         if start is not None:
             require_like("start", start, "x", x, dtype=True)
@@ -353,8 +353,3 @@ class _Found(NamedTuple):
 
 #: Fields that the batch holds, checked.
 _IN_BATCH = {"eps", "step_size", "clip_min", "clip_max"}
-
-
-def _numbers(*values: tuple[float, Tensor | None]) -> list[float | Tensor]:
-    """Numbers, or tensors of numbers, that no graph hangs on."""
-    return [number if rows is None else rows.detach() for number, rows in values]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,7 +44,8 @@ class Batch:
     """The samples of one attack, or those that are still in it, and the ball and the range that they stay in.
 
     given_start: like x, or None. goal: what is climbed. key, ids: of the noise. seeded: whether random layers draw from
-    the key too, not from the global state, as in published code. step_size: of the last step.
+    the key too, not from the global state, as in published code. step_size: of the last step. clean: the logits of x,
+    where the attack has asked for them.
     """
 
     x: Tensor
@@ -59,6 +60,8 @@ class Batch:
     step_size: float | Tensor
     clip_min: float | Tensor
     clip_max: float | Tensor
+    _: KW_ONLY
+    clean: Tensor | None = None
 
     def start(self, draw: int) -> Tensor:
         """The first iterate, a tensor of its own: the one given, x, or a random one, another for each ``draw``."""
@@ -88,19 +91,23 @@ class Batch:
     def every_row(self) -> Tensor:
         return torch.arange(len(self.x), device=self.x.device)
 
+    def numbers(self) -> Tensor:
+        """The samples' numbers in the noise, int64 [B]."""
+        # Of the numbers the low 32 bits count; the base's alone, so that the sum fits 64.
+        return (self.key[1] & 0xFFFFFFFF) + self.every_row() if self.ids is None else self.ids
+
     def rows(self, index: Tensor) -> Batch:
         """The same for some of the samples, with the noise that they had."""
-        # Of the numbers the low 32 bits count; the base's alone, so that the sum fits 64.
-        ids = (self.key[1] & 0xFFFFFFFF) + self.every_row() if self.ids is None else self.ids
         eps, step = (v[index] if isinstance(v, Tensor) else v for v in (self.eps, self.step_size))
         return replace(
             self,
             x=self.x[index],
             given_start=None if self.given_start is None else self.given_start[index],
             goal=self.goal.rows(index),
-            ids=ids[index],
+            ids=self.numbers()[index],
             eps=eps,
             step_size=step,
+            clean=None if self.clean is None else self.clean[index],
         )
 
     def values(self) -> list[Any]:

@@ -93,6 +93,10 @@ class Objective:
             reference=None if self.reference is None else self.reference[index],
         )
 
+    def learn(self, other: Objective) -> None:
+        """Take over what ``other``, of the same model, has found of it."""
+        self.classes, self.in_float16, self.coupled = other.classes, other.in_float16, other.coupled
+
     def logits(self, model: Model, x: Tensor) -> Tensor:
         """Those of model(x), checked to be [B, C]; the first time also the labels' values. An empty batch skips it."""
         if not len(x):

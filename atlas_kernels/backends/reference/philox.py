@@ -32,7 +32,7 @@ def short_uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(low >= 2**19, low - 2**20, low).to(dtype) * 2.0**-19
 
 
-def below(word: Tensor, bound: int) -> Tensor:
+def below(word: Tensor, bound: int | Tensor) -> Tensor:
     """32-bit words to integers in [0, bound), bound < 2**32, by multiply-high."""
     return word * bound >> 32 & _MASK
 

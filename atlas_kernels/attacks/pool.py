@@ -1,0 +1,146 @@
+"""Many samples on their way through an attack: some are attacked together, the others wait for a place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import column
+from .batch import Batch
+from .objective import Model, never_alone
+
+#: An attack's own numbers and tensors, each with a row for every sample of the batch.
+State = dict[str, Tensor]
+#: Which of some adversaries are such indeed: (rows of the whole batch, adversaries) -> bool.
+Confirm = Callable[[Tensor, Tensor], Tensor]
+
+LOOK_EVERY = 4  # iterations on a GPU from one look at what is fooled, which waits for the device, to the next
+
+
+class Machine(Protocol):
+    """What a pool drives; see ``Search``."""
+
+    @property
+    def length(self) -> int: ...
+    def rounds(self, classes: int) -> int: ...
+    def begin(self, model: Model, batch: Batch, draw: Tensor) -> State: ...
+    def advance(self, model: Model, batch: Batch, state: State) -> State: ...
+
+
+class Pool:
+    """The samples of ``batch``, whose clean logits it has: at most ``size`` are attacked together, and as some leave,
+    others take their places.
+
+    A sample leaves when it is fooled, or when a round is over; then it waits for its next round behind all others. So
+    what it meets depends on its own rounds and iterations alone, and neither on ``size`` nor on who is beside it.
+
+    adv, fooled, objective: what is known of every sample: where it is not fooled, the strongest point so far.
+    confirm: asked about each sample that a search calls fooled; where it says no, the sample goes on.
+    """
+
+    def __init__(
+        self, search: Machine, batch: Batch, size: int, fooled: Tensor, *, confirm: Confirm | None = None
+    ) -> None:
+        assert batch.clean is not None
+        self.search, self.batch, self.size, self.confirm = search, batch, max(1, size), confirm
+        self.rounds = search.rounds(batch.clean.shape[1])
+        self.adv, self.fooled = batch.x.clone(), fooled.clone()
+        self.objective = torch.where(fooled, torch.inf, -torch.inf).double()
+        standing = (~fooled).nonzero()[:, 0].tolist()
+        self.waiting = deque((row, 0) for row in standing if self.rounds)
+        self.rows: list[int] = []  # in flight: which they are, their rounds and iterations, as the host knows them
+        self.draws: list[int] = []
+        self.numbers: list[int] = []
+        self.state: State = {}
+        self.here: Batch | None = None
+        self.every = LOOK_EVERY if batch.x.is_cuda else 1
+        self.unseen = 0  # iterations since the last look
+
+    def run(self, model: Model) -> None:
+        """Until no sample waits and none is attacked."""
+        while self.turn(model):
+            pass
+
+    def turn(self, model: Model) -> bool:
+        """One iteration of all that are in flight; False when all is done."""
+        self._refill(model)
+        if self.here is None:
+            return bool(self.waiting)  # every sample that entered was fooled by its start
+        before, network = self.state, never_alone(model, self.batch.x)
+        self.state = self.search.advance(network, self.here, before)
+        self.numbers = [number + 1 for number in self.numbers]
+        if self.every > 1:  # a sample that has been fooled since the last look stays where it was
+            was = before["fooled"]
+            for name in {"adv", "objective"} & self.state.keys():
+                old = before[name]
+                self.state[name] = torch.where(column(was, old), old, self.state[name])
+            self.state["fooled"] = was | self.state["fooled"]
+        self.unseen += 1
+        if self.unseen >= self.every or max(self.numbers) >= self.search.length:
+            self._look()
+        return True
+
+    def _refill(self, model: Model) -> None:
+        """Takes in samples that wait; while others are in flight, not before an eighth of the places is free."""
+        free = self.size - len(self.rows)
+        if not self.waiting or (self.rows and free * 8 < self.size):
+            return
+        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        rows, draws = ([entry[i] for entry in entering] for i in (0, 1))
+        new = self._gather(rows)
+        draw = torch.tensor(draws, device=new.x.device)
+        begun = self.search.begin(never_alone(model, self.batch.x), new, draw)
+        self.state = {name: torch.cat([self.state[name], begun[name]]) for name in begun} if self.rows else begun
+        self.rows, self.draws, self.numbers = self.rows + rows, self.draws + draws, self.numbers + [0] * len(rows)
+        self.batch.goal.learn(new.goal)
+        self.here = self._gather(self.rows)
+        self._look()  # a start may be an adversary
+
+    def _gather(self, rows: Sequence[int]) -> Batch:
+        return self.batch.rows(torch.tensor(rows, device=self.batch.x.device))
+
+    def _look(self) -> None:
+        """Lets those go that are fooled or at the end of a round."""
+        self.unseen = 0
+        fooled = self.state["fooled"].tolist()
+        if any(fooled) and self.confirm is not None:
+            self.state["fooled"] = self._confirmed(self.state["fooled"])
+            fooled = self.state["fooled"].tolist()
+        over = [found or number >= self.search.length for found, number in zip(fooled, self.numbers, strict=True)]
+        if not any(over):
+            return
+        leaving, staying = ([i for i, out in enumerate(over) if out == which] for which in (True, False))
+        self._keep(leaving)
+        for i in leaving:
+            if not fooled[i] and self.draws[i] + 1 < self.rounds:
+                self.waiting.append((self.rows[i], self.draws[i] + 1))
+        index = torch.tensor(staying, device=self.batch.x.device, dtype=torch.int64)
+        assert self.here is not None
+        self.batch.goal.learn(self.here.goal)
+        self.here = self.here.rows(index) if staying else None
+        self.state = {name: held[index] for name, held in self.state.items()} if staying else {}
+        self.rows, self.draws, self.numbers = (
+            [held[i] for i in staying] for held in (self.rows, self.draws, self.numbers)
+        )
+
+    def _confirmed(self, fooled: Tensor) -> Tensor:
+        assert self.confirm is not None
+        which = fooled.nonzero()[:, 0]
+        rows = torch.tensor(self.rows, device=fooled.device)[which]
+        return fooled.index_copy(0, which, self.confirm(rows, self.state["adv"][which]))
+
+    def _keep(self, leaving: Sequence[int]) -> None:
+        """Notes what was found of these: what fools, else the strongest."""
+        index = torch.tensor(leaving, device=self.batch.x.device)
+        rows = torch.tensor([self.rows[i] for i in leaving], device=index.device)
+        adv, fooled = self.state["adv"][index], self.state["fooled"][index]
+        held = self.objective[rows]
+        objective = self.state["objective"][index].to(held.dtype) if "objective" in self.state else held
+        stronger = fooled | (objective >= held)
+        self.adv[rows] = torch.where(column(stronger, adv), adv, self.adv[rows])
+        self.objective[rows] = torch.where(stronger, objective, held)
+        self.fooled[rows] |= fooled
