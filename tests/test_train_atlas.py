@@ -14,7 +14,7 @@ from atlas_kernels.attacks import PGD
 from atlas_train import methods
 from atlas_train.methods import ATLAS, AWP, FGSMPGI, LIET, Batch, Method, Mixing, State, atlas_local
 from atlas_train.methods.double_backward import jacobian_penalty, unit_vectors
-from atlas_train.noise import normal
+from atlas_train.noise import normal, uniform
 from atlas_train.passes import count_passes
 from beside_published import CLASSES, EPS, Case, Steps, assert_same, case, close, ours, theirs
 from published import atlas as published
@@ -23,6 +23,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "neighbours kl": {"local": "neighbours"},
     "neighbours ce 2": {"local": "neighbours", "local_objective": "ce", "count": 2},
     "neighbours logit": {"local": "neighbours", "local_objective": "logit"},
+    "segment kl": {"local": "segment"},
+    "segment ce 2": {"local": "segment", "local_objective": "ce", "count": 2},
+    "segment logit": {"local": "segment", "local_objective": "logit"},
     "worst kl": {"local": "worst"},
     "worst ce": {"local": "worst", "local_objective": "ce", "project": True},
     "worst logit": {"local": "worst", "local_objective": "logit"},
@@ -49,6 +52,15 @@ def around(made: Case, count: int) -> Tensor:
     return sample_neighbours(zero, 1.0, count, clip_min=-1, **noise).view(count, *zero.shape)
 
 
+def shares(made: Case, count: int) -> Tensor:
+    """As documented: draw 1 of the step's noise, [B, count], in [0, 1); here [count, B]."""
+    like = torch.empty(len(made.batch.y), count, dtype=made.batch.x.dtype)
+    return (uniform(like, made.key, made.batch.ids, 1).T + 1) / 2
+
+
+DRAWN = {"directions": directions, "noise": around, "shares": shares}
+
+
 @pytest.mark.parametrize("bn", ["joint", "split"])
 @pytest.mark.parametrize(("global_term", "steps"), [("kl", 1), ("ce", 2), ("logit", 1), ("none", 2)])
 @pytest.mark.parametrize("form", FORMS)
@@ -56,7 +68,7 @@ def test_form_is_its_documented_formula(form: str, global_term: str, steps: int,
     made = trained() if form.startswith("radius") else case()
     how = WEIGHTS | FORMS[form] | {"global_term": global_term, "bn": bn, "steps": steps, "step_size": 0.08}
     stated = {name: value for name, value in how.items() if name != "count"}
-    drawn = {"directions": directions(made, how.get("count", 1)), "noise": around(made, how.get("count", 1))}
+    drawn = {name: draw(made, how.get("count", 1)) for name, draw in DRAWN.items()}
     expected = theirs(published.atlas, made, made.start(), **stated, **drawn)
     assert_same(ours(ATLAS(**how), made), expected, statistics=True)
 
@@ -70,6 +82,31 @@ def test_start_is_its_documented_formula(objective: str, global_term: str, steps
     expected = theirs(published.atlas_start, made, made.start(), smoothing=smoothing, **stated)
     mine = ours(ATLAS(local="start", label_smoothing=smoothing, **stated), made)
     assert_same(mine, expected, statistics=True)
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl", "logit"])
+@pytest.mark.parametrize("global_term", ["none", "ce"])
+def test_a_further_point_on_the_segment_beside_the_start(objective: str, global_term: Any) -> None:
+    made = case()
+    stated = {"local_objective": "logit", "local_weight": 0.3, "step_size": 0.08, "eps": EPS, "global_weight": 1.3}
+    stated |= {"segment_weight": 0.7, "segment_objective": objective, "global_term": global_term}
+    expected = theirs(published.atlas_start, made, made.start(), smoothing=0.4, shares=shares(made, 1), **stated)
+    mine = ours(ATLAS(local="start", label_smoothing=0.4, **stated), made)
+    assert_same(mine, expected, statistics=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_points_on_the_segment_lie_between_image_and_adversary(dtype: torch.dtype) -> None:
+    made, method = case(size=64), ATLAS(EPS, local="segment", count=3, start_noise="wide")
+    made.model.to(dtype)
+    made.batch = made.batch._replace(x=made.batch.x.to(dtype).contiguous(memory_format=torch.channels_last))
+    x, adv, *points = method.prepare(made.model.train(), made.batch, made.key, State()).images.chunk(5)
+    assert len(points) == 3 and torch.equal(x, made.batch.x)
+    for z in points:
+        assert (z >= torch.minimum(x, adv)).all() and (z <= torch.maximum(x, adv)).all()
+    way = [((z - x).double().flatten(1).norm(dim=1) / (adv - x).double().flatten(1).norm(dim=1)) for z in points]
+    assert min(map(float, map(torch.min, way))) < 0.1 and max(map(float, map(torch.max, way))) > 0.9
+    assert not torch.equal(way[0], way[1])
 
 
 @pytest.mark.parametrize(("how", "radius"), [({"start_noise": "wide"}, 2.0), ({"wide_start": 3.0}, 3.0)])
@@ -185,6 +222,10 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
         ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
+        ({"local": "segment", "project": True}, "project=True has no meaning with local='segment'"),
+        ({"local": "segment", "local_objective": "js"}, "local_objective='js' cannot be had with local='segment'"),
+        ({"local": "segment", "segment_weight": 1.0}, "segment_weight=1.0 has no meaning with local='segment'.*start"),
+        ({"segment_objective": "kl"}, "segment_objective='kl' has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "start_noise": "pgi", "step_size": 0.05}, "step_size=0.05 with start_noise='pgi', whose"),
         ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),
         ({"local": "start", "start_noise": "liet", "norm": "l2"}, "start_noise='liet' is for norm='linf', got 'l2'"),
@@ -311,7 +352,7 @@ def test_without_weight_a_term_changes_nothing_and_batchnorm_sees_one_forward(lo
     assert mine.model.bn1.num_batches_tracked == (1 if bn == "joint" else 3 if local == "worst" else 2)
 
 
-@pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
+@pytest.mark.parametrize("local", ["worst", "segment", "jacobian", "margin", "radius"])
 def test_forms_replay_and_can_be_taken_twice_on_one_attack(local: str) -> None:
     made, method = case(), ATLAS(EPS, local=local)
     given = method.prepare(made.model, made.batch, made.key, methods.State())
@@ -322,7 +363,7 @@ def test_forms_replay_and_can_be_taken_twice_on_one_attack(local: str) -> None:
     assert set(metrics) == {"adv", "clean", "local", "global"} and not any(m.requires_grad for m in metrics.values())
 
 
-@pytest.mark.parametrize("local", ["worst", "jacobian", "margin", "radius"])
+@pytest.mark.parametrize("local", ["worst", "segment", "jacobian", "margin", "radius"])
 def test_forms_under_autocast_are_computed_in_float32_and_close(local: str) -> None:
     losses = []
     for enabled in (False, True):
@@ -359,7 +400,8 @@ def test_forms_refuse_options_that_mean_nothing_to_them() -> None:
 
 
 def test_each_form_has_its_own_default_weight() -> None:
-    for form, weight in {"neighbours": 1.0, "worst": 1.0, "jacobian": 0.01, "margin": 0.2, "radius": 1.0}.items():
+    ones = dict.fromkeys(("neighbours", "worst", "segment", "radius"), 1.0)
+    for form, weight in {**ones, "jacobian": 0.01, "margin": 0.2}.items():
         assert torch.equal(
             ours(ATLAS(EPS, local=form), case()).loss, ours(ATLAS(EPS, local=form, local_weight=weight), case()).loss
         )

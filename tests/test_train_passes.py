@@ -24,6 +24,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "one_step_adv": ({}, 5),
     "atlas": ({}, 2 + 3 * 3),
     "atlas:worst": ({"local": "worst"}, 2 + 2 + 3 * 3),
+    "atlas:segment": ({"local": "segment"}, 2 + 3 * 3),
+    "atlas:segment of 2": ({"local": "segment", "count": 2, "global_term": "none"}, 2 + 3 * 3),
     # [x; x'] forward, backward to the input, and twice as much to differentiate each of the two
     "atlas:jacobian": ({"local": "jacobian"}, 2 + 2 * (1 + 1 + 2 + 2)),
     "atlas:jacobian of 3": ({"local": "jacobian", "count": 3}, 2 + 2 * (1 + 2 + 3 * (1 + 2))),
@@ -35,6 +37,7 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "atlas:start of pgi": ({"local": "start", "start_noise": "pgi"}, 7),
     "atlas:start of liet": ({"local": "start", "start_noise": "liet"}, 7),
     "atlas:start, 2 steps": ({"local": "start", "steps": 2}, 9),
+    "atlas:start, segment": ({"local": "start", "segment_weight": 1.0}, 7 + 3),
     "atlas:start, global": ({"local": "start", "global_term": "kl"}, 10),
     "trades": ({"steps": 10}, 27),
     "mart": ({"steps": 10}, 2 * 10 + 2 * 3),

@@ -103,6 +103,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "start-global": _start(global_term="kl"),
     "start-global-ce": _start(global_term="ce"),
     "start-2-steps": _start(steps=2, step_size=OfEps(0.625)),
+    # a further point, between image and adversary
+    "start-segment": _start(segment_weight=1.0),
+    "start-segment-kl": _start(segment_weight=1.0, segment_objective="kl"),
+    "start-segment-logit": _start(segment_weight=1.0, segment_objective="logit"),
+    "start-uniform-segment": _start(start_noise="uniform", segment_weight=1.0),
     # smoothing and averaging
     "start-ls0": _start() | {"label_smoothing": 0.0},
     "start-ls0.6": _start() | {"label_smoothing": 0.6},
@@ -110,6 +115,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     # forms that do not look at the start: the old default first
     "atlas": _atlas(),
     "atlas-worst": _atlas(local="worst"),
+    "segment": _atlas(local="segment", local_objective="ce"),
+    "segment-kl3": _atlas(local="segment", local_weight=3.0),
+    "segment-logit": _atlas(local="segment", local_objective="logit"),
+    "segment-no-global": _atlas(local="segment", local_objective="ce", global_term="none"),
+    "segment-2-points": _atlas(local="segment", local_objective="ce", global_term="none", count=2),
     "atlas-wide": _atlas(start_noise="wide", step_size=OfEps(1.0)),
     "atlas-step1": _atlas(step_size=OfEps(1.0)),
     "atlas-split": _atlas(bn="split"),

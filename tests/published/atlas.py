@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 def atlas(
     model, x, y, start, optimizer, *, eps, step_size, steps, bn, global_term, global_weight, local, local_weight,
-    radius, local_objective="kl", project=False, directions=None, rivals=1, noise=(),
+    radius, local_objective="kl", project=False, directions=None, rivals=1, noise=(), shares=(),
 ):  # fmt: skip
     """``directions`` [m, B, C]: the random unit vectors of jacobian. ``noise`` [m, B, ...]: that of neighbours, in
-    [-1, 1]. Returns (x', loss)."""
+    [-1, 1]. ``shares`` [m, B]: of the way from x' back to x, those of segment. Returns (x', loss)."""
 
     def climb(at):
         at = at.detach().requires_grad_()
@@ -37,6 +37,8 @@ def atlas(
 
     if local == "neighbours":
         near = [(adv + radius * u).clamp(0, 1) for u in noise]
+    if local == "segment":
+        near = [on_segment(adv, x, t) for t in shares]
     adv.requires_grad_(not near)
     parts = [*([x] if global_term != "none" else []), adv, *near]
     logits = list(model(torch.cat(parts)).split(len(x))) if bn == "joint" else [model(part) for part in parts]
@@ -82,9 +84,10 @@ def atlas(
 
 def atlas_start(
     model, x, y, start, optimizer, *, eps, step_size, local_objective, local_weight, global_term="none",
-    global_weight=1.0, steps=1, smoothing=0.0, ball=None,
+    global_weight=1.0, steps=1, smoothing=0.0, ball=None, segment_weight=0.0, segment_objective="ce", shares=(),
 ):  # fmt: skip
-    """local="start": one forward at the start, for attack and loss. ``ball``: of x'; None: eps. Returns (x', loss)."""
+    """local="start": one forward at the start, for attack and loss. ``ball``: of x'; None: eps. ``shares`` [1, B]: of
+    the way from x' to x, that of the further point. Returns (x', loss)."""
 
     def ce(logits):
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
@@ -116,16 +119,23 @@ def atlas_start(
             "prob": ((p - q) ** 2).sum(1),
         }[local_objective].mean()
     )
+
+    def tied(kind, z_other):
+        return {"kl": kl(z_other, z), "ce": ce(z_other), "logit": ((z_other - z) ** 2).sum(1).mean()}[kind]
+
+    if segment_weight:
+        loss = loss + segment_weight * tied(segment_objective, model(on_segment(adv.detach(), x, shares[0])))
     if global_term != "none":
-        z_x = model(x)
-        loss = loss + global_weight * {
-            "kl": lambda: kl(z_x, z), "ce": lambda: ce(z_x), "logit": lambda: ((z_x - z) ** 2).sum(1).mean()
-        }[global_term]()  # fmt: skip
+        loss = loss + global_weight * tied(global_term, model(x))
 
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return adv.detach(), loss.detach()
+
+
+def on_segment(adv, x, t):
+    return (1 - t[:, None, None, None]) * adv + t[:, None, None, None] * x
 
 
 def kl(a, b):
