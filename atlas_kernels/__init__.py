@@ -30,6 +30,7 @@ from .nuclear_norm import nuclear_norm
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
 from .perturb import (
+    apgd_step,
     label_noise_start,
     pgd_step,
     pgd_step_neighbours,
@@ -51,6 +52,7 @@ __all__ = [
     "Execution",
     "FastDoubleBackward",
     "LastStep",
+    "apgd_step",
     "atlas_loss",
     "attack_cotangent",
     "augment",
