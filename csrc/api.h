@@ -40,15 +40,17 @@ struct AtlasScalar {
 
 // The four l_inf ops are one pass with parts left out:
 //   adv' = clip(project(adv + step sign(grad)))        where grad is given, and the sample is active
+//   adv' = clip(project(adv + m (adv' - adv) + (1 - m) (adv - old)))   of that adv', where old is given; m: momentum
 //   z_k = clip([project](adv' + radius noise_k))       for k < count; projected if `project`, or x is there without grad
 //   out = [x;] [adv';] z_0; z_1; ...                   x if `include_x`, adv' if there is a grad; cast = adv'
 // With labels x is a noise for each of the `classes`, and the noise of z is LIET's (core/perturb.h); there is no step then.
-// Per sample: eps, step_size, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
+// Per sample: eps, step_size, momentum, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
 // (seed, base), in the memory of the device. rows: of out.
 #define ATLAS_PERTURB(F) \
   F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) F(int64_t, rows) \
-  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) F(AtlasImages, cast) \
-  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, radius) \
+  F(AtlasImages, adv) F(AtlasImages, old) F(AtlasImages, grad) F(AtlasImages, x) \
+  F(AtlasImages, out) F(AtlasImages, cast) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, momentum) F(AtlasScalar, radius) \
   F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
   F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) \
   F(int64_t, count) F(int32_t, descend) F(int32_t, project) F(int32_t, include_x) \

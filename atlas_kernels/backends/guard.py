@@ -32,6 +32,7 @@ _IN_PLACE = {
     "label_noise_start": ("x",),
     "pgd_step": ("adv", "grad", "x"),
     "pgd_step_norm": ("adv", "grad", "x"),
+    "apgd_step": ("adv", "old", "grad", "x"),
     "project": ("v", "x"),
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
@@ -197,7 +198,7 @@ def _wrong_truth(given: _Given) -> str | None:
 
 # What numbers and tensors must be beside each other: in words, what is wrong.
 _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
-    **dict.fromkeys(("random_start", "pgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
+    **dict.fromkeys(("random_start", "pgd_step", "apgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
     "label_noise_start": _wrong_share,
     **dict.fromkeys(("random_start_norm", "pgd_step_norm", "project"), _wrong_norm),
     "augment": _lacks_a_key,
