@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .apgd import APGD
 from .attack import Attack
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
@@ -13,6 +14,6 @@ from .pgd import PGD
 from .search import Search
 
 __all__ = [
-    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "Search",
+    "APGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "Search",
     "attacking", "leave_no_trace",
 ]  # fmt: skip
