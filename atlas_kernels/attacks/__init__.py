@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attack import Attack
+from .autoattack import AutoAttack, AutoAttackRecord, AutoAttackResult
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .cw_pgd import CWPGD
@@ -16,6 +17,7 @@ from .search import Search
 from .square import Square
 
 __all__ = [
-    "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
-    "MinimumNormResult", "Model", "Search", "Square", "attacking", "leave_no_trace",
+    "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord", "AutoAttackResult",
+    "Batch", "Execution", "LastStep", "MinimumNorm", "MinimumNormResult", "Model", "Search", "Square", "attacking",
+    "leave_no_trace",
 ]  # fmt: skip

@@ -26,6 +26,8 @@ class Machine(Protocol):
 
     @property
     def length(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
     def rounds(self, classes: int) -> int: ...
     def begin(self, model: Model, batch: Batch, draw: Tensor) -> State: ...
     def advance(self, model: Model, batch: Batch, state: State) -> State: ...
@@ -64,6 +66,7 @@ class Pool:
         self.device = device or batch.x.device
         self.rounds = search.rounds(batch.clean.shape[1])
         self.adv, self.fooled = batch.x.clone(), fooled.clone()
+        self.given = fooled
         self.objective = torch.where(fooled, torch.inf, -torch.inf).double()
         standing = (~fooled).nonzero()[:, 0].tolist()
         self.waiting = deque((row, 0) for row in standing if self.rounds)
@@ -166,17 +169,17 @@ class Pool:
         self.fooled[rows] |= fooled
 
     def left(self) -> int:
-        """Iterations to come, of all samples together, if no other is fooled."""
+        """Passes to come, of all samples together, if no other is fooled."""
         waiting = sum(self.rounds - draw for _, draw in self.waiting)
         flying = sum(self.rounds - draw for draw in self.draws)
-        return (waiting + flying) * self.search.length - sum(self.numbers)
+        return ((waiting + flying) * self.search.length - sum(self.numbers)) * self.search.passes
 
     def saved(self) -> dict[str, Any]:
         """Where it stands, for ``restore``; of samples that are not fooled without their strongest points."""
         return {
             "waiting": list(self.waiting), "rows": self.rows, "draws": self.draws, "numbers": self.numbers,
             "unseen": self.unseen, "state": {name: held.cpu() for name, held in self.state.items()},
-            "fooled": self.fooled.cpu(), "adv": self.adv[self.fooled].cpu(),
+            "fooled": self.fooled.cpu(), "adv": self.adv[self.fooled & ~self.given].cpu(),
         }  # fmt: skip
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -187,5 +190,5 @@ class Pool:
         )
         self.state = {name: held.to(self.device) for name, held in saved["state"].items()}
         self.fooled.copy_(saved["fooled"])
-        self.adv[self.fooled] = saved["adv"].to(self.adv.device)
+        self.adv[self.fooled & ~self.given] = saved["adv"].to(self.adv.device)
         self.here = self._gather(self.rows) if self.rows else None
