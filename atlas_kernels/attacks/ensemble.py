@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +86,36 @@ class AutoAttackRecord:
         return asdict(self)
 
 
+def merged(records: Sequence[AutoAttackRecord], fooled_by: Tensor) -> AutoAttackRecord:
+    """The record of one run over the samples of all; the time is that of the longest."""
+    first = records[0]
+    changes: dict[str, Any] = {
+        "accuracy": _accuracies(first.parts, fooled_by),
+        "notes": tuple(dict.fromkeys(chain(*(record.notes for record in records)))),
+    }
+    together: dict[Callable[..., Any], tuple[str, ...]] = {
+        min: ("least",),
+        max: ("most", "largest_norm", "seconds"),
+        sum: ("samples", "nan_adversaries", "nan_logits", "unconfirmed"),
+        _added: ("forwards", "backwards"),
+    }
+    for function, names in together.items():
+        changes |= {name: function([getattr(record, name) for record in records]) for name in names}
+    return replace(first, **changes)
+
+
+def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(each.get(name, 0) for each in counts) for name in counts[0]}
+
+
+def _accuracies(parts: Iterable[str], fooled_by: Tensor) -> dict[str, float]:
+    """Share of the samples that stand after each part."""
+    names = ["clean", *parts]
+    return {
+        name: ((fooled_by == STANDS) | (fooled_by > number)).double().mean().item() for number, name in enumerate(names)
+    }
+
+
 @dataclass(frozen=True)
 class AutoAttackResult:
     """Per sample: correct, bool[N]: right as it is, and no attack fools; fooled_by, int64[N]: -1 where it stands, 0
@@ -127,7 +158,6 @@ class _Standing:
 
     clean: Tensor
     fooled_by: Tensor
-    accuracy: dict[str, float] = field(default_factory=dict)
     done: int = 0
     forwards: dict[str, int] = field(default_factory=dict)
     backwards: dict[str, int] = field(default_factory=dict)
@@ -182,13 +212,12 @@ class Evaluation:
         if held is None:
             clean = self._predict(self.x)
             self.at = _Standing(clean, torch.where(predicted(clean) == self.y, STANDS, CLEAN))
-            self.at.accuracy["clean"] = self._standing()
         else:
             self._go_on(held)
         self._count("checks")
         self.say(
             f"AutoAttack {self.plan.version}, {self.plan.norm}, eps {self.plan.eps:.5g}: {len(self.x):,} images, "
-            f"{self.at.accuracy['clean']:.2%} right without an attack"
+            f"{(self.at.fooled_by != CLEAN).double().mean().item():.2%} right without an attack"
         )
 
     def _leave_out_gradients(self) -> None:
@@ -249,7 +278,6 @@ class Evaluation:
         self.adv[found] = pool.adv[found]
         self.at.done += 1
         self.at.fooled_by[found] = self.at.done
-        self.at.accuracy[name] = self._standing()
         self._save(name)
         self.say(f"{name}: robust accuracy {self._standing():.2%} after {duration(self._seconds())}")
 
@@ -303,7 +331,8 @@ class Evaluation:
         record = AutoAttackRecord(
             version=self.plan.version, norm=self.plan.norm, eps=float(self.plan.eps), seed=self.plan.seed,
             samples=len(self.x), search_precision=self.search_precision, batch_size=self.batch_size,
-            parts={name: str(part) for name, part in self.searches.items()}, accuracy=self.at.accuracy,
+            parts={name: str(part) for name, part in self.searches.items()},
+            accuracy=_accuracies(self.searches, self.at.fooled_by),
             instead=self.instead, notes=self.notes, largest_norm=float(norms[counted].max()) if len(found) else 0.0,
             nan_adversaries=int(found.isnan().flatten(1).any(1).sum()), least=float(least), most=float(most),
             nan_logits=int((logits.isnan() | self.at.clean.isnan()).any(1).sum()), unconfirmed=int(denied.sum()),
