@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .apgd import APGD
 from .attack import Attack
+from .autoattack import AutoAttack, AutoAttackRecord, AutoAttackResult
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .cw_pgd import CWPGD
@@ -17,6 +18,7 @@ from .search import Search
 from .square import Square
 
 __all__ = [
-    "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
-    "MinimumNormResult", "Model", "Search", "Square", "attacking", "leave_no_trace",
+    "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord",
+    "AutoAttackResult", "Batch", "Execution", "LastStep", "MinimumNorm", "MinimumNormResult", "Model", "Search",
+    "Square", "attacking", "leave_no_trace",
 ]  # fmt: skip
