@@ -74,7 +74,7 @@ def test_form_is_its_documented_formula(form: str, global_term: str, steps: int,
 
 
 @pytest.mark.parametrize("objective", ["kl", "js", "logit", "prob"])
-@pytest.mark.parametrize(("global_term", "steps", "smoothing"), [("none", 1, 0.4), ("kl", 2, 0.0), ("logit", 1, 0.0)])
+@pytest.mark.parametrize(("global_term", "steps", "smoothing"), [("none", 1, 0.4), ("kl", 2, 0.4), ("logit", 1, 0.0)])
 def test_start_is_its_documented_formula(objective: str, global_term: str, steps: int, smoothing: float) -> None:
     made = case()
     stated = {"local_objective": objective, "local_weight": 0.7, "step_size": 0.08, "steps": steps, "eps": EPS}
@@ -82,6 +82,22 @@ def test_start_is_its_documented_formula(objective: str, global_term: str, steps
     expected = theirs(published.atlas_start, made, made.start(), smoothing=smoothing, **stated)
     mine = ours(ATLAS(local="start", label_smoothing=smoothing, **stated), made)
     assert_same(mine, expected, statistics=True)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("iterates", "keep"), [("all", "first"), ("all", "all"), ("all", "none"), ("first", "none"), ("first", "all")]
+)
+def test_iterates_of_the_attack_that_the_loss_sees(iterates: Any, keep: Any, steps: int, parts: bool) -> None:
+    """parts: by ``prepare`` and ``objective``, as a compiled network has it and AWP."""
+    made = case()
+    stated = {"local_objective": "logit", "local_weight": 0.3, "step_size": 0.04, "steps": steps, "eps": EPS}
+    expected = theirs(published.atlas_start, made, made.start(), smoothing=0.4, iterates=iterates, keep=keep, **stated)
+    method = ATLAS(local="start", iterates=iterates, keep=keep, label_smoothing=0.4, **stated)
+    if parts:
+        object.__setattr__(method, "loss", lambda *given: Method.loss(method, *given))
+    assert_same(ours(method, made), expected, statistics=True)
 
 
 @pytest.mark.parametrize("objective", ["ce", "kl", "logit"])
@@ -225,6 +241,8 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
         ({"local": "segment", "project": True}, "project=True has no meaning with local='segment'"),
         ({"local": "segment", "local_objective": "js"}, "local_objective='js' cannot be had with local='segment'"),
         ({"local": "segment", "segment_weight": 1.0}, "segment_weight=1.0 has no meaning with local='segment'.*start"),
+        ({"iterates": "all"}, "iterates='all' has no meaning with local='neighbours'.*local='start'"),
+        ({"keep": "none"}, "keep='none' has no meaning with local='neighbours'.*local='start'"),
         ({"segment_objective": "kl"}, "segment_objective='kl' has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "start_noise": "pgi", "step_size": 0.05}, "step_size=0.05 with start_noise='pgi', whose"),
         ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),

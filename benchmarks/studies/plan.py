@@ -103,6 +103,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "start-global": _start(global_term="kl"),
     "start-global-ce": _start(global_term="ce"),
     "start-2-steps": _start(steps=2, step_size=OfEps(0.625)),
+    # other iterates of the attack, as constants or with a gradient of their own
+    "start-2-steps-all": _start(steps=2, step_size=OfEps(0.625), iterates="all"),
+    "start-2-steps-constants": _start(steps=2, step_size=OfEps(0.625), iterates="all", keep="none"),
+    "start-2-steps-kept": _start(steps=2, step_size=OfEps(0.625), iterates="all", keep="all"),
+    "start-constant": _start(keep="none"),
+    "start-uniform-2-steps-all": _start(start_noise="uniform", steps=2, step_size=OfEps(0.625), iterates="all"),
+    "start-uniform-2-steps-constants": _start(
+        start_noise="uniform", steps=2, step_size=OfEps(0.625), iterates="all", keep="none"
+    ),
     # a further point, between image and adversary
     "start-segment": _start(segment_weight=1.0),
     "start-segment-kl": _start(segment_weight=1.0, segment_objective="kl"),

@@ -21,9 +21,8 @@ from atlas_kernels import (
     random_start,
 )
 from atlas_kernels.attacks import PGD
-from atlas_kernels.attacks import Batch as Samples
 from atlas_kernels.layout import column
-from atlas_kernels.outputs import Model, logits_of
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
 from ..noise import uniform
@@ -47,6 +46,8 @@ _SECOND_ORDER = ("jacobian", "margin", "radius")
 _ONLY = {
     "local_objective": ("neighbours", "worst", "segment", "start"),
     "local_ramp": ("start",),
+    "iterates": ("start",),
+    "keep": ("start",),
     "segment_weight": ("start",),
     "segment_objective": ("start",),
     "count": ("neighbours", "segment", "jacobian"),
@@ -104,8 +105,9 @@ class ATLAS(kept.KeptForward):
     Choices of ours: points may leave the eps-ball of x (``project`` keeps them in); lengths in radius are in units of
     r, as softplus(r - rho) is all but linear at pixel scale; a misclassified x' has radius 0, and only CE pulls at it;
     the gradients are those of the batch's sum in the training forward, where BatchNorm in train mode couples the rows.
-    Passes: 2K + 6 + 3 ``count`` (neighbours, segment), 2K + 11 (worst), 2K + 5 (start; 3 more with GLOBAL, and 3 with
-    ``segment_weight``), 2K + 12 (the others; 2K + 9 with ``bn="split"``).
+    Passes: 2K + 6 + 3 ``count`` (neighbours, segment), 2K + 11 (worst), 2K + 12 (the other forms; 2K + 9 with
+    ``bn="split"``); start: 2K + 5, 3 more with GLOBAL, 3 with ``segment_weight``, 2K - 2 with ``keep="all"``, and 2
+    fewer with ``keep="none"``.
 
     Where a one-step method collapses, the network is right at the full step and wrong before it, and segment trains
     there. That is not ours: Kim et al. (2021) train on the first of a few points of the segment that is misclassified,
@@ -119,7 +121,9 @@ class ATLAS(kept.KeptForward):
     of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. From the uniform start, the default, the
     network collapses on the small runs of docs/one_step.md; from that of pgi it does not. By default there is no GLOBAL
     with it; each part has a forward of its own, as the second needs the gradient of the first. ``segment_weight`` adds
-    a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x.
+    a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x. Of several attack steps the
+    iterates before x' have logits too: ``iterates="all"`` makes LOCAL the mean over x0 and them. Constants cost
+    nothing, so one step with ``keep="none"`` takes the 5 passes of one-step ADV, and two those of ADV with two.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -167,6 +171,14 @@ class ATLAS(kept.KeptForward):
         "constant",
         low=0,
         high=1,
+    )
+    iterates: Literal["first", "all"] = option(
+        "first", "start: of several steps' iterates before x', whether LOCAL is of the first or the mean over all"
+    )
+    keep: Literal["first", "all", "none"] = option(
+        "first",
+        "start: whose forward, of those iterates, is kept, so that the gradient of LOCAL goes there too, at 2 passes "
+        "each; the logits of the others are constants of the attack, at no cost",
     )
     segment_weight: float = option(
         0.0, "start: weight of a further point, between image and adversary; 0: there is none", low=0
@@ -282,6 +294,11 @@ class ATLAS(kept.KeptForward):
         return {"neighbours": self.count, "segment": self.count, "worst": 1}.get(self.local, 0)
 
     @property
+    def _keeps_all(self) -> bool:
+        """Whether forwards of the attack after the first are kept."""
+        return self.keep == self.iterates == "all"
+
+    @property
     def _parts(self) -> int:
         return (self._global_term != "none") + 1 + self._points
 
@@ -310,7 +327,7 @@ class ATLAS(kept.KeptForward):
             self._origin.before_step(model, batch, key, state)
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
-        if self.local == "start":
+        if self.local == "start" and self.keep != "none":
             return super().loss(model, batch, key, state)
         return Method.loss(self, model, batch, key, state)
 
@@ -370,7 +387,10 @@ class ATLAS(kept.KeptForward):
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         if self.local == "start":
-            return super().objective(model, batch, given)
+            logits = given.logits if self.keep == "none" else logits_of(model(given.start))
+            if self._keeps_all:
+                given = given._replace(between=tuple(kept.again(model, images) for images in given.between))
+            return self.tied(model, logits, batch, given)
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
         parts = [given.images] if self._bn == "joint" else given.images.chunk(self._parts)
@@ -390,20 +410,32 @@ class ATLAS(kept.KeptForward):
             return attack.step(samples(attack, batch, key), start, grad, None, 1.0)[0]
         return pgd_step(start, grad, batch.x, self._ball, attack.effective_step_size, norm=self.norm)
 
-    def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
-        attack = self._attack
-        return attack.loop(_further, model, samples(attack, batch, key, start=adv)) if attack.steps > 1 else adv
+    def further(
+        self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Also the logits at the iterates after x0; or their images, where a forward of them is to be kept later."""
+        attack, between = self._attack, []
+        for left in reversed(range(attack.steps - 1)):
+            with kept.without_broadcast(model):
+                logits, grad = self.gradient(model, batch, adv, key, keep and self._keeps_all)
+            between.append(adv if self._keeps_all and not keep else logits)
+            adv, _ = attack.step(samples(attack, batch, key), adv, grad, None, left / (attack.steps - 1))
+        return adv, tuple(between) if self.iterates == "all" else ()
 
     def combine(
         self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: kept.Given
     ) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {"adv": accuracy(adv_logits, batch)}
+        start_logits, many = start_logits.to(adv_logits.dtype), 1 + len(given.between)
+        if many > 1:
+            start_logits = torch.cat([start_logits, *(z.to(adv_logits.dtype) for z in given.between)])
+            adv_logits = adv_logits.repeat(many, 1)
 
         def loss_of(y: Tensor) -> Tensor:
             loss, terms = consistency_loss(
                 adv_logits,
                 start_logits,
-                y,
+                y.repeat(many) if many > 1 else y,
                 distance=self.local_objective,
                 weight=given.numbers[0] if self.local_ramp else self._local_weight,
                 label_smoothing=self.label_smoothing,
@@ -518,12 +550,3 @@ def _fill_segment(points: Sequence[Tensor], adv: Tensor, batch: Batch, key: Tens
     t = (uniform(batch.x.new_empty(len(adv), len(points)), key, batch.ids, _OF_SEGMENT) + 1) / 2
     for point, share in zip(points, t.to(adv.dtype).unbind(1), strict=True):
         torch.lerp(adv, batch.x.to(adv.dtype), column(share, adv), out=point)
-
-
-def _further(attack: PGD, model: Model, batch: Samples) -> Tensor:
-    """The steps of an attack after the first, from where that has led."""
-    adv = attack.start(batch, 0)
-    for left in reversed(range(attack.steps - 1)):
-        _, grad = batch.goal.gradient(model, adv, sized=attack.sized)
-        adv, _ = attack.step(batch, adv, grad, None, left / (attack.steps - 1))
-    return adv
