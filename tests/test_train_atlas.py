@@ -230,12 +230,45 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ramp", "shares_of_weight"),
+    [
+        ({"local_ramp": 0.5}, [0.5, 1, 1, 1]),
+        ({"local_ramp": 0.5, "local_ramp_start": 0.5}, [0, 0, 0.5, 1]),
+        ({"local_ramp": 0.75, "local_ramp_start": 0.25, "local_ramp_low": 0.4}, [0.4, 0.6, 0.8, 1]),
+        ({"local_ramp": 0.5, "local_ramp_start": 0.25, "local_ramp_low": 2.0}, [2, 1.5, 1, 1]),
+        ({"local_ramp_start": 0.5}, [0, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"local": "neighbours"}, {"local": "segment", "local_objective": "ce"}, {"local": "worst"}, {"local": "margin"},
+        {"local": "start"},
+    ],
+    ids=lambda form: form["local"],
+)  # fmt: skip
+def test_the_weight_of_every_form_may_grow(
+    form: dict[str, Any], ramp: dict[str, float], shares_of_weight: list[float]
+) -> None:
+    made = case()
+
+    def loss(epoch: int = 0, weight: float = 0.7, **how: float) -> float:
+        method = ATLAS(EPS, **form, local_weight=weight, label_smoothing=0.2, **how)
+        return float(ours(method, made, State(epoch=epoch, epochs=4)).loss)
+
+    none, full = loss(weight=0.0), loss()
+    for epoch, share in enumerate(shares_of_weight):
+        assert loss(epoch, **ramp) == pytest.approx(none + share * (full - none), rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"local": "start", "bn": "joint"}, "bn='joint' has no meaning with local='start'"),
         ({"local": "start", "local_objective": "ce"}, "local_objective='ce' cannot be had with local='start'.*'js'"),
         ({"local_objective": "js"}, "local_objective='js' cannot be had with local='neighbours'.*'kl' or 'ce'"),
-        ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
+        ({"local_ramp": 0.6, "local_ramp_start": 0.5}, "local_ramp_start=0.5 and local_ramp=0.6 end after the train"),
+        ({"local_ramp_low": 0.5}, "local_ramp_low=0.5 has no meaning where the weight does not grow.*set local_ramp"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
         ({"local": "segment", "project": True}, "project=True has no meaning with local='segment'"),

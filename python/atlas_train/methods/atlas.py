@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -45,7 +45,6 @@ _SECOND_ORDER = ("jacobian", "margin", "radius")
 #: Options that only these forms have a use for.
 _ONLY = {
     "local_objective": ("neighbours", "worst", "segment", "start"),
-    "local_ramp": ("start",),
     "iterates": ("start",),
     "keep": ("start",),
     "segment_weight": ("start",),
@@ -61,10 +60,11 @@ _OF_SEGMENT = 1  # number of the draw of points on the segment; draw 0 is the st
 
 
 class Given(NamedTuple):
-    """The batch for the training forward, [parts * B, ...], and the noise key of the step."""
+    """The batch for the training forward, [parts * B, ...], the noise key of the step, and the weight of LOCAL."""
 
     images: Tensor
     key: Tensor
+    local_weight: float
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,19 @@ class ATLAS(kept.KeptForward):
     )
     local_ramp: float = option(
         0.0,
-        "start: share of the epochs in which the weight of LOCAL grows, from epoch to epoch; 1: as in LIET; 0: it is "
-        "constant",
+        "share of the epochs in which the weight of LOCAL grows evenly, from epoch to epoch; 1: as in LIET; 0: it does "
+        "not grow",
         low=0,
         high=1,
+    )
+    local_ramp_start: float = option(
+        0.0,
+        "share of the epochs before it grows. With 0.5 for both it grows as the rate of the cyclic schedule falls",
+        low=0,
+        below=1,
+    )
+    local_ramp_low: float = option(
+        0.0, "weight of LOCAL before it grows, as a share of local_weight; above 1 it falls", low=0
     )
     iterates: Literal["first", "all"] = option(
         "first", "start: of several steps' iterates before x', whether LOCAL is of the first or the mean over all"
@@ -219,6 +228,16 @@ class ATLAS(kept.KeptForward):
             raise ValueError(
                 f"atlas: local_objective={self.local_objective!r} cannot be had with local={self.local!r}: choose "
                 f"{' or '.join(map(repr, objectives))}"
+            )
+        if self.local_ramp_start + self.local_ramp > 1 + 1e-9:
+            raise ValueError(
+                f"atlas: local_ramp_start={self.local_ramp_start:g} and local_ramp={self.local_ramp:g} end after the "
+                "training: give shares of at most 1 in all"
+            )
+        if self.local_ramp_low and not self._ramps:
+            raise ValueError(
+                f"atlas: local_ramp_low={self.local_ramp_low:g} has no meaning where the weight does not grow: leave "
+                "it out, or set local_ramp"
             )
         if self.local == "start" and self.bn == "joint":
             raise ValueError(
@@ -310,10 +329,24 @@ class ATLAS(kept.KeptForward):
     def _local_weight(self) -> float:
         return _WEIGHTS[self.local] if self.local_weight is None else self.local_weight
 
+    @property
+    def _ramps(self) -> bool:
+        return bool(self.local_ramp or self.local_ramp_start)
+
+    def _weight_now(self, state: State) -> float:
+        """The weight of LOCAL in this epoch."""
+        if not self._ramps:
+            return self._local_weight
+        epochs = max(self.local_ramp * state.epochs, 1.0)
+        grown = min(1.0, max(0.0, (state.epoch + 1 - self.local_ramp_start * state.epochs) / epochs))
+        return self._local_weight * (self.local_ramp_low + (1 - self.local_ramp_low) * grown)
+
     def changing(self, state: State) -> tuple[float, ...]:
-        if not self.local_ramp:
-            return ()
-        return (self._local_weight * min(1.0, (state.epoch + 1) / (self.local_ramp * state.epochs)),)
+        return (self._weight_now(state),) if self._ramps and self.local == "start" else ()
+
+    def phase(self, state: State) -> Hashable:
+        """The weight of all forms but start, whose kernels take it from the host."""
+        return () if self.local == "start" else self._weight_now(state)
 
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
         if self._origin:
@@ -334,9 +367,9 @@ class ATLAS(kept.KeptForward):
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         if self.local == "start":
             return super().prepare(model, batch, key, state)
-        return self._prepared(model, batch, key)
+        return self._prepared(model, batch, key, state)
 
-    def _prepared(self, model: nn.Module, batch: Batch, key: Tensor) -> Given:
+    def _prepared(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
         """The batch for the training forward: the attack up to its last gradient, then the rest in one pass."""
         attack, points = self._attack, self._points if self.local == "neighbours" else 0
         images = self._buffer(model, batch.x, self._parts)
@@ -370,7 +403,7 @@ class ATLAS(kept.KeptForward):
         elif self.local == "segment":
             adv, *between = images.chunk(self._parts)[-1 - self._points :]
             _fill_segment(between, adv, batch, key)
-        return Given(images, key)
+        return Given(images, key, self._weight_now(state))
 
     def _neighbour(self, adv: Tensor, batch: Batch, key: Tensor, number: int) -> Tensor:
         """A point uniform in the local ball of l2 or l1, by a draw that the attack's start does not have."""
@@ -394,7 +427,7 @@ class ATLAS(kept.KeptForward):
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
         parts = [given.images] if self._bn == "joint" else given.images.chunk(self._parts)
-        return self._combine(_logits(model, parts), batch)
+        return self._combine(_logits(model, parts), batch, given.local_weight)
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
         if self._origin:
@@ -437,7 +470,7 @@ class ATLAS(kept.KeptForward):
                 start_logits,
                 y.repeat(many) if many > 1 else y,
                 distance=self.local_objective,
-                weight=given.numbers[0] if self.local_ramp else self._local_weight,
+                weight=given.numbers[0] if self._ramps else self._local_weight,
                 label_smoothing=self.label_smoothing,
                 return_terms=True,
             )
@@ -474,9 +507,9 @@ class ATLAS(kept.KeptForward):
         parts = [*clean, adv]
         with twice_differentiable():
             logits = _logits(model, [torch.cat(parts)] if self._bn == "joint" else parts)
-        loss, metrics = self._combine(logits, batch)
+        loss, metrics = self._combine(logits, batch, given.local_weight)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
-        return loss + self._local_weight * local, metrics | {"local": local.detach()}
+        return loss + given.local_weight * local, metrics | {"local": local.detach()}
 
     def _local(self, logits: Tensor, adv: Tensor, batch: Batch, key: Tensor) -> Tensor:
         if self.local == "jacobian":
@@ -486,14 +519,14 @@ class ATLAS(kept.KeptForward):
             return atlas_local.margin_penalty(logits, adv, batch.y, self._radius, self.norm)
         return atlas_local.radius_penalty(logits, adv, batch.y, self._radius, self.rivals, self.norm)
 
-    def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor) -> Tensor:
+    def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor, local_weight: float) -> Tensor:
         """Every cross-entropy of the loss: that of x', and those of x and of the neighbours where their term is ce."""
         points = parts[len(parts) - self._points :]
         loss = self.smoothed(loss, parts[int(self._global_term != "none")], y)
         if self._global_term == "ce":
             loss = self.smoothed(loss, parts[0], y, self.global_weight)
         for point in points if self.local_objective == "ce" else ():
-            loss = self.smoothed(loss, point, y, self._local_weight / len(points))
+            loss = self.smoothed(loss, point, y, local_weight / len(points))
         return loss
 
     def _buffer(self, model: nn.Module, x: Tensor, parts: int) -> Tensor:
@@ -510,7 +543,7 @@ class ATLAS(kept.KeptForward):
             self._buffers[wanted] = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
         return self._buffers[wanted]
 
-    def _combine(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def _combine(self, logits: Tensor, batch: Batch, local_weight: float) -> tuple[Tensor, Metrics]:
         """The loss from the logits of [x; x'; z], in one pass over them for every label."""
         metrics: Metrics = {}
         parts = logits.split(len(batch.y))
@@ -520,7 +553,7 @@ class ATLAS(kept.KeptForward):
                 logits,
                 y,
                 local=self.local_objective if self._points else "none",
-                local_weight=self._local_weight,
+                local_weight=local_weight,
                 global_term=self._global_term,
                 global_weight=self.global_weight,
                 return_terms=True,
@@ -529,7 +562,7 @@ class ATLAS(kept.KeptForward):
                 metrics.setdefault("local", terms[1].mean())
             if self._global_term != "none":
                 metrics.setdefault("global", terms[2].mean())
-            return self._smoothed(loss, parts, y)
+            return self._smoothed(loss, parts, y, local_weight)
 
         loss = batch.over_labels(loss_of)
         metrics["adv"] = accuracy(parts[len(parts) - self._points - 1], batch)
