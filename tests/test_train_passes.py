@@ -49,6 +49,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "n_fgsm": ({}, 2 + 3),
     "backward_smoothing": ({}, 2 + 2 * 1 + 2 * 3),  # its K is 1
     "free": ({"replays": 8}, 3 * 8),
+    "stored_adv": ({"local_weight": 1.0}, 3),
+    "stored_adv:2 replays": ({"replays": 2}, 3 * 2),
     "yopo": ({"outer": 5, "inner": 3}, 3 * 5),
     "mma": ({"steps": 10}, 3 + 3),  # an untrained network is sure of no label; else test_train_mma
     # A gradient with a graph is a forward and a backward to the input, 2; its backward runs that backward's transpose,

@@ -82,6 +82,10 @@ def _adv(steps: int) -> dict[str, Any]:
     return {"method": "adv", "hyper": {"steps": steps, "step_size": OfEps(1.25 / steps if steps < 10 else 0.25)}}
 
 
+def _stored(**hyper: Any) -> dict[str, Any]:
+    return {"method": "stored_adv", "hyper": {"step_size": OfEps(1.0)} | hyper}
+
+
 #: By name what each sets.
 RECIPES: dict[str, dict[str, Any]] = {
     "start": _start(),
@@ -147,6 +151,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "atlas-2-points": _atlas(count=2),
     "atlas-jacobian": _atlas(local="jacobian"),
     "atlas-10-steps": _atlas(steps=10, step_size=OfEps(0.25)),
+    # no attack: a stored perturbation, which the training's own backward moves
+    "stored_adv": _stored(),
+    "stored_adv-logit1": _stored(local_weight=1.0),
+    "stored_adv-logit0.1": _stored(local_weight=0.1),
+    "stored_adv-kl3": _stored(local_weight=3.0, local_objective="kl"),
+    "stored_adv-step2": _stored(step_size=OfEps(2.0)),
+    "stored_adv-decay0.9": _stored(decay=0.9),
+    "stored_adv-2-replays": _stored(replays=2),
     # rivals
     "adv-1": {"method": "one_step_adv"},
     "adv-2": _adv(2),
