@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .apgd import APGD
 from .attack import Attack
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
@@ -16,6 +17,6 @@ from .search import Search
 from .square import Square
 
 __all__ = [
-    "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
+    "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
     "MinimumNormResult", "Model", "Search", "Square", "attacking", "leave_no_trace",
 ]  # fmt: skip
