@@ -190,7 +190,9 @@ class APGD(Search):
         look, the sample goes back to it and the step to its first size; else the step becomes shorter."""
         opens, looks = now.opens > 0, now.few >= 0
         first = torch.zeros_like(found["size"]) + radius
-        moved = (found["best"] != batch.x).flatten(1).sum(1).to(first.dtype)
+        # Steps of equal shares end in ties with what the projection takes off: what is left there is rounding.
+        rounding = 4 * torch.finfo(first.dtype).eps * (batch.x.abs() + column(first, batch.x))
+        moved = ((found["best"] - batch.x).abs() > rounding).flatten(1).sum(1).to(first.dtype)
         entries = batch.x[0].numel()
         share = moved / entries / _SPARSER
         if not self.large_radii and batch.given_start is None:
