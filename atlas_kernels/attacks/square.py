@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ..checks import number_in
 from ..layout import column, compute_dtype
+from ..perturb import random_start
 from ..schema import L1, L2, LINF
 from .arguments import require_choice
 from .batch import Batch
 from .objective import Model
-from .row_noise import uniform
 from .search import Search, State
 
 #: Of 10,000 queries, those after which the squares cover half as much.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_ROUND = 0x9E3779B1  # far from a round to the next, in 32 bits
 _TINY = 1e-12
 
 
@@ -77,38 +78,37 @@ class Square(Search):
         adv, number = state["adv"], state["number"]
         channels, *sides = adv.shape[1:]
         patterns = _patterns(self.norm, self.p_init, *sides, adv.device, compute_dtype(adv.dtype))
-        noise = uniform(batch, state["draw"], number + 1, [5 + channels])
-        signs, flipped = _signs(noise[:, 5:, None, None]), noise[:, 4] < 0.5
-        level = patterns.level(number, self.steps)
-        first, second = patterns.window(level, noise[:, :2]), patterns.window(level, noise[:, 2:4])
+        noise = self._noise(batch, state["draw"], number + 1, 5 + channels)
+        signs, level = _signs(noise[:, 5:, None, None]), patterns.level(number, self.steps)
+        first = patterns.window(level, noise[:, :2])
         if self.norm == LINF:
             # From one side of the ball to the other it is 2 eps: with 3 rounding cannot stop short of it.
             return batch.step(adv, signs * first.rows * first.columns, batch.eps * 3)
-        pattern = signs * patterns.drawn(level, flipped, first)
-        return self._filled(batch, self._moved(batch, adv - batch.x, pattern, first.inside, second.inside))
+        second = patterns.window(level, noise[:, 2:4])
+        pattern = signs * patterns.drawn(level, noise[:, 4] < 0, first)
+        return self._filled(batch, self._moved(batch, (adv - batch.x).to(noise.dtype), pattern, first, second))
 
-    def _moved(self, batch: Batch, delta: Tensor, pattern: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def _moved(self, batch: Batch, delta: Tensor, pattern: Tensor, first: _Window, second: _Window) -> Tensor:
         """The perturbation ``delta`` with all that is in one of two windows, and what it falls short of eps, moved into
-        the first of them, where it takes the form of ``pattern`` and of what was there."""
+        the first of them, where it takes the form of ``pattern`` and of what was there; in the memory of both."""
         order = _order(self.norm)
-        delta = delta.to(pattern.dtype)
 
         def size(t: Tensor, dims: tuple[int, ...] = (2, 3)) -> Tensor:
             return torch.linalg.vector_norm(t, order, dim=dims, keepdim=True)
 
-        there, held = delta * first, delta * (first | second)
+        there, held = delta * first.inside, delta * (first.inside | second.inside)
         short = (column(batch.eps, delta) ** order - size(delta, (1, 2, 3)) ** order).clamp_min(0.0)
         channels = delta.shape[1]
         room = (short / channels + size(held) ** order) ** (1 / order)
         if self.norm == L1:
             room = room * channels  # as published; the projection takes back what is too much
-        form = torch.addcdiv(pattern, there, size(there) + _TINY)
-        return delta - held + form * (room / (size(form) + _TINY))
+        form = pattern.addcdiv_(there, size(there) + _TINY)
+        return delta.sub_(held).add_(form.mul_(room / (size(form) + _TINY)))
 
     def _stripes(self, batch: Batch, draw: Tensor) -> Tensor:
         _, channels, height, width = batch.x.shape
-        signs = _signs(uniform(batch, draw, 0, [channels, 1, width]))
-        return batch.step(batch.x, signs.expand(-1, -1, height, -1), batch.eps)
+        signs = _signs(self._noise(batch, draw, 0, channels, 1, width)).expand(-1, -1, height, -1)
+        return batch.step(batch.x, signs, batch.eps)
 
     def _grid(self, batch: Batch, draw: Tensor) -> Tensor:
         """Tiles, whose sides are a fifth of the height, each with a pattern; the ends of the image are left out."""
@@ -116,9 +116,9 @@ class Square(Search):
         side = max(1, height // 5)
         begin = max(0, height - 5 * side) // 2
         down, across = ((length - begin) // side for length in (height, width))
-        noise = uniform(batch, draw, 0, [1 + channels, down, 1, across, 1])
+        noise = self._noise(batch, draw, 0, 1 + channels, down, 1, across, 1)
         tile = _pattern(side, self.norm).to(noise)[:, None]  # [side, 1, side], as each lies in the noise
-        tiles = torch.where(noise[:, :1] < 0.5, tile, tile.transpose(0, 2)) * _signs(noise[:, 1:])
+        tiles = torch.where(noise[:, :1] < 0, tile.transpose(0, 2), tile) * _signs(noise[:, 1:])
         end, right = begin + down * side, begin + across * side
         delta = torch.zeros_like(batch.x, dtype=noise.dtype)
         delta[:, :, begin:end, begin:right] = tiles.reshape(-1, channels, down * side, across * side)
@@ -128,18 +128,27 @@ class Square(Search):
         """x with a perturbation of any length, in l2 brought to that of eps, in l1 into the ball."""
         return batch.step(batch.x, delta, batch.eps) if self.norm == L2 else batch.inside(batch.x + delta)
 
+    def _noise(self, batch: Batch, draw: Tensor, number: Tensor | int, *shape: int) -> Tensor:
+        """Uniform in [-1, 1), [B, *shape]; what a row gets goes by its sample, its round and its query. In one launch,
+        that of a random start, in which each query of a sample counts as a sample."""
+        ids = batch.numbers() * (self.steps + 1) + draw * _ROUND + number
+        zeros = torch.zeros(len(ids), math.prod(shape), dtype=compute_dtype(batch.x.dtype), device=ids.device)
+        noise = random_start(zeros, 1.0, key=batch.key, ids=ids, clip_min=-1.0, clip_max=1.0, out=zeros)
+        return noise.view(-1, *shape)
+
     def _judge(self, model: Model, batch: Batch, adv: Tensor) -> tuple[Tensor, Tensor]:
         logits = batch.goal.predict(model, adv)
         return replace(batch.goal, kind=self.objective).judge(logits)
 
 
 class _Window(NamedTuple):
-    """A square in each image: where it begins, and which rows [B, 1, H, 1] and columns [B, 1, 1, W] it has."""
+    """A square in each image: which rows [B, 1, H, 1] and columns [B, 1, 1, W] it has, and how far down [B, H] and
+    across [B, W] from its corner they are."""
 
-    top: Tensor
-    left: Tensor
     rows: Tensor
     columns: Tensor
+    down: Tensor
+    across: Tensor
 
     @property
     def inside(self) -> Tensor:
@@ -162,27 +171,25 @@ class _Patterns:
         return torch.bucketize((number.double() / steps * 10_000).long(), self.halvings)
 
     def window(self, level: Tensor, place: Tensor) -> _Window:
-        """Those that begin at ``place``, two numbers in [0, 1) for each image."""
+        """Those that begin at ``place``, two numbers in [-1, 1) for each image."""
         size = self.sizes[level]
-        top, left = ((place[:, i] * (side - size)).long() for i, side in enumerate((self.height, self.width)))
-
-        def within(begin: Tensor, side: int) -> Tensor:
-            at = torch.arange(side, device=begin.device) - begin[:, None]
-            return (at >= 0) & (at < size[:, None])
-
-        rows, columns = within(top, self.height), within(left, self.width)
-        return _Window(top, left, rows[:, None, :, None], columns[:, None, None])
+        (rows, down), (columns, across) = (
+            _span((at + 1) / 2, size, length) for at, length in zip(place.T, (self.height, self.width), strict=True)
+        )
+        return _Window(rows[:, None, :, None], columns[:, None, None], down, across)
 
     def drawn(self, level: Tensor, flipped: Tensor, window: _Window) -> Tensor:
         """The patterns in their windows, and zeros elsewhere, [B, 1, H, W]."""
         side = self.forms.shape[-1]
+        rows, columns = ((at + 1).clamp(0, side - 1) for at in (window.down, window.across))
+        above = (2 * level + flipped)[:, None] * side + rows
+        return self.forms.flatten()[(above * side)[:, :, None] + columns[:, None]][:, None]
 
-        def along(begin: Tensor, length: int) -> Tensor:
-            return (torch.arange(length, device=begin.device) - begin[:, None] + 1).clamp(0, side - 1)
 
-        which = (2 * level + flipped)[:, None, None] * side
-        rows, columns = along(window.top, self.height), along(window.left, self.width)
-        return self.forms.flatten()[(which + rows[:, :, None]) * side + columns[:, None]][:, None]
+def _span(place: Tensor, size: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Where of ``length`` pixels those of a window are, bool [B, length], and how far each pixel is from its first."""
+    at = torch.arange(length, device=size.device) - (place * (length - size)).long()[:, None]
+    return (at >= 0) & (at < size[:, None]), at
 
 
 @lru_cache(maxsize=8)
@@ -193,14 +200,13 @@ def _patterns(norm: str, p_init: float, height: int, width: int, device: torch.d
         size = max(size, 1) if norm == LINF else max(size, 3) // 2 * 2 + 1
         sizes.append(min(size, height, width))
     largest = 0 if norm == LINF else max(sizes)
-    forms = torch.zeros(len(sizes), 2, largest + 2, largest + 2)
+    forms = torch.zeros(len(sizes), 2, largest + 2, largest + 2, dtype=torch.float64)
     if norm != LINF:
         for form, size in zip(forms, sizes, strict=True):
             pattern = _pattern(size, norm)
             form[:, 1 : size + 1, 1 : size + 1] = torch.stack([pattern, pattern.T])
-    made = (torch.tensor(sizes), forms.to(dtype), torch.tensor(_HALVINGS))
-    sizes_there, forms, halvings = (t.to(device) for t in made)
-    return _Patterns(sizes_there, forms, halvings, height, width)
+    numbers, halvings = (torch.tensor(values, device=device) for values in (sizes, _HALVINGS))
+    return _Patterns(numbers, forms.to(device, dtype), halvings, height, width)
 
 
 def _pattern(size: int, norm: str) -> Tensor:
@@ -228,4 +234,4 @@ def _order(norm: str) -> int:
 
 
 def _signs(noise: Tensor) -> Tensor:
-    return torch.where(noise < 0.5, -1.0, 1.0).to(noise.dtype)
+    return torch.where(noise < 0, -1.0, 1.0).to(noise.dtype)
