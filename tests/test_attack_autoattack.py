@@ -17,8 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from atlas_kernels import Execution
-from atlas_kernels.attacks import AutoAttack, AutoAttackResult, Batch, Search, ensemble, progress, row_noise, saved
+from atlas_kernels.attacks import (
+    AutoAttack,
+    AutoAttackResult,
+    Batch,
+    Search,
+    Square,
+    ensemble,
+    progress,
+    row_noise,
+    saved,
+)
+from atlas_kernels.attacks.apgd import APGD
 from atlas_kernels.attacks.execution import current_execution
+from atlas_kernels.attacks.fab import FAB
 from atlas_kernels.attacks.pool import State
 from atlas_kernels.attacks.sound import distances, within
 from test_attack_contract import Net, Snapshot
@@ -184,6 +196,69 @@ def test_stored_points_are_in_the_ball_for_certain(norm: str, device) -> None:
             assert (reached <= eps).all()
             assert torch.allclose(kept, batch.inside(points), atol=eps * 1e-5 + 1e-7)
     assert exceeding  # so the projection alone would not do
+
+
+# Versions
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+def test_versions_are_the_published_ones(norm: str, version: str) -> None:
+    package = pytest.importorskip("pyautoattack")
+    theirs = package.AutoAttack(nn.Identity(), eps=EPS, norm=norm.capitalize(), version=version)
+    ours, changes = AutoAttack(EPS, norm=norm, version=version).searches(10)
+    assert list(ours) == theirs.attacks_to_run and changes == ()
+    for name, part in ours.items():
+        assert (part.eps, part.norm) == (EPS, norm)
+        if isinstance(part, APGD):
+            same = theirs.apgd_targeted if part.targeted else theirs.apgd
+            assert (part.steps, part.eot_iter, part.rho) == (same.n_iter, same.eot_iter, same.thr_decr)
+            assert (part.restarts, part.large_radii) == (same.n_restarts, same.use_largereps)
+            assert part.objective == {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}[name]
+            if part.targeted:
+                assert part.target_classes == same.n_target_classes
+        elif isinstance(part, FAB):
+            restarts = 1 if part.targeted else theirs.fab.n_restarts  # as its run sets it for fab-t
+            assert (part.steps, part.restarts) == (theirs.fab.n_iter, restarts)
+            assert (part.alpha_max, part.eta, part.beta) == (theirs.fab.alpha_max, theirs.fab.eta, theirs.fab.beta)
+            assert part.targeted == (name == "fab-t")
+            assert not part.targeted or part.target_classes == theirs.fab.n_target_classes
+        else:
+            assert isinstance(part, Square)
+            assert (part.steps, part.p_init) == (theirs.square.n_queries, theirs.square.p_init)
+            assert part.restarts == theirs.square.n_restarts
+
+
+def test_few_classes() -> None:
+    def names(version: str, classes: int) -> tuple[list[str], int]:
+        parts, changes = AutoAttack(EPS, norm="l1", version=version).searches(classes)
+        for part in parts.values():
+            assert part.rounds(classes)
+        if version == "standard" and classes == 3:
+            dlr = parts["apgd-dlr"]
+            assert isinstance(dlr, APGD) and (dlr.objective, dlr.large_radii, dlr.restarts) == ("dlr", True, 5)
+        return list(parts), len(changes)
+
+    assert names("standard", 4) == (["apgd-ce", "apgd-t", "fab-t", "square"], 0)
+    assert names("standard", 3) == (["apgd-ce", "apgd-dlr", "fab-t", "square"], 1)
+    assert names("standard", 2) == (["apgd-ce", "fab-t", "square"], 1)
+    assert names("apgd", 3) == (["apgd-ce", "apgd-dlr"], 1)
+    assert names("apgd", 2) == (["apgd-ce"], 1)
+    assert names("rand", 3) == (["apgd-ce", "apgd-dlr"], 0)
+    assert names("rand", 2) == (["apgd-ce"], 1)
+    assert names("plus", 3) == (["apgd-ce", "apgd-dlr", "fab", "square", "fab-t"], 1)
+    assert names("plus", 2) == (["apgd-ce", "fab", "square", "fab-t"], 2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_are_said(case, classes: int) -> None:
+    model, x, _ = case
+    few = Changed(model, lambda logits: logits[:, :classes]).eval()
+    y = few(x[:4]).argmax(1)
+    with pytest.warns(UserWarning, match="no apgd-t, whose DLR loss takes four classes"):
+        record = AutoAttack(EPS, version="apgd").run(few, x[:4], y).record
+    assert list(record.parts) == (["apgd-ce"] if classes == 2 else ["apgd-ce", "apgd-dlr"])
+    assert record.instead[0].startswith(f"no apgd-t, whose DLR loss takes four classes, as the model has {classes}")
 
 
 # What was saved

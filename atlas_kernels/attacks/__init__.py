@@ -15,10 +15,11 @@ from .minimum_norm import MinimumNorm, MinimumNormResult
 from .objective import Model
 from .pgd import PGD
 from .search import Search
+from .sharded import LostProcesses, run_sharded
 from .square import Square
 
 __all__ = [
     "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord",
-    "AutoAttackResult", "Batch", "Execution", "LastStep", "MinimumNorm", "MinimumNormResult", "Model", "Search",
-    "Square", "attacking", "leave_no_trace",
+    "AutoAttackResult", "Batch", "Execution", "LastStep", "LostProcesses", "MinimumNorm", "MinimumNormResult", "Model",
+    "Search", "Square", "attacking", "leave_no_trace", "run_sharded",
 ]  # fmt: skip

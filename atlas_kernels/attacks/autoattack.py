@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import kind_of, require_float_images, whole
-from ..schema import LINF, NORMS
+from ..schema import L1, LINF, NORMS
 from . import saved
+from .apgd import APGD
 from .arguments import require_choice, require_count, require_radius
 from .ensemble import AutoAttackRecord as AutoAttackRecord
 from .ensemble import AutoAttackResult as AutoAttackResult
 from .ensemble import Evaluation, Say
+from .fab import FAB
 from .search import Search
+from .square import Square
 
-VERSIONS = ("custom",)
+VERSIONS = ("standard", "plus", "rand", "apgd", "custom")
+TARGETS, L1_TARGETS = 9, 5  # classes that APGD-T and FAB-T aim at; APGD-T in the standard version for l1
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -48,7 +52,7 @@ class AutoAttack:
     eps: float
     _: KW_ONLY
     norm: str = LINF
-    version: str = "custom"
+    version: str = "standard"
     parts: Mapping[str, Search] | None = None
     seed: int = 0
 
@@ -124,8 +128,59 @@ class AutoAttack:
         """The attacks for a network of so many classes, by name, and what differs from the version as published."""
         if self.parts is not None:
             return dict(self.parts), ()
-        return {}, ()
+        made = _VERSIONS[self.version](self)
+        changes = []
+        if classes < 4 and "apgd-t" in made:
+            changes.append(f"no apgd-t, whose DLR loss takes four classes, as the model has {classes}")
+            if classes == 3 and "apgd-dlr" not in made:
+                changes[-1] += ": apgd-dlr in its place"
+                ce = made["apgd-ce"]
+                assert isinstance(ce, APGD)
+                instead = "apgd-dlr", replace(ce, objective="dlr")
+                made = dict(instead if name == "apgd-t" else (name, part) for name, part in made.items())
+            made.pop("apgd-t", None)
+        if classes < 3 and made.pop("apgd-dlr", None) is not None:
+            changes.append(f"no apgd-dlr, whose DLR loss takes three classes, as the model has {classes}")
+        return made, tuple(changes)
 
     def key(self, name: str) -> Tensor:
         """The noise key of a part, so that it finds the same whatever runs before it."""
         return torch.tensor([(self.seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % 2**63, 0])
+
+
+def _standard(of: AutoAttack) -> dict[str, Search]:
+    l1 = of.norm == L1
+    return {
+        "apgd-ce": APGD(of.eps, norm=of.norm, restarts=5 if l1 else 1, large_radii=l1),
+        "apgd-t": APGD(
+            of.eps, norm=of.norm, objective="dlr_targeted", target_classes=L1_TARGETS if l1 else TARGETS, large_radii=l1
+        ),
+        "fab-t": FAB(of.eps, norm=of.norm, target_classes=TARGETS),
+        "square": Square(of.eps, norm=of.norm),
+    }
+
+
+def _plus(of: AutoAttack) -> dict[str, Search]:
+    eps, norm = of.eps, of.norm
+    return {
+        "apgd-ce": APGD(eps, norm=norm, restarts=5),
+        "apgd-dlr": APGD(eps, norm=norm, objective="dlr", restarts=5),
+        "fab": FAB(eps, norm=norm, targeted=False, restarts=5),
+        "square": Square(eps, norm=norm),
+        "apgd-t": APGD(eps, norm=norm, objective="dlr_targeted", target_classes=TARGETS),
+        "fab-t": FAB(eps, norm=norm, target_classes=TARGETS),
+    }
+
+
+def _rand(of: AutoAttack) -> dict[str, Search]:
+    return {
+        "apgd-ce": APGD(of.eps, norm=of.norm, eot_iter=20),
+        "apgd-dlr": APGD(of.eps, norm=of.norm, objective="dlr", eot_iter=20),
+    }
+
+
+def _apgd(of: AutoAttack) -> dict[str, Search]:
+    return {name: part for name, part in _standard(of).items() if name.startswith("apgd")}
+
+
+_VERSIONS = {"standard": _standard, "plus": _plus, "rand": _rand, "apgd": _apgd}

@@ -205,6 +205,8 @@ class Evaluation:
         self.searches, self.instead = self.plan.searches(found.classes)
         if not found.differentiable:
             self._leave_out_gradients()
+        for part in self.searches.values():
+            part.rounds(self.classes)  # raises where there are too few
         for change in self.instead:
             warnings.warn(f"AutoAttack: {change}", stacklevel=6)
         self.whose = self._whose() if self.path else {}

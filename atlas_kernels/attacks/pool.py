@@ -77,6 +77,7 @@ class Pool:
         self.here: Batch | None = None
         self.every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.unseen = 0  # iterations since the last look
+        self.others = batch.x[:2].to(self.device)
 
     def run(self, model: Model) -> None:
         """Until no sample waits and none is attacked."""
@@ -88,8 +89,8 @@ class Pool:
         self._refill(model)
         if self.here is None:
             return bool(self.waiting)  # every sample that entered was fooled by its start
-        before, network = self.state, never_alone(model, self.batch.x)
-        self.state = self.search.advance(network, self.here, before)
+        before = self.state
+        self.state = self.search.advance(never_alone(model, self.others), self.here, before)
         self.numbers = [number + 1 for number in self.numbers]
         if self.every > 1:  # a sample that has been fooled since the last look stays where it was
             was = before["fooled"]
@@ -111,7 +112,7 @@ class Pool:
         rows, draws = ([entry[i] for entry in entering] for i in (0, 1))
         new = self._gather(rows)
         draw = torch.tensor(draws, device=self.device)
-        begun = self.search.begin(never_alone(model, self.batch.x), new, draw)
+        begun = self.search.begin(never_alone(model, self.others), new, draw)
         self.state = {name: torch.cat([self.state[name], begun[name]]) for name in begun} if self.rows else begun
         self.rows, self.draws, self.numbers = self.rows + rows, self.draws + draws, self.numbers + [0] * len(rows)
         self.batch.goal.learn(new.goal)
@@ -185,9 +186,8 @@ class Pool:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where another pool of the same batch and search stood."""
         self.waiting = deque((row, draw) for row, draw in saved["waiting"])
-        self.rows, self.draws, self.numbers, self.unseen = (
-            saved[name] for name in ("rows", "draws", "numbers", "unseen")
-        )
+        names = ("rows", "draws", "numbers", "unseen")
+        self.rows, self.draws, self.numbers, self.unseen = (saved[name] for name in names)
         self.state = {name: held.to(self.device) for name, held in saved["state"].items()}
         self.fooled.copy_(saved["fooled"])
         self.adv[self.fooled & ~self.given] = saved["adv"].to(self.adv.device)
