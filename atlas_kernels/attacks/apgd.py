@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import flag, number_in
 from ..layout import column, compute_dtype
-from ..perturb import pgd_step, project
+from ..perturb import apgd_step, project
 from ..schema import L1, LINF
 from . import row_noise
 from .arguments import require_choice, require_count
@@ -149,7 +149,7 @@ class APGD(Search):
         point = torch.where(column(back, x), best, point)
         grad = torch.where(column(back, x), best_grad, grad)
         momentum = torch.where(opens, 1.0, _MOMENTUM).to(value.dtype)
-        following = _apgd_step(
+        following = apgd_step(
             point, state["before"], grad, x, radius, found["size"], momentum, norm=self.norm, clip_min=batch.clip_min,
             clip_max=batch.clip_max, largest=self._entries(found),
         )  # fmt: skip
@@ -263,19 +263,3 @@ def _inside(points: Tensor, batch: Batch, radius: float | Tensor) -> Tensor:
     return project(
         points.to(batch.x.dtype), batch.x, radius, norm=batch.norm, clip_min=batch.clip_min, clip_max=batch.clip_max
     )
-
-
-def _apgd_step(
-    adv: Tensor, old: Tensor, grad: Tensor, x: Tensor, eps: float | Tensor, step_size: Tensor, momentum: Tensor, *,
-    largest: Tensor | None, **how: Any,
-) -> Tensor:  # fmt: skip
-    """Stands in for the operator of this name."""
-    if largest is None:
-        stepped = pgd_step(adv, grad, x, eps, step_size, **how)
-        m = column(momentum.to(adv.dtype), adv)
-        return project(adv + m * (stepped - adv) + (1 - m) * (adv - old), x, eps, **how)
-    size = grad.abs().flatten(1)
-    least = column(size.sort(1, descending=True).values.gather(1, largest[:, None] - 1)[:, 0], adv)
-    way = torch.where(grad.abs() >= least, grad.sign(), 0.0)
-    way = way / column(way.abs().flatten(1).sum(1).clamp_min(1), adv)
-    return project(adv + (column(step_size, adv) * way).to(adv.dtype), x, eps, **how)
