@@ -55,11 +55,12 @@ from .transforms import followed
 _random_start = backends.caller("random_start")
 _label_noise_start = backends.caller("label_noise_start")
 _pgd_step = backends.caller("pgd_step")
-_apgd_step = backends.caller("apgd_step")
 _sample_neighbours = backends.caller("sample_neighbours")
 _pgd_step_neighbours = backends.caller("pgd_step_neighbours")
 _random_start_norm = backends.caller("random_start_norm")
 _pgd_step_norm = backends.caller("pgd_step_norm")
+_apgd_step = backends.caller("apgd_step")
+_apgd_step_norm = backends.caller("apgd_step_norm")
 _project = backends.caller("project")
 
 SPARSITY = 0.99  # of an l1 step; cleverhans' grad_sparsity (99 %) and foolbox's quantile
@@ -321,14 +322,19 @@ def apgd_step(
         _require_finite("step_size", *step)
         grad = _in_fp32_range(grad.detach(), adv)
     inputs = adv, old, x, ball[1], step[1], share[1]
-    if followed(*inputs) or _needs_grad(*inputs) or number:
+    if followed(*inputs) or _needs_grad(*inputs):
         _refuse_out(out, cast)
         if number:
             return plain.apgd(adv, old, grad, x, norm, ball, step, share, bounds, descend, active, counts).to(adv.dtype)
         found = plain_linf.apgd(adv, old, grad.detach(), x, *ball, *step, *share, bounds, descend, active)
         return found.to(adv.dtype)
     out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
-    _apgd_step(adv, old, grad, x, *ball, *step, *share, *bounds, descend, active, out, cast)
+    if number:
+        _apgd_step_norm(
+            adv, old, grad, x, number, *ball, *step, *share, *bounds, descend, active, out, cast, counts
+        )  # fmt: skip
+    else:
+        _apgd_step(adv, old, grad, x, *ball, *step, *share, *bounds, descend, active, out, cast)
     return out
 
 

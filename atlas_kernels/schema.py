@@ -69,11 +69,15 @@ OPERATORS: dict[str, dict[str, str]] = {
     "nuclear_norm": {
         "nuclear_norm": "same[batch, classes] d, wide[]! value, wide[batch, classes]!? grad",
     },
-    # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
+    # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense. By
+    # sample, those that tie with the last one move too.
     "perturb_norms": {
         "random_start_norm": f"images[batch] x=adv, int norm, number[batch] eps, {_CLIP}, {_NOISE}, images[batch]! out",
         "pgd_step_norm": f"{_STEP}, int norm, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, "
         "bool[batch]? active, images[batch]! out, images[batch]!? cast, int largest",
+        "apgd_step_norm": f"{_APGD}, int norm, number[batch] eps, number[batch] step_size, number[batch] momentum, "
+        f"{_CLIP}, bool descend, bool[batch]? active, images[batch]! out, images[batch]!? cast, "
+        "int64[batch]? largest=largest_rows",
         "project": f"images[batch] v=adv, images[batch] x, int norm, number[batch] eps, {_CLIP}, images[batch]! out",
     },
     # d, m: the rows `index` of stored and momentum. Without grad out = clip(x + d); else see csrc/api.h.

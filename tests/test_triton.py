@@ -241,6 +241,7 @@ def norms_on(backend, adv, grad, x, norm, eps, step, **options):
             "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, norm=norm, **options),
             "project": ak.project(adv, x, eps, norm=norm, **clip),
             "project linf": ak.project(adv, x, 0.05, **clip),
         } | {

@@ -246,6 +246,7 @@ def check_norms(adv, grad, x, norm, eps, step, *, key=KEY, out_dtype=None, out_l
             "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, norm=norm, **options),
             "project": ak.project(inside, x, eps, norm=norm, out=inside, **clip),
             "project linf": ak.project(adv, x, eps, **clip),
         } | {

@@ -197,7 +197,8 @@ def apgd(
     point, grad, size = adv.to(dtype), grad.to(dtype), -size if descend else size
     if not adv.numel():
         return point
-    if largest is not None:
+    if norm == L1:
+        assert largest is not None
         found = inside(moved_by_signs(point, grad, size, largest), x, norm, eps, bounds)
     else:
         found = inside(moved(point, grad, size, norm), x, norm, eps, bounds)
@@ -225,6 +226,18 @@ def pgd_step_norm(
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active, largest)
+    out.copy_(found)
+    if cast is not None:
+        cast.copy_(found)
+
+
+@torch.no_grad()
+def apgd_step_norm(
+    adv, old, grad, x, norm, eps, eps_rows, step_size, step_rows, momentum, momentum_rows, clip_min, min_rows, clip_max,
+    max_rows, descend, active, out, cast, largest,
+):  # fmt: skip
+    bounds, numbers = (clip_min, min_rows, clip_max, max_rows), ((eps, eps_rows), (step_size, step_rows))
+    found = apgd(adv, old, grad, x, NORMS[norm], *numbers, (momentum, momentum_rows), bounds, descend, active, largest)
     out.copy_(found)
     if cast is not None:
         cast.copy_(found)
