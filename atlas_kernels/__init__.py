@@ -11,6 +11,7 @@ from .augment import augment
 from .backends import BackendUnavailable, backend
 from .batch_norm import batch_norm
 from .double_backward import FastDoubleBackward
+from .hyperplane import hyperplane_step
 from .losses import (
     atlas_loss,
     consistency_loss,
@@ -63,6 +64,7 @@ __all__ = [
     "dlr_loss",
     "entropy",
     "gairat_weights",
+    "hyperplane_step",
     "keep_memory",
     "kl_div",
     "label_noise_start",

@@ -33,6 +33,7 @@ _IN_PLACE = {
     "pgd_step": ("adv", "grad", "x"),
     "pgd_step_norm": ("adv", "grad", "x"),
     "project": ("v", "x"),
+    "hyperplane_step": ("adv", "grad", "x"),
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
     "stored_start": ("x",),
