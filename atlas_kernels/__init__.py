@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .attacks import FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep
+from .attacks import FAB, FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .batch_norm import batch_norm
@@ -43,6 +43,7 @@ from .stored import stored_start, stored_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "FAB",
     "FGSM",
     "MIFGSM",
     "PGD",

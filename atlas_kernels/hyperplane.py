@@ -77,7 +77,7 @@ def hyperplane_step(
     require_float_images("gap", gap)
     if gap.shape != adv.shape[:1] or gap.device != adv.device:
         raise ValueError(
-            f"gap is {list(gap.shape)} on {gap.device}, expected [{adv.shape[0]}] on {adv.device}, one number per sample"
+            f"gap is {list(gap.shape)} on {gap.device}, expected [{adv.shape[0]}] on {adv.device}, one per sample"
         )
     require_choice("norm", norm, NORMS)
     alpha_max, overshoot = number_in("alpha_max", alpha_max, 0.0, 1.0), number_in("overshoot", overshoot, 0.0)
@@ -96,8 +96,8 @@ def hyperplane_step(
 
 
 def _scaled(grad: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-    """A gradient of float64 times a power of two that brings its largest entry near 1, so that no square of it leaves
-    the range of float64 and no entry that counts that of float32; and its gap times the same, which is the same plane."""
+    """The same plane by gradients near 1, of which no square leaves the range of float64 and none is lost in float32:
+    both over a power of two of the sample."""
     if not grad.numel():
         return grad, gap
     require_memory("grad", grad)

@@ -6,6 +6,7 @@ from .attack import Attack
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .execution import Execution, attacking
+from .fab import FAB
 from .fgsm import FGSM
 from .mifgsm import MIFGSM
 from .objective import Model
@@ -13,6 +14,6 @@ from .pgd import PGD
 from .search import Search
 
 __all__ = [
-    "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "Search",
+    "FAB", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "Model", "Search",
     "attacking", "leave_no_trace",
 ]  # fmt: skip
