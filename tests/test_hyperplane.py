@@ -1,4 +1,4 @@
-"""FAB's step: exact projections onto a plane inside the image range, what the step makes of them, the reference's bits."""
+"""FAB's step: exact projections onto a plane inside the image range, what is made of them, the reference's bits."""
 
 from __future__ import annotations
 
