@@ -66,10 +66,7 @@ def _distance(v, g, along, lo, hi, moves, root, least, most, part, NORM: tl.cons
         bits = _bits(m)
         d = tl.where(bits >= most, c, tl.where(bits >= least, c * part, 0.0))
     else:
-        if NORM == 1:
-            d = (root * m.to(tl.float64)).to(tl.float32)
-        else:
-            d = root.to(tl.float32)
+        d = (root * m.to(tl.float64)).to(tl.float32) if NORM == 1 else root.to(tl.float32)
         d = tl.where(d < c, d, c)
     return tl.where(moves, tl.where(m > 0, d, 0.0), 0.0)
 
