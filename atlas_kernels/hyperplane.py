@@ -68,7 +68,6 @@ def hyperplane_step(
     Returns a tensor of adv's dtype and layout; a constant for autograd. Raises ``TypeError`` and ``ValueError`` that
     name the argument.
     """
-    adv, grad, x, gap = adv.detach(), grad.detach(), x.detach(), gap.detach()
     if not alike(adv, x, grad):
         require_float_images("adv", adv)
         require_like("x", x, "adv", adv, dtype=True)
@@ -82,6 +81,7 @@ def hyperplane_step(
     require_choice("norm", norm, NORMS)
     alpha_max, overshoot = number_in("alpha_max", alpha_max, 0.0, 1.0), number_in("overshoot", overshoot, 0.0)
     bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    adv, grad, x, gap = adv.detach(), grad.detach(), x.detach(), gap.detach()
     dtype = compute_dtype(adv.dtype)
     if grad.dtype == torch.float64:
         grad, gap = _scaled(grad, gap)

@@ -196,7 +196,7 @@ def test_what_is_nan_is_never_robust(targeted):
         return torch.where(lost[:, None], torch.nan, bare(at))
 
     lost = x[:, 0, 0, 0] > 0.7
-    search = FAB(0.005, 10, targeted=targeted, target_classes=2)
+    search = FAB(0.005, 25, targeted=targeted, target_classes=2)
     whole = search.run(model, x, y)
     model.forward = forward  # type: ignore[method-assign]
     found = search.run(model, x, y)

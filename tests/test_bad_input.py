@@ -77,6 +77,32 @@ def test_message_of_stored_perturbations(error, message, call):
     assert not STORE.any()
 
 
+GAP = torch.zeros(4)
+
+
+def plane(adv=ADV, grad=GRAD, x=X, gap=GAP, **rest):
+    return ak.hyperplane_step(adv, grad, x, gap, **rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"gap is \[3\] on cpu, expected \[4\] on cpu, one per sample", lambda: plane(gap=GAP[:3])),
+        (TypeError, "gap must be a float tensor, got torch.int64", lambda: plane(gap=torch.arange(4))),
+        (TypeError, "gap must be a tensor, got float", lambda: plane(gap=0.5)),
+        (ValueError, r"alpha_max must be a number in \[0, 1\], got 1.5", lambda: plane(alpha_max=1.5)),
+        (ValueError, "overshoot must be a number >= 0, got -1", lambda: plane(overshoot=-1.0)),
+        (ValueError, "norm must be one of .*did you mean", lambda: plane(norm="l_inf")),
+        (ValueError, r"grad has shape \[4, 3, 8, 7\], adv has", lambda: plane(grad=GRAD[..., 1:])),
+        (TypeError, "x is torch.float64, adv is torch.float32", lambda: plane(x=X.double())),
+        (ValueError, "out has shape", lambda: plane(out=torch.empty(4, 3))),
+    ],
+)  # fmt: skip
+def test_message_of_a_step_to_a_plane(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -33,7 +33,7 @@ def valid_call(operator: str) -> dict[str, Any]:
         "key": torch.tensor([1, 2]), "ids": labels, "active": labels > 1, "labels": labels, "index": labels,
         "targets": (labels + 1) % batch, "kappa": torch.zeros_like(labels), "correct": labels > 1,
         "images": torch.zeros(IMAGES, dtype=torch.uint8), "reference": logits, "terms": torch.empty(3, batch),
-        "total": torch.empty(()), "cast": images.half(), "std": 1.0,
+        "total": torch.empty(()), "gap": per_sample, "cast": images.half(), "std": 1.0,
     }  # fmt: skip
     found: dict[str, Any] = {}
     for a in arguments_of(operator):

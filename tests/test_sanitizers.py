@@ -46,7 +46,7 @@ def run(tree: Path, *command: str, cwd: Path | None = None) -> subprocess.Comple
 def test_operators_are_clean(tree):
     where = run(tree, "-c", "import atlas_kernels._C as c; print(c.__file__)")
     assert str(tree) in where.stdout, where.stderr
-    stems = "perturb", "noise", "augment", "pairwise", "batch_norm", "nuclear_norm", "stored", "guard"
+    stems = "perturb", "noise", "augment", "pairwise", "batch_norm", "nuclear_norm", "stored", "hyperplane", "guard"
     tests = [str(ROOT / "tests" / f"test_{stem}.py") for stem in stems]
     chosen = "(bits or in_place or cast or buffer or noise or empty or outside or sizes or guard) and not streamed"
     done = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas_kernels as ak
+import test_hyperplane as hyperplane
 import test_nuclear_norm as nuclear
 import test_stored as stored
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
@@ -23,6 +24,7 @@ from atlas_kernels.backends.door import DoorError
 from operator_cases import SHAPES, apgd_step, label_start, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from atlas_kernels.backends.triton.hyperplane import VARIANTS as PLANE_VARIANTS
 from atlas_kernels.backends.triton.nuclear_norm import VARIANTS as MATRIX_VARIANTS
 from atlas_kernels.backends.triton.perturb import TILE, VARIANTS
 from atlas_kernels.backends.triton.perturb_norms import VARIANTS as NORM_VARIANTS
@@ -401,7 +403,7 @@ def compiled(tmp_path_factory):
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
 
         def build(variant: str, capability: int) -> tuple[str, str, str]:
-            variants = {**VARIANTS, **NORM_VARIANTS, **STORED_VARIANTS, **MATRIX_VARIANTS}
+            variants = {**VARIANTS, **NORM_VARIANTS, **STORED_VARIANTS, **MATRIX_VARIANTS, **PLANE_VARIANTS}
             kernel = triton.compile_ahead(variants[variant](), capability)
             cubin = folder / "kernel.cubin"
             cubin.write_bytes(kernel.asm["cubin"])
@@ -434,6 +436,18 @@ def test_bits_of_stored_perturbations_per_sample_and_per_channel(monkeypatch):
             stored.check(x, grad, d[:0], m[:0], index)
 
 
+@runs
+@pytest.mark.parametrize("layouts", ["ccc", "clc"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_steps_to_a_hyperplane(norm, layouts):
+    for shape, dtype in (((2, 3, 5, 8), SINGLE), ((3, 10), HALF), ((1, 3, 20, 41), SINGLE)):
+        inputs = hyperplane.case(shape, dtype=dtype, layouts=layouts, device=DEVICE)
+        with ak.backend("triton"):
+            hyperplane.check(*inputs, norm)
+    with ak.backend("triton"):
+        hyperplane.check(*hyperplane.case((4, 3, 4, 5), special=True, device=DEVICE), norm, clip_max=[1.0, 1.5, 2.0])
+
+
 @compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -462,6 +476,17 @@ def test_norms_compile_ahead_of_time(compiled, variant, capability):
     ptx = re.sub(r"max\.f32 .*, 0f00000000;", "", ptx)  # Triton 3.6 makes it of v > 0 ? v : 0, which drops NaN too
     forbidden = ["fma.rn.f32", "mad.f", "min.f", "max.f", "sqrt.approx", "div.full", "div.approx"]
     for operation in [*forbidden, *([] if "start" in variant else ["fma.", ".ftz"])]:
+        assert operation not in re.sub(r"//.*", "", ptx), operation
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", PLANE_VARIANTS)
+def test_steps_to_a_hyperplane_compile_ahead_of_time(compiled, variant, capability):
+    """fp32 is neither contracted nor flushed; in fp64 quotients and roots alone may use fused operations."""
+    ptx, sass, usage = compiled(variant, capability)
+    for operation in ("fma.rn.f32", "mad.f", ".ftz", "min.f", "max.f", "sqrt.approx", "div.full", "div.approx"):
         assert operation not in re.sub(r"//.*", "", ptx), operation
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage) and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
 

@@ -27,10 +27,10 @@ class FAB(Search):
     linearised network changes its class (see ``hyperplane_step``); where the new iterate is an adversary, some of the
     way back to x.
 
-    ``adv`` is the nearest adversary found, and the result's ``objective`` its distance from x, negated; x and -inf where
-    there is none. A sample is fooled, and leaves, when one lies within eps; so with eps=0 all rounds are made, and the
-    smallest distance is found. A round takes ``2 steps`` forwards and ``steps`` backwards; untargeted, C - 1 times as
-    many backwards.
+    ``adv`` is the nearest adversary found, and ``objective`` of the result its distance from x, negated; x and -inf
+    where there is none. A sample is fooled, and leaves, when one lies within eps; so with eps=0 all rounds are made,
+    and the smallest distance is found. A round takes ``2 steps`` forwards and ``steps`` backwards; untargeted, C - 1
+    times as many backwards.
 
     Arguments and calls as in ``Search``, with the published defaults, and:
 

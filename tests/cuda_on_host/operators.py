@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 import test_batch_norm as batch_norm
+import test_hyperplane as hyperplane
 import test_nuclear_norm as nuclear
 import test_pairwise as pairwise
 import test_stored as stored
 from atlas_kernels.core import core
+from atlas_kernels.schema import NORMS
 from operator_cases import SHAPES, apgd_step, label_start, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -470,3 +472,24 @@ def test_zzz_every_kernel_ran(library):
     kernels = {name for name in address if "_kernel<" in name}
     assert kernels
     assert not {name for name in kernels if address[name] + moved not in ran(library)}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 3, 8, 12), (2, 3, 33, 31), (1, 3, 32, 64)], ids=str)
+def test_hyperplane(shape, norm):
+    """Every kernel: in vectors of one plane, of three, and pixel by pixel."""
+    for dtype, layouts in itertools.product(FLOATS, ("ccc", "lll", "clc")):
+        adv, grad, x, gap = hyperplane.case(shape, dtype=dtype, layouts=layouts)
+        hyperplane.check(adv, grad, x, gap, norm)
+        hyperplane.check(*map(unaligned, (adv, grad, x)), gap, norm, alpha_max=1.0)
+        hyperplane.check(adv, grad, x, 0.01 * gap, norm, overshoot=0.5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layouts", ["ccc", "lll", "clc", "llc"])
+def test_hyperplane_with_everything(layouts, norm):
+    hyperplane.test_ranges(layouts, norm, "cpu")
+    for special, grad_dtype in itertools.product((False, True), FLOATS):
+        inputs = hyperplane.case((5, 3, 4, 4), layouts=layouts, special=special, grad_dtype=grad_dtype)
+        hyperplane.check(*inputs, norm)
+    hyperplane.check(*hyperplane.case((0, 3, 4, 4), layouts=layouts), norm)

@@ -158,6 +158,17 @@ def _project(draw: Draw) -> Call:
     return Call("project", ak.project, arguments, _judge_of(norm), {"out": v})
 
 
+def _hyperplane_step(draw: Draw) -> Call:
+    adv, x = _images(draw, 2, draw.dtype(), clean=True)
+    grad, norm = _gradient(draw, adv), _norm(draw)[0]
+    largest = grad.double().nan_to_num(0, 0, 0).abs().sum().item()
+    size = draw.one_of([0.0, 0.01, 0.3, 10.0]) * min(largest, 1e30)
+    gap = draw.laid_out(draw.normal((len(x),), size).to(draw.dtype()))
+    arguments = {"adv": adv, "grad": grad, "x": x, "gap": gap, "norm": norm, **_range(draw, x.shape)}
+    arguments |= {"alpha_max": draw.one_of([0.0, 0.1, 1.0]), "overshoot": draw.one_of([0.0, 1.0, 1.05])}
+    return Call("hyperplane_step", ak.hyperplane_step, arguments, partial(units, clean="x"), {"out": adv})
+
+
 def _repeated(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * len(t), *t.shape[1:]))
 
@@ -420,6 +431,6 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
 
 _ALL = (
     _random_start, _label_noise_start, _pgd_step, _pgd_step, _apgd_step, _project, _sample_neighbours,
-    _pgd_step_neighbours, _stored_start, _stored_step, _augment, _loss, _loss, _loss, _attack_cotangent,
-    _gairat_weights, _compactness, _batch_norm, _nuclear_norm,
+    _pgd_step_neighbours, _hyperplane_step, _stored_start, _stored_step, _augment, _loss, _loss, _loss,
+    _attack_cotangent, _gairat_weights, _compactness, _batch_norm, _nuclear_norm,
 )  # fmt: skip
