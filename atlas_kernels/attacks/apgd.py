@@ -80,6 +80,10 @@ class APGD(Search):
         return len(self._plan)
 
     @property
+    def passes(self) -> int:
+        return 2 * self.eot_iter
+
+    @property
     def _plan(self) -> tuple[_Point, ...]:
         return _plan(self.steps, self.norm, self.rho, self.large_radii)
 
@@ -117,7 +121,7 @@ class APGD(Search):
         radius = batch.eps * self._plan[0].radius
         if self.norm != L1:
             length = torch.linalg.vector_norm(noise.flatten(1), math.inf if self.norm == LINF else 2, dim=1)
-            noise = noise * column(radius / length.clamp_min(torch.finfo(noise.dtype).tiny), x)
+            noise = noise / column(length.clamp_min(torch.finfo(noise.dtype).tiny), x) * column(radius, x)
         return _inside(x + noise, batch, radius)
 
     def _target(self, batch: Batch, draw: Tensor) -> Tensor:
