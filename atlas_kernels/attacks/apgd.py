@@ -24,16 +24,16 @@ from .search import Search, State
 #: By objective, how many classes it needs.
 _CLASSES = {"ce": 2, "dlr": 3, "ce_targeted": 2, "dlr_targeted": 4}
 _MOMENTUM = 0.75
-# In l1: the share of the entries that move at first; what the number of entries that the best point has moved is
-# divided by for the later ones; the share of those that is few enough to begin again with the first step; and what a
-# step is divided by where they are not so few, and at most.
+# In l1. A step moves a share of the entries: at first _FIRST_SHARE, later as many as the best point has moved, over
+# _SPARSER. Where these have become fewer than _FEWER times those at the last look, the step has its first size again;
+# else it is divided by _SHORTER, but never by more than _SHORTEST in all.
 _FIRST_SHARE, _SPARSER, _FEWER, _SHORTER, _SHORTEST = 0.2, 1.5, 0.95, 1.5, 10.0
 
 
 @dataclass(frozen=True)
 class APGD(Search):
-    """Steps along the gradient with momentum; where a sample's objective has stopped to rise, its step is halved and it
-    goes back to its best point.
+    """Steps along the gradient with momentum. Where a sample's objective no longer rises, its step is halved and the
+    sample goes back to its best point.
 
     The constants are the published ones: first step 2 eps, momentum 0.75; the first look at the objective after 22 % of
     the steps, the next ones each 3 % sooner, down to 6 %. In l1 a step moves few entries and has no momentum; it begins
@@ -80,6 +80,10 @@ class APGD(Search):
         return len(self._plan)
 
     @property
+    def passes(self) -> int:
+        return 2 * self.eot_iter
+
+    @property
     def _plan(self) -> tuple[_Point, ...]:
         return _plan(self.steps, self.norm, self.rho, self.large_radii)
 
@@ -108,8 +112,6 @@ class APGD(Search):
     def _start(self, batch: Batch, draw: Tensor) -> Tensor:
         """A random point at the distance eps, but for the range; in l1 Gaussian noise, projected."""
         x = batch.x
-        if batch.given_start is not None:
-            return batch.given_start
         if self.norm == LINF:
             noise = 2 * row_noise.uniform(batch, draw, 0, x.shape[1:]) - 1
         else:
@@ -117,7 +119,7 @@ class APGD(Search):
         radius = batch.eps * self._plan[0].radius
         if self.norm != L1:
             length = torch.linalg.vector_norm(noise.flatten(1), math.inf if self.norm == LINF else 2, dim=1)
-            noise = noise * column(radius / length.clamp_min(torch.finfo(noise.dtype).tiny), x)
+            noise = noise / column(length.clamp_min(torch.finfo(noise.dtype).tiny), x) * column(radius, x)
         return _inside(x + noise, batch, radius)
 
     def _target(self, batch: Batch, draw: Tensor) -> Tensor:
@@ -190,12 +192,12 @@ class APGD(Search):
         look, the sample goes back to it and the step to its first size; else the step becomes shorter."""
         opens, looks = now.opens > 0, now.few >= 0
         first = torch.zeros_like(found["size"]) + radius
-        # Steps of equal shares end in ties with what the projection takes off: what is left there is rounding.
+        # The projection often takes off what a step has added; what is left there is rounding, and no entry that moved.
         rounding = 4 * torch.finfo(first.dtype).eps * (batch.x.abs() + column(first, batch.x))
         moved = ((found["best"] - batch.x).abs() > rounding).flatten(1).sum(1).to(first.dtype)
         entries = batch.x[0].numel()
         share = moved / entries / _SPARSER
-        if not self.large_radii and batch.given_start is None:
+        if not self.large_radii:
             moved = torch.where(opens, float(entries), moved)
             share = torch.where(opens, _FIRST_SHARE, share)
         back = looks & (moved / found["moved"] < _FEWER)
