@@ -91,7 +91,7 @@ def random_start(
 
     Args:
         x: images [B, ...].
-        eps: radius, one number or float [B].
+        eps: radius, one finite number or float [B].
         norm: "linf", "l2" or "l1".
         key, ids, draw: the noise (see the module's text); ``draw`` is the restart.
         clip_min, clip_max: image range, one number or one per channel.
@@ -102,6 +102,7 @@ def random_start(
     require_float_images("x", x)
     x = dense(x)
     radius = per_sample("eps", eps, x)
+    _require_finite("eps", *radius)
     bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
     noise = _noise(x, key, ids, draw)
     number = _number_of(norm)
@@ -149,7 +150,7 @@ def label_noise_start(
         x: images [B, ...].
         labels: class indices [B].
         label_noise: a noise for each class, [classes, ...], of any float dtype.
-        eps: radius of the uniform noise, one number or float [B].
+        eps: radius of the uniform noise, one finite number or float [B].
         share: least and largest r, in [0, 1].
         key, ids, draw: the noise (see the module's text).
         clip_min, clip_max: image range, one number or one per channel.
@@ -168,6 +169,7 @@ def label_noise_start(
     label_noise = dense(label_noise)
     labels = class_indices("labels", labels, x, label_noise.shape[0], of="label_noise has")
     radius = per_sample("eps", eps, x)
+    _require_finite("eps", *radius)
     shares = _shares(share)
     bounds = (*per_channel("clip_min", clip_min, x), *per_channel("clip_max", clip_max, x))
     noise = _noise(x, key, ids, draw)
@@ -241,7 +243,7 @@ def pgd_step(
         require_out("cast", cast, adv.shape, adv, None)
     number = _number_of(norm)
     if number:
-        _require_finite("step_size", *step)
+        _require_finite("step_size", *step, " in l2 and l1")
         grad = _in_fp32_range(grad.detach(), adv)
         largest = _largest(sparsity, adv) if norm == L1 else 0
     seen = followed(adv, x, ball[1], step[1])
@@ -400,7 +402,7 @@ def sample_neighbours(
 
     Args:
         adv: adversaries [B, ...].
-        radius: one number or float [B].
+        radius: one finite number or float [B].
         count: neighbours of each adversary, at least 0.
         x, eps: clean images like ``adv`` and the radius of their ball; both or neither.
         key, ids, draw, clip_min, clip_max: as in ``random_start``.
@@ -415,6 +417,7 @@ def sample_neighbours(
         raise ValueError("x and eps go together: give both to project the neighbours onto x's eps-ball, or neither")
     adv = dense(adv)
     local = per_sample("radius", radius, adv)
+    _require_finite("radius", *local)
     ball = per_sample("eps", 0.0 if eps is None else eps, adv)
     if x is not None:
         require_like("x", x, "adv", adv, dtype=True)
@@ -476,6 +479,7 @@ def pgd_step_neighbours(
     descend = flag("descend", descend)
     ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
     local = per_sample("radius", radius, adv)
+    _require_finite("radius", *local)
     inputs = adv, x, ball[1], step[1], local[1]
     if followed(*inputs) or _needs_grad(*inputs):
         _refuse_out(out)
@@ -567,11 +571,11 @@ def _counts(largest: int | Tensor | None, like: Tensor) -> Tensor:
     return contiguous("largest", largest)
 
 
-def _require_finite(name: str, number: float, rows: Tensor | None) -> None:
-    """In l2 and l1 an infinite step along a gradient ends nowhere: its zeros times infinity are NaN."""
+def _require_finite(name: str, number: float, rows: Tensor | None, where: str = "") -> None:
+    """For what is multiplied by noise, or in l2 and l1 by a gradient: zeros times infinity are NaN."""
     unbounded = rows is not None and value_checks_enabled(rows) and not bool(rows.isfinite().all())
     if unbounded or not math.isfinite(number):
-        raise ValueError(f"{name} must be finite in l2 and l1, got inf")
+        raise ValueError(f"{name} must be finite{where}, got inf")
 
 
 def _in_fp32_range(grad: Tensor, like: Tensor) -> Tensor:

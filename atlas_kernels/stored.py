@@ -3,9 +3,9 @@
 its step, which also updates the image's perturbation. l_inf only.
 
 The store is two tensors with a row for each image: ``stored``, the perturbations, and ``momentum``, by which they move;
-``index`` says which rows the batch has. Both may be of any float type: computed is in float32 (float64 for such
-images), and rounded once on the way back. bfloat16 halves the memory. float16 is no type for ``momentum``, whose
-entries are about 1 over the pixels of a batch, too small for it.
+``index`` says which rows the batch has. Both may be of any float type, but for float16 momentum: computed is in float32
+(float64 for such images), and rounded once on the way back. bfloat16 halves the memory. float16 is refused for
+``momentum``, whose entries are about 1 over the pixels of a batch, too small for it.
 
 The bits are the same on every backend, for float32 images (``||g||_1`` is summed in float64 and then rounded).
 """
@@ -104,7 +104,7 @@ def stored_step(
     Args:
         x: clean images [B, ...].
         grad: gradient of the attack's loss at ``stored_start``, any float dtype.
-        stored, momentum: the store, [N, ...] each; their rows ``index`` are written.
+        stored, momentum: the store, [N, ...] each; their rows ``index`` are written. No float16 for ``momentum``.
         index: rows of the store, int64 [B] in [0, N), no row twice.
         eps: radius, one number or float [B].
         step_size: one number or float [B]; default: eps.
@@ -124,6 +124,11 @@ def stored_step(
         _require_store(name, store, x)
         if store.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, and what is written into it has no gradient: give .detach()")
+    if momentum.dtype == torch.float16:
+        raise TypeError(
+            "momentum is torch.float16, and its entries, about 1 over the pixels of a batch, are too small for that: "
+            "make it float32 or bfloat16"
+        )
     if momentum.shape != stored.shape:
         raise ValueError(f"momentum has shape {list(momentum.shape)}, stored has {list(stored.shape)}: make them equal")
     require_rows("index", index, stored)

@@ -14,6 +14,7 @@ from operator_cases import problem
 
 ADV, GRAD, X = problem((4, 3, 8, 8))
 NAN = float("nan")
+INF = float("inf")
 Z, Y, T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4])
 HUGE = torch.full((4,), 1e300, dtype=torch.float64)
 
@@ -63,6 +64,7 @@ def stored(x=X, grad=GRAD, stored=STORE, momentum=STORE, index=ROWS, eps=0.1, **
         (ValueError, "stored has strides .* call .contiguous", lambda: ak.stored_start(X, STORE.transpose(2, 3), ROWS)),
         (TypeError, "momentum must be a float tensor, got torch.int64", lambda: stored(momentum=STORE.long())),
         (ValueError, "stored is on meta, the images on cpu", lambda: stored(stored=STORE.to("meta"))),
+        (TypeError, "momentum is torch.float16, .* too small for that: make it float32 or bfl", lambda: stored(momentum=STORE.half())),
         (ValueError, "momentum requires grad", lambda: stored(momentum=STORE.clone().requires_grad_())),
         *((ValueError, "decay must be a finite number >= 0", lambda bad=bad: stored(decay=bad)) for bad in (-0.1, NAN, True, "x")),
         (ValueError, "eps must be a number >= 0, got -1.0", lambda: stored(eps=-1.0)),
@@ -167,6 +169,12 @@ def test_message_of_a_step_to_a_plane(error, message, call):
         (TypeError, "ids must be an int64 tensor .4., got list", lambda: ak.sample_neighbours(X, 0.1, 1, ids=[0, 1, 2, 3])),
         (TypeError, "ids must be a strided tensor, got nested", lambda: ak.random_start(X, 0.1, ids=nested(Y))),
         (TypeError, "key must be the tensor of noise_key.'cpu'., got int", lambda: ak.random_start(X, 0.1, key=7)),
+        # noise times infinity: NaN where the noise is 0
+        *((ValueError, "eps must be finite, got inf", lambda bad=bad: ak.random_start(X, bad)) for bad in (INF, torch.tensor([0.1, INF, 0, 1]))),
+        (ValueError, "eps must be finite, got inf", lambda: ak.random_start(X, INF, norm="l2")),
+        (ValueError, "eps must be finite, got inf", lambda: labelled(eps=INF)),
+        (ValueError, "radius must be finite, got inf", lambda: ak.sample_neighbours(ADV, INF, 1)),
+        (ValueError, "radius must be finite, got inf", lambda: ak.pgd_step_neighbours(ADV, GRAD, X, 0.1, 0.1, INF, 1)),
         (ValueError, "draw must be an integer of at least 0, got -1", lambda: ak.random_start(X, 0.1, draw=-1)),
         (ValueError, "draw must be an integer of at most 4294967295", lambda: ak.random_start(X, 0.1, draw=2**32)),
         *((TypeError, f"draw must be an integer, got {re.escape(repr(bad))}", lambda bad=bad: ak.random_start(X, 0.1, draw=bad)) for bad in (1.5, "1", None, True)),

@@ -21,14 +21,15 @@ OPS = torch.ops.atlas_kernels
 def case(shape, *, store=torch.float32, layouts="cccc", extra=3, seed=0, device="cpu", **options):
     """Images x, their gradient, the stored perturbations and momentum, and the index of each image's row in these.
 
-    layouts: those of x, the gradient, the store and the results.
+    store: type of both, but for momentum beside float16. layouts: those of x, the gradient, the store and the results.
     """
     _, grad, x = problem(shape, layouts="c" + layouts[1] + layouts[0], seed=seed, device=device, **options)
     g = torch.Generator().manual_seed(seed)
     count = shape[0] + extra
     d = 0.1 * (2 * torch.rand(count, *shape[1:], generator=g) - 1)
     m = torch.randn(count, *shape[1:], generator=g) / x[:1].numel()
-    d, m = (to_layout(t.to(device, store), layouts[2] == "l") for t in (d, m))
+    types = store, torch.float32 if store == torch.float16 else store  # which momentum may not be
+    d, m = (to_layout(t.to(device, dtype), layouts[2] == "l") for t, dtype in zip((d, m), types, strict=True))
     return x, grad, d, m, torch.randperm(count, generator=g)[: shape[0]].to(device)
 
 

@@ -66,6 +66,19 @@ def test_flags_are_written_with_dashes_or_underscores_or_an_equals_sign(monkeypa
     assert config_of(monkeypatch, "--beside", "none").beside == ()
 
 
+def test_a_setting_that_nothing_is_chosen_for_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("--protocol", "--extra-data", "--init", "--resume", "--config")
+    assert config_of(monkeypatch, *(word for name in names for word in (name, "none"))) == TrainConfig()
+    assert config_of(monkeypatch, "--protocol", "auto", "--init", "auto", "--eps", "auto") == TrainConfig()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, word in (*((name, "none") for name in names), ("--eps", "auto"), ("--width", "auto")):
+        assert re.search(rf"{name} [A-Z{{].*?\(default: (\w+)\)", shown)[1] == word, name  # type: ignore[index]
+
+
 def test_what_is_given_wins_over_the_data_set_be_it_the_methods_own_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -165,7 +178,7 @@ def test_no_hyper_parameter_hides_a_setting() -> None:
         (["train", "--width", "1e30"], "width must be an integer >= 1, got '1e30', of more than 64 bits"),
         (["train", "--threads", "100000"], "threads must be an integer >= 1 and <= 1024, got '100000'"),
         (["train", "--radius", "0"], "radius must be a number > 0 and <= 1, got '0'"),
-        (["train", "--local", "ball"], "local must be one of 'neighbours', 'worst', 'jacobian'"),
+        (["train", "--local", "ball"], "local must be one of 'neighbours', 'worst', 'segment'"),
         (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
         (["train", "--raduis", "0.1"], "--radius"),
         # --resume "$RUN" where RUN is not set: not another run
@@ -218,6 +231,7 @@ def test_wrong_flags_name_what_is_allowed(argv: list[str], message: str, capsys:
         (["train", "--model", "fac.py"], "'fac.py' is no network; for code of your own write fac.py:factory"),
         (["train", "--beside", "all", "standard"], "all means every method and stands alone"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["train", "--method", "atlas", "--local", "start", "--bn", "joint"], "atlas: bn='joint' has no meaning"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(
@@ -230,6 +244,7 @@ def test_what_a_user_can_put_right_is_one_line(
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "\x1b" not in error
+    assert error.startswith("atlas") and "atlas: atlas: " not in error
 
 
 def test_a_missing_tyro_is_named_with_the_remedy(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from atlas_kernels import pgd_step, random_start
 from atlas_train.descent import OptimizerDescent
-from atlas_train.methods import ADV, AWP, GAT, Batch, Curriculum, Method, Metrics, Mixing, State
+from atlas_train.methods import ADV, ATLAS, AWP, GAT, Batch, Curriculum, Method, Metrics, Mixing, State
 from atlas_train.methods.kept import Given, KeptForward
 from atlas_train.methods.terms import accuracy
 from atlas_train.passes import count_passes
@@ -259,8 +259,16 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "method",
-    [Tied(EPS), AWP(Tied(EPS), 0.01), GAT(EPS), GAT(EPS, attack_mode="train", bn_compat=True)],
-    ids=["kept", "awp", "clean kept", "clean kept, bn_compat"],
+    [
+        Tied(EPS),
+        AWP(Tied(EPS), 0.01),
+        GAT(EPS),
+        GAT(EPS, attack_mode="train", bn_compat=True),
+        ATLAS(EPS, local="start", steps=2, iterates="all", keep="all"),
+        ATLAS(EPS, local="start", steps=2, iterates="all"),
+        ATLAS(EPS, local="start", keep="none"),
+    ],
+    ids=["kept", "awp", "clean kept", "clean kept, bn_compat", "two kept", "one of two kept", "none kept"],
 )
 def test_distributed_data_parallel(group: None, method: Method) -> None:
     """With its defaults it writes all buffers before a forward, which a second one of a step must not see."""

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
-        return _complain(f"atlas: {_explained(error)}")
+        return _complain(_prefixed(_explained(error)))
 
 
 def _complain(text: str, status: int = 2) -> int:
@@ -118,12 +118,17 @@ def _complain(text: str, status: int = 2) -> int:
     return status
 
 
+def _prefixed(message: str) -> str:
+    """With the name of the program, which is also that of a method, and stands there once."""
+    return f"atlas: {message.removeprefix('atlas: ')}"
+
+
 def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """A warning in one line; where it comes from, unless from us."""
     ours = Path(filename).parent == Path(__file__).parent
-    _complain(f"atlas: {message}" if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}")
+    _complain(_prefixed(str(message)) if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}")
 
 
 def _explained(error: Exception) -> str:

@@ -206,7 +206,7 @@ class TrainConfig(metaclass=_Lenient):
     init: str | None = option(
         None,
         "weights to start from, for fine-tuning: a run's folder, a checkpoint, or a .safetensors or .pt file of "
-        "weights by name. Default: random, by seed",
+        "weights by name; none: random, by seed",
     )
     mean: tuple[float, ...] = option(
         None,

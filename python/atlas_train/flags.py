@@ -60,7 +60,10 @@ def text_flag(name: str, help: str, *, positional: bool = False) -> Flag:
     """A flag (or a positional argument) that takes any text."""
     tyro = require_tyro()
     marks = (tyro.conf.Positional,) if positional else ()
-    spec = _spec("TEXT" if not positional else name.upper(), lambda words: words[0])
+    if positional:
+        spec = _spec(name.upper(), lambda words: words[0])
+    else:
+        spec = _spec("TEXT", lambda words: None if words == [NONE] else words[0], unset=NONE)
     return name, _annotated(Any, spec, tyro.conf.arg(help=help), *marks), dataclasses.MISSING if positional else None
 
 
@@ -87,10 +90,11 @@ def _flag(cls: type, field: dataclasses.Field[Any], default: Any, group: str) ->
     if kind is bool and field.default is not None:
         return field.name, _annotated(bool, argument), default
     many = typing.get_origin(kind) is tuple
-    unset = NONE if AUTO in typing.get_args(kind) else AUTO  # the word for None
+    has_auto = AUTO in typing.get_args(kind)
+    unset = NONE if has_auto or "default:" not in field.metadata["help"].lower() else AUTO  # the word for None
 
     def convert(words: list[str]) -> Any:
-        if words == [unset] and field.default is None:
+        if field.default is None and (words == [unset] or words == [AUTO] and not has_auto):
             return None
         value: Any = [word for word in words if word != NONE] if many else words[0]
         if kind is bool:

@@ -55,6 +55,9 @@ def _images(draw: Draw, count: int, dtype: torch.dtype, *, clean: bool) -> list[
     return made
 
 
+_FINITE = 1e30  # largest radius of noise, and step in l2 and l1
+
+
 def _radius(draw: Draw, batch: int, most: float, largest: float = math.inf) -> float | Tensor:
     if draw.chance(0.1):
         return draw.one_of([0.0, 1e-12, 1e6, largest])
@@ -91,7 +94,7 @@ def _judge_of(norm: str) -> Judge:
 def _random_start(draw: Draw) -> Call:
     norm, most = _norm(draw)
     (x,) = _images(draw, 1, draw.dtype(), clean=norm != "linf")
-    arguments = {"x": x, "eps": _radius(draw, len(x), most), "norm": norm, **_noise(draw, len(x))}
+    arguments = {"x": x, "eps": _radius(draw, len(x), most, _FINITE), "norm": norm, **_noise(draw, len(x))}
     arguments |= _range(draw, x.shape)
     return Call("random_start", ak.random_start, arguments, _judge_of(norm), {"out": x})
 
@@ -102,7 +105,7 @@ def _label_noise_start(draw: Draw) -> Call:
     noise = draw.laid_out(draw.normal((classes, *x.shape[1:]), 0.1).to(draw.dtype()))
     low = draw.one_of([0.0, 0.1, 1.0])
     arguments = {"x": x, "labels": draw.laid_out(draw.integers(classes, (len(x),))), "label_noise": noise}
-    arguments |= {"eps": _radius(draw, len(x), 0.3), "share": (low, draw.one_of([low, 1.0]))}
+    arguments |= {"eps": _radius(draw, len(x), 0.3, _FINITE), "share": (low, draw.one_of([low, 1.0]))}
     arguments |= _noise(draw, len(x)) | _range(draw, x.shape)
     return Call("label_noise_start", ak.label_noise_start, arguments, bits, {"out": x})
 
@@ -127,7 +130,7 @@ def _pgd_step(draw: Draw) -> Call:
     batch = len(x)
     arguments = {"adv": adv, "grad": _gradient(draw, adv), "x": x, "eps": _radius(draw, batch, most), "norm": norm}
     arguments |= (
-        {"step_size": _radius(draw, batch, most, math.inf if norm == "linf" else 1e30)}
+        {"step_size": _radius(draw, batch, most, math.inf if norm == "linf" else _FINITE)}
         | _range(draw, x.shape)
         | _active(draw, batch)
     )
@@ -176,7 +179,7 @@ def _repeated(t: Tensor, count: int) -> Tensor:
 def _sample_neighbours(draw: Draw) -> Call:
     adv, x = _images(draw, 2, draw.dtype(), clean=False)
     batch, count = len(x), draw.integer(0, 3)
-    arguments = {"adv": adv, "radius": _radius(draw, batch, 0.1), "count": count}
+    arguments = {"adv": adv, "radius": _radius(draw, batch, 0.1, _FINITE), "count": count}
     arguments |= _noise(draw, batch) | _range(draw, x.shape)
     if draw.chance(0.4):
         arguments |= {"x": x, "eps": _radius(draw, batch, 0.3)}
@@ -187,8 +190,13 @@ def _pgd_step_neighbours(draw: Draw) -> Call:
     adv, x = _images(draw, 2, draw.dtype(), clean=False)
     batch, count, include = len(x), draw.integer(0, 3), draw.chance(0.6)
     arguments = {"adv": adv, "grad": _gradient(draw, adv), "x": x, "eps": _radius(draw, batch, 0.3), "count": count}
-    arguments |= {"step_size": _radius(draw, batch, 0.3), "radius": _radius(draw, batch, 0.1), "include_x": include}
-    arguments |= {"project": draw.chance(0.4)} | _noise(draw, batch) | _range(draw, x.shape) | _active(draw, batch)
+    arguments |= {"step_size": _radius(draw, batch, 0.3), "radius": _radius(draw, batch, 0.1, _FINITE)}
+    arguments |= (
+        {"include_x": include, "project": draw.chance(0.4)}
+        | _noise(draw, batch)
+        | _range(draw, x.shape)
+        | _active(draw, batch)
+    )
     out = _repeated(adv, include + 1 + count).to(adv.dtype if draw.chance(0.5) else draw.dtype())
     return Call("pgd_step_neighbours", ak.pgd_step_neighbours, arguments, bits, {"out": out})
 
@@ -213,10 +221,15 @@ def _stored_and_moved(*, stored: Any, momentum: Any, **arguments: Any) -> tuple[
     return ak.stored_step(stored=stored, momentum=momentum, **arguments), stored, momentum
 
 
+def _momentum_type(draw: Draw) -> torch.dtype:
+    dtype = draw.dtype()
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _stored_step(draw: Draw) -> Call:
     arguments = _stored(draw)
     x = arguments["x"]
-    arguments |= {"grad": _gradient(draw, x), "momentum": arguments["stored"].flip(0).to(draw.dtype())}
+    arguments |= {"grad": _gradient(draw, x), "momentum": arguments["stored"].flip(0).to(_momentum_type(draw))}
     arguments |= {"eps": _radius(draw, len(x), 0.3), "decay": draw.one_of([0.0, 0.3, 1.0])}
     if draw.chance(0.5):
         arguments["step_size"] = _radius(draw, len(x), 0.3)

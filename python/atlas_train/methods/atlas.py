@@ -106,8 +106,8 @@ class ATLAS(kept.KeptForward):
     r, as softplus(r - rho) is all but linear at pixel scale; a misclassified x' has radius 0, and only CE pulls at it;
     the gradients are those of the batch's sum in the training forward, where BatchNorm in train mode couples the rows.
     Passes: 2K + 6 + 3 ``count`` (neighbours, segment), 2K + 11 (worst), 2K + 12 (the other forms; 2K + 9 with
-    ``bn="split"``); start: 2K + 5, 3 more with GLOBAL, 3 with ``segment_weight``, 2K - 2 with ``keep="all"``, and 2
-    fewer with ``keep="none"``.
+    ``bn="split"``); start: 2K + 5, 3 more with GLOBAL, 3 with ``segment_weight``, 2K - 2 with all iterates kept, and
+    2 fewer with ``keep="none"``.
 
     Where a one-step method collapses, the network is right at the full step and wrong before it, and segment trains
     there. That is not ours: Kim et al. (2021) train on the first of a few points of the segment that is misclassified,
@@ -448,11 +448,12 @@ class ATLAS(kept.KeptForward):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Also the logits at the iterates after x0; or their images, where a forward of them is to be kept later."""
         attack, between = self._attack, []
+        at = samples(attack, batch, key)
         for left in reversed(range(attack.steps - 1)):
             with kept.without_broadcast(model):
                 logits, grad = self.gradient(model, batch, adv, key, keep and self._keeps_all)
             between.append(adv if self._keeps_all and not keep else logits)
-            adv, _ = attack.step(samples(attack, batch, key), adv, grad, None, left / (attack.steps - 1))
+            adv, _ = attack.step(at, adv, grad, None, left / (attack.steps - 1))
         return adv, tuple(between) if self.iterates == "all" else ()
 
     def combine(
@@ -480,7 +481,8 @@ class ATLAS(kept.KeptForward):
         return batch.over_labels(loss_of), metrics
 
     def tied(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: kept.Given) -> tuple[Tensor, Metrics]:
-        adv_logits = kept.again(model, given.adv)
+        first = self.keep == "none"  # of the training forwards
+        adv_logits = logits_of(model(given.adv)) if first else kept.again(model, given.adv)
         loss, metrics = self.combine(start_logits, adv_logits, batch, given)
         if self.segment_weight:
             between = torch.empty_like(given.adv)
