@@ -339,7 +339,8 @@ class TrainConfig(metaclass=_Lenient):
     attack_precision: Literal["fp32", "bf16", "auto"] | None = option(
         None,
         "of the network in attacks, validation and probe; images and steps stay fp32. Attacks on a forward of training "
-        "(liet, fgsm_uap, fgsm_pgi, stored_adv, atlas with local=start) use train_precision. Default: as train_precision",
+        "(liet, fgsm_uap, fgsm_pgi, stored_adv, atlas with local=start) use train_precision. Default: as "
+        "train_precision",
     )
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(

@@ -43,9 +43,9 @@ class StoredADV(Method):
     gradient of the first layer to its input). The price: d_i is an adversary of the network of an epoch ago, and the
     network of today may have learned to see through it. D, a distance of ``consistency_loss`` whose gradient goes to
     z(x') alone, is against that: it is ATLAS's LOCAL, of two points around the image and two networks. It counts from
-    an image's second epoch on. ``replays`` makes so many updates on each batch, of 3 passes each, and d_i moves between.
+    an image's second epoch on. ``replays`` makes so many updates on each batch, of 3 passes each, d_i moving between.
 
-    The method is ours. Its relatives: Free (Shafahi et al. 2019), which keeps a perturbation for each place in the batch
+    The method is ours. Its relatives: Free (Shafahi et al. 2019), which keeps a perturbation for each place in a batch
     and relies on replays; ATTA (Zheng et al. 2020, arXiv 1912.11969), which keeps one for each image and makes steps of
     an attack from there before it trains; FGSM-PGI (Jia et al. 2022), whose store this is, for the start of an attack.
 
