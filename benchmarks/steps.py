@@ -146,9 +146,10 @@ def fgsm_pgi(m: Any, batch: Batch, key: Tensor) -> Statement:
     return Statement(published.fgsm_pgi.fgsm_pgi, None, how | {"smoothing": m.label_smoothing}, memory)
 
 
-def stored_adv(m: Any, batch: Batch, key: Tensor) -> Statement:
+def stored_adv(m: Any, batch: Batch, key: Tensor, classes: int = 10) -> Statement:
     how = {"eps": m.eps, "step_size": m._step_size, "decay": m.decay, "weight": m.local_weight, "idx": batch.ids}
-    memory = {name: name for name in m.stores}
+    how["logits"] = batch.x.new_full((int(batch.ids.max()) + 1, classes), torch.nan)  # none yet
+    memory = {"perturbations": "perturbations", "momentum": "momentum"}
     return Statement(published.stored_adv.stored_adv, None, how | {"smoothing": m.label_smoothing}, memory)
 
 

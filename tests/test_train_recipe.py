@@ -314,7 +314,7 @@ def test_mixed_batches_are_a_share_by_seed_and_step() -> None:
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_mixes_or_says_that_it_cannot(name: str) -> None:
     settings = {"method": name, "hyper": {}, "mix_share": 0.5, "mix_steps": 3, "epochs": 1}
-    of_one_step = ("n_fgsm", "grad_align", "liet", "fgsm_pgi", "fgsm_uap", "nuat", "gat")
+    of_one_step = ("n_fgsm", "grad_align", "liet", "fgsm_pgi", "fgsm_uap", "nuat", "gat", "stored_adv")
     if name in ("standard", "free", "yopo", "cure", "jacobian", *of_one_step):
         with pytest.raises(ValueError, match=f"mix_share needs a method that attacks in steps.*{name} is not: set"):
             config(**settings)

@@ -53,6 +53,7 @@ FORMS: list[dict[str, Any]] = [
     {"method": "one_step_adv", "mixup": 1.4},
     {"method": "atlas", "cutmix": 1.0, "awp": 0.01},
     {"method": "free", "mixup": 0.3},
+    {"method": "stored_adv", "augment": True, "hyper": {"replays": 2}, "cutmix": 0.5},
     {"method": "llr", "cutmix": 0.5, "hyper": {"ramp": 0.0}},
     {"method": "atlas", "hyper": {"wide_start": 2.0}},
     {"method": "atlas", "hyper": {"local": "start", "local_objective": "js", "local_ramp": 1.0}},

@@ -21,7 +21,7 @@ from atlas_train.evaluate import evaluate
 from atlas_train.methods import Batch, State, StoredADV
 from atlas_train.methods.views import Views
 from atlas_train.passes import passes_per_step
-from beside_published import EPS, Outcome, Steps, assert_same, case, close
+from beside_published import CLASSES, EPS, Outcome, Steps, assert_same, case, close
 from published import stored_adv as written_out
 from resume import resumed_and_whole
 from tiny_runs import TINY, same, splits
@@ -49,7 +49,7 @@ def views_of(batch: Batch, key: Tensor) -> list[tuple[int, int, bool]]:
 @pytest.mark.parametrize(
     "hyper",
     [
-        {},
+        {"local_weight": 0.0},
         {"local_weight": 0.5, "step_size": EPS / 2, "reset": 0.5},
         {"local_weight": 2.0, "local_objective": "kl", "decay": 0.0, "replays": 2},
     ],
@@ -70,13 +70,13 @@ def test_two_epochs_beside_the_same_written_out(hyper: dict[str, Any], augment: 
         state.step, state.epoch, key = step, step // 2, made.key + step
         method.before_step(mine, batch, key, state)
         if not kept or (step == 2 and "reset" in hyper):
-            logits = kept.get("logits", state.memory["logits"])
-            kept = {name: state.memory[name].clone() for name in STORES} | {"logits": logits.clone()}
+            logits = kept.get("logits", torch.full((IMAGES, CLASSES), torch.nan, dtype=torch.float64))
+            kept = {name: state.memory[name].clone() for name in STORES[:2]} | {"logits": logits}
             assert (kept["perturbations"].abs() == EPS).all() and not kept["momentum"].any()
         loss, _ = method.train_step(mine, batch, key, state, my_steps)
         _, expected = written_out.stored_adv(
             theirs, batch.x, batch.y, None, their_steps, idx=rows, eps=EPS, step_size=hyper.get("step_size", EPS),
-            decay=hyper.get("decay", 0.3), weight=hyper.get("local_weight", 0.0),
+            decay=hyper.get("decay", 0.3), weight=hyper["local_weight"],
             distance=hyper.get("local_objective", "logit"), smoothing=0.2, replays=hyper.get("replays", 1),
             views=views_of(batch, key) if augment else None, **kept,
         )  # fmt: skip

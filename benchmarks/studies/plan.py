@@ -83,7 +83,7 @@ def _adv(steps: int) -> dict[str, Any]:
 
 
 def _stored(**hyper: Any) -> dict[str, Any]:
-    return {"method": "stored_adv", "hyper": {"step_size": OfEps(1.0)} | hyper}
+    return {"method": "stored_adv", "hyper": {"local_weight": 0.0, "step_size": OfEps(1.0)} | hyper}
 
 
 #: By name what each sets.
@@ -156,9 +156,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "stored_adv-logit1": _stored(local_weight=1.0),
     "stored_adv-logit0.1": _stored(local_weight=0.1),
     "stored_adv-kl3": _stored(local_weight=3.0, local_objective="kl"),
-    "stored_adv-step2": _stored(step_size=OfEps(2.0)),
-    "stored_adv-decay0.9": _stored(decay=0.9),
-    "stored_adv-2-replays": _stored(replays=2),
+    "stored_adv-logit3": _stored(local_weight=3.0),
+    "stored_adv-step2": _stored(local_weight=1.0, step_size=OfEps(2.0)),
+    "stored_adv-decay0.9": _stored(local_weight=1.0, decay=0.9),
+    "stored_adv-2-replays": _stored(local_weight=1.0, replays=2),
     # rivals
     "adv-1": {"method": "one_step_adv"},
     "adv-2": _adv(2),

@@ -274,8 +274,8 @@ class TrainConfig(metaclass=_Lenient):
     label_smoothing: float = option(
         0.0,
         "share of the label that is spread evenly over all classes, in the cross-entropies of the loss; attacks use "
-        "whole labels (not in free, yopo, liet, fgsm_pgi, fgsm_uap, gat, nuat and atlas with local=start). Published: "
-        "0.1 to 0.2 (Pang et al. 2021)",
+        "whole labels (not in free, yopo, liet, fgsm_pgi, fgsm_uap, stored_adv, gat, nuat and atlas with local=start). "
+        "Published: 0.1 to 0.2 (Pang et al. 2021)",
         low=0,
         below=1,
         hint="write 0.1 for a tenth; 0: off",
@@ -339,7 +339,8 @@ class TrainConfig(metaclass=_Lenient):
     attack_precision: Literal["fp32", "bf16", "auto"] | None = option(
         None,
         "of the network in attacks, validation and probe; images and steps stay fp32. Attacks on a forward of training "
-        "(liet, fgsm_uap, fgsm_pgi, atlas with local=start) use train_precision. Default: as train_precision",
+        "(liet, fgsm_uap, fgsm_pgi, stored_adv, atlas with local=start) use train_precision. Default: as "
+        "train_precision",
     )
     channels_last: bool = option(False, "images and weights in channels_last")
     compile: bool = option(

@@ -17,15 +17,16 @@ from ..data import Batch
 from ..options import option
 from .base import Descent, Method, Metrics, State
 from .stored_noise import StoredNoise, StoreType, first_places
-from .terms import accuracy, classes_of, wide
+from .terms import accuracy, wide
 from .views import Views
 
 
 class Given(NamedTuple):
-    """The images that are trained on, their logits the last time, and the views that they are of, if they are."""
+    """The images that are trained on, their logits the last time, if there was one, and the views that they are of, if
+    they are views."""
 
     adv: Tensor
-    last: Tensor
+    last: Tensor | None
     views: Views | None
 
 
@@ -38,19 +39,19 @@ class StoredADV(Method):
         m_i <- g / ||g||_1 + decay m_i;  d_i <- [d_i + step_size sign m_i] within +-eps, x + d_i in the image range
         z_i <- z(x')
 
-    One backward gives the weights their gradients and g, so a step takes 3 passes, no more than standard training and
-    the gradient of the first layer. The price: d_i is an adversary of the network of an epoch ago. ``replays`` makes so
-    many updates on each batch, whose d_i moves between them, of 3 passes each.
+    One backward gives the weights their gradients and g, so a step takes 3 passes, as standard training does (and the
+    gradient of the first layer to its input). The price: d_i is an adversary of the network of an epoch ago, and the
+    network of today may have learned to see through it. D, a distance of ``consistency_loss`` whose gradient goes to
+    z(x') alone, is against that: it is ATLAS's LOCAL, of two points around the image and two networks. It counts from
+    an image's second epoch on. ``replays`` makes so many updates on each batch, of 3 passes each, d_i moving between.
 
-    It is ours. Its relatives: Free (Shafahi et al. 2019), which keeps a perturbation for each place in the batch and
-    relies on replays; ATTA (Zheng et al. 2020, arXiv 1912.11969), which keeps one for each image and makes steps of an
-    attack from there before it trains; FGSM-PGI (Jia et al. 2022), whose store this is, for the start of an attack.
-    D, of the distances of ``consistency_loss``, has a gradient to z(x') alone; there is none before an image has been
-    seen.
+    The method is ours. Its relatives: Free (Shafahi et al. 2019), which keeps a perturbation for each place in a batch
+    and relies on replays; ATTA (Zheng et al. 2020, arXiv 1912.11969), which keeps one for each image and makes steps of
+    an attack from there before it trains; FGSM-PGI (Jia et al. 2022), whose store this is, for the start of an attack.
 
     d_i stays with the pixels of the image: where the run crops and flips, the method does so after it has added d_i,
-    and takes g back, as ATTA does. (FGSM-PGI's d_i stays where it is while the image moves. Its attack makes up for it;
-    here no robustness would be left.) A pixel that is out of sight has a gradient of 0.
+    and takes g back, as ATTA does. (FGSM-PGI's d_i stays where it is while the image moves; its attack makes up for
+    it.) A pixel that is out of sight has a gradient of 0.
     """
 
     name: ClassVar[str] = "stored_adv"
@@ -59,7 +60,7 @@ class StoredADV(Method):
 
     step_size: float | None = option(None, "step of the perturbations; default: eps", above=0)
     decay: float = option(0.3, "share of the momentum that each step keeps", low=0)
-    local_weight: float = option(0.0, "weight of the distance to the logits of the last time", low=0)
+    local_weight: float = option(1.0, "weight of the distance to the logits of the last time", low=0)
     local_objective: Literal["kl", "js", "logit", "prob"] = option(
         "logit", "that distance, as with local=start of atlas"
     )
@@ -95,14 +96,12 @@ class StoredADV(Method):
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
         self._noise.before_step(batch, key, state)
-        if "logits" not in state.memory:
-            shape = len(state.memory["perturbations"]), classes_of(model, batch, key)
-            state.memory["logits"] = wide(batch.x).new_full(shape, torch.nan)  # NaN: not seen yet
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
-        last, adv = self.remembered(state, "logits")[batch.ids], self._noise.start(batch, state)
+        self.remembered(state, "perturbations")
+        adv, logits = self._noise.start(batch, state), state.memory.get("logits")
         views = Views(batch, key) if state.augment else None
-        return Given(views.of(adv) if views else adv, last, views)
+        return Given(views.of(adv) if views else adv, None if logits is None else logits[batch.ids], views)
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         return self._tied(wide(logits_of(model(given.adv))), batch, given)
@@ -120,15 +119,22 @@ class StoredADV(Method):
             descent.backward(loss, metrics)
             assert leaf.grad is not None
             self._noise.step(batch, given.views.back(leaf.grad) if given.views else leaf.grad, state)
-            seen = logits.detach()
-            state.memory["logits"][batch.ids] = seen[first_places(batch.ids)] if state.repeats else seen
+            self._keep(logits.detach(), batch, state)
             descent.step()
             losses.append(loss.detach())
         return torch.stack(losses).mean(), metrics
 
+    def _keep(self, logits: Tensor, batch: Batch, state: State) -> None:
+        if "logits" not in state.memory:
+            size = len(state.memory["perturbations"])
+            state.memory["logits"] = logits.new_full((size, logits.shape[1]), torch.nan)  # not seen yet
+        state.memory["logits"][batch.ids] = logits[first_places(batch.ids)] if state.repeats else logits
+
     def _tied(self, logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {"adv": accuracy(logits, batch)}
-        last = torch.where(given.last.isnan(), logits.detach(), given.last)
+        last = here = logits.detach()
+        if given.last is not None:
+            last = torch.where(given.last.isnan(), here, given.last)
 
         def loss_of(y: Tensor) -> Tensor:
             loss, terms = consistency_loss(
