@@ -80,6 +80,10 @@ class APGD(Search):
         return len(self._plan)
 
     @property
+    def passes(self) -> int:
+        return 2 * self.eot_iter
+
+    @property
     def _plan(self) -> tuple[_Point, ...]:
         return _plan(self.steps, self.norm, self.rho, self.large_radii)
 
