@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from atlas_kernels.attacks import (
     Search,
     Square,
     ensemble,
+    pool,
     progress,
     row_noise,
     saved,
+    square,
 )
 from atlas_kernels.attacks.apgd import APGD
 from atlas_kernels.attacks.execution import current_execution
@@ -226,7 +229,25 @@ def test_versions_are_the_published_ones(norm: str, version: str) -> None:
         else:
             assert isinstance(part, Square)
             assert (part.steps, part.p_init) == (theirs.square.n_queries, theirs.square.p_init)
-            assert part.restarts == theirs.square.n_restarts
+            assert (part.restarts, part.stretched) == (theirs.square.n_restarts, theirs.square.rescale_schedule)
+
+
+@pytest.mark.parametrize("stretched", [True, False])
+def test_square_shrinks_as_in_autoattack(stretched: bool, monkeypatch: pytest.MonkeyPatch, case) -> None:
+    package = pytest.importorskip("pyautoattack.square", exc_type=ImportError)
+    theirs = package.SquareAttack(None, n_queries=200, p_init=0.8, resc_schedule=stretched)
+    shares = []
+    level = square._Patterns.level
+
+    def seen(patterns: Any, *arguments: Any) -> Tensor:
+        found = level(patterns, *arguments)
+        shares.append(0.8 / 2 ** int(found[0]))
+        return found
+
+    monkeypatch.setattr(square._Patterns, "level", seen)
+    model, x, y = case
+    Square(1e-4, steps=200, stretched=stretched).run(model, x[:1], y[:1])
+    assert shares == pytest.approx([theirs.p_selection(query) for query in range(200)])
 
 
 def test_few_classes() -> None:
@@ -301,6 +322,37 @@ def test_it_goes_on_in_the_middle_of_an_attack(case, tmp_path: Path, monkeypatch
     again = plan().run(model, x, y, state_path=path)
     assert torch.equal(again.adv, whole.adv) and again.record.forwards["more"] == whole.record.forwards["more"]
     assert [each.name for each in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_published_attacks_go_on_too(case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their states can be saved in the middle, and looks that are rarer change no verdict."""
+    model, x, y = case[0], case[1][:16], case[2][:16]
+    parts: dict[str, Search] = {
+        "ce": APGD(EPS, steps=9), "dlr": APGD(EPS, steps=7, objective="dlr_targeted"), "fab": FAB(EPS, steps=5),
+        "square": Square(EPS, steps=12),
+    }  # fmt: skip
+    attack = AutoAttack(EPS, version="custom", parts=parts)
+    whole, path = attack.run(model, x, y, batch_size=8), tmp_path / "state.pt"
+    assert 0 < whole.correct.sum() < 14 and whole.record.unconfirmed == 0
+    for after in (4, 15, 30):
+        monkeypatch.setattr(saved, "save", stopped(after))
+        with suppress(KeyboardInterrupt):
+            attack.run(model, x, y, batch_size=8, state_path=path, save_every=0)
+    monkeypatch.setattr(saved, "save", SAVE)
+    result = attack.run(model, x, y, batch_size=8, state_path=path)
+    assert torch.equal(result.fooled_by, whole.fooled_by) and torch.equal(result.adv, whole.adv)
+    monkeypatch.setattr(pool.Pool, "turn", rarely(pool.Pool.turn))
+    assert torch.equal(attack.run(model, x, y, batch_size=7).adv, whole.adv)
+
+
+def rarely(turn: Callable[..., bool]) -> Callable[..., bool]:
+    """``Pool.turn`` that looks after every third iteration, as on a GPU."""
+
+    def made(self: pool.Pool, model: nn.Module) -> bool:
+        self.every = 3
+        return turn(self, model)
+
+    return made
 
 
 def test_killing_it_loses_nothing(case, tmp_path: Path) -> None:
@@ -473,7 +525,8 @@ def test_bad_calls(case) -> None:
         "norm must be one of": lambda: AutoAttack(EPS, norm="Linf"),
         "name the attacks": lambda: AutoAttack(EPS, version="custom"),
         "must have the ball of AutoAttack": lambda: AutoAttack(0.1, version="custom", parts={"a": Climb(EPS)}),
-        "parts is empty": lambda: AutoAttack(EPS, version="custom", parts={}),
+        "name one attack at least": lambda: AutoAttack(EPS, version="custom", parts={}),
+        'and none "clean"': lambda: AutoAttack(EPS, version="custom", parts={"clean": Climb(EPS)}),
         "seed must be": lambda: AutoAttack(EPS, version="custom", parts={"a": Climb(EPS)}, seed=-1),
     }
     for told, call in calls.items():

@@ -77,8 +77,8 @@ class AutoAttack:
                     f"parts[{name!r}] must have the ball of AutoAttack, eps={self.eps} and norm={self.norm!r}, and "
                     f"images in [0, 1], got {part}"
                 )
-        if self.parts is not None and not self.parts:
-            raise ValueError("parts is empty: name one attack at least")
+        if self.parts is not None and (not self.parts or {"clean", "checks"} & self.parts.keys()):
+            raise ValueError(f'parts are {list(self.parts)}: name one attack at least, and none "clean" or "checks"')
 
     def run(
         self,
@@ -156,7 +156,7 @@ def _standard(of: AutoAttack) -> dict[str, Search]:
             of.eps, norm=of.norm, objective="dlr_targeted", target_classes=L1_TARGETS if l1 else TARGETS, large_radii=l1
         ),
         "fab-t": FAB(of.eps, norm=of.norm, target_classes=TARGETS),
-        "square": Square(of.eps, norm=of.norm),
+        "square": Square(of.eps, norm=of.norm, stretched=False),
     }
 
 
@@ -166,7 +166,7 @@ def _plus(of: AutoAttack) -> dict[str, Search]:
         "apgd-ce": APGD(eps, norm=norm, restarts=5),
         "apgd-dlr": APGD(eps, norm=norm, objective="dlr", restarts=5),
         "fab": FAB(eps, norm=norm, targeted=False, restarts=5),
-        "square": Square(eps, norm=norm),
+        "square": Square(eps, norm=norm, stretched=False),
         "apgd-t": APGD(eps, norm=norm, objective="dlr_targeted", target_classes=TARGETS),
         "fab-t": FAB(eps, norm=norm, target_classes=TARGETS),
     }

@@ -133,7 +133,7 @@ class AutoAttackResult:
         return self.correct.double().mean().item()
 
 
-class _Counted(nn.Module):
+class Counted(nn.Module):
     """A network whose passes are counted, in samples."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -171,7 +171,7 @@ class Evaluation:
         self, plan: Plan, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, batch_size: int,
         path: Path | None, save_every: float, search_precision: str, say: Say | None,
     ) -> None:  # fmt: skip
-        self.plan, self.model, self.network, self.training = plan, model, _Counted(model), model.training
+        self.plan, self.model, self.network, self.training = plan, model, Counted(model), model.training
         self.x, self.y, self.ids = x.detach(), class_indices("y", y, x), ids
         self.batch_size, self.path, self.save_every = batch_size, path, save_every
         self.search_precision, self.say = search_precision, say or (lambda line: None)

@@ -58,6 +58,10 @@ class FAB(Search):
         number_in("eta", self.eta, 1.0)
         number_in("beta", self.beta, 0.0, 1.0)
 
+    @property
+    def passes(self) -> int:
+        return 3
+
     def rounds(self, classes: int) -> int:
         return self.restarts * (min(self.target_classes, classes - 1) if self.targeted else 1)
 
