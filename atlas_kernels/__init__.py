@@ -30,6 +30,7 @@ from .nuclear_norm import nuclear_norm
 from .objectives import Cotangent, attack_cotangent
 from .pairwise import compactness
 from .perturb import (
+    apgd_step,
     label_noise_start,
     pgd_step,
     pgd_step_neighbours,
@@ -54,6 +55,7 @@ __all__ = [
     "LastStep",
     "MinimumNorm",
     "Square",
+    "apgd_step",
     "atlas_loss",
     "attack_cotangent",
     "augment",

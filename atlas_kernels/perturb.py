@@ -42,6 +42,7 @@ from .checks import (
     require_like,
     require_noise,
     require_out,
+    require_strided,
     value_checks_enabled,
     whole,
 )
@@ -58,6 +59,8 @@ _sample_neighbours = backends.caller("sample_neighbours")
 _pgd_step_neighbours = backends.caller("pgd_step_neighbours")
 _random_start_norm = backends.caller("random_start_norm")
 _pgd_step_norm = backends.caller("pgd_step_norm")
+_apgd_step = backends.caller("apgd_step")
+_apgd_step_norm = backends.caller("apgd_step_norm")
 _project = backends.caller("project")
 
 SPARSITY = 0.99  # of an l1 step; cleverhans' grad_sparsity (99 %) and foolbox's quantile
@@ -257,6 +260,84 @@ def pgd_step(
     return out
 
 
+def apgd_step(
+    adv: Tensor,
+    old: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    momentum: float | Tensor,
+    *,
+    norm: str = LINF,
+    clip_min: _Bound = 0.0,
+    clip_max: _Bound = 1.0,
+    descend: bool = False,
+    largest: int | Tensor | None = None,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+    cast: Tensor | None = None,
+) -> Tensor:
+    """One step of Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, algorithm 1) from ``adv``, whose iterate before was
+    ``old``: ``z = P(adv + step_size * direction)``, then ``P(adv + m (z - adv) + (1 - m) (adv - old))`` with m the
+    ``momentum``. P is the projection of ``project``; the direction is that of ``pgd_step``: the gradient's sign in
+    l_inf, ``grad / ||grad||`` in l2. Where that is zero or no number, the momentum alone moves.
+
+    In l1 there is no momentum, and ``old`` and ``momentum`` are not used (Croce & Hein 2021, arXiv 2103.01208, section
+    4): the ``largest`` largest entries of ``|grad|``, and those that tie with the last of them, move by equal shares of
+    ``step_size`` in the direction of their signs; entries of 0 do not. P is the nearest point of ball and range.
+
+    Args:
+        adv, old, x: current iterate, the one before (``adv`` itself in a first step) and clean images [B, ...], one
+            dtype.
+        grad: gradient of the objective at ``adv``, any float dtype.
+        eps, step_size: one number or float [B].
+        momentum: share of the step, in [0, 1]: one number or float [B]. The paper has 1 in the first step, then 0.75.
+        norm: "linf", "l2" or "l1".
+        clip_min, clip_max: image range, one number or one per channel.
+        descend: step down the gradient.
+        largest: of l1 steps: how many entries move, at least 1: an integer or int64 [B]. No other norm uses it.
+        active: bool [B]; rows that are False keep ``adv`` as it is.
+        out: result tensor like ``adv``, or ``adv`` or ``old`` itself (in place).
+        cast: a second result of another float dtype or memory format with the same values, for the network to read.
+
+    Returns a tensor of adv's dtype and layout. Raises ``TypeError`` and ``ValueError`` that name the argument.
+    """
+    adv, x, grad = _stepping(adv, x, grad)
+    if not alike(adv, old):
+        require_like("old", old, "adv", adv, dtype=True)
+        old = dense(old)
+    ball, step = per_sample("eps", eps, adv), per_sample("step_size", step_size, adv)
+    share = _momentum(momentum, adv)
+    bounds = (*per_channel("clip_min", clip_min, adv), *per_channel("clip_max", clip_max, adv))
+    descend = flag("descend", descend)
+    if active is not None:
+        require_active(active, adv)
+        active = contiguous("active", active)
+    if cast is not None:
+        require_out("cast", cast, adv.shape, adv, None)
+    number = _number_of(norm)
+    counts = _counts(largest, adv) if norm == L1 else None
+    if number:
+        _require_finite("step_size", *step)
+        grad = _in_fp32_range(grad.detach(), adv)
+    inputs = adv, old, x, ball[1], step[1], share[1]
+    if followed(*inputs) or _needs_grad(*inputs):
+        _refuse_out(out, cast)
+        if number:
+            return plain.apgd(adv, old, grad, x, norm, ball, step, share, bounds, descend, active, counts).to(adv.dtype)
+        found = plain_linf.apgd(adv, old, grad.detach(), x, *ball, *step, *share, bounds, descend, active)
+        return found.to(adv.dtype)
+    out = _like(adv) if out is None else _checked(out, adv.shape, adv, adv.dtype)
+    if number:
+        _apgd_step_norm(
+            adv, old, grad, x, number, *ball, *step, *share, *bounds, descend, active, out, cast, counts
+        )  # fmt: skip
+    else:
+        _apgd_step(adv, old, grad, x, *ball, *step, *share, *bounds, descend, active, out, cast)
+    return out
+
+
 def project(
     v: Tensor,
     x: Tensor,
@@ -453,6 +534,37 @@ def _largest(sparsity: float | None, like: Tensor) -> int:
     require_sparsity(sparsity)
     entries = math.prod(like.shape[1:])
     return 0 if sparsity is None or not entries else entries - math.ceil(sparsity * (entries - 1))
+
+
+def _momentum(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    number, rows = per_sample("momentum", value, like)
+    wrong = number
+    if rows is not None and value_checks_enabled(rows) and rows.numel():
+        wrong = float(rows.detach().max())
+    if wrong > 1:
+        raise ValueError(f"momentum must be in [0, 1], got {wrong:g}: it is the share of the step, 0.75 in the paper")
+    return number, rows
+
+
+def _counts(largest: int | Tensor | None, like: Tensor) -> Tensor:
+    """How many entries of each sample an l1 step of APGD moves."""
+    entries = math.prod(like.shape[1:])
+    if largest is None:
+        raise ValueError(f"largest must be given in l1: how many of the {entries} entries of a sample's gradient move")
+    if not isinstance(largest, Tensor):
+        return torch.full(like.shape[:1], whole("largest", largest, 1, max(entries, 1)), device=like.device)
+    require_strided("largest", largest)
+    if largest.dtype != torch.int64 or largest.shape != like.shape[:1] or largest.device != like.device:
+        raise ValueError(
+            f"largest is {largest.dtype} {list(largest.shape)} on {largest.device}, expected an integer, or int64 "
+            f"[{like.shape[0]}] on {like.device}, one per sample"
+        )
+    if largest.numel() and entries and value_checks_enabled(largest, name="largest"):
+        least, most = (int(bound) for bound in largest.aminmax())
+        if not 1 <= least <= most <= entries:
+            wrong = least if least < 1 else most
+            raise ValueError(f"largest must be 1 to {entries}, the entries of a sample, got {wrong}")
+    return contiguous("largest", largest)
 
 
 def _require_finite(name: str, number: float, rows: Tensor | None) -> None:

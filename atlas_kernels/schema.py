@@ -26,6 +26,7 @@ SHARES = 2**12  # what a share of pixels is counted in: kWhole of csrc/core/pert
 _CLIP = "number[channels] clip_min, number[channels] clip_max"
 _NOISE = "int64[2] key, int64[batch]? ids, int draw"
 _STEP = "images[batch] adv, images[batch] grad, images[batch] x"
+_APGD = "images[batch] adv, images[batch] old, images[batch] grad, images[batch] x"
 _LOGITS, _ADV = "same[batch, classes] logits", "same[batch, classes] adv_logits"
 _LABELS = "int64[batch] labels"
 _REDUCED = "wide[batch]? weights, float scale, wide[batch]! value, wide[]!? total"
@@ -39,6 +40,8 @@ OPERATORS: dict[str, dict[str, str]] = {
         f"number[batch] eps=radius, int share_low, int share_high, {_CLIP}, {_NOISE}, images[rows]! out",
         "pgd_step": f"{_STEP}, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, bool[batch]? active, "
         "images[rows]! out, images[batch]!? cast",
+        "apgd_step": f"{_APGD}, number[batch] eps, number[batch] step_size, number[batch] momentum, {_CLIP}, "
+        "bool descend, bool[batch]? active, images[rows]! out, images[batch]!? cast",
         "sample_neighbours": f"images[batch] adv, number[batch] radius, int count, images[batch]? x, "
         f"number[batch] eps, {_CLIP}, {_NOISE}, images[rows]! out",
         "pgd_step_neighbours": f"{_STEP}, number[batch] eps, number[batch] step_size, number[batch] radius, int count, "
@@ -66,11 +69,15 @@ OPERATORS: dict[str, dict[str, str]] = {
     "nuclear_norm": {
         "nuclear_norm": "same[batch, classes] d, wide[]! value, wide[batch, classes]!? grad",
     },
-    # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense.
+    # norm: its index in NORMS. largest: an l1 step moves so many of the largest entries of the gradient; 0: dense. By
+    # sample, those that tie with the last one move too.
     "perturb_norms": {
         "random_start_norm": f"images[batch] x=adv, int norm, number[batch] eps, {_CLIP}, {_NOISE}, images[batch]! out",
         "pgd_step_norm": f"{_STEP}, int norm, number[batch] eps, number[batch] step_size, {_CLIP}, bool descend, "
         "bool[batch]? active, images[batch]! out, images[batch]!? cast, int largest",
+        "apgd_step_norm": f"{_APGD}, int norm, number[batch] eps, number[batch] step_size, number[batch] momentum, "
+        f"{_CLIP}, bool descend, bool[batch]? active, images[batch]! out, images[batch]!? cast, "
+        "int64[batch]? largest=largest_rows",
         "project": f"images[batch] v=adv, images[batch] x, int norm, number[batch] eps, {_CLIP}, images[batch]! out",
     },
     # d, m: the rows `index` of stored and momentum. Without grad out = clip(x + d); else see csrc/api.h.

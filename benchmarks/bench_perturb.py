@@ -38,6 +38,13 @@ def step_delta(adv, grad, x):  # type: ignore[no-untyped-def]
     return grad.sign().mul_(STEP).add_(adv).sub_(x).clamp_(-EPS, EPS).add_(x).clamp_(0, 1)
 
 
+def apgd_plain(adv, old, grad, x, step, share):  # type: ignore[no-untyped-def]
+    """As pyautoattack chains it."""
+    inside = lambda v: torch.clamp(torch.min(torch.max(v, x - EPS), x + EPS), 0, 1)  # noqa: E731
+    before, stepped = adv - old, inside(adv + step * grad.sign())
+    return inside(adv + (stepped - adv) * share + before * (1 - share))
+
+
 def start_plain(x, radius=EPS):  # type: ignore[no-untyped-def]
     return torch.empty_like(x).uniform_(-radius, radius).add_(x).clamp_(0, 1)
 
@@ -83,6 +90,15 @@ def test_pgd_step_out(size, report):
     adv, grad, x = images(size)
     out = torch.empty_like(x)
     run(report, "pgd_step out=", size, 4, lambda: ak.pgd_step(adv, grad, x, EPS, STEP, out=out), {}, adv, grad, x)
+
+
+def test_apgd_step(size, report):
+    """Step sizes by sample, as APGD has them: some were halved more often than others."""
+    adv, grad, x = images(size)
+    old, rows = images(size)[0], 2 * EPS / 2 ** (torch.arange(size[0], device=DEVICE) % 4)
+    ours = lambda: ak.apgd_step(adv, old, grad, x, EPS, rows, 0.75)  # noqa: E731
+    inputs = adv, old, grad, x, rows.view(-1, 1, 1, 1), 0.75
+    run(report, "apgd_step", size, 5, ours, {"clamps": apgd_plain}, *inputs)
 
 
 def test_random_start(size, report):

@@ -3,7 +3,8 @@
 Bytes by the model: what the operator must read and write once. Plain forms: "renorm" is the step of Rice et al. 2020,
 "in place" the same with the fewest passes that PyTorch allows; "sort" projects on the l1 ball alone (Duchi et al.
 2008), then clips, which is less than ours does; "topk" is that behind the sparse step of Tramer & Boneh 2019 without
-its care for the range.
+its care for the range. "lengths" is the step of Auto-PGD as pyautoattack chains it, and "signs" its l1 step, with
+"sort" behind it, which is less than its projection on ball and range.
 """
 
 from __future__ import annotations
@@ -58,6 +59,24 @@ def l1_topk(adv, grad, x):  # type: ignore[no-untyped-def]
     return onto_l1_ball(adv + step.view_as(adv), x)
 
 
+def apgd_l2(adv, old, grad, x):  # type: ignore[no-untyped-def]
+    size = lambda t: t.square().flatten(1).sum(1).sqrt().view(-1, 1, 1, 1)  # noqa: E731
+
+    def inside(v):  # type: ignore[no-untyped-def]
+        d = v - x
+        return torch.clamp(x + d / (size(d) + 1e-12) * torch.clamp(size(d), max=EPS), 0, 1)
+
+    before, stepped = adv - old, inside(adv + STEP * (grad / (size(grad) + 1e-12)))
+    return inside(adv + (stepped - adv) * 0.75 + before * 0.25)
+
+
+def apgd_l1(adv, grad, x, counts):  # type: ignore[no-untyped-def]
+    m = grad.abs().flatten(1)
+    threshold = m.sort(1)[0].gather(1, m.shape[1] - counts.view(-1, 1)).view(-1, 1, 1, 1)
+    signs = (grad * (grad.abs() >= threshold)).sign()
+    return onto_l1_ball(adv + STEP_1 * signs / signs.abs().sum(PIXELS, keepdim=True), x)
+
+
 def l2_start(x):  # type: ignore[no-untyped-def]
     z = torch.randn_like(x)
     radius = EPS * torch.rand(x.shape[0], 1, 1, 1, device=x.device).pow(1 / x[0].numel())
@@ -92,6 +111,21 @@ def test_pgd_step_l1_sparse(size, report):
     inputs = images(size)
     ours = lambda: ak.pgd_step(*inputs, EPS_1, STEP_1, norm="l1")  # noqa: E731
     run(report, "pgd_step l1 sparse", size, 4, ours, {"topk": l1_topk}, *inputs)
+
+
+def test_apgd_step_l2(size, report):
+    adv, grad, x = images(size)
+    old = images(size)[0]
+    ours = lambda: ak.apgd_step(adv, old, grad, x, EPS, STEP, 0.75, norm="l2")  # noqa: E731
+    run(report, "apgd_step l2", size, 5, ours, {"lengths": apgd_l2}, adv, old, grad, x)
+
+
+def test_apgd_step_l1(size, report):
+    """A fifth of the entries moves, as in APGD's first iterations."""
+    adv, grad, x = images(size)
+    counts = torch.full(size[:1], x[0].numel() // 5, device=DEVICE)
+    ours = lambda: ak.apgd_step(adv, adv, grad, x, EPS_1, STEP_1, 1.0, norm="l1", largest=counts)  # noqa: E731
+    run(report, "apgd_step l1", size, 4, ours, {"signs": apgd_l1}, adv, grad, x, counts)
 
 
 def test_random_start_l2(size, report):

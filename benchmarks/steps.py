@@ -43,6 +43,7 @@ import published.mart
 import published.mma
 import published.n_fgsm
 import published.nuat
+import published.stored_adv
 import published.trades
 import published.yopo
 
@@ -143,6 +144,12 @@ def fgsm_pgi(m: Any, batch: Batch, key: Tensor) -> Statement:
     how = {"eps": m.eps, "clip_start": m.code == "fastat", "lamda": m.weight, "decay": m.decay, "idx": batch.ids}
     memory = {"all_delta": "perturbations", "all_momentum": "momentum"}
     return Statement(published.fgsm_pgi.fgsm_pgi, None, how | {"smoothing": m.label_smoothing}, memory)
+
+
+def stored_adv(m: Any, batch: Batch, key: Tensor) -> Statement:
+    how = {"eps": m.eps, "step_size": m._step_size, "decay": m.decay, "weight": m.local_weight, "idx": batch.ids}
+    memory = {name: name for name in m.stores}
+    return Statement(published.stored_adv.stored_adv, None, how | {"smoothing": m.label_smoothing}, memory)
 
 
 def fgsm_uap(m: Any, batch: Batch, key: Tensor) -> Statement:
@@ -282,6 +289,7 @@ STEPS: dict[str, Step] = {
     "liet": Step("liet", {"": liet}, lambda m, _: [_KEPT]),
     "fgsm_pgi": Step("fgsm_pgi", {"": fgsm_pgi}, lambda m, _: [_KEPT]),
     "fgsm_uap": Step("fgsm_uap", {"": fgsm_uap}, lambda m, _: [_KEPT]),
+    "stored_adv": Step("stored_adv", {"": stored_adv}, lambda m, _: [_REPLAY] * m.replays),
     "gat": Step("gat", {"": gat}, lambda m, _: [Attack(1, m._attack_mode), _PAIR]),
     "nuat": Step("nuat", {"": nuat}, lambda m, _: [Attack(1, m._attack_mode), _PAIR], {"growth_share": 0.0}),
     "backward_smoothing": Step(

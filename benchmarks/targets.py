@@ -24,8 +24,9 @@ from tables import Table, aligned, markdown, write
 HEADER = ("target", "wanted", "found", "")
 SIZE = "512x3x224x224"
 #: Of the bandwidth of a copy, at that size; noise costs arithmetic beside the memory, the noise of labels a read more.
-COPY = {"pgd_step": 0.9, "random_start": 0.9, "label_noise_start": 0.45, "sample_neighbours n=2": 0.85,
-        "pgd_step_neighbours n=2": 0.85, "stored_start": 0.85, "stored_step": 0.85}  # fmt: skip
+COPY = {"pgd_step": 0.9, "apgd_step": 0.85, "random_start": 0.9, "label_noise_start": 0.45,
+        "sample_neighbours n=2": 0.85, "pgd_step_neighbours n=2": 0.85, "stored_start": 0.85,
+        "stored_step": 0.85}  # fmt: skip
 NETWORK = {"network": "preact_resnet18", "batch_size": 128}
 #: Methods whose loss ties two forwards to each other.
 TIED = ("liet", "fgsm_pgi", "fgsm_uap", "nuat", "gat")

@@ -40,15 +40,17 @@ struct AtlasScalar {
 
 // The four l_inf ops are one pass with parts left out:
 //   adv' = clip(project(adv + step sign(grad)))        where grad is given, and the sample is active
+//   adv' = clip(project(adv + m (adv' - adv) + (1 - m) (adv - old)))   of that adv', where old is given; m: momentum
 //   z_k = clip([project](adv' + radius noise_k))       for k < count; projected if `project`, or x is there without grad
 //   out = [x;] [adv';] z_0; z_1; ...                   x if `include_x`, adv' if there is a grad; cast = adv'
 // With labels x is a noise for each of the `classes`, and the noise of z is LIET's (core/perturb.h); there is no step then.
-// Per sample: eps, step_size, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
+// Per sample: eps, step_size, momentum, radius, active (null: all), ids (null: base + row). Per channel: clip_min, clip_max. key:
 // (seed, base), in the memory of the device. rows: of out.
 #define ATLAS_PERTURB(F) \
   F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) F(int64_t, rows) \
-  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) F(AtlasImages, cast) \
-  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, radius) \
+  F(AtlasImages, adv) F(AtlasImages, old) F(AtlasImages, grad) F(AtlasImages, x) \
+  F(AtlasImages, out) F(AtlasImages, cast) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, momentum) F(AtlasScalar, radius) \
   F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
   F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) \
   F(int64_t, count) F(int32_t, descend) F(int32_t, project) F(int32_t, include_x) \
@@ -101,12 +103,18 @@ struct AtlasNuclearNorm { ATLAS_NUCLEAR_NORM(ATLAS_FIELD) };
 // The l2 and l1 operators, and projections in any norm (core/perturb_norms.h numbers them). Results lie in out and cast:
 //   adv' = clip(project(adv + step grad / ||grad||))    without a step where there is no grad; l1 with `largest` > 0: along
 //                                                       the sign of that many of the largest entries instead
+//   adv' = clip(project(adv + m (adv' - adv) + (1 - m) (adv - old)))    of that adv', where old is given, in l2; m: momentum
+//   adv' = clip(project(adv + step / n * sign(grad)))   where old is given, in l1: n entries of the gradient move, the
+//                                                       largest_rows[b] largest and those that tie, none that is 0
 //   adv' = clip(x + eps U^(1/D) z / ||z||)              where key is given; z normal (l2) or Laplace (l1); adv is x
 #define ATLAS_PERTURB_NORMS(F) \
   F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) \
-  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) F(AtlasImages, cast) \
-  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
-  F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) F(int64_t, largest) \
+  F(AtlasImages, adv) F(AtlasImages, old) F(AtlasImages, grad) F(AtlasImages, x) \
+  F(AtlasImages, out) F(AtlasImages, cast) \
+  F(AtlasScalar, eps) F(AtlasScalar, step_size) F(AtlasScalar, momentum) \
+  F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) \
+  F(const uint8_t*, active) F(const int64_t*, key) F(const int64_t*, ids) \
+  F(int64_t, largest) F(const int64_t*, largest_rows) \
   F(int32_t, norm) F(int32_t, descend) F(uint32_t, stream) F(uint32_t, draw)
 struct AtlasPerturbNorms { ATLAS_PERTURB_NORMS(ATLAS_FIELD) };
 

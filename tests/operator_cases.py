@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import atlas_kernels as ak
 from atlas_kernels.backends import BackendUnavailable, forced_backend
+from atlas_kernels.layout import is_channels_last
 
 SHAPES = [
     (2, 3, 8, 8),
@@ -72,6 +73,15 @@ def label_start(x: Tensor, noise: Tensor, eps: float | Tensor, **how: Any) -> Te
         noise = torch.ones(1, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
     labels = torch.arange(len(x), device=x.device).flip(0) // 2
     return ak.label_noise_start(x, labels, noise, eps, **how)
+
+
+def apgd_step(adv: Tensor, grad: Tensor, x: Tensor, eps: Any, step: Any, **how: Any) -> Tensor:
+    """``apgd_step`` whose iterate before has the pixels of ``adv`` in reverse, in the order of memory of ``grad``."""
+    old = to_layout(adv.flip(tuple(range(adv.ndim))), is_channels_last(grad))
+    momentum = torch.linspace(0, 1, len(adv), device=adv.device) if isinstance(step, Tensor) else 0.75
+    if how.get("norm") == "l1":
+        how = {"largest": 1 + 7 * torch.arange(len(adv), device=adv.device) % max(1, adv[:1].numel()), **how}
+    return ak.apgd_step(adv, old, grad, x, eps, step, momentum, **how)
 
 
 def same_within_ulps(a: Tensor, b: Tensor, x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from test_attacks import CLASSES, Log, Rowwise
 
 EPS = 0.05
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
-DEFINITION, CALLS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+DEFINITION, CALLS, SEARCH = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 NAMES: dict[str, Any] = {"__name__": "page"}
 exec(compile(DEFINITION, "docs/attacks.md", "exec", dont_inherit=True), NAMES)
 ATTACKS = {"page": NAMES["AdamPGD"](EPS, steps=4), "mifgsm": MIFGSM(EPS, steps=4, random_start=True)}
@@ -41,6 +41,14 @@ def case(device: torch.device) -> tuple[Rowwise, Tensor, Tensor]:
     y = model(x).argmax(1)
     y[2] = (y[2] + 1) % CLASSES
     return model, x, y
+
+
+def test_the_search_of_the_page(case, tmp_path: Path) -> None:
+    model, x, y = case
+    names = {"__name__": "page", "model": model.eval(), "x": x, "y": y, "state_path": tmp_path / "state.pt"}
+    exec(compile(SEARCH, "docs/attacks.md", "exec", dont_inherit=True), names)
+    assert torch.equal(names["found"].fooled, model(names["found"].adv).argmax(1) != y)
+    assert names["result"].correct.sum() <= 7 and (tmp_path / "state.pt").exists()
 
 
 def test_the_calls_of_the_page(case) -> None:

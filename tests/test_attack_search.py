@@ -115,10 +115,10 @@ def test_what_is_not_confirmed_goes_on(case, device) -> None:
     search = Climb(EPS, steps=4, restarts=2)
     asked: list[int] = []
 
-    def never(rows: Tensor, adv: Tensor) -> Tensor:
-        assert (model(adv).argmax(1) != y[rows]).all()
-        asked.extend(rows.tolist())
-        return torch.zeros_like(rows, dtype=torch.bool)
+    def never(batch: Batch, adv: Tensor) -> tuple[Tensor, Tensor]:
+        assert (model(adv).argmax(1) != batch.goal.labels).all()
+        asked.extend(batch.ids.tolist())
+        return adv, torch.zeros(len(adv), dtype=torch.bool, device=device)
 
     made = search.pool(model, search.batch(x, y, key=key_of(device)), 16)
     pool = Pool(search, made.batch, 16, made.fooled, confirm=never)
@@ -126,6 +126,41 @@ def test_what_is_not_confirmed_goes_on(case, device) -> None:
     assert pool.fooled.nonzero()[:, 0].tolist() == [2]
     assert max(asked.count(row) for row in asked) > 2
     assert not pool.waiting and not pool.rows
+
+
+def test_the_strongest_point_is_asked_about_and_kept_as_confirmed(case, device) -> None:
+    model, x, y = case
+    search = Climb(1e-4, steps=2)  # too small to fool anyone
+    made = search.pool(model, search.batch(x, y, key=key_of(device)), 16)
+
+    def as_zeros(batch: Batch, adv: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(adv), batch.ids % 2 == 0
+
+    for doubtful in (False, True):
+        pool = Pool(search, made.batch, 16, made.fooled, confirm=as_zeros, doubtful=doubtful)
+        pool.run(model)
+        even = torch.arange(40, device=device) % 2 == 0
+        assert torch.equal(pool.fooled, even if doubtful else made.fooled)
+        zeros = (pool.adv == 0).flatten(1).all(1)
+        assert torch.equal(zeros, even & ~made.fooled if doubtful else torch.zeros_like(even))
+
+
+def test_a_pool_goes_on_from_what_was_saved(case, device) -> None:
+    model, x, y = case
+    search, key = Climb(EPS, steps=5, restarts=2), key_of(device)
+    whole = search.run(model, x, y, key=key, batch_size=16)
+    pool = search.pool(model, search.batch(x, y, key=key), 16)
+    went_on = 0
+    while pool.turn(model):
+        left = pool.left()
+        saved, pool = pool.saved(), search.pool(model, search.batch(x, y, key=key), 16)
+        assert pool.left() != left
+        pool.restore(saved)
+        assert pool.left() == left > 0 or not pool.rows
+        went_on += bool(pool.rows) and bool(pool.waiting)
+    assert went_on > 5
+    assert torch.equal(pool.fooled, whole.fooled)
+    assert torch.equal(pool.adv[pool.fooled], whole.adv[whole.fooled])
 
 
 def test_it_leaves_no_trace_and_says_that_there_is_no_graph(device) -> None:

@@ -34,6 +34,14 @@ def step(adv=ADV, grad=GRAD, x=X, eps=0.1, step_size=0.1, **rest):
     return ak.pgd_step(adv, grad, x, eps, step_size, **rest)
 
 
+def apgd(old=ADV, momentum=0.75, **rest):
+    return ak.apgd_step(ADV, old, GRAD, X, 0.1, 0.1, momentum, **rest)
+
+
+def sparse(largest, **rest):
+    return apgd(norm="l1", largest=largest, **rest)
+
+
 STORE, ROWS = torch.zeros(9, 3, 8, 8), torch.arange(4)
 
 
@@ -109,6 +117,24 @@ def test_message_of_stored_perturbations(error, message, call):
         (ValueError, r"labels is \[3\] on cpu, expected \[4\]", lambda: labelled(labels=Y[:3])),
         *((ValueError, "share must be two numbers, 0 <= least <= largest <= 1, got ", lambda bad=bad: labelled(share=bad)) for bad in ((0.5, 0.1), (-0.1, 0.5), (0.1, 1.1), (NAN, 0.5), 0.3, (0.1,), None, ("a", 1))),
         (ValueError, "eps must be a number >= 0, got -0.1", lambda: labelled(eps=-0.1)),
+        (ValueError, r"old has shape \[4, 3, 8, 7\], adv has", lambda: apgd(old=ADV[..., 1:])),
+        (TypeError, "old is torch.float16, adv is torch.float32", lambda: apgd(old=ADV.half())),
+        (TypeError, "old must be a tensor, got NoneType", lambda: apgd(old=None)),
+        (ValueError, r"momentum must be in \[0, 1\], got 1.5: it is the share of the step", lambda: apgd(momentum=1.5)),
+        (ValueError, r"momentum must be in \[0, 1\], got 2: it", lambda: apgd(momentum=torch.tensor([0.0, 2.0, 1.0, 1.0]))),
+        (ValueError, "momentum must be a number >= 0, got -0.5", lambda: apgd(momentum=-0.5)),
+        (ValueError, r"momentum has shape \[3\], expected one number or \[4\]", lambda: apgd(momentum=torch.ones(3))),
+        (ValueError, "norm must be one of", lambda: apgd(norm="l3")),
+        (TypeError, "descend must be True or False, got 1", lambda: apgd(descend=1)),
+        (TypeError, "active must be a bool tensor", lambda: apgd(active=Y)),
+        (ValueError, "largest must be given in l1: how many of the 192 entries", lambda: sparse(None)),
+        *((ValueError, "largest must be an integer of at ", lambda bad=bad: sparse(bad)) for bad in (0, -1, 193)),
+        *((TypeError, "largest must be an integer, got", lambda bad=bad: sparse(bad)) for bad in (0.2, True, "x", [1, 2, 3, 4])),
+        (ValueError, r"largest is torch.int32 \[4\] on cpu, expected an integer, or int64 \[4\]", lambda: sparse(Y.int())),
+        (ValueError, r"largest is torch.int64 \[3\] on cpu", lambda: sparse(Y[:3])),
+        (TypeError, "largest must be a strided tensor, got nested", lambda: sparse(nested(Y))),
+        *((ValueError, f"largest must be 1 to 192, the entries of a sample, got {bad}", lambda bad=bad: sparse(torch.tensor([1, bad, 192, 7]))) for bad in (0, -7, 193)),
+        (ValueError, "step_size must be finite in l2 and l1", lambda: ak.apgd_step(ADV, ADV, GRAD, X, 1.0, float("inf"), 1.0, norm="l2")),
         (ValueError, "key must be the int64", lambda: ak.random_start(X, 0.1, key=torch.zeros(2))),
         (ValueError, r"ids is torch.int32 \[4\]", lambda: ak.random_start(X, 0.1, ids=torch.zeros(4, dtype=torch.int32))),
         (TypeError, "ids must be an int64 tensor .4., got int", lambda: ak.random_start(X, 0.1, ids=3)),

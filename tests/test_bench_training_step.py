@@ -31,7 +31,7 @@ PUBLISHED = {
     "free": [24], "adv": [3 * K + 1 + 3 + 1, 3 * K + 3], "gairat": [3 * K + 3], "mart": [2 * K + 6],
     "trades": [3 * K + 9], "adr": [2 * K + 6 + 2], "adr trades": [3 * K + 6 + 2], "llr": [3 + 6 + 2 * K + 3],
     "cure": [3 + 1 + 3 + 12], "jacobian": [6], "atlas start": [7], "liet": [8], "fgsm_pgi": [8], "fgsm_uap": [8],
-    "gat": [12], "nuat": [12],
+    "gat": [12], "nuat": [12], "stored_adv": [3],
 }  # fmt: skip
 
 

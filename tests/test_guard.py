@@ -50,6 +50,8 @@ def valid_call(operator: str) -> dict[str, Any]:
         found[a.name] = value.clone() if isinstance(value, Tensor) else value
     if operator == "pgd_step_neighbours":
         found["out"] = torch.empty(3 * batch, *IMAGES[1:])
+    if operator == "apgd_step_norm":
+        found["largest"] = 1 + labels
     if operator == "gairat_weights":
         found["out"] = torch.empty(batch)
     if operator == "consistency_loss":

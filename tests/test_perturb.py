@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import atlas_kernels as ak
 from atlas_kernels.backends.reference.philox import philox4x32_10
 from atlas_kernels.core import available_isas, force_isa
-from operator_cases import SHAPES, Dispatched, label_start, problem, same_bits, to_layout
+from operator_cases import SHAPES, Dispatched, apgd_step, label_start, problem, same_bits, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels
@@ -29,6 +29,7 @@ def all_four(
         ak.random_start(x, eps, **noise, **clip),
         label_start(x, grad, radius, **noise, **clip),
         ak.pgd_step(adv, grad, x, eps, step, **step_options),
+        apgd_step(adv, grad, x, eps, step, **step_options),
         ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
         ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, project=project, **noise, **step_options),
         ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, include_x=False, **noise, **step_options),
@@ -39,7 +40,7 @@ def check_against_reference(*args, **kwargs):
     got = all_four(*args, **kwargs)
     with ak.backend("reference"):
         expected = all_four(*args, **kwargs)
-    names = "start", "label start", "step", "neighbours", "both", "both without x"
+    names = "start", "label start", "step", "step of APGD", "neighbours", "both", "both without x"
     for name, a, b in zip(names, got, expected, strict=True):
         assert same_bits(a, b), name
 
@@ -153,6 +154,51 @@ def test_a_step_is_the_textbook_step(device):
     adv, grad, x = problem((8, 3, 32, 32), device=device)
     expected = torch.clamp(torch.max(torch.min(adv + 0.03 * grad.sign(), x + 0.1), x - 0.1), 0, 1)
     assert torch.equal(ak.pgd_step(adv, grad, x, 0.1, 0.03), expected)
+
+
+def published_apgd_step(adv, old, grad, x, eps, step, share):
+    """Croce & Hein 2020, algorithm 1, lines 7 and 8, with clamps."""
+    inside = lambda v: torch.clamp(torch.max(torch.min(v, x + eps), x - eps), 0, 1)  # noqa: E731
+    z = inside(adv + step * grad.sign())
+    return inside(adv + share * (z - adv) + (1 - share) * (adv - old))
+
+
+def test_a_step_of_apgd_is_the_published_step(device):
+    adv, grad, x = problem((8, 3, 16, 16), device=device)
+    old = adv + 0.3 * torch.randn_like(adv)
+    for eps, step, share in itertools.product((0.1, 0.02), (0.2, 0.01), (1.0, 0.75, 0.0)):
+        expected = published_apgd_step(adv, old, grad, x, eps, step, share)
+        assert torch.equal(ak.apgd_step(adv, old, grad, x, eps, step, share), expected)
+        down = ak.apgd_step(adv, old, -grad, x, eps, step, share, descend=True)
+        assert torch.equal(down, expected)
+    # Samples at different iterations share a batch.
+    eps, step, share = (torch.linspace(low, 1.0, 8, device=device) for low in (0.02, 0.01, 0.0))
+    whole = ak.apgd_step(adv, old, grad, x, eps, step, share)
+    for i, (e, s, m) in enumerate(zip(*(t.tolist() for t in (eps, step, share)), strict=True)):
+        one = ak.apgd_step(adv[i : i + 1], old[i : i + 1], grad[i : i + 1], x[i : i + 1], e, s, m)
+        assert same_bits(whole[i : i + 1], one)
+
+
+def test_a_step_of_apgd_in_place(device):
+    adv, grad, x = problem((4, 3, 8, 8), device=device)
+    expected = apgd_step(adv, grad, x, 0.1, 0.05)
+    for name in ("adv", "old", "grad", "x"):
+        given = {"adv": adv.clone(), "old": adv.flip((0, 1, 2, 3)), "grad": grad.clone(), "x": x.clone()}
+        out = given[name]
+        version = out._version
+        assert ak.apgd_step(**given, eps=0.1, step_size=0.05, momentum=0.75, out=out) is out
+        assert same_bits(out, expected) and out._version > version
+    cast = to_layout(torch.empty_like(adv, dtype=torch.bfloat16), True)
+    apgd_step(adv, grad, x, 0.1, 0.05, cast=cast)
+    assert same_bits(cast, to_layout(expected.bfloat16(), True))
+
+
+def test_without_gradient_only_momentum_moves(device):
+    x = torch.full((2, 1, 2, 2), 0.5, device=device)
+    grad = torch.zeros_like(x)
+    grad[1] = float("nan")
+    moved = ak.apgd_step(x + 0.1, x + 0.06, grad, x, 1.0, 0.5, 0.75)
+    assert torch.allclose(moved, x + 0.11) and torch.equal(ak.apgd_step(x, x, grad, x, 1.0, 0.5, 0.75), x)
 
 
 def test_pixels_without_gradient_do_not_move(device):
@@ -333,6 +379,19 @@ def test_pgd_step_gradients(descend, masked):
     assert torch.autograd.gradgradcheck(step_of, inputs)
 
 
+def test_apgd_step_gradients():
+    adv, grad, x = away_from_kinks((3, 2, 3, 3))
+    old, active = adv + 0.1 * away_from_kinks((3, 2, 3, 3), 1)[1], torch.tensor([True, False, True])
+    rows = [torch.tensor(v).double() for v in ([0.1, 0.12, 0.07], [0.03, 0.05, 0.2], [0.75, 0.5, 0.9])]
+
+    def step_of(adv, old, x, eps, step, share):
+        return ak.apgd_step(adv, old, grad, x, eps, step, share, active=active, descend=True)
+
+    inputs = [t.requires_grad_() for t in (adv, old, x, *rows)]
+    assert torch.autograd.gradcheck(step_of, inputs)
+    assert torch.autograd.gradgradcheck(step_of, inputs)
+
+
 @pytest.mark.parametrize("project", [False, True])
 def test_sample_neighbours_gradients(project):
     adv, _, x = away_from_kinks((3, 2, 3, 3))
@@ -407,6 +466,10 @@ def test_opcheck(requires_grad, device):
     )
     torch.library.opcheck(
         OPS.pgd_step.default, (adv, grad, x, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16())
+    )
+    torch.library.opcheck(
+        OPS.apgd_step.default,
+        (adv, adv.flip(0), grad, x, 0.0, rows, 0.1, None, 0.0, rows, *clip, True, active, out, out.bfloat16()),
     )
     torch.library.opcheck(OPS.sample_neighbours.default, (adv, 0.0, rows, 3, x, 0.1, None, *clip, *noise, many))
     torch.library.opcheck(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import atlas_kernels as ak
 from atlas_kernels.core import available_isas, force_isa
-from operator_cases import SHAPES, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, apgd_step, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPS = torch.ops.atlas_kernels
@@ -28,6 +28,7 @@ def every_result(adv, grad, x, eps, step, norm, *, key, ids=None, active=None, d
     out = {
         "start": ak.random_start(x, eps, norm=norm, **noise, **clip),
         "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, active=active, descend=descend, **clip),
+        "step of APGD": apgd_step(adv, grad, x, eps, step, norm=norm, active=active, descend=descend, **clip),
         "project": ak.project(adv, x, eps, norm=norm, **clip),
         "project linf": ak.project(adv, x, eps, **clip),
     }
@@ -128,6 +129,24 @@ def test_l2_step_is_the_published_step(device):
     unit = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-10)
     d = (adv + 0.9 * unit - x).flatten(1).renorm(2, 0, 1.0).view_as(x)
     assert torch.allclose(ak.pgd_step(adv, grad, x, 1.0, 0.9, norm="l2"), (x + d).clamp(0, 1), rtol=0, atol=2e-7)
+
+
+def test_l2_step_of_apgd_is_the_published_step(device):
+    """Croce & Hein 2020, algorithm 1, where the authors' code divides by lengths."""
+    adv, grad, x = problem((8, 3, 16, 16), device=device)
+    old = adv + 0.05 * torch.randn_like(adv)
+    size = lambda t: t.flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # noqa: E731
+
+    def inside(v, eps):
+        d = v - x
+        return (x + d / (size(d) + 1e-12) * size(d).clamp(max=eps)).clamp(0, 1)
+
+    for eps, step, share in itertools.product((0.5, 3.0), (1.0, 0.1), (1.0, 0.75)):
+        z = inside(adv + step * grad / (size(grad) + 1e-12), eps)
+        expected = inside(adv + (z - adv) * share + (adv - old) * (1 - share), eps)
+        got = ak.apgd_step(adv, old, grad, x, eps, step, share, norm="l2")
+        assert torch.allclose(got, expected, rtol=0, atol=4e-7) and length(got - x, "l2").max() <= eps + 1e-6
+        assert same_bits(got, ak.apgd_step(adv, old, -grad, x, eps, step, share, norm="l2", descend=True))
 
 
 def nearest_in_l1_ball_and_box(v, x, eps, low, high):
@@ -297,6 +316,37 @@ def test_sparse_steps_are_the_published_ones(shape, sparsity, device):
     assert torch.equal((free != adv).flatten(1).sum(1), nonzero)
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 9, 9), (5, 10), (3, 1, 1, 1)], ids=str)
+def test_l1_steps_of_apgd_are_the_published_ones(shape, device):
+    """Entry by entry: all from the threshold on, ties with it among them, none that is 0; then the nearest point."""
+    adv, grad, x = problem(shape, device=device)
+    if adv[0].numel() > 1:
+        grad[0], grad[1] = torch.full_like(grad[0], -2.0), 0.0
+        grad[2].view(-1)[::2] = 0.0  # fewer than move
+        grad[3].view(-1)[:8] = torch.tensor([5.0, 5.0, -5.0, 7.0, 5.0, 1e-30, -5.0, 0.0])
+    entries = adv[0].numel()
+    counts = torch.tensor([1, 3, entries, 3, 2, entries // 2][: len(adv)], device=device).clamp(1, entries)
+    for step, eps in itertools.product((0.0, 0.3, 12.0), (0.5, 4.0)):
+        moved = adv.double().flatten(1)
+        for row, slopes, count in zip(moved, grad.double().flatten(1), counts.tolist(), strict=True):
+            chosen = (slopes.abs() >= slopes.abs().sort(descending=True).values[count - 1]) & (slopes != 0)
+            row += step * slopes.sign() * chosen / max(1, int(chosen.sum()))
+        expected = moved.view(shape)
+        if adv.ndim == 4:
+            expected = nearest_in_l1_ball_and_box(expected, x, eps, 0.0, 1.0)
+            got = ak.apgd_step(adv, x, grad, x, eps, step, 0.5, norm="l1", largest=counts)
+            assert torch.allclose(got.double(), expected, rtol=0, atol=1e-6)
+            assert length(got - x, "l1").max() <= eps + 1e-5
+        else:
+            wide = {"clip_min": -99.0, "clip_max": 99.0}
+            got = ak.apgd_step(adv, x, grad, x, math.inf, step, 0.5, norm="l1", largest=counts, **wide)
+            assert torch.allclose(got.double(), expected, rtol=0, atol=1e-6)
+        down = ak.apgd_step(adv, adv, -grad, x, eps, step, 1.0, norm="l1", largest=counts, descend=True)
+        assert adv.ndim != 4 or same_bits(down, got)
+    one = ak.apgd_step(adv, x, grad, x, 1.0, 0.3, 1.0, norm="l1", largest=1)
+    assert same_bits(one, ak.apgd_step(adv, x, grad, x, 1.0, 0.3, 1.0, norm="l1", largest=torch.ones_like(counts)))
+
+
 def test_sparse_steps_share_the_last_place_among_ties(device):
     x = torch.full((1, 2, 2, 3), 0.5, device=device)
     grad = torch.tensor([3.0, -3.0, 3.0, 9.0, 1.0, 0.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.0], device=device).view_as(x)
@@ -368,6 +418,12 @@ def test_gradients_that_move_nothing(dtype, norm, device):
     grad[0], grad[1, 1, 1, 1], grad[2, 0, 0, 0] = 0.0, float("nan"), float("inf")
     moved = ak.pgd_step(adv, grad, x, 100.0, 0.5, norm=norm)
     assert torch.equal(moved[:3], adv[:3]) and not torch.equal(moved[3], adv[3])
+    moved = ak.apgd_step(adv, adv, grad, x, 100.0, 0.5, 0.75, norm=norm, largest=9)
+    assert torch.equal(moved[:3], adv[:3]) and not torch.equal(moved[3], adv[3])
+    old = adv - 0.01
+    moved = ak.apgd_step(adv, old, grad, x, 100.0, 0.5, 0.75, norm=norm, largest=9)
+    carried = (adv + 0.0025).clamp(0, 1) if norm == "l2" else adv
+    assert torch.allclose(moved[:3], carried[:3], rtol=0, atol=1e-7)
 
 
 @both_norms
@@ -479,9 +535,14 @@ def test_gradients(norm):
     def stepped(adv, x, eps, step, sparsity=None):
         return ak.pgd_step(adv, grad, x, eps, step, norm=norm, sparsity=sparsity, active=active, descend=True)
 
+    def carried(way, adv, x, eps, step):
+        rest = {"largest": 5, "descend": True, "active": active}
+        return ak.apgd_step(adv, adv - way, grad, x, eps, step, 0.6, norm=norm, **rest)
+
     for function, arguments in (
         (stepped, inputs),
         (partial(stepped, sparsity=0.7), inputs),
+        (partial(carried, 0.1 * grad), inputs),
         (lambda v, x, eps: ak.project(v, x, eps, norm=norm), inputs[:3]),
         (lambda x, eps: ak.random_start(x, eps, norm=norm, key=key), inputs[1:3]),
     ):
@@ -528,6 +589,12 @@ def test_opcheck(requires_grad, norm, device):
         OPS.pgd_step_norm.default,
         (adv, grad, x, number, 0.0, rows, 0.1, None, *clip, True, active, out, out.bfloat16(), 3 * (norm == "l1")),
     )
+    counts = torch.tensor([3, 40], device=device)
+    numbers, results = (0.0, rows, 0.1, None, 0.75, None), (out, out.bfloat16())
+    torch.library.opcheck(
+        OPS.apgd_step_norm.default,
+        (adv, adv.flip(0), grad, x, number, *numbers, *clip, True, active, *results, counts),
+    )
     torch.library.opcheck(OPS.project.default, (adv, x, number, 0.0, rows, *clip, out))
 
 
@@ -561,6 +628,17 @@ def test_the_door(device):
     for largest in (-1, 49, 2**62):
         with pytest.raises(RuntimeError, match=f"largest is {largest}, expected 0 to 48"):
             OPS.pgd_step_norm(adv, grad, x, 2, 0.1, None, 0.1, None, *clip, False, None, out, None, largest)
+    rest = 0.1, None, 0.1, None, 0.75, None, *clip, False, None, out, None
+    with pytest.raises(RuntimeError, match="norm is 0"):
+        OPS.apgd_step_norm(adv, adv, grad, x, 0, *rest, None)
+    with pytest.raises(RuntimeError, match="largest must be given in l1"):
+        OPS.apgd_step_norm(adv, adv, grad, x, 2, *rest, None)
+    with pytest.raises(RuntimeError, match="largest is torch.int64 .3."):
+        OPS.apgd_step_norm(adv, adv, grad, x, 2, *rest, torch.arange(3, device=device))
+    OPS.apgd_step_norm(adv, adv, grad, x, 2, *rest, torch.tensor([-(2**62), 2**62], device=device))
+    assert torch.equal(
+        out, ak.apgd_step(adv, adv, grad, x, 0.1, 0.1, 1.0, norm="l1", largest=torch.tensor([1, 48]).to(device))
+    )
     with pytest.raises(RuntimeError, match="grad is"):
         OPS.pgd_step_norm(adv, grad[:1], x, 1, 0.1, None, 0.1, None, *clip, False, None, out, None, 0)
     with pytest.raises(RuntimeError, match="eps is"):

@@ -74,7 +74,7 @@ def test_form_is_its_documented_formula(form: str, global_term: str, steps: int,
 
 
 @pytest.mark.parametrize("objective", ["kl", "js", "logit", "prob"])
-@pytest.mark.parametrize(("global_term", "steps", "smoothing"), [("none", 1, 0.4), ("kl", 2, 0.0), ("logit", 1, 0.0)])
+@pytest.mark.parametrize(("global_term", "steps", "smoothing"), [("none", 1, 0.4), ("kl", 2, 0.4), ("logit", 1, 0.0)])
 def test_start_is_its_documented_formula(objective: str, global_term: str, steps: int, smoothing: float) -> None:
     made = case()
     stated = {"local_objective": objective, "local_weight": 0.7, "step_size": 0.08, "steps": steps, "eps": EPS}
@@ -82,6 +82,22 @@ def test_start_is_its_documented_formula(objective: str, global_term: str, steps
     expected = theirs(published.atlas_start, made, made.start(), smoothing=smoothing, **stated)
     mine = ours(ATLAS(local="start", label_smoothing=smoothing, **stated), made)
     assert_same(mine, expected, statistics=True)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("iterates", "keep"), [("all", "first"), ("all", "all"), ("all", "none"), ("first", "none"), ("first", "all")]
+)
+def test_iterates_of_the_attack_that_the_loss_sees(iterates: Any, keep: Any, steps: int, parts: bool) -> None:
+    """parts: by ``prepare`` and ``objective``, as a compiled network has it and AWP."""
+    made = case()
+    stated = {"local_objective": "logit", "local_weight": 0.3, "step_size": 0.04, "steps": steps, "eps": EPS}
+    expected = theirs(published.atlas_start, made, made.start(), smoothing=0.4, iterates=iterates, keep=keep, **stated)
+    method = ATLAS(local="start", iterates=iterates, keep=keep, label_smoothing=0.4, **stated)
+    if parts:
+        object.__setattr__(method, "loss", lambda *given: Method.loss(method, *given))
+    assert_same(ours(method, made), expected, statistics=True)
 
 
 @pytest.mark.parametrize("objective", ["ce", "kl", "logit"])
@@ -214,17 +230,52 @@ def test_the_weight_of_start_grows_by_epochs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ramp", "shares_of_weight"),
+    [
+        ({"local_ramp": 0.5}, [0.5, 1, 1, 1]),
+        ({"local_ramp": 0.5, "local_ramp_start": 0.5}, [0, 0, 0.5, 1]),
+        ({"local_ramp": 0.75, "local_ramp_start": 0.25, "local_ramp_low": 0.4}, [0.4, 0.6, 0.8, 1]),
+        ({"local_ramp": 0.5, "local_ramp_start": 0.25, "local_ramp_low": 2.0}, [2, 1.5, 1, 1]),
+        ({"local_ramp_start": 0.5}, [0, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"local": "neighbours"}, {"local": "segment", "local_objective": "ce"}, {"local": "worst"}, {"local": "margin"},
+        {"local": "start"},
+    ],
+    ids=lambda form: form["local"],
+)  # fmt: skip
+def test_the_weight_of_every_form_may_grow(
+    form: dict[str, Any], ramp: dict[str, float], shares_of_weight: list[float]
+) -> None:
+    made = case()
+
+    def loss(epoch: int = 0, weight: float = 0.7, **how: float) -> float:
+        method = ATLAS(EPS, **form, local_weight=weight, label_smoothing=0.2, **how)
+        return float(ours(method, made, State(epoch=epoch, epochs=4)).loss)
+
+    none, full = loss(weight=0.0), loss()
+    for epoch, share in enumerate(shares_of_weight):
+        assert loss(epoch, **ramp) == pytest.approx(none + share * (full - none), rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"local": "start", "bn": "joint"}, "bn='joint' has no meaning with local='start'"),
         ({"local": "start", "local_objective": "ce"}, "local_objective='ce' cannot be had with local='start'.*'js'"),
         ({"local_objective": "js"}, "local_objective='js' cannot be had with local='neighbours'.*'kl' or 'ce'"),
-        ({"local_ramp": 1.0}, "local_ramp=1.0 has no meaning with local='neighbours'.*local='start'"),
+        ({"local_ramp": 0.6, "local_ramp_start": 0.5}, "local_ramp_start=0.5 and local_ramp=0.6 end after the train"),
+        ({"local_ramp_low": 0.5}, "local_ramp_low=0.5 has no meaning where the weight does not grow.*set local_ramp"),
         ({"local": "start", "attack_mode": "eval"}, "attack_mode='eval' has no meaning with local='start'"),
         ({"local": "start", "project": True}, "project=True has no meaning with local='start'"),
         ({"local": "segment", "project": True}, "project=True has no meaning with local='segment'"),
         ({"local": "segment", "local_objective": "js"}, "local_objective='js' cannot be had with local='segment'"),
         ({"local": "segment", "segment_weight": 1.0}, "segment_weight=1.0 has no meaning with local='segment'.*start"),
+        ({"iterates": "all"}, "iterates='all' has no meaning with local='neighbours'.*local='start'"),
+        ({"keep": "none"}, "keep='none' has no meaning with local='neighbours'.*local='start'"),
         ({"segment_objective": "kl"}, "segment_objective='kl' has no meaning with local='neighbours'.*local='start'"),
         ({"local": "start", "start_noise": "pgi", "step_size": 0.05}, "step_size=0.05 with start_noise='pgi', whose"),
         ({"start_noise": "liet"}, "start_noise='liet' is for local='start', got 'neighbours'"),

@@ -37,6 +37,11 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "atlas:start of pgi": ({"local": "start", "start_noise": "pgi"}, 7),
     "atlas:start of liet": ({"local": "start", "start_noise": "liet"}, 7),
     "atlas:start, 2 steps": ({"local": "start", "steps": 2}, 9),
+    "atlas:start, 2 steps, both": ({"local": "start", "steps": 2, "iterates": "all"}, 9),
+    "atlas:start, 2 steps, both kept": ({"local": "start", "steps": 2, "iterates": "all", "keep": "all"}, 11),
+    "atlas:start, 2 steps, first": ({"local": "start", "steps": 2, "keep": "all"}, 9),
+    "atlas:start, 2 steps, constants": ({"local": "start", "steps": 2, "iterates": "all", "keep": "none"}, 7),
+    "atlas:start, a constant": ({"local": "start", "keep": "none"}, 5),
     "atlas:start, segment": ({"local": "start", "segment_weight": 1.0}, 7 + 3),
     "atlas:start, global": ({"local": "start", "global_term": "kl"}, 10),
     "trades": ({"steps": 10}, 27),
@@ -44,6 +49,8 @@ PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "n_fgsm": ({}, 2 + 3),
     "backward_smoothing": ({}, 2 + 2 * 1 + 2 * 3),  # its K is 1
     "free": ({"replays": 8}, 3 * 8),
+    "stored_adv": ({"local_weight": 1.0}, 3),
+    "stored_adv:2 replays": ({"replays": 2}, 3 * 2),
     "yopo": ({"outer": 5, "inner": 3}, 3 * 5),
     "mma": ({"steps": 10}, 3 + 3),  # an untrained network is sure of no label; else test_train_mma
     # A gradient with a graph is a forward and a backward to the input, 2; its backward runs that backward's transpose,

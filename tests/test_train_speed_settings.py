@@ -30,7 +30,7 @@ from tiny_runs import EPS, TINY, Lines, same, splits, weights
 #: Methods whose attacks the hook below does not see: they have none, or one of the first layer or of sure samples, or
 #: on a forward of training that they keep.
 UNSEEN = {name for name in methods.names() if not methods.get(name).adversarial} | {"free", "yopo", "mma"}
-UNSEEN |= {"fgsm_pgi", "fgsm_uap"}
+UNSEEN |= {"fgsm_pgi", "fgsm_uap", "stored_adv"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOTH_WAYS = [("bf16", "fp32"), ("fp32", "bf16")]
 

@@ -332,6 +332,7 @@ def test_what_graphs_trained_can_be_resumed_eagerly_and_the_other_way(
         ({"method": "free"}, 1, 10),  # the first step makes delta
         ({"method": "adv", "eps_warmup": 2}, 3, 9),  # a radius in each epoch
         ({"method": "atlas", "hyper": {"local": "start", "local_ramp": 1.0}}, 1, 11),  # its weight is an input
+        ({"method": "atlas", "hyper": {"local_ramp": 0.5}}, 2, 10),  # one in the first two epochs
         ({"method": "adv"} | CYCLE, 3, 9),  # a momentum in each, which the optimiser takes from the host
         ({"method": "atlas", "mix_share": 0.5}, 2, 10),  # a graph of either kind of step, for the whole run
     ],

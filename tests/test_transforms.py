@@ -164,10 +164,17 @@ def operators() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
             lambda adv, x, eps, step, n=n, size=size: ak.pgd_step(adv, GRAD, x, eps * size, step * size, norm=n),
             (ADV, X, EPS, STEP),
         )
+        found[f"apgd_step {n}"] = (
+            lambda adv, x, eps, step, *rest, n=n, size=size: ak.apgd_step(
+                adv, *(rest or (adv,)), GRAD, x, eps * size, step * size, 0.75, norm=n, largest=5
+            ),
+            (ADV, X, EPS, STEP, *([] if n == "l1" else [ADV.flip(0)])),
+        )
         found[f"project {n}"] = (
             lambda v, x, eps, n=n, size=size: ak.project(v, x, eps * size, norm=n), (ADV, X, EPS)
         )  # fmt: skip
     found["pgd_step of some"] = lambda a, x: ak.pgd_step(a, GRAD, x, 0.08, 0.03, active=ACTIVE, descend=True), (ADV, X)
+    found["momentum of APGD"] = lambda a, m: ak.apgd_step(a, X, GRAD, X, 0.08, 0.03, m), (ADV, 9 * STEP)
     found["one radius"] = lambda x, eps: ak.random_start(x, eps.sum(), key=KEY), (X, EPS)
     found["label_noise_start"] = (
         lambda x, eps, noise: ak.label_noise_start(x, torch.tensor([1, 0]), noise, eps, key=KEY), (X, EPS, 0.1 * ADV)
@@ -246,6 +253,7 @@ def test_no_result_into_a_given_tensor():
     refused(match, lambda x: ak.label_noise_start(x, CLASSES[:2], x, 0.1, key=KEY, out=out), X)
     refused(match, lambda x: ak.pgd_step(x, GRAD, x, 0.1, 0.1, out=out), X)
     refused(match, lambda x: ak.pgd_step(x, GRAD, x, 0.1, 0.1, norm="l2", cast=out), X)
+    refused(match, lambda x: ak.apgd_step(X, x, GRAD, X, 0.1, 0.1, 0.75, out=out), X)
     refused(match, lambda x: ak.project(x, x, 0.1, out=out), X)
 
 

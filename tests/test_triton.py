@@ -20,7 +20,7 @@ import test_nuclear_norm as nuclear
 import test_stored as stored
 from atlas_kernels.backends import BackendUnavailable, triton, unavailable_reason
 from atlas_kernels.backends.door import DoorError
-from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, apgd_step, label_start, problem, same_bits, same_within_ulps, to_layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from atlas_kernels.backends.triton.nuclear_norm import VARIANTS as MATRIX_VARIANTS
@@ -63,6 +63,7 @@ def all_four(backend, adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, count=2,
             "start": ak.random_start(x, eps, **noise, **clip),
             "label start": label_start(x, grad, radius, **noise, **clip),
             "step": ak.pgd_step(adv, grad, x, eps, step, **step_options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, **step_options),
             "neighbours": ak.sample_neighbours(adv, radius, count, **ball, **noise, **clip),
             "both": ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, **both),
             "both without x": ak.pgd_step_neighbours(adv, grad, x, eps, step, radius, count, include_x=False, **both),
@@ -240,6 +241,7 @@ def norms_on(backend, adv, grad, x, norm, eps, step, **options):
             "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, norm=norm, **options),
             "project": ak.project(adv, x, eps, norm=norm, **clip),
             "project linf": ak.project(adv, x, 0.05, **clip),
         } | {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .apgd import APGD
 from .attack import Attack
+from .autoattack import AutoAttack, AutoAttackRecord, AutoAttackResult
 from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .cw_pgd import CWPGD
@@ -13,9 +15,11 @@ from .minimum_norm import MinimumNorm, MinimumNormResult
 from .objective import Model
 from .pgd import PGD
 from .search import Search
+from .sharded import LostProcesses, run_sharded
 from .square import Square
 
 __all__ = [
-    "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "Batch", "Execution", "LastStep", "MinimumNorm",
-    "MinimumNormResult", "Model", "Search", "Square", "attacking", "leave_no_trace",
+    "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord",
+    "AutoAttackResult", "Batch", "Execution", "LastStep", "LostProcesses", "MinimumNorm", "MinimumNormResult", "Model",
+    "Search", "Square", "attacking", "leave_no_trace", "run_sharded",
 ]  # fmt: skip

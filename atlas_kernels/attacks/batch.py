@@ -110,6 +110,12 @@ class Batch:
             clean=None if self.clean is None else self.clean[index],
         )
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        if self.x.device == device:
+            return self
+        return self.holding([tensor.to(device, non_blocking=True) for tensor in self.tensors()])
+
     def values(self) -> list[Any]:
         """All that it is made of, that of the goal too: tensors, numbers and names."""
         return list(_values(self))

@@ -30,10 +30,12 @@ Made = tuple[Tensor, ...]
 
 @dataclass
 class Objective:
-    """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``.
+    """One of the objectives of ``attack_cotangent``, towards ``labels`` or, for "kl", away from ``reference``; or
+    "ce_targeted", minus the cross-entropy of ``targets``.
 
     labels: int64[B] or None (KL only). reference: logits [B, C], a constant, or None. targeted: the labels are where
-    the attack wants the prediction to go, so it descends. kappa: int64[B] that counts, at every cotangent, where the
+    the attack wants the prediction to go, so it descends. targets: int64[B], the classes to reach, for "dlr_targeted"
+    and "ce_targeted"; what is right goes by the labels. kappa: int64[B] that counts, at every cotangent, where the
     prediction is right. classes: the model's, known from the first forward on. 16-bit logits are computed with in
     float32.
 
@@ -45,6 +47,7 @@ class Objective:
     reference: Tensor | None = None
     targeted: bool = False
     kind: str = "ce"
+    targets: Tensor | None = None
     classes: int | None = None
     kappa: Tensor | None = None
     in_float16: bool | None = None
@@ -83,7 +86,21 @@ class Objective:
         if reference is not None and reference.dtype != logits.dtype:
             dtype = torch.promote_types(reference.dtype, logits.dtype)
             logits, reference = logits.to(dtype), reference.to(dtype)
-        return attack_cotangent(logits.detach(), self.labels, objective=self.kind, reference=reference, **options)
+        logits = logits.detach()
+        if self.kind == "ce_targeted":
+            return self._towards_targets(logits, **options)
+        return attack_cotangent(
+            logits, self.labels, objective=self.kind, reference=reference, targets=self.targets, **options
+        )
+
+    def _towards_targets(
+        self, logits: Tensor, *, descend: bool = False, return_correct: bool = False, **options: Any
+    ) -> Cotangent:
+        made = attack_cotangent(logits, self.targets, descend=not descend, **options)
+        if not return_correct:
+            return made
+        _, correct, _ = attack_cotangent(logits, self.labels, return_cotangent=False, return_correct=True)
+        return made._replace(correct=correct)
 
     def rows(self, index: Tensor) -> Objective:
         """The same objective for some of the samples."""
@@ -91,6 +108,7 @@ class Objective:
             self,
             labels=None if self.labels is None else self.labels[index],
             reference=None if self.reference is None else self.reference[index],
+            targets=None if self.targets is None else self.targets[index],
         )
 
     def learn(self, other: Objective) -> None:

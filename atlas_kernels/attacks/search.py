@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Search:
     and, if the attack has one, ``objective`` [B], how strong ``adv`` is, larger is stronger. Where the network says
     nothing (NaN), a sample is fooled, as in ``Objective.judge``.
 
+    gradients: whether it follows gradients, or does with forwards alone.
+
     The model is run in eval mode and left as it was found; the ``Execution`` around counts, but for its graphs.
     """
 
@@ -53,6 +56,8 @@ class Search:
     restarts: int = 1
     clip_min: float | Tensor | Sequence[float] = 0.0
     clip_max: float | Tensor | Sequence[float] = 1.0
+
+    gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, 1)
@@ -79,6 +84,11 @@ class Search:
     def length(self) -> int:
         """Calls of ``advance`` in a round."""
         return self.steps
+
+    @property
+    def passes(self) -> int:
+        """Forwards and backwards in an ``advance``, by which the time that is left is estimated."""
+        return 2 if self.gradients else 1
 
     def run(
         self,

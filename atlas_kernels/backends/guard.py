@@ -32,6 +32,8 @@ _IN_PLACE = {
     "label_noise_start": ("x",),
     "pgd_step": ("adv", "grad", "x"),
     "pgd_step_norm": ("adv", "grad", "x"),
+    "apgd_step": ("adv", "old", "grad", "x"),
+    "apgd_step_norm": ("adv", "old", "grad", "x"),
     "project": ("v", "x"),
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
@@ -147,6 +149,12 @@ def _wrong_norm(given: _Given) -> str | None:
     return f"largest is {largest}, expected 0 to {entries}, the entries of a sample"
 
 
+def _wrong_apgd(given: _Given) -> str | None:
+    if given["norm"] == 2 and given["largest"] is None and len(given["x"]):
+        return "largest must be given in l1: how many of a sample's entries move"
+    return _wrong_norm({**given, "largest": 0})
+
+
 def _lacks_a_key(given: _Given) -> str | None:
     whole = [side + 2 * given["padding"] for side in given["images"].shape[2:]]
     needed = given["flip"] or list(given["out"].shape[2:]) != whole
@@ -197,9 +205,10 @@ def _wrong_truth(given: _Given) -> str | None:
 
 # What numbers and tensors must be beside each other: in words, what is wrong.
 _COMPLAINTS: dict[str, Callable[[_Given], str | None]] = {
-    **dict.fromkeys(("random_start", "pgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
+    **dict.fromkeys(("random_start", "pgd_step", "apgd_step", "sample_neighbours", "pgd_step_neighbours"), _wrong_rows),
     "label_noise_start": _wrong_share,
     **dict.fromkeys(("random_start_norm", "pgd_step_norm", "project"), _wrong_norm),
+    "apgd_step_norm": _wrong_apgd,
     "augment": _lacks_a_key,
     "compactness": _wrong_scale,
     "batch_norm_double_backward": _wrong_likeness,

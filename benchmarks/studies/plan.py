@@ -58,6 +58,10 @@ _START: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: A weight of 1 until the learning rate has its peak, and growing to 3 as the rate falls.
+_GROWS: dict[str, Any] = {"local_weight": 3.0, "local_ramp": 0.5, "local_ramp_start": 0.5, "local_ramp_low": 1 / 3}
+
+
 def _start(**changed: Any) -> dict[str, Any]:
     return {"method": "atlas", "hyper": _START | changed}
 
@@ -78,6 +82,10 @@ def _adv(steps: int) -> dict[str, Any]:
     return {"method": "adv", "hyper": {"steps": steps, "step_size": OfEps(1.25 / steps if steps < 10 else 0.25)}}
 
 
+def _stored(**hyper: Any) -> dict[str, Any]:
+    return {"method": "stored_adv", "hyper": {"step_size": OfEps(1.0)} | hyper}
+
+
 #: By name what each sets.
 RECIPES: dict[str, dict[str, Any]] = {
     "start": _start(),
@@ -89,6 +97,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "start-kl3": _start(local_objective="kl", local_weight=3.0),
     "start-prob10": _start(local_objective="prob", local_weight=10.0),
     "start-ramp": _start(local_ramp=1.0),
+    "start-grows": _start(**_GROWS),
+    "start-late": _start(local_ramp=0.5, local_ramp_start=0.5),
     "start-w0.1": _start(local_weight=0.1),
     "start-w0.3": _start(local_weight=0.3),
     "start-w3": _start(local_weight=3.0),
@@ -103,6 +113,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "start-global": _start(global_term="kl"),
     "start-global-ce": _start(global_term="ce"),
     "start-2-steps": _start(steps=2, step_size=OfEps(0.625)),
+    # other iterates of the attack, as constants or with a gradient of their own
+    "start-2-steps-all": _start(steps=2, step_size=OfEps(0.625), iterates="all"),
+    "start-2-steps-constants": _start(steps=2, step_size=OfEps(0.625), iterates="all", keep="none"),
+    "start-2-steps-kept": _start(steps=2, step_size=OfEps(0.625), iterates="all", keep="all"),
+    "start-constant": _start(keep="none"),
+    "start-constant-kl1": _start(keep="none", local_objective="kl"),
+    "start-no-tie-ls0": _start(keep="none", local_weight=0.0) | {"label_smoothing": 0.0},
+    "start-uniform-2-steps-all": _start(start_noise="uniform", steps=2, step_size=OfEps(0.625), iterates="all"),
+    "start-uniform-2-steps-constants": _start(
+        start_noise="uniform", steps=2, step_size=OfEps(0.625), iterates="all", keep="none"
+    ),
     # a further point, between image and adversary
     "start-segment": _start(segment_weight=1.0),
     "start-segment-kl": _start(segment_weight=1.0, segment_objective="kl"),
@@ -118,6 +139,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "segment": _atlas(local="segment", local_objective="ce"),
     "segment-kl3": _atlas(local="segment", local_weight=3.0),
     "segment-logit": _atlas(local="segment", local_objective="logit"),
+    "segment-grows": _atlas(local="segment", local_objective="ce", **_GROWS),
     "segment-no-global": _atlas(local="segment", local_objective="ce", global_term="none"),
     "segment-2-points": _atlas(local="segment", local_objective="ce", global_term="none", count=2),
     "atlas-wide": _atlas(start_noise="wide", step_size=OfEps(1.0)),
@@ -125,9 +147,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "atlas-split": _atlas(bn="split"),
     "atlas-global3": _atlas(global_weight=3.0),
     "atlas-local3": _atlas(local_weight=3.0),
+    "atlas-grows": _atlas(**_GROWS),
     "atlas-2-points": _atlas(count=2),
     "atlas-jacobian": _atlas(local="jacobian"),
     "atlas-10-steps": _atlas(steps=10, step_size=OfEps(0.25)),
+    # no attack: a stored perturbation, which the training's own backward moves
+    "stored_adv": _stored(),
+    "stored_adv-logit1": _stored(local_weight=1.0),
+    "stored_adv-logit0.1": _stored(local_weight=0.1),
+    "stored_adv-kl3": _stored(local_weight=3.0, local_objective="kl"),
+    "stored_adv-step2": _stored(step_size=OfEps(2.0)),
+    "stored_adv-decay0.9": _stored(decay=0.9),
+    "stored_adv-2-replays": _stored(replays=2),
     # rivals
     "adv-1": {"method": "one_step_adv"},
     "adv-2": _adv(2),

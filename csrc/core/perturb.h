@@ -32,6 +32,7 @@ inline int status_of(const AtlasPerturb& p) {
   if (p.adv.dtype < kFloat32 || p.adv.dtype > kBFloat16) return ATLAS_BAD_DTYPE;
   if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
   if (p.count < 0 || p.count >= 1 << 24) return ATLAS_REFUSED;
+  if (p.old.data && (!p.grad.data || p.count || p.include_x)) return ATLAS_REFUSED;
   if (p.labels && (p.grad.data || p.project || p.include_x)) return ATLAS_REFUSED;
   if (p.labels && (p.share_low < 0 || p.share_low > p.share_high || p.share_high > kWhole)) return ATLAS_REFUSED;
   if (p.labels && p.batch > 0 && p.classes < 1) return ATLAS_REFUSED;
@@ -44,7 +45,7 @@ template <class T, class G> ATLAS_HD T sign(G g) { return T(g > G(0)) - T(g < G(
 
 // What one row (a sample's channel plane) is perturbed with.
 template <class T> struct PerturbRow {
-  T eps, step, radius, clip_min, clip_max;  // step < 0 descends
+  T eps, step, momentum, radius, clip_min, clip_max;  // step < 0 descends
   uint32_t share;                           // of the pixels, for label_start
   T sign;
 };
@@ -55,6 +56,12 @@ template <class T> ATLAS_HD T to_range(T v, const PerturbRow<T>& r) { return cli
 
 template <class T> ATLAS_HD T pgd_step(T adv, T direction, T x, const PerturbRow<T>& r) {
   return to_range(project(adv + r.step * direction, x, r), r);
+}
+
+// That step, and a share of the way from `old` to adv, in APGD's order of operations.
+template <class T> ATLAS_HD T apgd_step(T adv, T old, T direction, T x, const PerturbRow<T>& r) {
+  const T step = pgd_step(adv, direction, x, r) - adv, before = adv - old;
+  return to_range(project(adv + step * r.momentum + before * (T(1) - r.momentum), x, r), r);
 }
 
 // noise in [-1, 1); Project: also inside the eps-ball of x.

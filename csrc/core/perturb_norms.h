@@ -9,7 +9,23 @@
 namespace atlas {
 
 enum Norm : int32_t { kLinf = 0, kL2 = 1, kL1 = 2 };
-constexpr Norm kSparseL1 = Norm(3);  // of templates alone: an l1 step that may be sparse
+// What a step may be besides: in l1 sparse (of templates alone), or along the signs of the largest entries; in l2 with
+// momentum. The last two are APGD's.
+constexpr Norm kSparseL1 = Norm(3), kSignL1 = Norm(4), kMomentumL2 = Norm(5);
+ATLAS_HD constexpr bool is_l1(Norm norm) { return norm == kL1 || norm == kSparseL1 || norm == kSignL1; }
+ATLAS_HD constexpr bool is_l2(Norm norm) { return norm == kL2 || norm == kMomentumL2; }
+
+ATLAS_HD Norm step_of(const AtlasPerturbNorms& p) {
+  return !p.old.data ? Norm(p.norm) : p.norm == kL1 ? kSignL1 : kMomentumL2;
+}
+
+// How many of the largest entries an l1 step of a sample moves; 0: all, along the gradient.
+ATLAS_HD int64_t largest_of(const AtlasPerturbNorms& p, int64_t sample) {
+  if (p.norm != kL1) return 0;
+  if (!p.old.data) return p.largest;
+  const int64_t asked = p.largest_rows[sample], most = p.channels * p.pixels;
+  return asked < 1 ? 1 : asked > most ? most : asked;
+}
 
 // A start is around its own images.
 inline AtlasPerturbNorms with_centre(AtlasPerturbNorms p) {
@@ -20,11 +36,12 @@ inline AtlasPerturbNorms with_centre(AtlasPerturbNorms p) {
 inline int status_of(const AtlasPerturbNorms& p) {
   if (p.batch < 0 || p.channels < 0 || p.pixels < 0) return ATLAS_BAD_SIZE;
   const bool moves = p.grad.data || p.key;  // which has no linear form here
+  if (p.old.data && (!p.grad.data || p.key || (p.norm == kL1 && !p.largest_rows))) return ATLAS_REFUSED;
   const bool known = p.norm >= (moves ? kL2 : kLinf) && p.norm <= kL1;
   return known && p.largest >= 0 && p.largest <= p.channels * p.pixels ? ATLAS_OK : ATLAS_REFUSED;
 }
 
-enum Sweep : int32_t { kGradient, kSelect, kDistance, kSearch, kWrite };
+enum Sweep : int32_t { kGradient, kSelect, kDistance, kSearch, kCarry, kWrite };
 
 // In fp64, where squares of fp32 are exact and neither over- nor underflow, so that no sweep for a maximum is needed and
 // the order of the additions hardly ever shows in a result that is rounded to fp32.
@@ -47,8 +64,8 @@ template <class T> struct NormStep {
 
   Norm norm;
   Sweep sweep;
-  int64_t dimensions, largest;  // largest: an l1 step moves this many of the largest entries; 0: all, along the gradient
-  T eps, step;  // step < 0 descends
+  int64_t dimensions, largest;  // largest: see largest_of
+  T eps, step, momentum;  // step < 0 descends
   // Known after the gradient: the pixel moves by (grad scale) factor. The scale is a power of two, exact.
   T scale = T(1), factor = T(0);
   bool moves = false;
@@ -59,6 +76,9 @@ template <class T> struct NormStep {
   // Known after the distance: what it is multiplied with (l2), or what each pixel's loses (l1), over `base`.
   T shrink = T(1), base = T(0);
   bool projects = false;
+  // With momentum: the same of the step alone.
+  T step_shrink = T(1);
+  bool step_projects = false;
   // The root of the l1 search lies in [low, high].
   T low = T(0), high = T(0);
   int searched = 0;
@@ -78,6 +98,10 @@ template <class T> struct NormStep {
 
   template <Norm kNorm> ATLAS_HD T moved(T adv, T grad, const PixelBounds<T>& r) const {
     T v = adv + grad * scale * factor;
+    if (kNorm == kSignL1) {
+      const T up = adv + share, down = adv - share, by_sign = along(grad) > T(0) ? up : down;
+      v = magnitude(grad) >= from ? by_sign : adv;
+    }
     if (kNorm == kSparseL1) {
       const T m = magnitude(grad), c = reach(adv, grad, r);
       const T shared = c * part, tied = m >= from ? shared : T(0), way = m >= whole ? c : tied;
@@ -85,6 +109,13 @@ template <class T> struct NormStep {
       v = share > T(0) ? sparse : v;
     }
     return moves ? v : adv;
+  }
+
+  // Where the step and momentum take the pixel.
+  ATLAS_HD T carried(T adv, T old, T grad, T x, const PixelBounds<T>& r) const {
+    const T v = moved<kL2>(adv, grad, r), inside = x + (v - x) * step_shrink;
+    const T way = clip(step_projects ? inside : v, r.lo, r.hi) - adv, before = adv - old;
+    return adv + way * momentum + before * (T(1) - momentum);
   }
 
   // How far the pixel may go from x, in the direction in which it lies from there.
@@ -97,14 +128,19 @@ template <class T> struct NormStep {
   ATLAS_HD Sums terms(T adv, T grad, T x, const PixelBounds<T>& r) const {
     if (kSweep == kGradient) {
       const double g = grad;
-      return {kNorm == kL2 ? g * g : magnitude(g), 0.0};
+      return {is_l2(kNorm) ? g * g : magnitude(g), 0.0};
     }
     if (kSweep == kSelect) {
-      const T m = magnitude(grad), c = reach(adv, grad, r);
+      const T m = magnitude(grad), c = kNorm == kSignL1 ? T(1) : reach(adv, grad, r);
       return {m >= from ? c : T(0), m >= whole ? c : T(0)};
     }
-    const T d = moved<kNorm>(adv, grad, r) - x, m = magnitude(d);
-    if (kNorm == kL2) return {double(d) * double(d), double(d) * kFarDown * (double(d) * kFarDown)};
+    return away<kSweep, kNorm>(moved<kNorm>(adv, grad, r), x, r);
+  }
+
+  // The terms of a pixel at v.
+  template <Sweep kSweep, Norm kNorm> ATLAS_HD Sums away(T v, T x, const PixelBounds<T>& r) const {
+    const T d = v - x, m = magnitude(d);
+    if (is_l2(kNorm)) return {double(d) * double(d), double(d) * kFarDown * (double(d) * kFarDown)};
     const T c = room(d, x, r);
     if (kSweep == kDistance) return {m > c ? c : m, double(m) * kDown};
     // What the pixel keeps of its distance: nothing, all but lambda, or as much as there is room.
@@ -114,11 +150,15 @@ template <class T> struct NormStep {
   }
 
   template <Norm kNorm> ATLAS_HD T written(T adv, T grad, T x, const PixelBounds<T>& r) const {
-    const T v = moved<kNorm>(adv, grad, r);
+    return brought<kNorm>(moved<kNorm>(adv, grad, r), x, r);
+  }
+
+  // A pixel at v, projected.
+  template <Norm kNorm> ATLAS_HD T brought(T v, T x, const PixelBounds<T>& r) const {
     if (kNorm == kLinf) return clip(clip(v, x - eps, x + eps), r.lo, r.hi);
     const T d = v - x;
     T kept = d * shrink;
-    if (kNorm >= kL1) {
+    if (is_l1(kNorm)) {
       const T m = clip((magnitude(d) - base) - shrink, T(0), room(d, x, r));
       kept = d < T(0) ? -m : m;
     }
@@ -128,8 +168,8 @@ template <class T> struct NormStep {
   // After a sweep: what it found out, and what comes next.
   ATLAS_HD void advance(const Sums& sums) {
     if (sweep == kSearch) return search(sums);
-    if (sweep == kDistance) return measure(sums);
-    if (sweep == kGradient) aim(norm == kL2 ? std::sqrt(sums.a) : sums.a);
+    if (sweep == kDistance || sweep == kCarry) return measure(sums);
+    if (sweep == kGradient) aim(is_l2(norm) ? std::sqrt(sums.a) : sums.a);
     else narrow(sums);
     if (sweep != kSelect) sweep = double(eps) < kInfinite ? kDistance : kWrite;
   }
@@ -148,16 +188,20 @@ template <class T> struct NormStep {
   ATLAS_HD void begin(double length) {
     share = T(double(magnitude(step)) / double(largest));
     moves = share > T(0);
+    least = norm == kSignL1;  // no entry of 0
     most = bits_of(T(length)) + 1;  // no entry is larger
     if (moves) try_between();
   }
 
   // A search over the bits of the threshold, two candidates a sweep; the last one is over its ends.
   ATLAS_HD void narrow(const Sums& sums) {
-    const double budget = double(share) * double(largest);  // not |step|: so many whole shares add up to it exactly
+    // Not |step|: so many whole shares add up to it exactly. Of signs it is entries that are counted.
+    const double budget = norm == kSignL1 ? double(largest) : double(share) * double(largest);
     sweep = kGradient;
     if (sums.a == budget || sums.b == budget) {
       from = whole = sums.b == budget ? whole : from;
+    } else if (most - least == 1 && norm == kSignL1) {
+      share = T(double(magnitude(step)) / sums.a);  // as many as tie, or as there are
     } else if (most - least == 1) {
       part = T(sums.a > sums.b ? (budget - sums.b) / (sums.a - sums.b) : 0.0);
     } else {
@@ -177,11 +221,13 @@ template <class T> struct NormStep {
   ATLAS_HD void measure(const Sums& sums) {
     const bool finite = sums.b < kInfinite;
     double distance = sums.a;
-    if (norm == kL2) distance = distance < kInfinite ? std::sqrt(distance) : std::sqrt(sums.b) / kFarDown;
+    if (is_l2(norm)) distance = distance < kInfinite ? std::sqrt(distance) : std::sqrt(sums.b) / kFarDown;
     projects = distance > double(eps) && finite;
-    sweep = kWrite;
-    if (norm == kL2) {
+    const bool carries = norm == kMomentumL2 && sweep == kDistance;
+    sweep = carries ? kCarry : kWrite;
+    if (is_l2(norm)) {
       shrink = T(double(eps) / distance);
+      if (carries) step_shrink = shrink, step_projects = projects;
     } else if (projects) {
       high = T(sums.b / kDown);  // all of it, where nothing is left
       // As if every pixel lost lambda: too little, since some are used up and some have no room.

@@ -70,22 +70,23 @@ template <class T> struct Body {
   static ATLAS_HD void run_tile(const Job& job, const Place& at) {
     const Pass& p = job.p;
     const T step = at_row<T>(p.step_size, at.sample);
-    PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.radius, at.sample),
-                         at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel), 0, T(0)};
-    Place places[2] = {at, at};
+    PerturbRow<T> row = {at_row<T>(p.eps, at.sample), p.descend ? -step : step, at_row<T>(p.momentum, at.sample),
+                         at_row<T>(p.radius, at.sample), at_row<T>(p.clip_min, at.channel),
+                         at_row<T>(p.clip_max, at.channel), 0, T(0)};
+    Place places[3] = {at, at, at};
     if (p.labels) {
       const int64_t label = p.labels[at.sample];
       places[1].sample = is_class(label, p.classes) ? label : 0;
       job.labels.put(row, label, p.classes);
     }
-    alignas(64) T buffers[2][kTile], z[kTile];
-    const AtlasImages* images[2] = {&p.adv, &p.x};
-    const T* tiles[2] = {nullptr, nullptr};
-    for (int i = 0; i < 2; ++i)
+    alignas(64) T buffers[3][kTile], z[kTile];
+    const AtlasImages* images[3] = {&p.adv, &p.x, &p.old};
+    const T* tiles[3] = {nullptr, nullptr, nullptr};
+    for (int i = 0; i < 3; ++i)
       if (images[i]->data) tiles[i] = load(*images[i], job.shape, places[i], buffers[i]);
     const T *adv = tiles[0], *const x = tiles[1];
     const bool steps = p.grad.data && (!p.active || p.active[at.sample]), at_once = steps && job.step_and_draw;
-    if (steps && !at_once) adv = step_tile(job, at, row, adv, x, buffers[0]);
+    if (steps && !at_once) adv = step_tile(job, at, row, adv, tiles[2], x, buffers[0]);
 
     for (int64_t i = at_once ? job.copies : 0; i < job.copies + p.count; ++i) {
       if (i < job.copies) {
@@ -102,14 +103,18 @@ template <class T> struct Body {
     }
   }
 
-  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& of, const T* adv, const T* x,
-                                     T* buffer) {
+  static ATLAS_HD const T* step_tile(const Job& job, const Place& at, const PerturbRow<T>& of, const T* adv,
+                                     const T* old, const T* x, T* buffer) {
     const PerturbRow<T> row = of;  // a copy, of which the compiler knows that no store changes it
     alignas(64) T sign_tile[kTile];
     const T* grad = load<T, SignOf<T>>(job.p.grad, job.shape, at, sign_tile);
     // Always in place when tiles are longer than a buffer (see plan()).
     T* to = in_place_of(job.p.out_adv, job.shape, at, buffer, job.streaming);
-    ATLAS_IVDEP for (int64_t i = 0; i < at.size; ++i) to[i] = pgd_step(adv[i], sign<T>(grad[i]), x[i], row);
+    if (old)
+      ATLAS_IVDEP for (int64_t i = 0; i < at.size; ++i)
+        to[i] = apgd_step(adv[i], old[i], sign<T>(grad[i]), x[i], row);
+    else
+      ATLAS_IVDEP for (int64_t i = 0; i < at.size; ++i) to[i] = pgd_step(adv[i], sign<T>(grad[i]), x[i], row);
     return to;
   }
 
@@ -176,12 +181,13 @@ template <class T> struct Body {
 bool per_channel(const Pass& p) { return p.clip_min.per_row || p.clip_max.per_row; }
 
 bool per_sample(const Pass& p) {
-  return p.active || p.eps.per_row || p.step_size.per_row || p.radius.per_row;
+  return p.active || p.eps.per_row || p.step_size.per_row || p.momentum.per_row || p.radius.per_row;
 }
 
 template <class T> Job plan(const Pass& p) {
   Job job(p);
-  AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out_x, &job.p.out_adv, &job.p.cast, &job.p.out_z};
+  AtlasImages* images[] = {&job.p.adv, &job.p.old, &job.p.grad, &job.p.x,
+                           &job.p.out_x, &job.p.out_adv, &job.p.cast, &job.p.out_z};
   bool same_order = true, direct = true;
   int64_t written = 0;
   for (const AtlasImages* i : images) {

@@ -49,7 +49,7 @@ template <Sweep kSweep, Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const 
       constexpr bool kFar = kSweep != kGradient;
       const Sums t = step.template terms<kSweep, kNorm>(kFar ? adv[i] : T(0), grad[i], kFar ? x[i] : T(0), bounds);
       to.a[j] += t.a;
-      if (kFar && (kNorm >= kL1 || sizeof(T) == 8)) to.b[j] += t.b;
+      if (kFar && (is_l1(kNorm) || sizeof(T) == 8)) to.b[j] += t.b;
     }
   }
 }
@@ -58,19 +58,25 @@ template <Norm kNorm, class T> ATLAS_HD void add(Lanes& to, const Tile<T>& tile,
   switch (step.sweep) {
     case kGradient: return add<kGradient, kNorm>(to, tile, step);
     case kSelect: return add<kSelect, kNorm>(to, tile, step);
-    case kDistance: return add<kDistance, kNorm>(to, tile, step);
-    default: return add<kSearch, kNorm>(to, tile, step);
+    case kSearch: return add<kSearch, kNorm>(to, tile, step);
+    default: return add<kDistance, kNorm>(to, tile, step);
   }
 }
 
 // Moves a tile before anything else is done with it: gcc makes vectors of a sparse step and of the sweeps, but not of
 // both in one loop.
-template <class T> ATLAS_HD void move_sparsely(T* to, const Tile<T>& tile, const NormStep<T>& how) {
+template <Norm kNorm, class T> ATLAS_HD void move(T* to, const Tile<T>& tile, const NormStep<T>& how) {
   const NormStep<T> step = how;
   const T *adv = tile.adv, *grad = tile.grad;
   const PixelBounds<T> bounds = tile.bounds;
-  ATLAS_IVDEP for (int64_t i = 0; i < tile.size; ++i)
-    to[i] = step.template moved<kSparseL1>(adv[i], grad[i], bounds);
+  ATLAS_IVDEP for (int64_t i = 0; i < tile.size; ++i) to[i] = step.template moved<kNorm>(adv[i], grad[i], bounds);
+}
+
+template <class T> ATLAS_HD void carry(T* to, const Tile<T>& tile, const T* old, const NormStep<T>& how) {
+  const NormStep<T> step = how;
+  const T *adv = tile.adv, *grad = tile.grad, *x = tile.x;
+  const PixelBounds<T> bounds = tile.bounds;
+  ATLAS_IVDEP for (int64_t i = 0; i < tile.size; ++i) to[i] = step.carried(adv[i], old[i], grad[i], x[i], bounds);
 }
 
 template <Norm kNorm, class T> ATLAS_HD void write(T* to, const Tile<T>& tile, const NormStep<T>& how) {
@@ -117,8 +123,8 @@ template <class T> struct Body {
   static ATLAS_HD NormStep<T> first_sweep(const Job& job, int64_t sample) {
     const AtlasPerturbNorms& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
-    NormStep<T> step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, at_row<T>(p.eps, sample),
-                        at_row<T>(p.step_size, sample)};
+    NormStep<T> step = {step_of(p), kWrite, dimensions, largest_of(p, sample), at_row<T>(p.eps, sample),
+                        at_row<T>(p.step_size, sample), at_row<T>(p.momentum, sample)};
     if (p.active && !p.active[sample]) return step;
     if (p.key) {
       step.step = T(double(step.eps) * ball_radius(counter(job, sample, 1).group(0).w[0], dimensions));
@@ -131,22 +137,27 @@ template <class T> struct Body {
 
   static ATLAS_HD void sweep_tile(const Job& job, const Place& at, const NormStep<T>& step, Lanes& sums) {
     const AtlasPerturbNorms& p = job.p;
-    alignas(64) T buffers[3][kTile];
-    const AtlasImages* images[3] = {&p.grad, &p.adv, &p.x};
-    const T* tiles[3] = {buffers[0], nullptr, nullptr};
-    for (int i = p.grad.data ? 0 : 1; i < (step.sweep == kGradient ? 1 : 3); ++i)
+    alignas(64) T buffers[4][kTile];
+    const AtlasImages* images[4] = {&p.grad, &p.adv, &p.x, &p.old};
+    const T* tiles[4] = {buffers[0], nullptr, nullptr, nullptr};
+    const bool active = !p.active || p.active[at.sample];
+    const bool carries = active && step.norm == kMomentumL2 && step.sweep >= kCarry;
+    for (int i = p.grad.data ? 0 : 1; i < (step.sweep == kGradient ? 1 : carries ? 4 : 3); ++i)
       tiles[i] = load(*images[i], job.shape, at, buffers[i]);
     if (p.key) draw(job, at, buffers[0]);
     else if (!p.grad.data) tiles[0] = tiles[1];  // not used
     Tile<T> tile = {tiles[1], tiles[0], tiles[2],
                     {at_row<T>(p.clip_min, at.channel), at_row<T>(p.clip_max, at.channel)}, at.size};
     NormStep<T> rest = step;
-    if (p.norm == kL1 && p.largest && step.sweep > kSelect) {
-      move_sparsely(buffers[1], tile, step);
+    if (carries || (step.largest && step.sweep > kSelect)) {
+      if (carries) carry(buffers[1], tile, tiles[3], step);
+      else if (step.norm == kSignL1) move<kSignL1>(buffers[1], tile, step);
+      else move<kSparseL1>(buffers[1], tile, step);
       tile.adv = buffers[1], rest.moves = false;
     }
     if (step.sweep == kWrite) return finish(job, at, tile, rest, buffers[1]);
     if (p.norm == kL2) add<kL2>(sums, tile, rest);
+    else if (step.norm == kSignL1 && step.sweep == kSelect) add<kSelect, kSignL1>(sums, tile, rest);
     else add<kL1>(sums, tile, rest);
   }
 
@@ -177,7 +188,7 @@ template <class T> struct Body {
 template <class T> Job plan(const AtlasPerturbNorms& p) {
   Job job = {};
   job.p = p;
-  AtlasImages* images[] = {&job.p.adv, &job.p.grad, &job.p.x, &job.p.out, &job.p.cast};
+  AtlasImages* images[] = {&job.p.adv, &job.p.old, &job.p.grad, &job.p.x, &job.p.out, &job.p.cast};
   bool same_order = true, direct = true;
   for (const AtlasImages* i : images) {
     if (!i->data) continue;
@@ -190,7 +201,7 @@ template <class T> Job plan(const AtlasPerturbNorms& p) {
     job.shape = {1, p.channels * p.pixels};
   }
   // A tile may be longer than a buffer when nothing passes through one.
-  const bool unbuffered = direct && same_order && !job.p.adv.channels_last && !p.key && !p.largest;
+  const bool unbuffered = direct && same_order && !job.p.adv.channels_last && !p.key && !p.largest && !p.old.data;
   job.tile = unbuffered ? 16 * kTile : kTile;
   if (p.key) job.seed = p.key[0], job.base = p.key[1];
   job.fill = fill_words();

@@ -8,11 +8,12 @@ namespace atlas::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 10;  // at once on a processor, of the kernels for the usual case: registers to load all first
+// Blocks at once on a processor, of the kernels for the usual case: registers to load all first.
+constexpr int kBlocks = 10, kMomentumBlocks = 8;
 
 template <class T> struct Job {
   Pass p;
-  Scalar<T> eps, step_size, radius, clip_min, clip_max;
+  Scalar<T> eps, step_size, momentum, radius, clip_min, clip_max;
   Walk walk;
   struct { AtlasImages to; bool of_x; } copy[3];  // results beside the neighbours
   int64_t numel;
@@ -29,22 +30,27 @@ struct Direction {
 // that differ between samples or channels.
 template <bool Noise> struct Asked {
   static constexpr bool known = false, noise = Noise;
+  static constexpr int blocks = 0;
   template <class T> static __device__ __forceinline__ bool step(const Job<T>& job) { return job.p.grad.data; }
+  template <class T> static __device__ __forceinline__ bool momentum(const Job<T>& job) { return job.p.old.data; }
   template <class T> static __device__ __forceinline__ bool ball(const Job<T>& job) { return job.p.x.data; }
   template <class T> static __device__ __forceinline__ bool labels(const Job<T>& job) { return Noise && job.p.labels; }
   template <class T> static __device__ __forceinline__ bool project(const Job<T>& job) { return job.p.project; }
   template <class T> static __device__ __forceinline__ bool of_rows(const Job<T>& job) { return job.rows_differ; }
 };
 
-template <bool Step, bool Noise, bool Project, bool Labels = false> struct Known {
+template <bool Step, bool Noise, bool Project, bool Labels = false, bool Momentum = false> struct Known {
   static constexpr bool known = true, noise = Noise;
+  static constexpr int blocks = Momentum ? kMomentumBlocks : kBlocks;
   template <class T> static __device__ __forceinline__ constexpr bool step(const Job<T>&) { return Step; }
+  template <class T> static __device__ __forceinline__ constexpr bool momentum(const Job<T>&) { return Momentum; }
   template <class T> static __device__ __forceinline__ constexpr bool ball(const Job<T>&) {
     return Step || Project || Labels;
   }
   template <class T> static __device__ __forceinline__ constexpr bool labels(const Job<T>&) { return Labels; }
   template <class T> static __device__ __forceinline__ constexpr bool project(const Job<T>&) { return Project; }
-  template <class T> static __device__ __forceinline__ constexpr bool of_rows(const Job<T>&) { return false; }
+  // APGD's step sizes are those of the samples.
+  template <class T> static __device__ __forceinline__ constexpr bool of_rows(const Job<T>&) { return Momentum; }
 };
 
 // One unit in the registers of one thread.
@@ -59,7 +65,7 @@ template <class Access, class Parts> struct Tile {
   PerturbRow<T> row[C];
   uint8_t active;
   int64_t id, label;
-  typename Access::Raw adv, grad, x;
+  typename Access::Raw adv, old, grad, x;
   Values v, centre;
 
   // Issues every load that does not hang on another one.
@@ -72,15 +78,17 @@ template <class Access, class Parts> struct Tile {
     if (Parts::labels(job)) of_x = of_label(job);
     if (Parts::ball(job)) Access::template fetch<Rounded>(x, p.x, job.walk, of_x);
     if (Parts::step(job)) Access::template fetch<Direction>(grad, p.grad, job.walk, at);
+    if (Parts::momentum(job)) Access::template fetch<Rounded>(old, p.old, job.walk, at);
     for (int c = 0; c < C; ++c)
-      row[c] = {job.eps.value, job.step_size.value, job.radius.value, job.clip_min.value, job.clip_max.value, 0, T(0)};
+      row[c] = {job.eps.value, job.step_size.value, job.momentum.value, job.radius.value, job.clip_min.value,
+                job.clip_max.value, 0, T(0)};
     active = 1;
     id = 0;
     if (Parts::noise && p.ids) id = p.ids[at.sample];
     if (!Parts::of_rows(job)) return;
     for (int c = 0; c < C; ++c)
-      row[c] = {job.eps.at(at.sample), job.step_size.at(at.sample), job.radius.at(at.sample),
-                job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c), 0, T(0)};
+      row[c] = {job.eps.at(at.sample), job.step_size.at(at.sample), job.momentum.at(at.sample),
+                job.radius.at(at.sample), job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c), 0, T(0)};
     if (p.active) active = p.active[at.sample];
   }
 
@@ -105,7 +113,9 @@ template <class Access, class Parts> struct Tile {
     if (Parts::ball(job)) Access::decode(centre, x, p.x);
     if (Parts::step(job)) {
       Access::decode(out, grad, p.grad);
-      step(out, p.descend, Parts::of_rows(job));
+      Values before;
+      if (Parts::momentum(job)) Access::decode(before, old, p.old);
+      step(out, before, Parts::momentum(job), p.descend, Parts::of_rows(job));
     }
     if constexpr (Parts::known) {
       if (Parts::step(job) && p.out_x.data) write(job, p.out_x, 0, centre);
@@ -119,12 +129,15 @@ template <class Access, class Parts> struct Tile {
     }
   }
 
-  __device__ __forceinline__ void step(const Values& grad, bool descend, bool may_rest) {
+  __device__ __forceinline__ void step(const Values& grad, const Values& before, bool momentum, bool descend,
+                                       bool may_rest) {
     for (int c = 0; c < C; ++c) {
       PerturbRow<T> r = row[c];
       if (descend) r.step = -r.step;
       for (int j = 0; j < V; ++j) {
-        const T moved = pgd_step(v[c][j], sign<T>(grad[c][j]), centre[c][j], r);
+        const T direction = sign<T>(grad[c][j]);
+        const T moved = momentum ? apgd_step(v[c][j], before[c][j], direction, centre[c][j], r)
+                                 : pgd_step(v[c][j], direction, centre[c][j], r);
         v[c][j] = !may_rest || active ? moved : v[c][j];
       }
     }
@@ -157,7 +170,7 @@ template <class Access, class Parts> struct Tile {
 // Plain stores, no cache hints: the network reads next what is written here, and at the usual sizes finds it in L2. At
 // large sizes hints gain nothing, nor do other block sizes or a cheaper generator: on an H200 the memory is the limit.
 template <class Access, int Tiles, class Parts>
-__global__ void __launch_bounds__(kThreads, Parts::known ? kBlocks : 0)
+__global__ void __launch_bounds__(kThreads, Parts::blocks)
     perturb_kernel(const __grid_constant__ Job<typename Access::T> job) {
   using Unit = typename Access::Unit;
   const Unit unit = Unit(blockIdx.x) * (kThreads * Tiles) + threadIdx.x, units = Unit(job.walk.units);
@@ -193,18 +206,19 @@ template <class Access, int Tiles, class Parts> int walk(Job<typename Access::T>
 }
 
 template <class T> int run(const Pass& p, const AtlasWhere& where) {
-  Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.radius), scalar<T>(p.clip_min),
-                scalar<T>(p.clip_max), {}, {}, p.batch * p.channels * p.pixels, 0, false};
+  Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.momentum), scalar<T>(p.radius),
+                scalar<T>(p.clip_min), scalar<T>(p.clip_max), {}, {}, p.batch * p.channels * p.pixels, 0, false};
   if (job.numel == 0) return ATLAS_OK;
   Pass& q = job.p;
-  AtlasImages* const images[] = {&q.adv, &q.grad, &q.x, &q.out_x, &q.out_adv, &q.cast, &q.out_z};
+  AtlasImages* const images[] = {&q.adv, &q.old, &q.grad, &q.x, &q.out_x, &q.out_adv, &q.cast, &q.out_z};
   bool in_planes = true, channels_last = true, single = p.grad.data || p.count;
   for (const AtlasImages* i : images) {
     single = single && (!i->data || i->dtype == kFloat32);
     in_planes = in_planes && !(i->data && i->channels_last);
     channels_last = channels_last && !(i->data && !i->channels_last);
   }
-  const bool per_sample = p.active || p.eps.per_row || p.step_size.per_row || p.radius.per_row;
+  const bool per_sample =
+      p.active || p.eps.per_row || p.step_size.per_row || p.momentum.per_row || p.radius.per_row;
   const bool per_channel = p.clip_min.per_row || p.clip_max.per_row;
   job.rows_differ = per_sample || per_channel;
   const bool flat = (in_planes || channels_last) && !p.count && !per_channel;
@@ -225,8 +239,10 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
       return whole;
     };
     // The usual case. Two tiles a thread, to have more under way.
-    if ((flat || in_planes) && vectors(4) && single && !job.rows_differ && !q.cast.data && job.numel >> 33 == 0) {
-      using Plain = Vectors<4, 1, true>;
+    using Plain = Vectors<4, 1, true>;
+    const bool usual = vectors(4) && single && !q.cast.data && job.numel >> 33 == 0;
+    if (flat && usual && p.old.data) return walk<Plain, 2, Known<true, false, false, false, true>>(job, where);
+    if ((flat || in_planes) && usual && !job.rows_differ && !p.old.data) {
       if (!p.count) return walk<Plain, 2, Known<true, false, false>>(job, where);
       if (!p.grad.data)
         return p.labels    ? walk<Plain, 2, Known<false, true, false, true>>(job, where)

@@ -12,7 +12,7 @@ constexpr int kThreads = 512;  // a block, which sweeps over one sample
 
 template <class T> struct Job {
   AtlasPerturbNorms p;
-  Scalar<T> eps, step_size, clip_min, clip_max;
+  Scalar<T> eps, step_size, momentum, clip_min, clip_max;
   Walk walk;
 };
 
@@ -35,7 +35,8 @@ template <class Access> struct Sample {
     const AtlasPerturbNorms& p = job.p;
     const int64_t dimensions = p.channels * p.pixels;
     active = !p.active || p.active[sample];
-    step = {Norm(p.norm), kWrite, dimensions, p.norm == kL1 ? p.largest : 0, job.eps.at(sample), job.step_size.at(sample)};
+    step = {step_of(p), kWrite, dimensions, largest_of(p, sample), job.eps.at(sample), job.step_size.at(sample),
+            job.momentum.at(sample)};
     if (p.key) {
       step.step = T(double(step.eps) * ball_radius(counter(1).group(0).w[0], dimensions));
       step.eps = T(kInfinite);
@@ -57,17 +58,18 @@ template <class Access> struct Sample {
   __device__ __forceinline__ void visit(int64_t unit, Sums& sums) const {
     const AtlasPerturbNorms& p = job.p;
     const Place at = Access::locate(job.walk, unit);
-    const AtlasImages* const images[] = {&p.grad, &p.adv, &p.x};
-    typename Access::Raw raw[3];
-    Values values[3] = {};
-    const int end = step.sweep == kGradient ? 1 : 3;
+    const AtlasImages* const images[] = {&p.grad, &p.adv, &p.x, &p.old};
+    typename Access::Raw raw[4];
+    Values values[4] = {};
+    const bool carries = active && step.norm == kMomentumL2 && step.sweep >= kCarry;
+    const int end = step.sweep == kGradient ? 1 : carries ? 4 : 3;
 #pragma unroll
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < 4; ++i)
       if (i < end && images[i]->data) Access::template fetch<Rounded>(raw[i], *images[i], job.walk, at);
 #pragma unroll
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < 4; ++i)
       if (i < end && images[i]->data) Access::decode(values[i], raw[i], *images[i]);
-    auto &grad = values[0], &adv = values[1], &x = values[2];
+    auto &grad = values[0], &adv = values[1], &x = values[2], &old = values[3];
     if (p.key) draw(grad, at);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -75,6 +77,7 @@ template <class Access> struct Sample {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if (j >= at.size) continue;
+        if (carries) adv[c][j] = step.carried(adv[c][j], old[c][j], grad[c][j], x[c][j], bounds);
         if (step.sweep == kWrite) {
           adv[c][j] = written(adv[c][j], grad[c][j], x[c][j], bounds);
         } else {
@@ -107,12 +110,19 @@ template <class Access> struct Sample {
   __device__ __forceinline__ T written(T adv, T grad, T x, const PixelBounds<T>& bounds) const {
     if (!active) return adv;
     if (step.norm == kLinf) return step.template written<kLinf>(adv, grad, x, bounds);
+    if (step.norm == kMomentumL2) return step.template brought<kL2>(adv, x, bounds);
+    if (step.norm == kSignL1) return step.template written<kSignL1>(adv, grad, x, bounds);
     return step.norm == kL2 ? step.template written<kL2>(adv, grad, x, bounds)
                             : step.template written<kSparseL1>(adv, grad, x, bounds);
   }
 
   __device__ __forceinline__ Sums terms(T adv, T grad, T x, const PixelBounds<T>& bounds) const {
-    if (step.norm == kL2)
+    if (step.sweep == kCarry) return step.template away<kDistance, kL2>(adv, x, bounds);
+    if (step.norm == kSignL1 && step.sweep != kGradient)
+      return step.sweep == kSelect     ? step.template terms<kSelect, kSignL1>(adv, grad, x, bounds)
+             : step.sweep == kDistance ? step.template terms<kDistance, kSignL1>(adv, grad, x, bounds)
+                                       : step.template terms<kSearch, kSignL1>(adv, grad, x, bounds);
+    if (is_l2(step.norm))
       return step.sweep == kGradient ? step.template terms<kGradient, kL2>(adv, grad, x, bounds)
                                      : step.template terms<kDistance, kL2>(adv, grad, x, bounds);
     return step.sweep == kGradient   ? step.template terms<kGradient, kSparseL1>(adv, grad, x, bounds)
@@ -135,9 +145,10 @@ template <class Access> int walk(Job<typename Access::T>& job, const AtlasWhere&
 template <class T> int run(const AtlasPerturbNorms& p, const AtlasWhere& where) {
   if (const int status = status_of(p)) return status;
   if (p.batch * p.channels * p.pixels == 0) return ATLAS_OK;
-  Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.clip_min), scalar<T>(p.clip_max), {}};
+  Job<T> job = {p, scalar<T>(p.eps), scalar<T>(p.step_size), scalar<T>(p.momentum), scalar<T>(p.clip_min),
+                scalar<T>(p.clip_max), {}};
   AtlasPerturbNorms& q = job.p;
-  AtlasImages* const images[] = {&q.adv, &q.grad, &q.x, &q.out, &q.cast};
+  AtlasImages* const images[] = {&q.adv, &q.old, &q.grad, &q.x, &q.out, &q.cast};
   bool in_planes = true, channels_last = true;
   for (const AtlasImages* i : images) {
     in_planes = in_planes && !(i->data && i->channels_last);

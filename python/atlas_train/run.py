@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atlas_kernels import Execution
 from atlas_kernels.precision import warn_if_slow
 
-from . import averaging, models, optimizers, schedules
+from . import averaging, methods, models, optimizers, schedules
 from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits, Images, held_out
@@ -96,10 +96,9 @@ class Run:
     @property
     def state(self) -> State:
         """What a method may know of the run."""
-        repeats = self.splits.extra is not None
-        return State(
-            self.step, self.total_steps, self.epoch, self.config.epochs, self.samples, self.memory, repeats=repeats
-        )
+        c, repeats = self.config, self.splits.extra is not None
+        where = self.step, self.total_steps, self.epoch, c.epochs
+        return State(*where, self.samples, self.memory, repeats=repeats, augment=c.augment)
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, from 0, of the batch that comes next."""
@@ -191,7 +190,7 @@ def batches_of(config: TrainConfig, splits: DataSplits, device: torch.device) ->
         config.batch_size,
         shuffle=True,
         seed=config.seed,
-        augment=config.augment,
+        augment=config.augment and not methods.get(config.method).augments,
         device=device,
         channels_last=config.channels_last,
         drop_last=len(splits.train) >= config.batch_size,

@@ -81,7 +81,8 @@ def _sign(row: Row, history: Sequence[Row], halves: Halves) -> str | None:
     recent = history[-PROBE_WINDOW:]
     if evidence := _of_its_own_attack(row, recent):
         return f"{OWN}: {evidence}"
-    return _hidden(row, halves) or _fall(row, recent)
+    hides_now = _hidden(row, halves) if history else None  # the first epoch's network is hardly better than chance
+    return hides_now or _fall(row, recent)
 
 
 def _of_its_own_attack(row: Row, recent: Sequence[Row]) -> str | None:

@@ -21,7 +21,7 @@ import test_nuclear_norm as nuclear
 import test_pairwise as pairwise
 import test_stored as stored
 from atlas_kernels.core import core
-from operator_cases import SHAPES, label_start, problem, same_bits, same_within_ulps, to_layout
+from operator_cases import SHAPES, apgd_step, label_start, problem, same_bits, same_within_ulps, to_layout
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["".join(p) for p in itertools.product("cl", repeat=3)]
@@ -61,6 +61,7 @@ def check(adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, key, count=2, out_dt
             "step": ak.pgd_step(adv, grad, x, eps, step, cast=cast, **stepping, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, out=moved, **stepping, **options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, **stepping, **options),
             "neighbours": ak.sample_neighbours(adv, radius, count, **ball, **noise, **options),
             "both": ak.pgd_step_neighbours(
                 adv, grad, x, eps, step, radius, count, project=project, out=many, **noise, **stepping, **options
@@ -137,6 +138,23 @@ def test_unaligned(layouts, dtype):
     inputs = problem((3, 3, 4, 4), layouts=layouts, dtype=dtype)
     for mask in itertools.product((False, True), repeat=3):
         check(*(unaligned(t) if shift else t for t, shift in zip(inputs, mask, strict=True)), key=KEY)
+
+
+@pytest.mark.parametrize("layouts", ["ccc", "lll"])
+def test_apgd_per_sample(layouts):
+    """The kernel of the usual case, and what an unaligned iterate before, a cast or a bf16 gradient make of it."""
+    adv, grad, x = problem((33, 3, 8, 12), layouts=layouts, special=True)
+    old, rows, active = adv.flip(0), [torch.rand(33) * size for size in (0.2, 0.2, 1.0)], torch.rand(33) < 0.7
+    for before, slope, options in itertools.product(
+        (old, unaligned(old), old.contiguous()), (grad, grad.bfloat16()), ({}, {"active": active, "descend": True})
+    ):
+        cast = torch.empty(adv.shape, dtype=torch.bfloat16)
+        for results in ({}, {"cast": cast}):
+            got = ak.apgd_step(adv, before, slope, x, *rows, **options, **results)
+            narrow = cast.clone()
+            with ak.backend("reference"):
+                assert same_bits(got, ak.apgd_step(adv, before, slope, x, *rows, **options, **results))
+            assert not results or same_bits(narrow, cast)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -228,6 +246,7 @@ def check_norms(adv, grad, x, norm, eps, step, *, key=KEY, out_dtype=None, out_l
             "step": ak.pgd_step(adv, grad, x, eps, step, norm=norm, cast=cast, **options),
             "cast": cast,
             "step in place": ak.pgd_step(moved, grad, x, eps, step, norm=norm, out=moved, **options),
+            "step of APGD": apgd_step(adv, grad, x, eps, step, norm=norm, **options),
             "project": ak.project(inside, x, eps, norm=norm, out=inside, **clip),
             "project linf": ak.project(adv, x, eps, **clip),
         } | {

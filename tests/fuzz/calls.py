@@ -135,6 +135,20 @@ def _pgd_step(draw: Draw) -> Call:
     return Call("pgd_step", ak.pgd_step, arguments, _judge_of(norm), {"out": adv, "cast": cast})
 
 
+def _apgd_step(draw: Draw) -> Call:
+    norm, most = _norm(draw)
+    adv, old, x = _images(draw, 3, draw.dtype(), clean=norm != "linf")
+    batch, entries = len(x), max(1, x[:1].numel())
+    arguments = {"adv": adv, "old": old, "grad": _gradient(draw, adv), "x": x, "eps": _radius(draw, batch, most)}
+    arguments |= {"step_size": _radius(draw, batch, most, math.inf if norm == "linf" else 1e30), "norm": norm}
+    arguments |= {"momentum": draw.one_of([1.0, 0.75, draw.uniform((batch,))])}
+    arguments |= _range(draw, x.shape) | _active(draw, batch)
+    if norm == "l1":
+        arguments["largest"] = draw.one_of([draw.integer(1, entries), draw.integers(entries + 1, (batch,), 1)])
+    cast = draw.laid_out(x.to(draw.dtype()))
+    return Call("apgd_step", ak.apgd_step, arguments, _judge_of(norm), {"out": adv, "cast": cast})
+
+
 def _project(draw: Draw) -> Call:
     norm, most = _norm(draw)
     v, x = _images(draw, 2, draw.dtype(), clean=norm != "linf")
@@ -405,7 +419,7 @@ def _judged_where_it_varies(ours: Any, call: Call, **changed: Any) -> str | None
 
 
 _ALL = (
-    _random_start, _label_noise_start, _pgd_step, _pgd_step, _project, _sample_neighbours, _pgd_step_neighbours,
-    _stored_start, _stored_step, _augment, _loss, _loss, _loss, _attack_cotangent, _gairat_weights, _compactness,
-    _batch_norm, _nuclear_norm,
+    _random_start, _label_noise_start, _pgd_step, _pgd_step, _apgd_step, _project, _sample_neighbours,
+    _pgd_step_neighbours, _stored_start, _stored_step, _augment, _loss, _loss, _loss, _attack_cotangent,
+    _gairat_weights, _compactness, _batch_norm, _nuclear_norm,
 )  # fmt: skip

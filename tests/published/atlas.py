@@ -85,40 +85,43 @@ def atlas(
 def atlas_start(
     model, x, y, start, optimizer, *, eps, step_size, local_objective, local_weight, global_term="none",
     global_weight=1.0, steps=1, smoothing=0.0, ball=None, segment_weight=0.0, segment_objective="ce", shares=(),
+    iterates="first", keep="first",
 ):  # fmt: skip
     """local="start": one forward at the start, for attack and loss. ``ball``: of x'; None: eps. ``shares`` [1, B]: of
-    the way from x' to x, that of the further point. Returns (x', loss)."""
+    the way from x' to x, that of the further point. ``iterates``: that LOCAL is of; ``keep``: those of them that the
+    training forward sees and the gradient reaches. Returns (x', loss)."""
 
     def ce(logits):
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
 
     model.train()
-    at = start.detach().requires_grad_()
-    z_start = model(at)
-    (grad,) = torch.autograd.grad(ce(z_start), at, retain_graph=True)
     ball = eps if ball is None else ball
-    adv = torch.clamp(start + step_size * grad.sign(), x - ball, x + ball).clamp(0, 1)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for _ in range(steps - 1):
+    adv, points = start.detach(), []
+    for step in range(steps):
+        kept = keep == "all" and (iterates == "all" or not step) or keep == "first" and not step
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         at = adv.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(F.cross_entropy(model(at), y), at)
-        adv = torch.clamp(adv + step_size * grad.sign(), x - eps, x + eps).clamp(0, 1)
-    for name, buffer in model.named_buffers():
-        buffer.data.copy_(before[name])
+        z_at = model(at)
+        (grad,) = torch.autograd.grad(ce(z_at), at, retain_graph=True)
+        adv = torch.clamp(adv + step_size * grad.sign(), x - ball, x + ball).clamp(0, 1)
+        if not kept:
+            for name, buffer in model.named_buffers():
+                buffer.data.copy_(before[name])  # an attack leaves no trace
+        if iterates == "all" or not step:
+            points.append(z_at if kept else z_at.detach())
     z = model(adv.detach())
 
-    p, q = z_start.softmax(1), z.softmax(1)
-    m = (p + q) / 2
-    loss = (
-        ce(z)
-        + local_weight
-        * {
+    def local(z_start):
+        p, q = z_start.softmax(1), z.softmax(1)
+        m = (p + q) / 2
+        return {
             "kl": (p * (p.log() - q.log())).sum(1),
             "js": ((p * (p.log() - m.log())).sum(1) + (q * (q.log() - m.log())).sum(1)) / 2,
             "logit": ((z_start - z) ** 2).sum(1),
             "prob": ((p - q) ** 2).sum(1),
         }[local_objective].mean()
-    )
+
+    loss = ce(z) + local_weight * sum(local(z_at) for z_at in points) / len(points)
 
     def tied(kind, z_other):
         return {"kl": kl(z_other, z), "ce": ce(z_other), "logit": ((z_other - z) ** 2).sum(1).mean()}[kind]

@@ -39,6 +39,22 @@ def step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, act
     return moved if active is None else torch.where(column(active, adv), moved, start)
 
 
+def carried(stepped, start, old, share):
+    """APGD's momentum: ``share`` of the way of the step, and the rest of that of the iteration before."""
+    return start + (stepped - start) * share + (start - old) * (1 - share)
+
+
+def apgd(
+    adv, old, grad, x, eps, eps_rows, step_size, step_rows, momentum, momentum_rows, bounds, descend, active
+):  # fmt: skip
+    dtype = compute_dtype(adv.dtype)
+    start, centre, radius = adv.to(dtype), x.to(dtype), rows(eps, eps_rows, adv)
+    moved = step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, None)
+    moved = carried(moved, start, old.to(dtype), rows(momentum, momentum_rows, adv))
+    moved = to_range(clip(moved, centre - radius, centre + radius), *bounds)
+    return moved if active is None else torch.where(column(active, adv), moved, start)
+
+
 def neighbours(adv, radius, radius_rows, count, x, eps, eps_rows, bounds, key, ids, draw, stream=STREAM_NEIGHBOUR):
     dtype = compute_dtype(adv.dtype)
     found = []
@@ -90,6 +106,18 @@ def pgd_step(
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     moved = step(adv, grad, x, eps, eps_rows, step_size, step_rows, bounds, descend, active)
+    out.copy_(moved)
+    if cast is not None:
+        cast.copy_(moved)
+
+
+@torch.no_grad()
+def apgd_step(
+    adv, old, grad, x, eps, eps_rows, step_size, step_rows, momentum, momentum_rows, clip_min, min_rows, clip_max,
+    max_rows, descend, active, out, cast,
+):  # fmt: skip
+    bounds, numbers = (clip_min, min_rows, clip_max, max_rows), (eps, eps_rows, step_size, step_rows)
+    moved = apgd(adv, old, grad, x, *numbers, momentum, momentum_rows, bounds, descend, active)
     out.copy_(moved)
     if cast is not None:
         cast.copy_(moved)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layout import column, compute_dtype, plane_shape
 from ...schema import L1, L2, LINF, NORMS, STREAM_START
-from .perturb import clip, rows
+from .perturb import carried, clip, rows
 from .philox import uniform, words
 
 _PerSample = tuple[float, Tensor | None]
@@ -68,6 +68,18 @@ def moved_sparsely(adv: Tensor, grad: Tensor, step: Tensor, largest: int, low: T
     part = ((budget - left) / torch.where(tie > 0, tie, 1.0)).to(adv.dtype)
     way = torch.where(whole, reach, torch.where(tied & (tie > 0), reach * part, 0.0))
     return torch.where(moves, torch.where(up, adv + way, adv - way), adv)
+
+
+def moved_by_signs(adv: Tensor, grad: Tensor, step: Tensor, largest: Tensor) -> Tensor:
+    """The ``largest`` largest entries of the gradient, those that tie with the last of them, and none that is 0, move
+    by equal shares of the step in the direction of their signs."""
+    m = flat(grad.detach().abs())
+    length = per_sample_sum(grad.detach().abs())
+    last = (largest.clamp(1, m.shape[1]) - 1).view(-1, 1)
+    threshold = column(m.sort(1, descending=True).values.gather(1, last), adv)
+    chosen = (grad.abs() >= threshold) & (grad != 0) & (length < math.inf)
+    share = (step.double() / per_sample_sum(chosen).clamp_min(1)).to(adv.dtype)
+    return torch.where(chosen, adv + grad.sign() * share, adv)
 
 
 def projected(v: Tensor, x: Tensor, eps: Tensor, norm: str, low: Tensor, high: Tensor) -> Tensor:
@@ -176,6 +188,24 @@ def step(
     return found if active is None else torch.where(column(active, adv), found, adv.to(dtype))
 
 
+def apgd(
+    adv: Tensor, old: Tensor, grad: Tensor, x: Tensor, norm: str, eps: _PerSample, step_size: _PerSample,
+    momentum: _PerSample, bounds: _Bounds, descend: bool, active: Tensor | None, largest: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One step of APGD of the samples that are active: l2 with momentum, l1 along the signs of some entries."""
+    dtype, size = compute_dtype(adv.dtype), rows(*step_size, adv)
+    point, grad, size = adv.to(dtype), grad.to(dtype), -size if descend else size
+    if not adv.numel():
+        return point
+    if norm == L1:
+        assert largest is not None
+        found = inside(moved_by_signs(point, grad, size, largest), x, norm, eps, bounds)
+    else:
+        found = inside(moved(point, grad, size, norm), x, norm, eps, bounds)
+        found = inside(carried(found, point, old.to(dtype), rows(*momentum, adv)), x, norm, eps, bounds)
+    return found if active is None else torch.where(column(active, adv), found, point)
+
+
 def inside(v: Tensor, x: Tensor, norm: str, eps: _PerSample, bounds: _Bounds) -> Tensor:
     """``v`` in the ball and in the range."""
     dtype = compute_dtype(v.dtype)
@@ -196,6 +226,18 @@ def pgd_step_norm(
 ):  # fmt: skip
     bounds = clip_min, min_rows, clip_max, max_rows
     found = step(adv, grad, x, NORMS[norm], (eps, eps_rows), (step_size, step_rows), bounds, descend, active, largest)
+    out.copy_(found)
+    if cast is not None:
+        cast.copy_(found)
+
+
+@torch.no_grad()
+def apgd_step_norm(
+    adv, old, grad, x, norm, eps, eps_rows, step_size, step_rows, momentum, momentum_rows, clip_min, min_rows, clip_max,
+    max_rows, descend, active, out, cast, largest,
+):  # fmt: skip
+    bounds, numbers = (clip_min, min_rows, clip_max, max_rows), ((eps, eps_rows), (step_size, step_rows))
+    found = apgd(adv, old, grad, x, NORMS[norm], *numbers, (momentum, momentum_rows), bounds, descend, active, largest)
     out.copy_(found)
     if cast is not None:
         cast.copy_(found)

@@ -75,13 +75,13 @@ def _words(seed, c0, c1, c2, c3):
 
 @triton.jit(do_not_specialize=["draw", "share_low", "share_high", "classes"])
 def perturb_kernel(
-    adv, grad, x, out, cast,
-    eps, eps_rows, step_size, step_size_rows, radius, radius_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
+    adv, old, grad, x, out, cast, eps, eps_rows, step_size, step_size_rows, momentum, momentum_rows,
+    radius, radius_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
     active, key, ids, draw, labels, classes, share_low, share_high, batch, channels, pixels, channel_tiles, pixel_tiles,
     count: tl.constexpr,  # else Triton 3.6's interpreter cannot loop up to it under NumPy 2.4
-    ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
-    CAST_LAST: tl.constexpr, INCLUDE_X: tl.constexpr, DESCEND: tl.constexpr, PROJECT: tl.constexpr,
-    STREAM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    ADV_LAST: tl.constexpr, OLD_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
+    OUT_LAST: tl.constexpr, CAST_LAST: tl.constexpr, INCLUDE_X: tl.constexpr, DESCEND: tl.constexpr,
+    PROJECT: tl.constexpr, STREAM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """One tile of a sample: BLOCK_C channels x BLOCK_G groups of four pixels. ``out`` is [x;] [adv';] z_0; z_1; ..."""
     program = tl.program_id(0)
@@ -122,6 +122,11 @@ def perturb_kernel(
             step *= -1.0  # not -step: Triton 3.6 makes that 0 - step, which loses the sign of a zero
         moved = point + step * ((g > 0).to(tl.float32) - (g < 0).to(tl.float32))
         moved = _clip(_clip(moved, clean - ball, clean + ball), lo, hi)
+        if old is not None:
+            before = point - _load(old, sample, channel, pixel, channels, pixels, OLD_LAST, moving)
+            share = _row(momentum, momentum_rows, sample, None)
+            moved = point + (moved - point) * share + before * (1.0 - share)
+            moved = _clip(_clip(moved, clean - ball, clean + ball), lo, hi)
         point = moved if active is None else tl.where(moving, moved, point)
         _store(out, point, row, channel, pixel, channels, pixels, OUT_LAST, inside)
         row += batch
@@ -168,7 +173,7 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
         # Without noise and per-channel bounds a pixel's place means nothing: run through memory as it lies.
         last = dict.fromkeys(last, False)
         channels, pixels = 1, channels * pixels
-        if all(given.get(name) is None for name in ("active", "eps_rows", "step_size_rows")):
+        if all(given.get(name) is None for name in ("active", "eps_rows", "step_size_rows", "momentum_rows")):
             batch, pixels = 1, batch * pixels
     block_c, block_p = tile_of(channels, pixels, any(last.values()))
     channel_tiles, pixel_tiles = -(-channels // block_c), -(-pixels // block_p)
@@ -182,7 +187,7 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
     return [bound(perturb_kernel, batch * channel_tiles * pixel_tiles, values)]
 
 
-_IMAGES = ("adv", "grad", "x", "out", "cast")
+_IMAGES = ("adv", "old", "grad", "x", "out", "cast")
 
 
 def lasts(given: dict[str, Any], images: tuple[str, ...] = _IMAGES) -> dict[str, bool]:
@@ -215,7 +220,7 @@ def signed(word: int) -> int:
 def _example(
     dtype: torch.dtype = torch.float32, *, step: bool = True, count: int = 0, grad: torch.dtype | None = None,
     out: torch.dtype | None = None, cast: torch.dtype | None = None, last: str = "", include_x: bool = False,
-    project: bool = False, per_sample: bool = False, per_channel: bool = False, labels: bool = False,
+    project: bool = False, per_sample: bool = False, per_channel: bool = False, labels: bool = False, old: bool = False,
     shape: tuple[int, ...] = (128, 3, 32, 32),
 ) -> Launch:  # fmt: skip
     """A launch on images without memory behind them (a batch of CIFAR-10); ``last``: what is in channels_last."""
@@ -229,11 +234,13 @@ def _example(
         return torch.empty(size, dtype=dtype, device="meta") if given else None
 
     given = {
-        "adv": meta("adv", dtype), "grad": meta("grad", (grad or dtype) if step else None),
+        "adv": meta("adv", dtype), "old": meta("old", dtype if old else None),
+        "grad": meta("grad", (grad or dtype) if step else None),
         "x": meta("x", dtype if step or project or labels else None),
         "out": meta("out", out or dtype, include_x + step + count),
-        "cast": meta("cast", cast), "eps": 0.03, "step_size": 0.01, "radius": 0.02, "clip_min": 0.0, "clip_max": 1.0,
-        **{f"{name}_rows": vector(per_sample) for name in ("eps", "step_size", "radius")},
+        "cast": meta("cast", cast), "eps": 0.03, "step_size": 0.01, "momentum": 0.75, "radius": 0.02,
+        "clip_min": 0.0, "clip_max": 1.0,
+        **{f"{name}_rows": vector(per_sample) for name in ("eps", "step_size", "momentum", "radius")},
         **{f"{name}_rows": vector(per_channel, shape[1]) for name in ("clip_min", "clip_max")},
         "active": vector(per_sample, dtype=torch.bool), "key": vector(count > 0, 2, torch.int64),
         "ids": vector(per_sample, dtype=torch.int64), "count": count, "include_x": include_x, "descend": False,
@@ -262,6 +269,11 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "step, bf16": partial(_example, _BRAIN),
     "step, channels_last gradient": partial(_example, last="grad"),
     "step, channels_last bf16 gradient and cast": partial(_example, grad=_BRAIN, cast=_BRAIN, last="grad cast"),
+    "step with momentum": partial(_example, old=True),
+    "step with momentum, per sample": partial(_example, old=True, per_sample=True),
+    "step with momentum, per sample and channel, channels_last": partial(
+        _example, old=True, per_sample=True, per_channel=True, cast=_BRAIN, last="adv old x cast"
+    ),
     "neighbours": partial(_example, step=False, count=4),
     "neighbours, projected, per sample": partial(_example, step=False, count=4, project=True, per_sample=True),
     "step and neighbours": _BOTH,

@@ -110,7 +110,7 @@ def _upwards(g, DESCEND: tl.constexpr):
 @triton.jit
 def _points(adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, clip_max, max_rows, moves, scale, factor,
             share, least, most, part, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
-            DESCEND: tl.constexpr, SPARSE: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+            DESCEND: tl.constexpr, SPARSE: tl.constexpr, SIGNS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
     """The clean pixels of a tile, where they have moved to, and the range."""
     channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
     lo = _row(clip_min, min_rows, channel, channel < channels)
@@ -120,8 +120,12 @@ def _points(adv, x, grad, sample, tile, channels, pixels, clip_min, min_rows, cl
     if grad is not None:
         g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
         if SPARSE:
-            bits, c = _magnitude(g).to(tl.int32, bitcast=True), _reach(v, g, lo, hi, share, DESCEND)
-            way = tl.where(bits >= most, c, tl.where(bits >= least, c * part, 0.0))
+            bits = _magnitude(g).to(tl.int32, bitcast=True)
+            if SIGNS:
+                way = tl.where(bits >= least, share, 0.0)
+            else:
+                c = _reach(v, g, lo, hi, share, DESCEND)
+                way = tl.where(bits >= most, c, tl.where(bits >= least, c * part, 0.0))
             moved = tl.where(_upwards(g, DESCEND), v + way, v - way)
         else:
             moved = v + g * scale * factor
@@ -168,13 +172,51 @@ def _select(adv, grad, sample, channels, pixels, clip_min, min_rows, clip_max, m
     return share, least.to(tl.int32), most.to(tl.int32), part, moves
 
 
+@triton.jit
+def _select_signs(grad, sample, channels, pixels, largest, length, step, moves, TILES: tl.constexpr,
+                  GRAD_LAST: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """(share, least) of a step of APGD: entries whose bits are `least` or more move, by `share` each."""
+    budget = tl.where(largest > 1, largest, 1)
+    least, most = tl.cast(1, tl.int64), _bits(length.to(tl.float32)) + 1  # no entry of 0; none is larger
+    count, searching = budget, moves
+    while searching:
+        width = most - least
+        first = tl.where(width > 1, least + (width + 2) // 3, least)
+        second = tl.where(width > 1, least + (2 * width + 2) // 3, most)
+        lower, upper = tl.zeros([4 * GROUPS], tl.int64), tl.zeros([4 * GROUPS], tl.int64)
+        for tile in range(TILES):
+            channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
+            g = _load(grad, sample, channel, pixel, channels, pixels, GRAD_LAST, inside).to(tl.float32)
+            bits = tl.where(inside, _magnitude(g), 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+            lower += tl.where(bits >= first, 1, 0)
+            upper += tl.where(bits >= second, 1, 0)
+        from_first, from_second = tl.sum(lower, 0), tl.sum(upper, 0)
+        if (from_first == budget) | (from_second == budget):
+            least, searching = tl.where(from_second == budget, second, first), sample < 0
+        elif width == 1:
+            count, searching = from_first, sample < 0  # as many as tie, or as there are
+        else:
+            high, low = from_second >= budget, from_first >= budget
+            most = tl.where(high, most, tl.where(low, second, first))
+            least = tl.where(high, second, tl.where(low, first, least))
+    share = (_magnitude(step).to(tl.float64) / count.to(tl.float64)).to(tl.float32)
+    return share, least.to(tl.int32)
+
+
+@triton.jit
+def _carried(v, moved, clean, before, lo, hi, projects, shrink, share):
+    """Where a step to `moved` and momentum take pixels from v (see csrc/core/perturb_norms.h)."""
+    way = _clip(tl.where(projects, clean + (moved - clean) * shrink, moved), lo, hi) - v
+    return v + way * share + (v - before) * (1.0 - share)
+
+
 @triton.jit(do_not_specialize=["draw", "largest"])
 def norms_kernel(
-    adv, grad, x, out, cast, eps, eps_rows, step_size, step_size_rows, clip_min, clip_min_rows, clip_max, clip_max_rows,
-    active, key, ids, draw, largest, channels, pixels,
-    TILES: tl.constexpr, ADV_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
+    adv, old, grad, x, out, cast, eps, eps_rows, step_size, step_size_rows, momentum, momentum_rows,
+    clip_min, clip_min_rows, clip_max, clip_max_rows, active, key, ids, draw, largest, largest_rows, channels, pixels,
+    TILES: tl.constexpr, ADV_LAST: tl.constexpr, OLD_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, X_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr, CAST_LAST: tl.constexpr, NORM: tl.constexpr, DESCEND: tl.constexpr,
-    SPARSE: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    SPARSE: tl.constexpr, SIGNS: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One sample; NORM is 0 for l_inf, 1 for l2, 2 for l1."""
     sample = tl.program_id(0).to(tl.int64)
@@ -219,7 +261,12 @@ def norms_kernel(
                 step *= -1.0
         scale = power.to(tl.float32)
         factor = (step.to(tl.float64) / (length * power)).to(tl.float32)
-        if SPARSE:
+        if SIGNS:
+            share, least = _select_signs(
+                grad, sample, channels, pixels, tl.load(largest_rows + sample), length, step, moves, TILES, GRAD_LAST,
+                GROUPS,
+            )  # fmt: skip
+        elif SPARSE:
             share, least, most, part, moves = _select(
                 adv, grad, sample, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, largest, length,
                 step, moves, TILES, ADV_LAST, GRAD_LAST, DESCEND, GROUPS,
@@ -233,7 +280,7 @@ def norms_kernel(
             _, _, inside = _place(tile, channels, pixels, GROUPS)
             v, clean, lo, hi = _points(
                 adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, moves,
-                scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+                scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, SIGNS, GROUPS,
             )  # fmt: skip
             d = v - clean
             m = _magnitude(d)
@@ -250,6 +297,24 @@ def norms_kernel(
         projects = tl.where((distance > wide_ball) & (unclipped < float("inf")), moving, False)
         if NORM == 1:
             shrink = (wide_ball / distance).to(tl.float32)
+            if old is not None:
+                carry = _row(momentum, momentum_rows, sample, None)
+                step_projects, step_shrink = projects, shrink
+                sums = tl.zeros([4 * GROUPS], tl.float64)
+                for tile in range(TILES):
+                    channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
+                    v, clean, lo, hi = _points(
+                        adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows,
+                        moves, scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE,
+                        SIGNS, GROUPS,
+                    )  # fmt: skip
+                    start = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
+                    before = _load(old, sample, channel, pixel, channels, pixels, OLD_LAST, inside)
+                    d = _carried(start, v, clean, before, lo, hi, step_projects, step_shrink, carry) - clean
+                    sums += tl.where(inside, d.to(tl.float64) * d.to(tl.float64), 0.0)
+                distance = tl.sqrt(tl.sum(sums, 0))
+                projects = tl.where((distance > wide_ball) & (distance < float("inf")), moving, False)
+                shrink = (wide_ball / distance).to(tl.float32)
         else:
             low = ((distance - wide_ball) / dimensions).to(tl.float32)
             low = _of_bits(_bits(low) - tl.where(low > 0, 1, 0))  # rounding may have taken it past the root
@@ -264,7 +329,8 @@ def norms_kernel(
                     v, clean, lo, hi = _points(
                         adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows,
                         moves, scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE,
-                    GROUPS, )  # fmt: skip
+                        SIGNS, GROUPS,
+                    )  # fmt: skip
                     d = v - clean
                     c = _room(d, clean, lo, hi).to(tl.float64)
                     left = (_magnitude(d).to(tl.float64) - base.to(tl.float64)) - shrink.to(tl.float64)
@@ -298,11 +364,16 @@ def norms_kernel(
         channel, pixel, inside = _place(tile, channels, pixels, GROUPS)
         v, clean, lo, hi = _points(
             adv, x, grad, sample, tile, channels, pixels, clip_min, clip_min_rows, clip_max, clip_max_rows, moves,
-            scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, GROUPS,
+            scale, factor, share, least, most, part, ADV_LAST, GRAD_LAST, X_LAST, DESCEND, SPARSE, SIGNS, GROUPS,
         )  # fmt: skip
         if key is not None:
             g = _direction(seed, number, draw, tile, NORM, STREAM, GROUPS)
             v = tl.where(moves, v + g * scale * factor, v)
+        still = v  # of a sample at rest
+        if old is not None:
+            start = _load(adv, sample, channel, pixel, channels, pixels, ADV_LAST, inside)
+            before = _load(old, sample, channel, pixel, channels, pixels, OLD_LAST, inside)
+            v = _carried(start, v, clean, before, lo, hi, step_projects, step_shrink, carry)
         found = v
         if NORM == 0:
             found = _clip(v, clean - ball, clean + ball)
@@ -316,7 +387,7 @@ def norms_kernel(
             found = tl.where(projects, clean + kept, v)
         found = _clip(found, lo, hi)
         if active is not None:
-            found = tl.where(moving, found, v)
+            found = tl.where(moving, found, still)
         _store(out, found, sample, channel, pixel, channels, pixels, OUT_LAST, inside)
         if cast is not None:
             _store(cast, found, sample, channel, pixel, channels, pixels, CAST_LAST, inside)
@@ -324,12 +395,14 @@ def norms_kernel(
 
 def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
     """The one kernel of an operator's arguments, by the names of their fields; none without images."""
-    adv, largest = given["adv"], given.get("largest", 0)
+    adv, largest, signs = given["adv"], given.get("largest", 0), given.get("largest_rows") is not None
     batch, channels, pixels = plane_shape(adv.shape)
     require_single("images", adv)
     if not adv.numel():
         return []
     given = {"x": adv, **given}  # a start is around its own images
+    if given["norm"] == NORMS.index(L1):
+        given["old"] = None
     last = lasts(given)
     placed = any(given.get(name) is not None for name in ("key", "clip_min_rows", "clip_max_rows"))
     if is_one_order(given) and not placed:
@@ -340,15 +413,15 @@ def launches(operator: str, given: dict[str, Any]) -> list[Launch]:
         raise DoorError(f"a sample of shape {list(adv.shape[1:])} is more than 32 bits can number")
     values = {
         **given, **last, "largest": largest, "channels": channels, "pixels": pixels, "tiles": -(-groups // GROUPS),
-        "draw": signed(given.get("draw", 0)), "sparse": given["norm"] == NORMS.index(L1) and largest > 0,
-        "groups": GROUPS,
+        "draw": signed(given.get("draw", 0)), "sparse": given["norm"] == NORMS.index(L1) and (signs or largest > 0),
+        "signs": signs, "groups": GROUPS,
     }  # fmt: skip
     return [bound(norms_kernel, batch, values)]
 
 
 def _example(
     norm: int, dtype: torch.dtype = torch.float32, *, step: bool = True, start: bool = False, last: str = "",
-    rows: bool = False, largest: int = 0, shape: tuple[int, ...] = (128, 3, 32, 32),
+    rows: bool = False, largest: int = 0, apgd: bool = False, shape: tuple[int, ...] = (128, 3, 32, 32),
 ) -> Launch:  # fmt: skip
     """A launch on images without memory behind them (a batch of CIFAR-10); ``last``: what is in channels_last."""
 
@@ -360,11 +433,12 @@ def _example(
         return torch.empty(size, dtype=dtype, device="meta") if given else None
 
     given = {
-        "adv": meta("adv"), "grad": meta("grad", step), "x": meta("x"), "out": meta("out"), "norm": norm, "eps": 0.5,
-        "step_size": 0.1, "clip_min": 0.0, "clip_max": 1.0,
-        **{f"{name}_rows": vector(rows) for name in ("eps", "step_size")},
+        "adv": meta("adv"), "old": meta("old", apgd), "grad": meta("grad", step), "x": meta("x"), "out": meta("out"),
+        "norm": norm, "eps": 0.5, "step_size": 0.1, "momentum": 0.75, "clip_min": 0.0, "clip_max": 1.0,
+        **{f"{name}_rows": vector(rows) for name in ("eps", "step_size", "momentum")},
         **{f"{name}_rows": vector(rows, shape[1]) for name in ("clip_min", "clip_max")},
         "active": vector(rows, dtype=torch.bool), "largest": largest,
+        "largest_rows": vector(apgd and norm == 2, dtype=torch.int64),
         "key": vector(start, 2, torch.int64), "ids": vector(start and rows, dtype=torch.int64), "stream": STREAM_START,
     }  # fmt: skip
     return launches("", given)[0]
@@ -376,6 +450,14 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "l2 step": partial(_example, 1),
     "l2 step, per sample and channel": partial(_example, 1, rows=True),
     "l2 step, bf16, channels_last gradient": partial(_example, 1, torch.bfloat16, last="grad"),
+    "l2 step of APGD": partial(_example, 1, apgd=True),
+    "l2 step of APGD, bf16, per sample and channel, channels_last": partial(
+        _example, 1, torch.bfloat16, apgd=True, rows=True, last="adv old grad x"
+    ),
+    "l1 step of APGD": partial(_example, 2, apgd=True),
+    "l1 step of APGD, per sample and channel, channels_last gradient": partial(
+        _example, 2, apgd=True, rows=True, last="grad"
+    ),
     "l2 start": partial(_START, 1),
     "l1 step": partial(_example, 2),
     "l1 step, per sample and channel": partial(_example, 2, rows=True),

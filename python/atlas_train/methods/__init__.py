@@ -32,6 +32,7 @@ from .n_fgsm import NFGSM
 from .nuat import NuAT
 from .one_step_adv import OneStepADV
 from .standard import Standard
+from .stored_adv import StoredADV
 from .trades import TRADES
 from .yopo import YOPO
 
@@ -65,6 +66,7 @@ __all__ = [
     "OneStepADV",
     "Standard",
     "State",
+    "StoredADV",
     "TRADES",
     "YOPO",
     "build",
@@ -77,7 +79,7 @@ __all__ = [
 
 _ALL = (
     ATLAS, OneStepADV, ADV, TRADES, MART, GAIRAT, ADR, BackwardSmoothing, Free, YOPO, NFGSM, GradAlign, MMA, LLR, CURE,
-    Jacobian, LIET, FGSMPGI, FGSMUAP, NuAT, GAT, Standard,
+    Jacobian, LIET, FGSMPGI, FGSMUAP, NuAT, GAT, StoredADV, Standard,
 )  # fmt: skip
 _METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 

@@ -25,7 +25,7 @@ class Around(Method):
     method: Method
 
     def __post_init__(self) -> None:
-        for name in (*OF_RUN, "name", "adversarial", "no_graph", "no_compile", "sizes_vary", "stores"):
+        for name in (*OF_RUN, "name", "adversarial", "no_graph", "no_compile", "sizes_vary", "augments", "stores"):
             object.__setattr__(self, name, getattr(self.method, name))
         super().__post_init__()
 

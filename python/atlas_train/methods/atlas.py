@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,9 +21,8 @@ from atlas_kernels import (
     random_start,
 )
 from atlas_kernels.attacks import PGD
-from atlas_kernels.attacks import Batch as Samples
 from atlas_kernels.layout import column
-from atlas_kernels.outputs import Model, logits_of
+from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
 from ..noise import uniform
@@ -46,7 +45,8 @@ _SECOND_ORDER = ("jacobian", "margin", "radius")
 #: Options that only these forms have a use for.
 _ONLY = {
     "local_objective": ("neighbours", "worst", "segment", "start"),
-    "local_ramp": ("start",),
+    "iterates": ("start",),
+    "keep": ("start",),
     "segment_weight": ("start",),
     "segment_objective": ("start",),
     "count": ("neighbours", "segment", "jacobian"),
@@ -60,10 +60,11 @@ _OF_SEGMENT = 1  # number of the draw of points on the segment; draw 0 is the st
 
 
 class Given(NamedTuple):
-    """The batch for the training forward, [parts * B, ...], and the noise key of the step."""
+    """The batch for the training forward, [parts * B, ...], the noise key of the step, and the weight of LOCAL."""
 
     images: Tensor
     key: Tensor
+    local_weight: float
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ class ATLAS(kept.KeptForward):
     Choices of ours: points may leave the eps-ball of x (``project`` keeps them in); lengths in radius are in units of
     r, as softplus(r - rho) is all but linear at pixel scale; a misclassified x' has radius 0, and only CE pulls at it;
     the gradients are those of the batch's sum in the training forward, where BatchNorm in train mode couples the rows.
-    Passes: 2K + 6 + 3 ``count`` (neighbours, segment), 2K + 11 (worst), 2K + 5 (start; 3 more with GLOBAL, and 3 with
-    ``segment_weight``), 2K + 12 (the others; 2K + 9 with ``bn="split"``).
+    Passes: 2K + 6 + 3 ``count`` (neighbours, segment), 2K + 11 (worst), 2K + 12 (the other forms; 2K + 9 with
+    ``bn="split"``); start: 2K + 5, 3 more with GLOBAL, 3 with ``segment_weight``, 2K - 2 with ``keep="all"``, and 2
+    fewer with ``keep="none"``.
 
     Where a one-step method collapses, the network is right at the full step and wrong before it, and segment trains
     there. That is not ours: Kim et al. (2021) train on the first of a few points of the segment that is misclassified,
@@ -119,7 +121,9 @@ class ATLAS(kept.KeptForward):
     of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. From the uniform start, the default, the
     network collapses on the small runs of docs/one_step.md; from that of pgi it does not. By default there is no GLOBAL
     with it; each part has a forward of its own, as the second needs the gradient of the first. ``segment_weight`` adds
-    a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x.
+    a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x. Of several attack steps the
+    iterates before x' have logits too: ``iterates="all"`` makes LOCAL the mean over x0 and them. Constants cost
+    nothing, so one step with ``keep="none"`` takes the 5 passes of one-step ADV, and two those of ADV with two.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
@@ -163,10 +167,27 @@ class ATLAS(kept.KeptForward):
     )
     local_ramp: float = option(
         0.0,
-        "start: share of the epochs in which the weight of LOCAL grows, from epoch to epoch; 1: as in LIET; 0: it is "
-        "constant",
+        "share of the epochs in which the weight of LOCAL grows evenly, from epoch to epoch; 1: as in LIET; 0: it does "
+        "not grow",
         low=0,
         high=1,
+    )
+    local_ramp_start: float = option(
+        0.0,
+        "share of the epochs before it grows. With 0.5 for both it grows as the rate of the cyclic schedule falls",
+        low=0,
+        below=1,
+    )
+    local_ramp_low: float = option(
+        0.0, "weight of LOCAL before it grows, as a share of local_weight; above 1 it falls", low=0
+    )
+    iterates: Literal["first", "all"] = option(
+        "first", "start: of several steps' iterates before x', whether LOCAL is of the first or the mean over all"
+    )
+    keep: Literal["first", "all", "none"] = option(
+        "first",
+        "start: whose forward, of those iterates, is kept, so that the gradient of LOCAL goes there too, at 2 passes "
+        "each; the logits of the others are constants of the attack, at no cost",
     )
     segment_weight: float = option(
         0.0, "start: weight of a further point, between image and adversary; 0: there is none", low=0
@@ -207,6 +228,16 @@ class ATLAS(kept.KeptForward):
             raise ValueError(
                 f"atlas: local_objective={self.local_objective!r} cannot be had with local={self.local!r}: choose "
                 f"{' or '.join(map(repr, objectives))}"
+            )
+        if self.local_ramp_start + self.local_ramp > 1 + 1e-9:
+            raise ValueError(
+                f"atlas: local_ramp_start={self.local_ramp_start:g} and local_ramp={self.local_ramp:g} end after the "
+                "training: give shares of at most 1 in all"
+            )
+        if self.local_ramp_low and not self._ramps:
+            raise ValueError(
+                f"atlas: local_ramp_low={self.local_ramp_low:g} has no meaning where the weight does not grow: leave "
+                "it out, or set local_ramp"
             )
         if self.local == "start" and self.bn == "joint":
             raise ValueError(
@@ -282,6 +313,11 @@ class ATLAS(kept.KeptForward):
         return {"neighbours": self.count, "segment": self.count, "worst": 1}.get(self.local, 0)
 
     @property
+    def _keeps_all(self) -> bool:
+        """Whether forwards of the attack after the first are kept."""
+        return self.keep == self.iterates == "all"
+
+    @property
     def _parts(self) -> int:
         return (self._global_term != "none") + 1 + self._points
 
@@ -293,10 +329,24 @@ class ATLAS(kept.KeptForward):
     def _local_weight(self) -> float:
         return _WEIGHTS[self.local] if self.local_weight is None else self.local_weight
 
+    @property
+    def _ramps(self) -> bool:
+        return bool(self.local_ramp or self.local_ramp_start)
+
+    def _weight_now(self, state: State) -> float:
+        """The weight of LOCAL in this epoch."""
+        if not self._ramps:
+            return self._local_weight
+        epochs = max(self.local_ramp * state.epochs, 1.0)
+        grown = min(1.0, max(0.0, (state.epoch + 1 - self.local_ramp_start * state.epochs) / epochs))
+        return self._local_weight * (self.local_ramp_low + (1 - self.local_ramp_low) * grown)
+
     def changing(self, state: State) -> tuple[float, ...]:
-        if not self.local_ramp:
-            return ()
-        return (self._local_weight * min(1.0, (state.epoch + 1) / (self.local_ramp * state.epochs)),)
+        return (self._weight_now(state),) if self._ramps and self.local == "start" else ()
+
+    def phase(self, state: State) -> Hashable:
+        """The weight of all forms but start, whose kernels take it from the host."""
+        return () if self.local == "start" else self._weight_now(state)
 
     def require_memory(self, memory: Mapping[str, Tensor], shape: Sequence[int]) -> None:
         if self._origin:
@@ -310,16 +360,16 @@ class ATLAS(kept.KeptForward):
             self._origin.before_step(model, batch, key, state)
 
     def loss(self, model: nn.Module, batch: Batch, key: Tensor, state: State | None = None) -> tuple[Tensor, Metrics]:
-        if self.local == "start":
+        if self.local == "start" and self.keep != "none":
             return super().loss(model, batch, key, state)
         return Method.loss(self, model, batch, key, state)
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Any:
         if self.local == "start":
             return super().prepare(model, batch, key, state)
-        return self._prepared(model, batch, key)
+        return self._prepared(model, batch, key, state)
 
-    def _prepared(self, model: nn.Module, batch: Batch, key: Tensor) -> Given:
+    def _prepared(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
         """The batch for the training forward: the attack up to its last gradient, then the rest in one pass."""
         attack, points = self._attack, self._points if self.local == "neighbours" else 0
         images = self._buffer(model, batch.x, self._parts)
@@ -353,7 +403,7 @@ class ATLAS(kept.KeptForward):
         elif self.local == "segment":
             adv, *between = images.chunk(self._parts)[-1 - self._points :]
             _fill_segment(between, adv, batch, key)
-        return Given(images, key)
+        return Given(images, key, self._weight_now(state))
 
     def _neighbour(self, adv: Tensor, batch: Batch, key: Tensor, number: int) -> Tensor:
         """A point uniform in the local ball of l2 or l1, by a draw that the attack's start does not have."""
@@ -370,11 +420,14 @@ class ATLAS(kept.KeptForward):
 
     def objective(self, model: nn.Module, batch: Batch, given: Any) -> tuple[Tensor, Metrics]:
         if self.local == "start":
-            return super().objective(model, batch, given)
+            logits = given.logits if self.keep == "none" else logits_of(model(given.start))
+            if self._keeps_all:
+                given = given._replace(between=tuple(kept.again(model, images) for images in given.between))
+            return self.tied(model, logits, batch, given)
         if self.local in _SECOND_ORDER:
             return self._second_order(uncompiled(model), batch, given)
         parts = [given.images] if self._bn == "joint" else given.images.chunk(self._parts)
-        return self._combine(_logits(model, parts), batch)
+        return self._combine(_logits(model, parts), batch, given.local_weight)
 
     def start(self, batch: Batch, key: Tensor, state: State) -> tuple[Tensor, Any]:
         if self._origin:
@@ -390,22 +443,34 @@ class ATLAS(kept.KeptForward):
             return attack.step(samples(attack, batch, key), start, grad, None, 1.0)[0]
         return pgd_step(start, grad, batch.x, self._ball, attack.effective_step_size, norm=self.norm)
 
-    def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
-        attack = self._attack
-        return attack.loop(_further, model, samples(attack, batch, key, start=adv)) if attack.steps > 1 else adv
+    def further(
+        self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Also the logits at the iterates after x0; or their images, where a forward of them is to be kept later."""
+        attack, between = self._attack, []
+        for left in reversed(range(attack.steps - 1)):
+            with kept.without_broadcast(model):
+                logits, grad = self.gradient(model, batch, adv, key, keep and self._keeps_all)
+            between.append(adv if self._keeps_all and not keep else logits)
+            adv, _ = attack.step(samples(attack, batch, key), adv, grad, None, left / (attack.steps - 1))
+        return adv, tuple(between) if self.iterates == "all" else ()
 
     def combine(
         self, start_logits: Tensor, adv_logits: Tensor, batch: Batch, given: kept.Given
     ) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {"adv": accuracy(adv_logits, batch)}
+        start_logits, many = start_logits.to(adv_logits.dtype), 1 + len(given.between)
+        if many > 1:
+            start_logits = torch.cat([start_logits, *(z.to(adv_logits.dtype) for z in given.between)])
+            adv_logits = adv_logits.repeat(many, 1)
 
         def loss_of(y: Tensor) -> Tensor:
             loss, terms = consistency_loss(
                 adv_logits,
                 start_logits,
-                y,
+                y.repeat(many) if many > 1 else y,
                 distance=self.local_objective,
-                weight=given.numbers[0] if self.local_ramp else self._local_weight,
+                weight=given.numbers[0] if self._ramps else self._local_weight,
                 label_smoothing=self.label_smoothing,
                 return_terms=True,
             )
@@ -442,9 +507,9 @@ class ATLAS(kept.KeptForward):
         parts = [*clean, adv]
         with twice_differentiable():
             logits = _logits(model, [torch.cat(parts)] if self._bn == "joint" else parts)
-        loss, metrics = self._combine(logits, batch)
+        loss, metrics = self._combine(logits, batch, given.local_weight)
         local = self._local(logits[-len(adv) :], adv, batch, given.key).mean()
-        return loss + self._local_weight * local, metrics | {"local": local.detach()}
+        return loss + given.local_weight * local, metrics | {"local": local.detach()}
 
     def _local(self, logits: Tensor, adv: Tensor, batch: Batch, key: Tensor) -> Tensor:
         if self.local == "jacobian":
@@ -454,14 +519,14 @@ class ATLAS(kept.KeptForward):
             return atlas_local.margin_penalty(logits, adv, batch.y, self._radius, self.norm)
         return atlas_local.radius_penalty(logits, adv, batch.y, self._radius, self.rivals, self.norm)
 
-    def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor) -> Tensor:
+    def _smoothed(self, loss: Tensor, parts: Sequence[Tensor], y: Tensor, local_weight: float) -> Tensor:
         """Every cross-entropy of the loss: that of x', and those of x and of the neighbours where their term is ce."""
         points = parts[len(parts) - self._points :]
         loss = self.smoothed(loss, parts[int(self._global_term != "none")], y)
         if self._global_term == "ce":
             loss = self.smoothed(loss, parts[0], y, self.global_weight)
         for point in points if self.local_objective == "ce" else ():
-            loss = self.smoothed(loss, point, y, self._local_weight / len(points))
+            loss = self.smoothed(loss, point, y, local_weight / len(points))
         return loss
 
     def _buffer(self, model: nn.Module, x: Tensor, parts: int) -> Tensor:
@@ -478,7 +543,7 @@ class ATLAS(kept.KeptForward):
             self._buffers[wanted] = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
         return self._buffers[wanted]
 
-    def _combine(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def _combine(self, logits: Tensor, batch: Batch, local_weight: float) -> tuple[Tensor, Metrics]:
         """The loss from the logits of [x; x'; z], in one pass over them for every label."""
         metrics: Metrics = {}
         parts = logits.split(len(batch.y))
@@ -488,7 +553,7 @@ class ATLAS(kept.KeptForward):
                 logits,
                 y,
                 local=self.local_objective if self._points else "none",
-                local_weight=self._local_weight,
+                local_weight=local_weight,
                 global_term=self._global_term,
                 global_weight=self.global_weight,
                 return_terms=True,
@@ -497,7 +562,7 @@ class ATLAS(kept.KeptForward):
                 metrics.setdefault("local", terms[1].mean())
             if self._global_term != "none":
                 metrics.setdefault("global", terms[2].mean())
-            return self._smoothed(loss, parts, y)
+            return self._smoothed(loss, parts, y, local_weight)
 
         loss = batch.over_labels(loss_of)
         metrics["adv"] = accuracy(parts[len(parts) - self._points - 1], batch)
@@ -518,12 +583,3 @@ def _fill_segment(points: Sequence[Tensor], adv: Tensor, batch: Batch, key: Tens
     t = (uniform(batch.x.new_empty(len(adv), len(points)), key, batch.ids, _OF_SEGMENT) + 1) / 2
     for point, share in zip(points, t.to(adv.dtype).unbind(1), strict=True):
         torch.lerp(adv, batch.x.to(adv.dtype), column(share, adv), out=point)
-
-
-def _further(attack: PGD, model: Model, batch: Samples) -> Tensor:
-    """The steps of an attack after the first, from where that has led."""
-    adv = attack.start(batch, 0)
-    for left in reversed(range(attack.steps - 1)):
-        _, grad = batch.goal.gradient(model, adv, sized=attack.sized)
-        adv, _ = attack.step(batch, adv, grad, None, left / (attack.steps - 1))
-    return adv

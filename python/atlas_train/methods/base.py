@@ -30,6 +30,7 @@ class State:
 
     step: batches so far, of ``total_steps``. epoch: from 0, of ``epochs``. size: images in the training set. repeats:
     whether a batch may hold an image twice, as extra images may come.
+    augment: whether a method that crops and flips the images itself (``Method.augments``) is to do so.
     memory: tensors by name, put there by the method; they are part of a checkpoint. numbers: in a graph of the step,
     what ``Method.numbers`` gives.
     """
@@ -42,6 +43,7 @@ class State:
     memory: dict[str, Tensor] = field(default_factory=dict)
     numbers: Tensor | None = None
     repeats: bool = False
+    augment: bool = False
 
 
 class Descent(Protocol):
@@ -76,6 +78,8 @@ class Method(ABC):
     no_compile: ClassVar[str] = ""
     #: Whether the network meets batches of sizes that depend on the data.
     sizes_vary: ClassVar[bool] = False
+    #: Whether it crops and flips images itself, if the run wants that (``state.augment``): batches come without.
+    augments: ClassVar[bool] = False
     #: What of ``state.memory`` has a row for each training image. It is in last.pt alone, and is never copied whole.
     stores: ClassVar[tuple[str, ...]] = ()
     #: Norms of the ball that its adversaries can live in.

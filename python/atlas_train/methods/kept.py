@@ -24,12 +24,15 @@ from .terms import wide
 
 
 class Given(NamedTuple):
-    """Images at the start of the attack and at its end, the noise key of the step, and its ``Method.numbers``."""
+    """Images at the start of the attack and at its end, the noise key of the step, its ``Method.numbers``, the logits
+    of the attack's forward at the start, which are a constant, and what ``further`` gives beside x'."""
 
     start: Tensor
     adv: Tensor
     key: Tensor
     numbers: Tensor
+    logits: Tensor
+    between: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,7 @@ class KeptForward(Method):
         """Loss and metrics, as ``objective`` gives them, of the logits at x0 and x', both with their graph."""
 
     def prepare(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> Given:
-        start, known = self.start(batch, key, state)
-        with attacking(model, "keep", key):
-            leaf, logits = _traced(model, start)
-            grad = pull_back(model, logits, leaf, self.cotangent(wide(logits.detach()), batch, key), coupled=True)
-        return self._given(model, batch, start, known, grad, key, state)
+        return self._attacked(model, batch, key, state, keep=False)[1]
 
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         return self.tied(model, logits_of(model(given.start)), batch, given)
@@ -92,22 +91,35 @@ class KeptForward(Method):
         state = state or State()
         if any(map(is_compiled, model.modules())):
             return super().loss(model, batch, key, state)
+        logits, given = self._attacked(model, batch, key, state, keep=True)
+        return self.tied(model, logits, batch, given)
+
+    def _attacked(self, model: nn.Module, batch: Batch, key: Tensor, state: State, keep: bool) -> tuple[Tensor, Given]:
+        """The logits at x0, with their graph if ``keep``, and what the attack has made."""
         start, known = self.start(batch, key, state)
-        leaf, logits = _traced(model, start)
+        logits, grad = self.gradient(model, batch, start, key, keep)
+        adv, between = self.further(model, batch, self.adversary(batch, start, known, grad, key, state), key, keep)
+        return logits, Given(start, adv, key, self.numbers(state, start.device), logits.detach(), between)
+
+    def gradient(self, model: nn.Module, batch: Batch, at: Tensor, key: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """Logits, and the gradient of the attack's loss at these images. keep: by a training forward, whose graph is
+        kept for the loss; else by a forward of the attack, and the logits are a constant."""
+        if not keep:
+            with attacking(model, "keep", key):
+                leaf, logits = _traced(model, at)
+                cotangent = self.cotangent(wide(logits.detach()), batch, key)
+                return logits.detach(), pull_back(model, logits, leaf, cotangent, coupled=True)
+        leaf, logits = _traced(model, at)
         cotangent = self.cotangent(wide(logits.detach()), batch, key)
-        with torch.autocast(start.device.type, enabled=False):
-            grad = pull_back(model, logits, leaf, cotangent, coupled=True, retain_graph=True)
-        return self.tied(model, logits, batch, self._given(model, batch, start, known, grad, key, state))
+        with torch.autocast(at.device.type, enabled=False):
+            return logits, pull_back(model, logits, leaf, cotangent, coupled=True, retain_graph=True)
 
-    def _given(
-        self, model: nn.Module, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State
-    ) -> Given:
-        adv = self.further(model, batch, self.adversary(batch, start, known, grad, key, state), key)
-        return Given(start, adv, key, self.numbers(state, start.device))
-
-    def further(self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor) -> Tensor:
-        """x' after further attack steps from ``adv``, each of two passes; here there are none."""
-        return adv
+    def further(
+        self, model: nn.Module, batch: Batch, adv: Tensor, key: Tensor, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x' after further attack steps from ``adv``, each of two passes, and what ``tied`` needs of them; here there
+        are none. keep: whether their forwards may be kept."""
+        return adv, ()
 
     def tied(self, model: nn.Module, start_logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         """The forward at x', and the loss."""
@@ -133,12 +145,12 @@ def _traced(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def again(model: nn.Module, x: Tensor) -> Tensor:
     """The logits of a further forward in a step."""
-    with _without_broadcast(model):
+    with without_broadcast(model):
         return logits_of(model(x))
 
 
 @contextmanager
-def _without_broadcast(model: nn.Module) -> Iterator[None]:
+def without_broadcast(model: nn.Module) -> Iterator[None]:
     """For the second forward of a step: DistributedDataParallel has written the first rank's buffers to all before the
     first one. A second time would touch what the graph of the first forward keeps, and its backward would fail."""
     if not isinstance(model, DistributedDataParallel):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +24,18 @@ _DRAW, _ROWS = 2**16, 4096  # of the first perturbations: the number of their dr
 _EXACT = 1e-9  # of a period: 0.4 of 100 epochs are 40
 
 
+def first_places(ids: Tensor) -> Tensor:
+    """For each image of a batch the first place that it has there."""
+    return (ids[:, None] == ids).int().argmax(1)
+
+
 @dataclass(frozen=True)
 class StoredNoise:
     """``state.memory["perturbations"]`` and ``["momentum"]``, with a row for each training image.
 
     Perturbations begin at +-eps, each pixel's sign at random, and momentum at 0; both do so again after every ``reset``
     of the training. Where the memory holds none, they begin. ``type``: of what is kept; float32 is
-    float64 for such images.
+    float64 for such images. ``step_size``: eps, if it is None.
     """
 
     stores: ClassVar[tuple[str, ...]] = ("perturbations", "momentum")
@@ -40,6 +45,7 @@ class StoredNoise:
     reset: float = 0.4
     clip_start: bool = True
     type: StoreType = "float32"
+    step_size: float | None = None
 
     def before_step(self, batch: Batch, key: Tensor, state: State) -> None:
         """Makes the store, and begins anew where that is due."""
@@ -66,12 +72,13 @@ class StoredNoise:
         An image that a batch holds twice is kept as its first place there leaves it.
         """
         kept, momentum = (state.memory[name] for name in self.stores)
+        how: dict[str, Any] = {"step_size": self.step_size, "decay": self.decay}
         if not state.repeats:
-            return stored_step(batch.x, grad, kept, momentum, batch.ids, self.eps, decay=self.decay)
+            return stored_step(batch.x, grad, kept, momentum, batch.ids, self.eps, **how)
         ids, numbers = batch.ids, torch.arange(len(batch.ids), device=batch.ids.device)
         rows = kept[ids], momentum[ids]
-        adv = stored_step(batch.x, grad, *rows, numbers, self.eps, decay=self.decay)
-        first = (ids[:, None] == ids).int().argmax(1)
+        adv = stored_step(batch.x, grad, *rows, numbers, self.eps, **how)
+        first = first_places(ids)
         for values, moved in zip((kept, momentum), rows, strict=True):
             values[ids] = moved[first]  # in whatever order, for equal ids have equal rows
         return adv

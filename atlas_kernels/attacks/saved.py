@@ -1,0 +1,90 @@
+"""The file that an evaluation goes on from, and whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..environment import is_stream
+
+FORMAT = 1
+
+#: What an evaluation is of: settings by name, digests of tensors.
+Whose = Mapping[str, Any]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of values, dtypes and shapes, whatever they are called, so that ``torch.compile`` and wrappers change nothing."""
+    made = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        made.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        made.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return made.hexdigest()[:16]
+
+
+def weights_of(model: nn.Module) -> str:
+    return digest(chain(model.parameters(), model.buffers()))
+
+
+def save(path: Path, whose: Whose, state: Mapping[str, Any]) -> None:
+    """The file is the old or the new one, whole, whenever the process or the machine stops."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "whose": dict(whose), "state": dict(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, whose: Whose) -> dict[str, Any] | None:
+    """The state in the file; None if there is no file. Raises ValueError where it is of another evaluation."""
+    if not path.exists():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        form, theirs, state = held["format"], held["whose"], held["state"]
+    except Exception as error:
+        raise ValueError(
+            f"state_path {path} holds no state of an evaluation ({type(error).__name__}): name another file, or remove "
+            "it to begin anew"
+        ) from error
+    if form != FORMAT:
+        raise ValueError(f"state_path {path} has format {form}, this version writes {FORMAT}: remove it to begin anew")
+    differences = [_difference(name, theirs.get(name), whose.get(name)) for name in {**theirs, **whose}
+                   if theirs.get(name) != whose.get(name)]  # fmt: skip
+    if differences:
+        raise ValueError(
+            f"state_path {path} is of another evaluation: {'; '.join(differences)}. Name another file, or remove it to "
+            "begin anew"
+        )
+    return dict(state)
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    if name in ("weights", "images", "labels", "ids"):
+        return f"its {name} are not the ones given"
+    return f"its {name} is {theirs!r}, here {ours!r}"
+
+
+def require_writable(path: Path) -> None:
+    """Raises before any work is done."""
+    if path.is_dir():
+        raise IsADirectoryError(f"state_path {path} is a folder, where a file is to be written: name a file")
+    if is_stream(path):
+        raise ValueError(f"state_path {path} is a device or a pipe, which nothing can be resumed from: name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"state_path {path}: there is no folder {path.parent}: make it first")
