@@ -89,14 +89,16 @@ def test_changes_are_the_published_ones(device: torch.device, norm: str, shape: 
 
 
 @pytest.mark.parametrize("steps", [1, 17, 500, 5000])
-def test_squares_shrink_by_the_published_schedule(norm: str, steps: int) -> None:
+@pytest.mark.parametrize("stretched", [True, False])
+def test_squares_shrink_by_the_published_schedule(norm: str, steps: int, stretched: bool) -> None:
     patterns = _patterns(norm, 0.8, 32, 24, torch.device("cpu"), torch.float32)
-    number = torch.arange(steps)
-    sizes = patterns.sizes[patterns.level(number, steps)].tolist()
-    assert sizes == [published.side(n, steps, 0.8, 32, 24, norm) for n in range(steps)]
-    theirs = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack(None, n_queries=steps)
+    number, of = torch.arange(steps), steps if stretched else 10_000
+    sizes = patterns.sizes[patterns.level(number, of)].tolist()
+    assert sizes == [published.side(n, of, 0.8, 32, 24, norm) for n in range(steps)]
+    made = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack
+    theirs = made(None, n_queries=steps, resc_schedule=stretched)
     level = torch.tensor([0.8 / theirs.p_selection(n) for n in range(steps)]).log2()
-    assert torch.equal(level.round().long(), patterns.level(number, steps))
+    assert torch.equal(level.round().long(), patterns.level(number, of))
 
 
 def test_windows_and_signs_are_drawn_evenly(device: torch.device, norm: str) -> None:
@@ -325,7 +327,7 @@ def test_as_strong_as_the_published_code(trained, norm: str, eps: float, seeds: 
         (lambda: Square(0.1, p_init=1.5), "p_init must be a number in [0, 1], got 1.5"),
         (lambda: Square(0.1, objective="dlr"), "objective must be one of 'margin', 'ce'"),
         (lambda: Square(0.1, 0), "steps must be"),
-        (lambda: Square(0.1)(Sides(), torch.rand(2, 30), torch.zeros(2, dtype=torch.int64)), "images [B, C, H, W]"),
+        (lambda: Square(0.1)(Sides(), torch.eye(2, 30), torch.tensor([0, 1])), "images [B, C, H, W], got x [2, 30]"),
     ],
 )
 def test_what_is_refused(make, message: str) -> None:
@@ -333,6 +335,15 @@ def test_what_is_refused(make, message: str) -> None:
         make()
 
 
-def test_rounds_and_length() -> None:
+def test_what_the_driver_goes_by(case) -> None:
     attack = Square(0.1, 7, restarts=3)
-    assert (attack.rounds(2), attack.length) == (3, 7) and replace(attack, steps=9).length == 9
+    assert (attack.rounds(2), attack.length, attack.passes, attack.gradients) == (3, 7, 1, False)
+    model, x, y = case
+    batch, draw = attack.batch(x, y, key=key_of(x.device)), torch.zeros_like(y)
+    state = attack.begin(model, batch, draw)
+    state["number"] += 6  # of 7 queries the last, of AutoAttack's schedule one of the first
+    short, long = (
+        (made.candidate(batch, state) != state["adv"]).flatten(1).sum(1)
+        for made in (attack, replace(attack, stretched=False))
+    )
+    assert short.max() <= 3 < long.max()

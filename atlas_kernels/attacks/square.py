@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import number_in
+from ..checks import flag, number_in
 from ..layout import column, compute_dtype
 from ..perturb import random_start
 from ..schema import L1, L2, LINF
@@ -39,18 +39,23 @@ class Square(Search):
     Args:
         steps: queries after the one that the start takes.
         p_init: share of the image that the first squares cover. They shrink by the published schedule, which is made
-            for 10,000 queries and stretched to ``steps``.
+            for 10,000 queries.
+        stretched: that schedule is stretched to ``steps``, as in the paper. AutoAttack takes the first half of it.
         objective: what is to grow: "margin", or "ce" as an alternative.
     """
 
     steps: int = 5000
     _: KW_ONLY
     p_init: float = 0.8
+    stretched: bool = True
     objective: str = "margin"
+
+    gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("objective", self.objective, ("margin", "ce"))
+        flag("stretched", self.stretched)
         if number_in("p_init", self.p_init, 0.0, 1.0) == 0:
             raise ValueError("p_init=0 leaves nothing to change: give a share of the image, as 0.8")
 
@@ -79,7 +84,10 @@ class Square(Search):
         channels, *sides = adv.shape[1:]
         patterns = _patterns(self.norm, self.p_init, *sides, adv.device, compute_dtype(adv.dtype))
         noise = self._noise(batch, state["draw"], number + 1, 5 + channels)
-        signs, level = _signs(noise[:, 5:, None, None]), patterns.level(number, self.steps)
+        signs, level = (
+            _signs(noise[:, 5:, None, None]),
+            patterns.level(number, self.steps if self.stretched else 10_000),
+        )
         first = patterns.window(level, noise[:, :2])
         if self.norm == LINF:
             # From one side of the ball to the other it is 2 eps: with 3 rounding cannot stop short of it.
