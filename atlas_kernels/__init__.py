@@ -6,11 +6,25 @@
 
 from __future__ import annotations
 
-from .attacks import CWPGD, FGSM, MIFGSM, PGD, AttackResult, Execution, LastStep, MinimumNorm, Square
+from .attacks import (
+    APGD,
+    CWPGD,
+    FAB,
+    FGSM,
+    MIFGSM,
+    PGD,
+    AttackResult,
+    AutoAttack,
+    Execution,
+    LastStep,
+    MinimumNorm,
+    Square,
+)
 from .augment import augment
 from .backends import BackendUnavailable, backend
 from .batch_norm import batch_norm
 from .double_backward import FastDoubleBackward
+from .hyperplane import hyperplane_step
 from .losses import (
     atlas_loss,
     consistency_loss,
@@ -43,11 +57,14 @@ from .stored import stored_start, stored_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
     "CWPGD",
+    "FAB",
     "FGSM",
     "MIFGSM",
     "PGD",
     "AttackResult",
+    "AutoAttack",
     "BackendUnavailable",
     "Cotangent",
     "Execution",
@@ -68,6 +85,7 @@ __all__ = [
     "dlr_loss",
     "entropy",
     "gairat_weights",
+    "hyperplane_step",
     "keep_memory",
     "kl_div",
     "label_noise_start",

@@ -80,6 +80,11 @@ OPERATORS: dict[str, dict[str, str]] = {
         "int64[batch]? largest=largest_rows",
         "project": f"images[batch] v=adv, images[batch] x, int norm, number[batch] eps, {_CLIP}, images[batch]! out",
     },
+    # gap + grad (z - adv) = 0 is the plane; see csrc/api.h.
+    "hyperplane": {
+        "hyperplane_step": f"{_STEP}, wide[batch] gap, int norm, float alpha_max, float overshoot, {_CLIP}, "
+        "images[batch]! out",
+    },
     # d, m: the rows `index` of stored and momentum. Without grad out = clip(x + d); else see csrc/api.h.
     "stored": {
         "stored_start": f"images[batch] x, images[count] stored, int64[batch] index, {_CLIP}, images[batch]! out",

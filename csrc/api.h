@@ -118,6 +118,16 @@ struct AtlasNuclearNorm { ATLAS_NUCLEAR_NORM(ATLAS_FIELD) };
   F(int32_t, norm) F(int32_t, descend) F(uint32_t, stream) F(uint32_t, draw)
 struct AtlasPerturbNorms { ATLAS_PERTURB_NORMS(ATLAS_FIELD) };
 
+// FAB's step towards the plane gap + <grad, z - adv> = 0 (core/hyperplane.h), with d and d0 the shortest ways there from
+// adv and x in the range: out = clip((1 - alpha) (adv + overshoot d) + alpha (x + overshoot d0)), alpha = min(|d| / (|d| +
+// |d0|), alpha_max). gap: [batch], in the compute type.
+#define ATLAS_HYPERPLANE(F) \
+  F(int64_t, batch) F(int64_t, channels) F(int64_t, pixels) \
+  F(AtlasImages, adv) F(AtlasImages, grad) F(AtlasImages, x) F(AtlasImages, out) \
+  F(AtlasScalar, clip_min) F(AtlasScalar, clip_max) F(const void*, gap) \
+  F(double, alpha_max) F(double, overshoot) F(int32_t, norm)
+struct AtlasHyperplane { ATLAS_HYPERPLANE(ATLAS_FIELD) };
+
 // FGSM-PGI's memory (core/stored.h). Of sample b, d and m are the rows index[b] of stored and momentum, `count` in all:
 //   out = clip(x + d)                                  where there is no grad, else
 //   out = clip(x + ball(d + step sign(grad)));  m <- grad / ||grad||_1 + decay m;  d <- ball(d + step sign(m)), and so
@@ -197,6 +207,7 @@ ATLAS_EXPORT int atlas_pairwise(const AtlasPairwise* params, const AtlasWhere* w
 ATLAS_EXPORT int atlas_batch_norm(const AtlasBatchNorm* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_nuclear_norm(const AtlasNuclearNorm* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_perturb_norms(const AtlasPerturbNorms* params, const AtlasWhere* where);
+ATLAS_EXPORT int atlas_hyperplane(const AtlasHyperplane* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_stored(const AtlasStored* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_objectives(const AtlasObjectives* params, const AtlasWhere* where);
 ATLAS_EXPORT int atlas_losses(const AtlasLosses* params, const AtlasWhere* where);

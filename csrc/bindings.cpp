@@ -70,6 +70,7 @@ std::map<std::string, Entry> entries = {
     ATLAS_ENTRY(batch_norm, AtlasBatchNorm, ATLAS_BATCH_NORM),
     ATLAS_ENTRY(nuclear_norm, AtlasNuclearNorm, ATLAS_NUCLEAR_NORM),
     ATLAS_ENTRY(perturb_norms, AtlasPerturbNorms, ATLAS_PERTURB_NORMS),
+    ATLAS_ENTRY(hyperplane, AtlasHyperplane, ATLAS_HYPERPLANE),
     ATLAS_ENTRY(stored, AtlasStored, ATLAS_STORED),
     ATLAS_ENTRY(objectives, AtlasObjectives, ATLAS_OBJECTIVES),
     ATLAS_ENTRY(losses, AtlasLosses, ATLAS_LOSSES),

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import Execution, noise_key
+from atlas_kernels import noise_key
 from atlas_kernels.attacks import APGD
-from atlas_kernels.attacks.objective import Objective
 
 EPS = {"linf": 0.02, "l2": 0.6, "l1": 1.0}
 OBJECTIVES = ("ce", "dlr", "ce_targeted", "dlr_targeted")

@@ -9,6 +9,7 @@ from .batch import AttackResult, Batch, LastStep
 from .contract import leave_no_trace
 from .cw_pgd import CWPGD
 from .execution import Execution, attacking
+from .fab import FAB
 from .fgsm import FGSM
 from .mifgsm import MIFGSM
 from .minimum_norm import MinimumNorm, MinimumNormResult
@@ -19,7 +20,7 @@ from .sharded import LostProcesses, run_sharded
 from .square import Square
 
 __all__ = [
-    "APGD", "CWPGD", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord",
+    "APGD", "CWPGD", "FAB", "FGSM", "MIFGSM", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRecord",
     "AutoAttackResult", "Batch", "Execution", "LastStep", "LostProcesses", "MinimumNorm", "MinimumNormResult", "Model",
     "Search", "Square", "attacking", "leave_no_trace", "run_sharded",
 ]  # fmt: skip

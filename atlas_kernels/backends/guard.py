@@ -35,6 +35,7 @@ _IN_PLACE = {
     "apgd_step": ("adv", "old", "grad", "x"),
     "apgd_step_norm": ("adv", "old", "grad", "x"),
     "project": ("v", "x"),
+    "hyperplane_step": ("adv", "grad", "x"),
     "sample_neighbours": ("adv",),
     "pgd_step_neighbours": ("adv", "x"),
     "stored_start": ("x",),
