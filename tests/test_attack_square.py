@@ -89,14 +89,16 @@ def test_changes_are_the_published_ones(device: torch.device, norm: str, shape: 
 
 
 @pytest.mark.parametrize("steps", [1, 17, 500, 5000])
-def test_squares_shrink_by_the_published_schedule(norm: str, steps: int) -> None:
+@pytest.mark.parametrize("stretched", [True, False])
+def test_squares_shrink_by_the_published_schedule(norm: str, steps: int, stretched: bool) -> None:
     patterns = _patterns(norm, 0.8, 32, 24, torch.device("cpu"), torch.float32)
-    number = torch.arange(steps)
-    sizes = patterns.sizes[patterns.level(number, steps)].tolist()
-    assert sizes == [published.side(n, steps, 0.8, 32, 24, norm) for n in range(steps)]
-    theirs = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack(None, n_queries=steps)
+    number, of = torch.arange(steps), steps if stretched else 10_000
+    sizes = patterns.sizes[patterns.level(number, of)].tolist()
+    assert sizes == [published.side(n, of, 0.8, 32, 24, norm) for n in range(steps)]
+    made = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack
+    theirs = made(None, n_queries=steps, resc_schedule=stretched)
     level = torch.tensor([0.8 / theirs.p_selection(n) for n in range(steps)]).log2()
-    assert torch.equal(level.round().long(), patterns.level(number, steps))
+    assert torch.equal(level.round().long(), patterns.level(number, of))
 
 
 def test_windows_and_signs_are_drawn_evenly(device: torch.device, norm: str) -> None:
@@ -151,13 +153,12 @@ def test_points_stay_in_ball_and_range_and_the_objective_only_grows(case, norm: 
 def test_verdicts_do_not_depend_on_the_batch(case, norm: str) -> None:
     model, x, y = case
     ids, order = torch.randperm(1000, device=x.device)[: len(x)], torch.randperm(len(x), device=x.device)
-    attack = Square(RADII[norm] / 3, 40, norm=norm, restarts=2)
+    attack = Square(RADII[norm] / 3, 12, norm=norm, restarts=2)
     found = attack.run(model, x, y, ids=ids)
     assert 4 < found.fooled.sum() < 36
     assert torch.equal(found.fooled, model(found.adv).argmax(1) != y)
-    for size in (7, 64):
-        again = attack.run(model, x[order], y[order], ids=ids[order], key=found.key, batch_size=size)
-        assert torch.equal(again.fooled, found.fooled[order]) and torch.equal(again.adv, found.adv[order])
+    again = attack.run(model, x[order], y[order], ids=ids[order], key=found.key, batch_size=11)
+    assert torch.equal(again.fooled, found.fooled[order]) and torch.equal(again.adv, found.adv[order])
 
 
 def test_a_restart_is_another_search(case) -> None:
@@ -298,28 +299,25 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model, *data(300)
+    x, y = data(150)
+    right = model(x).argmax(1) == y
+    return model, x[right], y[right]
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.35), ("l1", 1.5)])
-def test_as_strong_as_the_published_code(trained, norm: str, eps: float) -> None:
-    """The same samples stand after 500 queries, but for the luck of the draw, over several seeds."""
+@pytest.mark.parametrize("norm, eps, seeds", [("linf", 0.09, 4), ("l2", 0.6, 1), ("l1", 3.0, 1)])
+def test_as_strong_as_the_published_code(trained, norm: str, eps: float, seeds: int) -> None:
+    """As many samples stand after 500 queries, but for the luck of the draw: of one run that is 2 % either way."""
     theirs = pytest.importorskip("pyautoattack.square", exc_type=ImportError).SquareAttack
     model, x, y = trained
-    right = model(x).argmax(1) == y
-    x, y = x[right], y[right]
-    ours_stand, theirs_stand = [], []
-    for seed in range(3):
+    stand = []
+    for seed in range(seeds):
         found = Square(eps, 500, norm=norm).run(model, x, y, key=key_of(x.device, seed))
-        ours_stand.append((~found.fooled).float().mean())
         name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
-        with torch.no_grad():
+        with torch.no_grad():  # it writes into the logits
             attack = theirs(lambda v: model(v).clone(), norm=name, n_queries=500, eps=eps, seed=seed)
-            theirs_stand.append((model(attack.perturb(x, y)).argmax(1) == y).float().mean())
-    ours, published_code = torch.stack(ours_stand), torch.stack(theirs_stand)
-    print(norm, ours, published_code)
-    assert 0.2 < ours.mean() < 0.9
-    assert (ours.mean() - published_code.mean()).abs() < 0.03
+            stand.append(((~found.fooled).float().mean(), (model(attack.perturb(x, y)).argmax(1) == y).float().mean()))
+    ours, published_code = torch.tensor(stand).mean(0).tolist()
+    assert abs(ours - published_code) < 3 * 0.02 * (2 / seeds) ** 0.5 and 0.4 < ours < 0.75
 
 
 @pytest.mark.parametrize(
@@ -329,7 +327,7 @@ def test_as_strong_as_the_published_code(trained, norm: str, eps: float) -> None
         (lambda: Square(0.1, p_init=1.5), "p_init must be a number in [0, 1], got 1.5"),
         (lambda: Square(0.1, objective="dlr"), "objective must be one of 'margin', 'ce'"),
         (lambda: Square(0.1, 0), "steps must be"),
-        (lambda: Square(0.1)(Sides(), torch.rand(2, 30), torch.zeros(2, dtype=torch.int64)), "images [B, C, H, W]"),
+        (lambda: Square(0.1)(Sides(), torch.eye(2, 30), torch.tensor([0, 1])), "images [B, C, H, W], got x [2, 30]"),
     ],
 )
 def test_what_is_refused(make, message: str) -> None:
@@ -337,6 +335,15 @@ def test_what_is_refused(make, message: str) -> None:
         make()
 
 
-def test_rounds_and_length() -> None:
+def test_what_the_driver_goes_by(case) -> None:
     attack = Square(0.1, 7, restarts=3)
-    assert (attack.rounds(2), attack.length) == (3, 7) and replace(attack, steps=9).length == 9
+    assert (attack.rounds(2), attack.length, attack.passes, attack.gradients) == (3, 7, 1, False)
+    model, x, y = case
+    batch, draw = attack.batch(x, y, key=key_of(x.device)), torch.zeros_like(y)
+    state = attack.begin(model, batch, draw)
+    state["number"] += 6  # of 7 queries the last, of AutoAttack's schedule one of the first
+    short, long = (
+        (made.candidate(batch, state) != state["adv"]).flatten(1).sum(1)
+        for made in (attack, replace(attack, stretched=False))
+    )
+    assert short.max() <= 3 < long.max()
