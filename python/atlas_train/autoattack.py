@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,13 @@ from atlas_kernels.attacks import attacking
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
 from .data import Batches, Images
-from .evaluate import SUBSET_SEED, Say, predict
+from .inference import predict
 from .options import Norm, radius
+from .robustness.named import Named
+from .robustness.outcome import Outcome
+from .robustness.samples import SUBSET_SEED
+
+Say = Callable[[str], None]
 
 Version = Literal["standard", "apgd"]
 TARGETS, L1_TARGETS = 9, 5  # classes that APGD-T and FAB-T aim at in the standard version; APGD-T in l1
@@ -104,6 +110,22 @@ def verdicts(
         # The package takes NaN for the largest logit, which is right for some labels.
         predicted = torch.where(torch.cat([predict(model, part) for part in adv.split(batch_size)]) < 0, -1, predicted)
     return predicted == y, instead
+
+
+def outcome(
+    model: nn.Module,
+    everything: tuple[Tensor, Tensor, Tensor],
+    standing: Tensor,
+    attack: Named,
+    eps: float,
+    norm: Norm,
+    seed: int,
+    say: Say,
+    *,
+    version: Version,
+    batch_size: int,
+) -> Outcome:
+    raise NotImplementedError
 
 
 class InRows(nn.Module):
