@@ -221,6 +221,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
     if last := [name for name, result in results.items() if result.is_best]:
         lines.append(f"the last epoch is also the best of {', '.join(last)}")
     for name, result in results.items():
+        lines += [f"! {name}: {sign}" for sign in result.evaluation.signs]
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
         for rescue in result.rescues:
             now = ", ".join(f"{key} {in_words(pair[1])}" for key, pair in rescue["changed"].items())

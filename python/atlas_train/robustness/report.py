@@ -6,14 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import tables
-from ..options import NORMS, Norm, fraction, radius
+from ..options import Norm, fraction, radius
 from .named import AUTOATTACK, CLEAN
 from .outcome import Outcome
 from .signs import Probe, Sign
@@ -51,6 +51,10 @@ class Report:
     probe: Probe | None = None
     class_names: Sequence[str] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_facts(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> Report:
+        """The same, for a network and images of which more is known."""
+        return replace(self, facts=facts, class_names=class_names)
 
     @property
     def clean(self) -> float:
@@ -237,6 +241,3 @@ def _described(outcome: Outcome, labels: Tensor) -> dict[str, Any]:
     if outcome.eps is not None:
         own |= {"largest_distance": outcome.distance, "min": outcome.low, "max": outcome.high}
     return own | ({"after_each_part": dict(outcome.parts)} if outcome.parts else {})
-
-
-__all__ = ["ALL", "MARK", "NORMS", "RECORD", "Form", "Report", "fraction_of"]
