@@ -17,9 +17,10 @@ from atlas_kernels.checks import whole
 
 from . import autoattack as ensembles
 from .data import Images
-from .inference import device_of, predict
+from .inference import device_of
 from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
+from .inference import predict as predict
 from .models.classifier import Normalize
 from .options import Norm, fraction, radius
 from .robustness import signs
@@ -74,7 +75,7 @@ def evaluate(
     model: nn.Module, data: Any, eps: float | Sequence[float] | None = None, *, attacks: Sequence[str] | str,
     **settings: Any,
 ) -> Report: ...  # fmt: skip
-def evaluate(
+def evaluate(  # type: ignore[misc]  # of settings, which are those below
     model: nn.Module,
     data: Any,
     eps: float | Sequence[float] | None = None,
@@ -189,8 +190,8 @@ def _reported(
 ) -> Report:
     """``evaluate`` with attacks by name; ``how``: of AutoAttack."""
     started = time.perf_counter()
-    balls = ", ".join(radius(eps, at.norm) for eps in radii)
-    at.say(f"evaluating {len(at.samples):,} images at eps {balls}: {', '.join(a.label for a in attacks)}")
+    told = ", ".join(radius(eps, at.norm) for eps in radii)
+    at.say(f"evaluating {len(at.samples):,} images at eps {told}: {', '.join(a.label for a in attacks)}")
     with evaluating(model):
         x, y, ids = next(at.batches(model, max(at.batch_size, signs.PROBED)))
         probe = signs.probe(model, x, y, radii[0], at.norm, at.key, ids)

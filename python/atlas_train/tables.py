@@ -26,10 +26,8 @@ def markdown(table: Table) -> str:
 def latex(table: Table) -> str:
     """The table for LaTeX, aligned in the same way, with the rules of booktabs."""
     lines = [" & ".join(map(_escaped, row)) + r" \\" for row in table]
-    columns = "l" + "r" * (len(table[0]) - 1)
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
-    )
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
 
 
 def _escaped(cell: str) -> str:

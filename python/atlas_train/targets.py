@@ -40,13 +40,13 @@ class Target:
     std: Sequence[float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def radii(self, eps: Sequence[float], norm: Norm) -> Sequence[float]:
+    def radii(self, eps: Sequence[float], norm: Norm) -> tuple[float, ...]:
         """``eps``, or the usual one. Raises ValueError where there is none."""
-        usual = self.settings.get("eps") if norm == self.settings.get("norm") else None
+        usual: Any = self.settings.get("eps") if norm == self.settings.get("norm") else None
         usual = usual or (self.splits.eps if norm == "linf" else data.declared(self.splits).radius(norm))
-        if not eps and usual is None:
-            raise ValueError(f"eps: {plain(self.splits.name)} has no usual radius in {NORMS[norm]}: give it (--eps)")
-        return eps or (usual,)
+        if eps or usual:
+            return tuple(eps) or (usual,)
+        raise ValueError(f"eps: {plain(self.splits.name)} has no usual radius in {NORMS[norm]}: give it (--eps)")
 
 
 def opened(
@@ -85,11 +85,11 @@ def opened(
     if splits is None:
         if dataset is None:
             raise ValueError(
-                f"dataset: {plain(target)} does not say which images it is for: name them (--dataset {data.names()[-1]}, "
-                "or path/to/file.py:factory)"
+                f"dataset: {plain(target)} does not say which images it is for: name them (--dataset, one of "
+                f"{', '.join(data.names())}, or path/to/file.py:factory)"
             )
         splits = data.load(dataset, data_dir, download)
-    sizes = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0]}
+    sizes: dict[str, Any] = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0]}
     if factory and model:
         raise ValueError(f"model: {plain(target)} is a factory, which gives the network itself: leave --model out")
     if not factory and not model:
@@ -115,16 +115,16 @@ def _of_ours(
     """One of our networks with the weights of a file, and the normalisation that the file or the user says."""
     weights: dict[str, Tensor] = fine_tuning.read(path, "state dict")
     weights = {_NORMALISATIONS.get(key, key): value for key, value in weights.items()}
-    kept = [weights.pop(key, None) for key in ("normalize.mean", "normalize.std")]
-    if kept[0] is not None and kept[1] is not None:
-        within = tuple(tuple(value.flatten().tolist()) for value in kept)
-        if mean is not None and within != (tuple(mean), tuple(std or ())):
-            raise ValueError(f"mean and std: {plain(path)} holds its own, {within}: leave --mean and --std out")
-        mean, std = within
+    kept = checkpoint.mean_std(weights)
+    weights = {key: value for key, value in weights.items() if key not in _NORMALISATIONS.values()}
+    if kept:
+        if mean is not None and kept != (tuple(mean), tuple(std or ())):
+            raise ValueError(f"mean and std: {plain(path)} holds its own, {kept}: leave --mean and --std out")
+        mean, std = kept
     if mean is None and sizes["in_channels"] == models.COLOUR:
         raise ValueError(
-            f"mean and std: {plain(path)} holds none, and colour images are usually normalised: give --mean and --std as "
-            "they were in training, or --mean none --std none for images that go in as they are"
+            f"mean and std: {plain(path)} holds none, and colour images are usually normalised: give --mean and --std "
+            "as they were in training, or --mean none --std none for images that go in as they are"
         )
     network: Classifier = models.build(name, normalize=False, **sizes)
     fine_tuning.begin_with(network, path, weights)

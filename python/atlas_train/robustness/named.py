@@ -22,12 +22,14 @@ _PLAIN: dict[str, tuple[str, Kind]] = {
     CLEAN: ("clean", "clean"),
     "fgsm": ("FGSM", "one step"),
     "apgd": ("APGD", "iterative"),
+    "square": ("Square", "black box"),
     AUTOATTACK: ("AutoAttack", "ensemble"),
 }
 KNOWN = (*_PLAIN, "pgd-STEPS", "pgd-STEPS-RESTARTS", "cw-STEPS", "cw-STEPS-RESTARTS", "mifgsm-STEPS")
 ABOUT = (
-    "clean; fgsm; pgd-20 (20 steps), pgd-50-10 (50 steps, 10 restarts); cw-20 (PGD on the CW margin); mifgsm-10 (MI-FGSM); "
-    "apgd (APGD-CE and APGD-T, 100 steps each); autoattack (all of it, see --autoattack-version)"
+    "clean; fgsm; pgd-20 (20 steps), pgd-50-10 (50 steps, 10 restarts); cw-20 (PGD on the CW margin); mifgsm-10 "
+    "(MI-FGSM); apgd (APGD-CE and APGD-T, 100 steps each); square (5,000 queries); autoattack (all of these, see "
+    "--autoattack-version)"
 )
 
 
@@ -44,20 +46,20 @@ class Named:
     @property
     def searches(self) -> bool:
         """Whether it is AutoAttack, or a part of it."""
-        return self.name in (AUTOATTACK, "apgd")
+        return self.name in (AUTOATTACK, "apgd", "square")
 
     def attack(self, eps: float, norm: Norm, step_size: float | None = None) -> Attack:
         """The attack on gradients in that ball; step_size: of PGD, default 2.5 eps / steps, in l1 PGD's own."""
         if self.name == "fgsm":
             return FGSM(eps, norm=norm)
-        base, how = self.name.partition("-")[0], {"norm": norm, "restarts": self.restarts}
+        base = self.name.partition("-")[0]
         if base == "mifgsm":
             return MIFGSM(eps, steps=self.steps, norm=norm)
-        if self.restarts > 1:
-            how["compact"] = True  # a sample that is fooled needs no further restart
-        if base == "cw":
-            how |= {"objective": "margin"}
-        return PGD(eps, default_step(eps, self.steps, norm, step_size), self.steps, **how)  # type: ignore[arg-type]
+        return PGD(
+            eps, default_step(eps, self.steps, norm, step_size), self.steps, norm=norm, restarts=self.restarts,
+            objective="margin" if base == "cw" else "ce",
+            compact=self.restarts > 1,  # a sample that is fooled needs no further restart
+        )  # fmt: skip
 
 
 def default_step(eps: float, steps: int, norm: Norm, step_size: float | None = None) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atlas_kernels.attacks import PGD, Batch
+from atlas_kernels.attacks import PGD, Batch, Model
 from atlas_kernels.attacks.objective import Objective
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 
@@ -79,10 +79,12 @@ def of_outcomes(outcomes: Sequence[Outcome]) -> Iterator[Sign]:
     for eps in dict.fromkeys(outcome.eps for outcome in outcomes):
         here = [outcome for outcome in outcomes if outcome.eps == eps]
         kinds = {kind: [o for o in here if o.attack.kind == kind] for kind in ("one step", "iterative", "black box")}
-        for strong in kinds["iterative"]:
-            for one in kinds["one step"]:
-                yield from one_step(one, strong)
+        for one in kinds["one step"]:
+            for strong in kinds["iterative"]:
+                yield from one_step_stronger(one, strong)
         if strongest := min(kinds["iterative"], key=lambda o: o.accuracy, default=None):
+            for one in kinds["one step"]:
+                yield from one_step_blind(one, strongest)
             for black in kinds["black box"]:
                 yield from black_box(black, strongest)
         for whole in here:
@@ -105,27 +107,34 @@ def unfounded(outcome: Outcome) -> Iterator[Sign]:
         yield Sign("outside", f"an adversary is {outcome.distance:.6g} from its image: outside of the ball", *own)
 
 
-def one_step(one: Outcome, strong: Outcome) -> Iterator[Sign]:
+def one_step_stronger(one: Outcome, strong: Outcome) -> Iterator[Sign]:
     """A one-step attack beside an iterative one of the same ball, image by image."""
     only_one = int((~one.right & strong.right).sum())
     only_strong = int((one.right & ~strong.right).sum())
-    names = f"{one.attack.label} leaves {one.percent} right, {strong.attack.label} {strong.percent}"
     if only_one - only_strong > 2 * math.sqrt(only_one + only_strong):  # McNemar's test, two standard errors
         yield Sign(
             "one step stronger than many",
-            f"{names}: the iterative attack is the weaker one, so it is stuck (masked gradients, or steps of a wrong "
+            f"{_beside(one, strong)}: the iterative attack is the weaker one, so it is stuck (masked gradients, or steps of a wrong "
             "size), and its figure is too high",
             strong.attack.name,
             strong.eps,
         )
-    elif one.accuracy - strong.accuracy > FAR and one.accuracy > TIMES * strong.accuracy:
+
+
+def one_step_blind(one: Outcome, strong: Outcome) -> Iterator[Sign]:
+    """A one-step attack that finds next to nothing of what an iterative one finds."""
+    if one.accuracy - strong.accuracy > FAR and one.accuracy > TIMES * strong.accuracy:
         yield Sign(
             "hides from one step",
-            f"{names}: a network that hides from one step (catastrophic overfitting, or no adversarial training at "
+            f"{_beside(one, strong)}: a network that hides from one step (catastrophic overfitting, or no adversarial training at "
             f"all). The figure of {one.attack.label} says nothing",
             one.attack.name,
             one.eps,
         )
+
+
+def _beside(one: Outcome, other: Outcome) -> str:
+    return f"{one.attack.label} leaves {one.percent} right, {other.attack.label} {other.percent}"
 
 
 def black_box(black: Outcome, white: Outcome) -> Iterator[Sign]:
@@ -133,8 +142,7 @@ def black_box(black: Outcome, white: Outcome) -> Iterator[Sign]:
     if white.accuracy - black.accuracy > BLACK_BOX and int((~black.right & white.right).sum()) > 1:
         yield Sign(
             "black box stronger than white box",
-            f"{black.attack.label} leaves {black.percent} right, {white.attack.label} {white.percent}: the gradients are "
-            "masked, and the true figure is lower still",
+            f"{_beside(black, white)}: the gradients are masked, and the true figure is lower still",
             white.attack.name,
             white.eps,
         )
@@ -162,8 +170,8 @@ def over_radii(outcomes: Sequence[Outcome]) -> Iterator[Sign]:
         if rises - falls > 2 * math.sqrt(rises + falls):
             yield Sign(
                 "accuracy rises with eps",
-                f"{large.attack.label} leaves {small.percent} right at {small.ball} and {large.percent} at {large.ball}, "
-                "where it has more room: it misses what it found before",
+                f"{small.percent} right at {small.ball}, {large.percent} at {large.ball}, where it has more room: it "
+                "misses what it found before",
                 large.attack.name,
                 large.eps,
             )
@@ -174,8 +182,8 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if probe.probabilities:
         yield Sign(
             "probabilities",
-            "the outputs are probabilities (each in [0, 1], a sum of 1): softmax hides gradients, and attacks take logits "
-            "for them. Leave out the last softmax",
+            "the outputs are probabilities (each in [0, 1], a sum of 1), and attacks take them for logits: softmax hides "
+            "gradients. Leave the last softmax out",
         )
     if probe.differs > SAME:
         yield Sign(
@@ -196,7 +204,7 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
             f"the gradient is zero for {probe.zero_gradients} of {probe.images} images: no attack along it can move "
             "these, so their robustness is not known. Use autoattack, whose Square needs no gradient",
         )
-    if len(probe.losses) > 2 and probe.losses[-1] <= probe.losses[1] + 0.01 * abs(probe.losses[1]):
+    if len(probe.losses) > 2 and not probe.losses[-1] > probe.losses[1]:
         yield Sign(
             "loss does not rise",
             f"the loss does not rise along PGD: {probe.losses[1]:.4g} at its random start, {probe.losses[-1]:.4g} after "
@@ -206,8 +214,8 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
         yield Sign(
             "robust at any eps",
             f"PGD-{STEPS} leaves {100 * probe.left:.0f} % of {probe.images} images right at eps "
-            f"{radius(probe.large_eps, norm)}, where every image can become the same one and an attack that works leaves "
-            "0 %",
+            f"{radius(probe.large_eps, norm)}, where every image can become the same one, and an attack that works "
+            "leaves 0 %",
         )
 
 
@@ -253,7 +261,7 @@ def _differentiable(model: nn.Module, x: Tensor) -> bool:
         return bool(logits_of(model(x.detach().clone().requires_grad_())).requires_grad)
 
 
-def _climb(attack: Any, model: nn.Module, batch: Batch) -> tuple[tuple[float, ...], int]:
+def _climb(attack: Any, model: Model, batch: Batch) -> tuple[tuple[float, ...], int]:
     """The mean loss at x and at each iterate; and how many images have no gradient at x."""
     labels = batch.goal.labels
     assert labels is not None

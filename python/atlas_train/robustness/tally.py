@@ -54,11 +54,11 @@ class Tally:
 
     def outcome(self, attack: Named, eps: float | None, norm: Norm, settings: Mapping[str, Any]) -> Outcome:
         right, nan, extremes = (torch.cat(parts) for parts in zip(*self.verdicts, strict=True))
-        distance, low, high = (extremes[:, 0].max(), extremes[:, 1].min(), extremes[:, 2].max()) if len(extremes) else [0.0] * 3
+        found = len(extremes) > 0
+        low, high = (f(extremes, 0).tolist() if found else [0.0] * 3 for f in (torch.amin, torch.amax))
         return Outcome(
-            attack, eps, norm, right, int(nan.sum()), float(distance), float(low), float(high), self.seconds,
-            settings=settings,
-        )  # fmt: skip
+            attack, eps, norm, right, int(nan.sum()), high[0], low[1], high[2], self.seconds, settings=settings
+        )
 
 
 class Progress:
