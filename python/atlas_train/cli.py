@@ -59,7 +59,7 @@ class EvaluateConfig:
 
     attacks: tuple[str, ...] | None = option(None, f"by name: {ABOUT}. Default: clean, FGSM and PGD with --steps")
     model: str | None = option(
-        None, "network, by name or import path: of a state dict, which needs it; default: the run's, if it is one of ours"
+        None, "network, by name or import path; a state dict needs it; default: the run's, if it is one of ours"
     )
     width: int | None = option(None, "of a state dict's network, if it is one of ours; default: its own", low=1)
     activation: Literal["relu", "silu", "gelu"] = option("relu", "the same")
@@ -88,7 +88,13 @@ class EvaluateConfig:
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
     restarts: int = option(1, "PGD restarts, where no attacks are named", low=1)
     autoattack: int = option(0, AUTOATTACK, low=0)
-    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
+    autoattack_version: Literal["standard", "apgd", "plus", "rand"] = option("standard", AUTOATTACK_VERSION)
+    search_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "of the network while AutoAttack searches; what it finds counts only if the network in fp32 says so too"
+    )
+    state: str | None = option(
+        None, "file from which an AutoAttack that was stopped goes on; of another network, data or settings: refused"
+    )
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: the run's", low=1, high=MOST_THREADS)
@@ -304,7 +310,8 @@ def _report(args: Any, argv: Sequence[str]) -> int:
         attacks = (CLEAN, "fgsm", f"pgd-{args.steps}{restarts}", *(["autoattack"] if args.autoattack else []))
     if args.curve:
         require_matplotlib()
-    how = {name: getattr(args, name) for name in ("batch_size", "step_size", "seed", "autoattack_version")}
+    asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
+    how = {name: getattr(args, name) for name in asked}
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
     where = {name: getattr(args, name) for name in names}
     report, found = evaluate_target(

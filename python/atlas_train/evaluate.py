@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -94,6 +96,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     std: Sequence[float] | None = None,
     num_classes: int | None = None,
     autoattack_version: ensembles.Version = "standard",
+    search_precision: ensembles.Precision = "fp32",
+    state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
 ) -> Evaluation | Report:
     """Accuracy of ``model`` in eval mode, clean and under attacks; it, and the random state, are as before afterwards.
@@ -121,7 +125,9 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         mean, std: by which images are normalised before they reach the model, one number for each channel; default: the
             model normalises by itself, or not at all.
         num_classes: of the data; a model of another number is refused. Default: not known.
-        autoattack_version: as for ``autoattack``.
+        autoattack_version, search_precision: as for ``autoattack``.
+        state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack; it is refused for
+            another model, other data or settings. With several, each has a file of its own beside it.
         say: told what is evaluated, and how far it is.
     """
     where = torch.device(device) if device is not None else device_of(model)
@@ -134,8 +140,9 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
     if attacks is not None:
         balls = _radii(eps)
-        how = {"version": autoattack_version, "batch_size": at.batch_size}
-        return _reported(model, at, named(attacks), balls, step_size, num_classes, how)
+        path = None if state is None else Path(state)
+        how = {"version": autoattack_version, "batch_size": at.batch_size, "search_precision": search_precision}
+        return _reported(model, at, named(attacks), balls, step_size, num_classes, path, how)
     if not isinstance(eps, (int, float)):
         raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
     steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
@@ -168,15 +175,7 @@ class _Place:
     say: Say
 
     def batches(self, model: nn.Module, size: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of x, y and ids, x in the numbers that the model computes in."""
-        wide = any(p.dtype == torch.float64 for p in model.parameters())
-        dtype = torch.float64 if wide else torch.float32
-        return self.samples.batches(size or self.batch_size, self.device, dtype, self.channels_last)
-
-
-    def everything(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """All images as one batch."""
-        return next(self.batches(model, len(self.samples)))
+        return self.samples.batches(model, size or self.batch_size, self.device, self.channels_last)
 
 
 def _reported(
@@ -186,10 +185,11 @@ def _reported(
     radii: Sequence[float],
     step_size: float | None,
     num_classes: int | None,
+    path: Path | None,
     how: Mapping[str, Any],
 ) -> Report:
-    """``evaluate`` with attacks by name; ``how``: of AutoAttack."""
-    started = time.perf_counter()
+    """``evaluate`` with attacks by name. path: where AutoAttack keeps its state; how: more of its arguments."""
+    started, state = time.perf_counter(), path
     told = ", ".join(radius(eps, at.norm) for eps in radii)
     at.say(f"evaluating {len(at.samples):,} images at eps {told}: {', '.join(a.label for a in attacks)}")
     with evaluating(model):
@@ -197,11 +197,18 @@ def _reported(
         probe = signs.probe(model, x, y, radii[0], at.norm, at.key, ids)
         _require_labels(at.samples.y, probe.classes, num_classes)
         able = [a for a in attacks[1:] if probe.differentiable or a.kind not in ("one step", "iterative")]
+        if not probe.differentiable and not any(a.searches for a in able):
+            able += named("square")[1:]
         balls = [(attack, eps) for eps in radii for attack in able]
         runs = {(a.name, eps): (a, a.attack(eps, at.norm, step_size)) for a, eps in balls if not a.searches}
         outcomes = _attacked(model, at, runs)
-        for attack in (a for a in able if a.searches):
-            outcomes |= _searched(model, at, attack, radii, outcomes[CLEAN].right, how)
+        searched = [(attack, eps) for attack, eps in balls if attack.searches]
+        for attack, eps in searched:
+            if path and len(searched) > 1:
+                state = path.with_name(f"{path.name}.{attack.name}-{eps:.6g}")
+            outcomes[attack.name, eps] = ensembles.outcome(
+                model, at.samples, attack, eps, at.norm, at.seed, at.say, state_path=state, **how
+            )
     found = (outcomes[CLEAN], *(outcomes[attack.name, eps] for attack, eps in balls))
     return Report(
         at.samples.y.cpu(), at.samples.numbers, found, at.norm, at.seed, str(at.device), time.perf_counter() - started,
@@ -224,18 +231,6 @@ def _attacked(
     found = {CLEAN: tallies[CLEAN].outcome(named(CLEAN)[0], None, at.norm, {})}
     for name, (how, attack) in runs.items():
         found[name] = tallies[name].outcome(how, float(attack.eps), at.norm, _settings(attack))
-    return found
-
-
-def _searched(
-    model: nn.Module, at: _Place, attack: Named, radii: Sequence[float], clean: Tensor, how: Mapping[str, Any]
-) -> dict[Any, Outcome]:
-    """What AutoAttack leaves at each radius. An image that falls in a ball falls in every larger one."""
-    found: dict[Any, Outcome] = {}
-    standing = clean
-    for eps in sorted(radii):
-        outcome = ensembles.outcome(model, at.everything(model), standing, attack, eps, at.norm, at.seed, at.say, **how)
-        found[attack.name, eps], standing = outcome, outcome.right
     return found
 
 
@@ -292,8 +287,8 @@ def _require_labels(labels: Tensor, classes: int, known: int | None) -> None:
     low, high = (int(value) for value in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(
-            f"labels must be in 0..{classes - 1}, for the model gives {classes} logits, got labels from {low} to {high}: "
-            "number the classes from 0, or give the model that knows them all"
+            f"labels must be in 0..{classes - 1}, for the model gives {classes} logits, got labels from {low} to "
+            f"{high}: number the classes from 0, or give the model that knows them all"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from atlas_kernels.attacks import FGSM, MIFGSM, PGD, Attack
+from atlas_kernels.attacks import CWPGD, FGSM, MIFGSM, PGD, Attack
 
 from ..options import Norm, shown, suggestion
 
@@ -45,7 +45,7 @@ class Named:
 
     @property
     def searches(self) -> bool:
-        """Whether it is AutoAttack, or a part of it."""
+        """Whether ``AutoAttack`` runs it."""
         return self.name in (AUTOATTACK, "apgd", "square")
 
     def attack(self, eps: float, norm: Norm, step_size: float | None = None) -> Attack:
@@ -55,11 +55,10 @@ class Named:
         base = self.name.partition("-")[0]
         if base == "mifgsm":
             return MIFGSM(eps, steps=self.steps, norm=norm)
-        return PGD(
-            eps, default_step(eps, self.steps, norm, step_size), self.steps, norm=norm, restarts=self.restarts,
-            objective="margin" if base == "cw" else "ce",
-            compact=self.restarts > 1,  # a sample that is fooled needs no further restart
-        )  # fmt: skip
+        size = default_step(eps, self.steps, norm, step_size)
+        several = self.restarts > 1  # a sample that is fooled needs no further one
+        kind = CWPGD if base == "cw" else PGD
+        return kind(eps, size, self.steps, norm=norm, restarts=self.restarts, compact=several)
 
 
 def default_step(eps: float, steps: int, norm: Norm, step_size: float | None = None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batches, Images
 from ..data.images import stratified
@@ -29,19 +29,15 @@ class Samples:
     def __len__(self) -> int:
         return len(self.y)
 
-    @property
-    def name(self) -> str:
-        """In words: what of the set they are."""
-        return f"{len(self):,} images"
-
     def images(self) -> Images | None:
         """As the trainer has them, if they are of whole numbers."""
         return Images(self.x, self.y) if self.x.dtype == torch.uint8 else None
 
     def batches(
-        self, size: int, device: torch.device, dtype: torch.dtype = torch.float32, channels_last: bool = False
+        self, model: nn.Module, size: int, device: torch.device, channels_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of x in [0, 1], y and the rows of both, on the device."""
+        """Batches of x in [0, 1], of the numbers that the model computes in, y, and the rows of both, on the device."""
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         if (images := self.images()) is not None:
             yield from Batches(
                 images, size, shuffle=False, seed=0, device=device, dtype=dtype, channels_last=channels_last
@@ -51,6 +47,10 @@ class Samples:
         for rows in torch.arange(len(self)).split(size):
             x = self.x[rows.to(self.x.device)].to(device, dtype).contiguous(memory_format=layout)
             yield x, self.y[rows.to(self.y.device)].to(device), rows.to(device)
+
+    def everything(self, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """All of them as one batch."""
+        return next(self.batches(model, len(self), device))
 
 
 def gathered(data: Any, size: int | None = None) -> Samples:
@@ -80,7 +80,7 @@ def _is_pair(data: Any) -> bool:
 
 def _tensor(name: str, value: Any) -> Tensor:
     try:
-        return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else torch.as_tensor(value)
+        return torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(value).__name__}") from error
 
