@@ -183,7 +183,8 @@ def test_a_network_without_gradients_is_told() -> None:
 
     report = evaluate(Rounds(), flat(), EPS, attacks="pgd-3")
     assert found(report) == {"zero gradients", "loss does not rise", "robust at any eps"}
-    assert report.probe and report.probe.zero_gradients == 20 and report.probe.left == 1 and report.probe.large_eps == 0.5
+    assert report.probe and report.probe.zero_gradients == 20
+    assert (report.probe.left, report.probe.large_eps) == (1, 0.5)
     assert "clean" not in [sign.attack for sign in report.signs] and "100.0 % !" in report.table()
 
 
@@ -231,9 +232,11 @@ def shares(count: int, total: int = 1000) -> Tensor:
         ([outcome("fgsm", shares(500)), outcome("pgd-20", shares(503))], set()),
         ([outcome("fgsm", shares(500)), outcome("pgd-20", shares(520))], {("one step stronger than many", "pgd-20")}),
         ([outcome("fgsm", shares(78)), outcome("pgd-20", shares(24))], set()),
-        ([outcome("square", shares(500)), outcome("pgd-20", shares(520))], {("black box stronger than white box", "pgd-20")}),
+        ([outcome("square", shares(500)), outcome("pgd-20", shares(520))],
+         {("black box stronger than white box", "pgd-20")}),
         ([outcome("square", shares(500)), outcome("pgd-20", shares(501))], set()),
-        ([outcome("pgd-20", shares(300), 0.1), outcome("pgd-20", shares(400), 0.2)], {("accuracy rises with eps", "pgd-20")}),
+        ([outcome("pgd-20", shares(300), 0.1), outcome("pgd-20", shares(400), 0.2)],
+         {("accuracy rises with eps", "pgd-20")}),
         ([outcome("pgd-20", shares(400), 0.1), outcome("pgd-20", shares(300), 0.2)], set()),
         ([outcome("pgd-20", shares(400), distance=0.2)], {("outside", "pgd-20")}),
         ([outcome("clean", shares(400), None, nan=2)], {("nan", "clean")}),
@@ -260,8 +263,14 @@ def test_what_figures_say_of_each_other(outcomes: list[Outcome], expected: set[t
     ],
 )
 def test_what_few_images_say(changed: dict[str, Any], expected: set[str]) -> None:
-    healthy: dict[str, Any] = {"images": 100, "classes": 4, "differs": 0.0, "probabilities": False, "differentiable": True}
-    healthy |= {"zero_gradients": 0, "losses": (1.0, 1.1, 1.5, 2.0), "large_eps": 0.5, "left": 0.0}
+    healthy: dict[str, Any] = {"images": 100, "classes": 4, "differs": 0.0, "probabilities": False}
+    healthy |= {
+        "differentiable": True,
+        "zero_gradients": 0,
+        "losses": (1.0, 1.1, 1.5, 2.0),
+        "large_eps": 0.5,
+        "left": 0.0,
+    }
     assert {sign.sign for sign in signs.of_probe(Probe(**healthy | changed), "linf")} == expected
 
 
@@ -279,7 +288,8 @@ def test_tables_and_records() -> None:
     images = splits().test
     report = evaluate(linear(), images, (0.2, 0.35), attacks=("fgsm", "pgd-2"))
     header, _, first, second = report.table().splitlines()[:4]
-    assert header.split() == ["eps", "clean", "FGSM", "PGD-2", "all"] and first.split()[:4] == ["51/255", "(l_inf)", "100.0", "%"]
+    assert header.split() == ["eps", "clean", "FGSM", "PGD-2", "all"]
+    assert first.split()[:4] == ["51/255", "(l_inf)", "100.0", "%"]
     assert f"{100 * report.accuracy('all', 0.35):.1f} %" == " ".join(second.split()[-2:])
     assert "without autoattack these figures are upper bounds" in report.table()
     assert report.table("markdown").startswith("| eps | clean | FGSM | PGD-2 | all |\n| --- | ---: |")
@@ -292,7 +302,8 @@ def test_tables_and_records() -> None:
     assert rows[0] == "image,label,clean,fgsm@51/255,pgd-2@51/255,fgsm@89.25/255,pgd-2@89.25/255" and len(rows) == 41
     assert sum(int(row.split(",")[3]) for row in rows[1:]) == 40 * report.accuracy("fgsm", 0.2)
     written = json.loads(json.dumps(report.to_dict()))
-    assert list(written)[: len(RECORD)] == list(RECORD) and written["eps"] == "51/255" and written["clean_acc"] == "100.00"
+    assert list(written)[: len(RECORD)] == list(RECORD)
+    assert (written["eps"], written["clean_acc"]) == ("51/255", "100.00")
     assert written["autoattack_acc"] is None, "which is of the standard version alone"
     attacks = written["evaluation"]["attacks"]
     assert [(a["attack"], a["eps"]) for a in attacks][:3] == [("clean", None), ("fgsm", 0.2), ("pgd-2", 0.2)]
@@ -347,7 +358,8 @@ def test_time_is_told_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
          r"labels must be in 0..3, for the model gives 4 logits, got labels from 0 to 4"),
         ({"data": (torch.rand(4, 1, 8, 8), torch.tensor([0, -1, 2, 3]))}, ValueError, "got labels from -1 to 3"),
         ({"data": (torch.rand(4, 1, 8, 8), torch.rand(4))}, ValueError, "labels must be integers"),
-        ({"data": (torch.rand(4, 1, 8, 8), torch.arange(3))}, ValueError, r"must be as many, got \[4, 1, 8, 8\] and \[3\]"),
+        ({"data": (torch.rand(4, 1, 8, 8), torch.arange(3))}, ValueError,
+         r"must be as many, got \[4, 1, 8, 8\] and \[3\]"),
         ({"data": (2 * torch.rand(4, 1, 8, 8) - 1, torch.arange(4))}, ValueError,
          r"images must be in \[0, 1\].* they look normalised; give the images as they are before it, and mean and std"),
         ({"data": (255 * torch.rand(4, 1, 8, 8), torch.arange(4))}, ValueError, "divide by 255"),

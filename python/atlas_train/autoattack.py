@@ -22,6 +22,8 @@ from .robustness.samples import SUBSET_SEED, Samples, gathered
 Version = Literal["standard", "apgd", "plus", "rand"]
 Precision = Literal["fp32", "bf16"]
 Say = Callable[[str], None]
+#: What an outcome or its report says by other names.
+_OUTSIDE = ("norm", "eps", "seed", "accuracy", "seconds", "largest_norm", "least", "most", "nan_logits")
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def outcome(
     version: Version,
     **how: Any,
 ) -> Outcome:
-    """What AutoAttack, or a part of it, leaves; ``how``: of ``AutoAttack.run``. What its warnings say of the network the
-    record says too."""
+    """What AutoAttack, or a part of it, leaves; ``how``: of ``AutoAttack.run``. Its warnings about the network are in
+    the record, and signs say the same."""
     version = version if attack.name == AUTOATTACK else "apgd"
     plan = AutoAttack(eps, norm=norm, version=version, seed=seed)
     if attack.name == "square":
@@ -115,7 +117,7 @@ def outcome(
     for warning in caught:
         if str(warning.message) not in record.notes:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    known = {name: value for name, value in record.to_dict().items() if name not in ("norm", "eps", "seed", "accuracy")}
+    known = {name: value for name, value in record.to_dict().items() if name not in _OUTSIDE}
     return Outcome(
         attack, eps, norm, result.correct.cpu(), record.nan_logits, record.largest_norm, record.least, record.most,
         record.seconds, record.accuracy, known,

@@ -314,7 +314,7 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
 
 
 def _attacked(c: TrainConfig, model: nn.Module, epoch: int, splits: DataSplits, folder: Path, say: Say) -> Result:
-    """The accuracies of the network as it was after that epoch; an AutoAttack that is stopped goes on from the folder."""
+    """The accuracies of the network as it was after that epoch; an AutoAttack that was stopped goes on."""
     ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
     how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
     result = Result(evaluate(model, splits.test, **ball, **how), epoch=epoch)

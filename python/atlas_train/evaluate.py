@@ -216,9 +216,7 @@ def _reported(
     )  # fmt: skip
 
 
-def _attacked(
-    model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]
-) -> dict[Any, Outcome]:
+def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Outcome]:
     """What attacks on gradients leave, by their keys, CLEAN first; the model is in eval mode already."""
     tallies = {CLEAN: Tally(), **{name: Tally() for name in runs}}
     attacks = {name: attack for name, (_, attack) in runs.items()}

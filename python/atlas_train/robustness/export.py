@@ -20,8 +20,8 @@ _CUT = ("module.", "model.")
 def export_state_dict(
     model: nn.Module, path: Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> None:
-    """{"state_dict": tensors by name}, on the CPU, which torch.load reads with weights_only. Mean and std, the network's
-    own or those given, are called mu and sigma, as in the networks there.
+    """{"state_dict": tensors by name}, on the CPU, which torch.load reads with weights_only. Mean and std, those of the
+    network or those given, are called mu and sigma, as in the networks there.
 
     Raises ValueError for a name that the loader would cut.
     """
@@ -31,7 +31,7 @@ def export_state_dict(
         weights |= {name: torch.tensor(v).view(1, -1, 1, 1) for name, v in (("mu", mean), ("sigma", std))}
     if cut := next((name for name in weights if any(part in name for part in _CUT)), None):
         raise ValueError(
-            f"{plain(cut)} of the network holds {' or '.join(_CUT)}, which RobustBench's loader cuts off: export the inner "
-            "network, or rename its module"
+            f"{plain(cut)} of the network holds {' or '.join(_CUT)}, which RobustBench's loader cuts off: export the "
+            "inner network, or rename its module"
         )
     write_atomically(path, lambda temporary: torch.save({"state_dict": weights}, temporary))

@@ -77,7 +77,7 @@ class Report:
         return self.standing(eps).double().mean().item() if attack == ALL else self.outcome(attack, eps).accuracy
 
     def standing(self, eps: float | None = None) -> Tensor:
-        """Which images are right whatever was tried at that radius (default: the first): the most that may be claimed."""
+        """Which images are right under every attack at that radius (default: the first): the most one may claim."""
         at = eps if eps is not None or not self.radii else self.radii[0]
         return torch.stack([o.right for o in self.outcomes if o.eps in (None, at)]).all(0)
 
@@ -146,9 +146,9 @@ class Report:
 
     def class_table(self, form: Form = "text") -> str:
         """A row for each class; a column for clean accuracy and for each attack at each radius."""
-        header = ["class", "images"]
-        header += [f"{o.attack.label}{f' {fraction_of(o)}' if len(self.radii) > 1 and o.eps else ''}" for o in self.outcomes]
-        rows = [tuple(header)]
+        several = len(self.radii) > 1
+        labels = [o.attack.label + (f" {fraction_of(o)}" if several and o.eps else "") for o in self.outcomes]
+        rows = [("class", "images", *labels)]
         for label in self.labels.unique().tolist():
             own = self.labels == label
             name = self.class_names[label] if self.class_names else str(label)

@@ -99,8 +99,7 @@ def unfounded(outcome: Outcome) -> Iterator[Sign]:
     if outcome.nan:
         yield Sign(
             "nan",
-            f"{outcome.nan:,} images get NaN as logits under {outcome.attack.label}; they count as not robust. Find out "
-            "where NaN comes from before you publish",
+            f"{outcome.nan:,} images get NaN as logits; they count as not robust. Find out where it comes from",
             *own,
         )
     if outcome.eps is not None and outcome.distance > outcome.eps * (1 + 1e-4) + 1e-6:
@@ -114,8 +113,8 @@ def one_step_stronger(one: Outcome, strong: Outcome) -> Iterator[Sign]:
     if only_one - only_strong > 2 * math.sqrt(only_one + only_strong):  # McNemar's test, two standard errors
         yield Sign(
             "one step stronger than many",
-            f"{_beside(one, strong)}: the iterative attack is the weaker one, so it is stuck (masked gradients, or steps of a wrong "
-            "size), and its figure is too high",
+            f"{_beside(one, strong)}: the iterative attack is the weaker one, so it is stuck (masked gradients, or "
+            "steps of a wrong size), and its figure is too high",
             strong.attack.name,
             strong.eps,
         )
@@ -126,8 +125,8 @@ def one_step_blind(one: Outcome, strong: Outcome) -> Iterator[Sign]:
     if one.accuracy - strong.accuracy > FAR and one.accuracy > TIMES * strong.accuracy:
         yield Sign(
             "hides from one step",
-            f"{_beside(one, strong)}: a network that hides from one step (catastrophic overfitting, or no adversarial training at "
-            f"all). The figure of {one.attack.label} says nothing",
+            f"{_beside(one, strong)}: the network hides from one step (catastrophic overfitting, or no adversarial "
+            f"training at all), and the figure of {one.attack.label} says nothing",
             one.attack.name,
             one.eps,
         )
@@ -155,8 +154,8 @@ def black_box_in(whole: Outcome) -> Iterator[Sign]:
         if name == "square" and before - after > BLACK_BOX and (before - after) * len(whole.right) > 1.5:
             yield Sign(
                 "black box stronger than white box",
-                f"Square takes {whole.attack.label} from {100 * before:.2f} % to {100 * after:.2f} %: the gradients are "
-                "masked, and the true figure may be lower still (an adaptive attack is due)",
+                f"Square takes it from {100 * before:.2f} % to {100 * after:.2f} %: the gradients are masked, and the "
+                "true figure may be lower still. An attack made for this network is due",
                 whole.attack.name,
                 whole.eps,
             )
@@ -182,8 +181,8 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if probe.probabilities:
         yield Sign(
             "probabilities",
-            "the outputs are probabilities (each in [0, 1], a sum of 1), and attacks take them for logits: softmax hides "
-            "gradients. Leave the last softmax out",
+            "the outputs are probabilities (each in [0, 1], a sum of 1), and attacks take them for logits: softmax "
+            "hides gradients. Leave the last softmax out",
         )
     if probe.differs > SAME:
         yield Sign(
@@ -207,8 +206,8 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if len(probe.losses) > 2 and not probe.losses[-1] > probe.losses[1]:
         yield Sign(
             "loss does not rise",
-            f"the loss does not rise along PGD: {probe.losses[1]:.4g} at its random start, {probe.losses[-1]:.4g} after "
-            f"{len(probe.losses) - 2} steps: its gradients do not lead to adversaries",
+            f"the loss does not rise along PGD: {probe.losses[1]:.4g} at its random start, {probe.losses[-1]:.4g} "
+            f"after {len(probe.losses) - 2} steps. The gradients do not lead to adversaries",
         )
     if probe.large_eps is not None and probe.left:
         yield Sign(
