@@ -143,8 +143,10 @@ def test_a_normalisation_that_is_given_apart() -> None:
 def test_the_network_and_the_random_state_are_as_before() -> None:
     model, random = nn.Sequential(linear(), nn.Dropout(0.5)), torch.get_rng_state()
     model[1].eval()
-    report = evaluate(model, splits().test, 0.3, attacks=("fgsm", "pgd-2"))
+    lines: list[str] = []
+    report = evaluate(model, splits().test, 0.3, attacks=("fgsm", "pgd-2"), say=lines.append)
     assert "random" not in found(report), "in train mode it would be"
+    assert lines[1] == "the model is in train mode: it is evaluated in eval mode, and then as it was"
     assert model.training and not model[1].training and torch.equal(torch.get_rng_state(), random)
     model.train()
     assert "random" not in found(evaluate(model, splits().test, 0.3, attacks="fgsm")) and model[1].training

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atlas_kernels.attacks import AutoAttack, AutoAttackResult, Square
 
 from .data import Images
-from .inference import device_of
+from .inference import device_of, eval_mode
 from .options import Norm, radius
 from .robustness.named import AUTOATTACK, Named
 from .robustness.outcome import Outcome
@@ -126,7 +126,8 @@ def outcome(
 
 def _run(attack: AutoAttack, model: nn.Module, samples: Samples, **how: Any) -> AutoAttackResult:
     x, y, ids = samples.everything(model, device_of(model))
-    return attack.run(model, x, y, ids=ids, **how)
+    with eval_mode(model):  # a note that it was in train mode would be one about the trainer
+        return attack.run(model, x, y, ids=ids, **how)
 
 
 def _joined(changes: tuple[str, ...]) -> str | None:

@@ -192,6 +192,8 @@ def _reported(
     started, state = time.perf_counter(), path
     told = ", ".join(radius(eps, at.norm) for eps in radii)
     at.say(f"evaluating {len(at.samples):,} images at eps {told}: {', '.join(a.label for a in attacks)}")
+    if model.training:
+        at.say("the model is in train mode: it is evaluated in eval mode, and then as it was")
     with evaluating(model):
         x, y, ids = next(at.batches(model, max(at.batch_size, signs.PROBED)))
         probe = signs.probe(model, x, y, radii[0], at.norm, at.key, ids)

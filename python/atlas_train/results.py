@@ -244,7 +244,7 @@ def _autoattack_header(rows: list[Result]) -> str:
     made = next((row.autoattack for row in rows if row.autoattack), None)
     if made is None:
         return ""
-    name = "AA" if made.version == "standard" else "APGD"
+    name = {"standard": "AA", "apgd": "APGD"}.get(made.version, f"AA {made.version}")
     return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
 
 
