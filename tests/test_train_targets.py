@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import re
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_train import checkpoint, cli, engine, models, targets
+from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
+from atlas_train.robustness import signs
 from atlas_train.robustness.export import export_state_dict
+from atlas_train.robustness.named import named
 from atlas_train.robustness.report import RECORD
 from tiny_runs import TINY, same, splits, weights
 
@@ -190,3 +196,26 @@ def test_robustbench_reads_the_state_dict() -> None:
     assert torch.equal(loaded_as_at_robustbench("w.pt", Theirs())(x), ours(x))
     with pytest.raises(ValueError, match=r"inner\.model\.weight of the network holds .*RobustBench's loader cuts off"):
         export_state_dict(nn.ModuleDict({"inner": nn.ModuleDict({"model": nn.Linear(2, 2)})}), Path("w.pt"))
+
+
+def test_the_page_knows_the_flags_and_the_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    seen: list[str] = []
+    for module, name in ((targets, "evaluate_target"), (stored, "evaluate_checkpoint")):
+        monkeypatch.setattr(module, name, lambda target, *args, **how: seen.append(target) or sys.exit())
+    commands = [line.split() for line in text.splitlines() if line.startswith("atlas evaluate ")]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            cli.main(command[1:])
+        if "--attacks" in command:
+            words = command[command.index("--attacks") + 1 :]
+            assert named(list(itertools.takewhile(lambda word: not word.startswith("--"), words)))
+    assert seen == [command[2] for command in commands] and len(seen) == 5
+    known = {f.name.replace("_", "-") for f in dataclasses.fields(cli.EvaluateConfig)} | {"seeds"}
+    assert set(re.findall(r"`--([a-z-]+)", text)) <= known
+    table = text[text.index("| sign |") : text.index("No sign is no proof")]
+    source = Path(signs.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| ([a-z ]+) \|", table, re.M)) - {"sign"} == set(
+        re.findall(r'Sign\(\s*"([a-z ]+)"', source)
+    )

@@ -203,14 +203,15 @@ def _reported(
             able += named("square")[1:]
         balls = [(attack, eps) for eps in radii for attack in able]
         runs = {(a.name, eps): (a, a.attack(eps, at.norm, step_size)) for a, eps in balls if not a.searches}
-        outcomes = _attacked(model, at, runs)
         searched = [(attack, eps) for attack, eps in balls if attack.searches]
-        for attack, eps in searched:
+        outcomes: dict[Any, Outcome] = {}
+        for attack, eps in searched:  # before the others, which a resumed evaluation makes again
             if path and len(searched) > 1:
                 state = path.with_name(f"{path.name}.{attack.name}-{eps:.6g}")
             outcomes[attack.name, eps] = ensembles.outcome(
                 model, at.samples, attack, eps, at.norm, at.seed, at.say, state_path=state, **how
             )
+        outcomes |= _attacked(model, at, runs)
     found = (outcomes[CLEAN], *(outcomes[attack.name, eps] for attack, eps in balls))
     return Report(
         at.samples.y.cpu(), at.samples.numbers, found, at.norm, at.seed, str(at.device), time.perf_counter() - started,

@@ -82,14 +82,32 @@ def opened(
             other_data=other_data, say=say,
         )  # fmt: skip
         return Target(network, splits, images, str(description["arch"]["name"]), settings=description["config"])
+    _require_one_network(target, model, factory)
     if splits is None:
-        if dataset is None:
-            raise ValueError(
-                f"dataset: {plain(target)} does not say which images it is for: name them (--dataset, one of "
-                f"{', '.join(data.names())}, or path/to/file.py:factory)"
-            )
-        splits = data.load(dataset, data_dir, download)
-    sizes: dict[str, Any] = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0]}
+        splits = data.load(_named(target, dataset), data_dir, download)
+    sizes: dict[str, Any] = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0], "width": width}
+    name, apart = target if factory else str(model), (mean, std) if mean else (None, None)
+    if not is_import_path(name):
+        network, apart = _of_ours(target, name, {**sizes, "activation": activation}, mean, std), (None, None)
+    else:
+        network = models.network(name, **sizes)
+        if not factory:
+            fine_tuning.begin_with(network, target, fine_tuning.read(target, "state dict"))
+    return Target(network.eval(), splits, identity.record(splits, ("test",)), without_place(name), *apart)
+
+
+def _named(target: str, dataset: str | None) -> str:
+    """The data set. Raises ValueError where nobody says it."""
+    if dataset is None:
+        raise ValueError(
+            f"dataset: {plain(target)} does not say which images it is for: name them (--dataset, one of "
+            f"{', '.join(data.names())}, or path/to/file.py:factory)"
+        )
+    return dataset
+
+
+def _require_one_network(target: str, model: str | None, factory: bool) -> None:
+    """Raises ValueError where two networks are named, or none."""
     if factory and model:
         raise ValueError(f"model: {plain(target)} is a factory, which gives the network itself: leave --model out")
     if not factory and not model:
@@ -97,16 +115,6 @@ def opened(
             f"model: {plain(target)} is a state dict, which does not say of which network: name it (--model, one of "
             f"{', '.join(models.names())}, or package.module:factory)"
         )
-    if factory or is_import_path(model):
-        name = target if factory else str(model)
-        network = models.network(name, **sizes, width=width)
-        if not factory:
-            fine_tuning.begin_with(network, target, fine_tuning.read(target, "state dict"))
-        apart = (mean, std) if mean else (None, None)
-    else:
-        name, apart = str(model), (None, None)
-        network = _of_ours(target, name, {**sizes, "width": width, "activation": activation}, mean, std)
-    return Target(network.eval(), splits, identity.record(splits, ("test",)), without_place(name), *apart)
 
 
 def _of_ours(
@@ -164,7 +172,7 @@ def evaluate_target(
         report = evaluate(
             network, splits.test, found.radii(eps, norm), attacks=attacks, norm=norm,
             size=run.get("eval_size") if size is None else size, channels_last=channels_last, mean=found.mean,
-            std=found.std, num_classes=splits.num_classes, say=say, **how or {},
+            std=found.std, num_classes=None if where.get("other_data") else splits.num_classes, say=say, **how or {},
         )  # fmt: skip
         facts = {
             "target": without_place(target),

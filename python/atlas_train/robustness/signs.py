@@ -232,8 +232,8 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, key: T
     with torch.no_grad():
         first, second = (logits_of(model(x[:PROBED])) for _ in range(2))
     require_rows_of_logits(first, x[:PROBED])
-    first, second = first.double(), second.double()
     rows = (first.argmax(1) == y[:PROBED]).nonzero()[:, 0]
+    first, second = first.cpu().double(), second.cpu().double()  # not every device has double
     size = first.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     differs = ((first - second).norm(dim=1) / size).nan_to_num(0.0).max().item() if len(first) else 0.0
     shares = bool((first >= 0).all() & ((first.sum(1) - 1).abs() < 1e-4).all())
@@ -247,7 +247,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, key: T
     losses, zero = near.loop(_climb, model, near.batch(x, y, key=key, ids=ids))
     large = large_radius(x.shape[1:], norm)
     left = predict(model, PGD(large, _step(large, norm), STEPS, norm=norm)(model, x, y, key=key, ids=ids)) == y
-    share = left.double().mean().item()
+    share = left.cpu().double().mean().item()
     return Probe(**known, zero_gradients=zero, losses=losses, large_eps=large, left=share)
 
 
@@ -268,7 +268,7 @@ def _climb(attack: Any, model: Model, batch: Batch) -> tuple[tuple[float, ...], 
     zero = int((grad.flatten(1) == 0).all(1).sum())
 
     def loss(logits: Tensor) -> float:
-        return F.cross_entropy(logits.detach().double(), labels).item()
+        return F.cross_entropy(logits.detach().cpu().double(), labels.cpu()).item()
 
     at, losses = attack.begin(batch), [loss(clean)]
     for _ in attack.climb(model, at):

@@ -31,9 +31,8 @@ class Verdict(NamedTuple):
         """classes: predicted, -1 for NaN. adv, x: the images that were attacked, as they became and as they were."""
         if not len(adv):
             return cls(classes == y, classes < 0, torch.zeros(0, 3))
-        moved = (adv.double() - x.double()).flatten(1)
-        distance = torch.linalg.vector_norm(moved, _ORDER[norm], dim=1).max()
-        return cls(classes == y, classes < 0, torch.stack([distance, *torch.aminmax(adv.double())])[None])
+        distance = torch.linalg.vector_norm((adv - x).flatten(1), _ORDER[norm], dim=1).max()
+        return cls(classes == y, classes < 0, torch.stack([distance, *torch.aminmax(adv)])[None])
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Tally:
     seconds: float = 0.0
 
     def add(self, verdict: Verdict, seconds: float) -> None:
-        self.verdicts.append(Verdict(*(part.cpu() for part in verdict)))
+        self.verdicts.append(Verdict(*(part.cpu() for part in verdict)))  # which waits for the device
         self.seconds += seconds
 
     @property
