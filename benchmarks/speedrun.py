@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from atlas_train import checkpoint, data, progress
-from atlas_train.autoattack import autoattack, require_autoattack
+from atlas_train.autoattack import autoattack
 from atlas_train.config import TrainConfig, from_dict, recorded
 from atlas_train.data import DataSplits, Images, held_out
 from atlas_train.engine import TrainStep, train
@@ -260,7 +260,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     if not o.tiny and not torch.cuda.is_available():
         parser.error("a budget is of a GPU, and torch sees no CUDA device here: --tiny runs a small form on a CPU")
-    require_autoattack()
     try:
         _run(o, settings(o.budget, o.tiny, o.set), command_line(__file__, arguments), began)
     except (ValueError, FileNotFoundError) as error:

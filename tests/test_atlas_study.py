@@ -84,7 +84,6 @@ def test_a_killed_study_goes_on_and_repeats_nothing(
 
 
 def test_verdicts_are_those_of_autoattack() -> None:
-    pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), splits_of("digits", None).test.subset(40, 0)
     right = model(images.images.float() / 255).argmax(1)

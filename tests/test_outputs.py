@@ -17,7 +17,6 @@ from atlas_kernels import PGD, noise_key, outputs
 from atlas_kernels.compat import awp, fast_adversarial, gairat, jacobian, mart, torchattacks, trades
 from atlas_kernels.outputs import logits_of
 from atlas_train import engine, methods
-from atlas_train.autoattack import InRows
 from atlas_train.config import TrainConfig
 from atlas_train.data import Images
 from atlas_train.evaluate import evaluate
@@ -105,7 +104,6 @@ def test_attacks_and_drop_ins_take_them(form: str) -> None:
             gairat.GA_PGD(model, X, Y, EPS, EPS / 4, 2, "cent", "Madry", False)[0],
             jacobian.JacobianReg(-1)(x, model(x)),
             torch.tensor(fast_adversarial.evaluate_standard([(X, Y)], model)),
-            InRows(model)(X),
             *weights.values(),
         ]
 

@@ -29,7 +29,6 @@ def attacks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return AutoAttacked(0.5, size, how["version"], 1.0)
 
     monkeypatch.setattr(speedrun, "autoattack", attack)
-    monkeypatch.setattr(speedrun, "require_autoattack", lambda: None)
     return calls
 
 

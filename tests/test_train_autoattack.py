@@ -1,18 +1,21 @@
-"""AutoAttack's column: what is passed on, what is put back, and how it is shown."""
+"""AutoAttack's column: what is passed on, what goes on after a stop, and how it is shown."""
 
 from __future__ import annotations
 
 import json
-import sys
+import math
+import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from atlas_kernels.attacks import AutoAttackRecord, AutoAttackResult
+from atlas_train import autoattack as module
 from atlas_train import cli, engine
-from atlas_train.autoattack import AutoAttacked, InRows, autoattack
+from atlas_train.autoattack import AutoAttacked, autoattack, verdicts
 from atlas_train.compare import compare
 from atlas_train.config import TrainConfig
 from atlas_train.data import Images
@@ -27,130 +30,145 @@ def trained() -> Run:
 
 
 class Fake:
-    """Stands in for pyautoattack.AutoAttack: fools every second image, and leaves traces."""
+    """Stands in for AutoAttack: fools every second image."""
 
-    seen: dict[str, Any] = {}
+    seen: list[dict[str, Any]] = []
+    stop = False
+    parts = {"clean": 1.0, "apgd-ce": 0.8, "square": 0.5}
 
-    def __init__(self, model: Any, **how: Any) -> None:
-        self.model, self.apgd, self.apgd_targeted, self.fab = model, *(SimpleNamespace() for _ in range(3))
-        Fake.seen = {"how": how, "attack": self}
+    def __init__(self, eps: float, **how: Any) -> None:
+        self.how = {"eps": eps, **how}
 
-    def run_standard_evaluation(self, x: Any, y: Any, *, batch_size: int) -> Any:
-        torch.manual_seed(99)
-        training = any(module.training for module in self.model.modules())
-        Fake.seen |= {"x": x, "batch_size": batch_size, "training": training}
-        Fake.seen["trainable"] = any(p.requires_grad for p in self.model.parameters())
-        return x, torch.where(torch.arange(len(y), device=y.device) % 2 == 0, y, y + 1)
+    def run(self, model: Any, x: Tensor, y: Tensor, **how: Any) -> AutoAttackResult:
+        Fake.seen.append({**self.how, **how, "x": x})
+        if how.get("state_path"):
+            Path(how["state_path"]).write_text("half")
+        if Fake.stop:
+            raise KeyboardInterrupt
+        warnings.warn("the gradient of 3 images is 0", stacklevel=2)
+        warnings.warn("something else", stacklevel=2)
+        correct = torch.arange(len(y)) % 2 == 0
+        record = AutoAttackRecord(
+            version=self.how["version"], norm=self.how["norm"], eps=self.how["eps"], seed=0, samples=len(y),
+            search_precision="fp32", batch_size=5, parts={"apgd-ce": "", "square": ""}, accuracy=Fake.parts, instead=(),
+            notes=("the gradient of 3 images is 0",), largest_norm=0.05, nan_adversaries=0, least=0.0, most=1.0,
+            nan_logits=2, unconfirmed=0, forwards={}, backwards={}, seconds=3.0,
+        )  # fmt: skip
+        return AutoAttackResult(correct, correct.long(), x, record)
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    module = ModuleType("pyautoattack")
-    module.AutoAttack = Fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pyautoattack", module)
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    Fake.seen, Fake.stop = [], False
+    monkeypatch.setattr(module, "AutoAttack", Fake)
     return Fake.seen
 
 
-def test_logits_of_a_wrong_shape_are_refused(fake: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_attack_is_told(fake: list[dict[str, Any]], tmp_path: Path) -> None:
+    run, lines = trained(), []  # type: tuple[Run, list[str]]
+    how: dict[str, Any] = {"norm": "l2", "batch_size": 7, "seed": 3, "say": lines.append, "state": tmp_path / "s"}
+    found = autoattack(run.model, splits().test, EPS, 20, version="plus", search_precision="bf16", **how)
+    assert (found.accuracy, found.images, found.version, found.seed, found.instead) == (0.5, 20, "plus", 3, None)
+    (seen,) = Fake.seen
+    assert (seen["eps"], seen["norm"], seen["version"], seen["seed"], seen["batch_size"]) == (EPS, "l2", "plus", 3, 7)
+    assert (seen["search_precision"], seen["state_path"]) == ("bf16", tmp_path / "s")
+    assert seen["ids"].tolist() == list(range(20)) and seen["x"].dtype == torch.float32 and seen["x"].max() <= 1
+    assert lines == ["AutoAttack (plus) on 20 images at eps 25.5/255 (l2)"]
+    right, instead = verdicts(run.model, splits().test, EPS)
+    assert right.sum() == 20 and instead is None and Fake.seen[1]["version"] == "standard"
+
+
+def test_a_report_has_its_parts_and_a_state_for_each(fake: list[dict[str, Any]], tmp_path: Path) -> None:
+    run, state = trained(), tmp_path / "s"
+    with pytest.warns(UserWarning, match="something else") as told:
+        report = evaluate(
+            run.model, splits().test, (EPS, 0.2), attacks=("apgd", "square", "autoattack"), state=state, seed=3
+        )
+    assert not [w for w in told if "gradient of 3 images" in str(w.message)], "a note of the record, and no warning"
+    assert [seen["version"] for seen in fake] == 2 * ["apgd", "custom", "standard"]
+    assert [seen["eps"] for seen in fake] == 3 * [EPS] + 3 * [0.2] and list(fake[1]["parts"]) == ["square"]
+    paths = [Path(seen["state_path"]).name for seen in fake]
+    assert len(set(paths)) == 6 and paths[:2] == ["s.apgd-0.1", "s.square-0.1"]
+    outcome = report.outcome("autoattack")
+    assert (outcome.accuracy, outcome.nan, outcome.distance, outcome.parts) == (0.5, 2, 0.05, Fake.parts)
+    assert "black box stronger than white box" in {s.sign for s in report.signs if s.attack == "autoattack"}
+    written = report.to_dict()
+    assert written["autoattack_acc"] == "50.00" and "upper bounds" not in report.table()
+    whole = written["evaluation"]["attacks"][3]
+    assert whole["notes"] == ["the gradient of 3 images is 0"] or whole["notes"] == ("the gradient of 3 images is 0",)
+    assert whole["after_each_part"] == Fake.parts and json.dumps(written)
+    evaluate(run.model, splits().test, EPS, attacks="autoattack", state=state, autoattack_version="rand")
+    assert fake[-1]["state_path"] == state and fake[-1]["version"] == "rand"
+
+
+def test_it_is_as_strong_as_pgd_in_every_norm() -> None:
+    run, random, before = trained(), torch.get_rng_state(), None
+    before = weights(run.model)
+    for norm, eps in (("linf", 0.25), ("l2", 0.8), ("l1", 5.0)):
+        found = autoattack(run.model, splits().test, eps, 8, norm=norm, version="apgd")  # type: ignore[arg-type]
+        ours = evaluate(run.model, splits().test, eps, norm=norm, size=8)
+        assert found.accuracy <= ours.pgd + 1e-9 and ours.pgd < ours.clean, norm
+    assert torch.equal(torch.get_rng_state(), random) and same(weights(run.model), before)
+    clean = autoattack(run.model, splits().test, 1e-6, 4, version="apgd").accuracy
+    assert clean == evaluate(run.model, splits().test, 1e-6, size=4).clean
+
+
+def test_logits_of_a_wrong_shape_are_refused() -> None:
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1), torch.nn.Flatten(0))
-    with pytest.raises(TypeError, match=r"model must return logits \[1, classes\], got shape \[1\]"):
+    with pytest.raises(TypeError, match=r"model must return logits \[20, classes\], got shape \[20\]"):
         autoattack(flat, splits().test, EPS, 20)
 
 
-def test_what_the_package_is_told_and_what_it_may_not_change(fake: dict[str, Any]) -> None:
-    run = trained()
-    run.model.train()
-    random, before = torch.get_rng_state(), weights(run.model)
-    lines: list[str] = []
-    found = autoattack(run.model, splits().test, EPS, 20, batch_size=7, seed=3, say=lines.append)
-    assert (found.accuracy, found.images, found.version) == (0.5, 20, "standard")
-    seen = Fake.seen
-    assert seen["how"] == {"version": "standard", "eps": EPS, "norm": "Linf", "seed": 3, "device": torch.device("cpu")}
-    assert seen["attack"].fab.n_target_classes == seen["attack"].apgd_targeted.n_target_classes == 3  # of 4 classes
-    assert seen["batch_size"] == 7 and len(seen["x"]) == 20 and not seen["training"] and not seen["trainable"]
-    assert torch.equal(torch.get_rng_state(), random) and same(weights(run.model), before) and run.model.training
-    assert all(p.requires_grad for p in run.model.parameters())
-    assert "20 images at eps 25.5/255" in lines[0]
-    autoattack(run.model, splits().test, EPS, 20, version="apgd")
-    assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", ["apgd-ce", "apgd-t"])
-
-
-@pytest.mark.parametrize(("norm", "name", "text"), [("l2", "L2", "51/255 (l2)"), ("l1", "L1", "0.2 (l1)")])
-def test_the_norm_is_passed_on_with_what_the_package_does_in_it(
-    norm: Any, name: str, text: str, fake: dict[str, Any]
-) -> None:
-    lines: list[str] = []
-    wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20))
-    autoattack(wide, splits().test, 0.2, 20, norm=norm, version="apgd", say=lines.append)
-    attack = Fake.seen["attack"]
-    assert Fake.seen["how"]["norm"] == name and f"at eps {text}" in lines[0]
-    assert vars(attack.apgd) == ({"use_largereps": True} if norm == "l1" else {})
-    assert attack.apgd_targeted.n_target_classes == (5 if norm == "l1" else 9) and attack.fab.n_target_classes == 9
-
-
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.8), ("l1", 5.0)])
-def test_the_package_is_stronger_than_pgd_in_every_norm(norm: Any, eps: float) -> None:
-    pytest.importorskip("pyautoattack")
-    run = trained()
-    found = autoattack(run.model, splits().test, eps, 4, norm=norm, version="apgd")
-    ours = evaluate(run.model, splits().test, eps, norm=norm, size=4)
-    assert found.accuracy <= ours.pgd + 1e-9 and ours.pgd < ours.clean
-
-
-def test_what_says_nothing_is_right_for_no_label(fake: dict[str, Any]) -> None:
+def test_what_says_nothing_is_right_for_no_label() -> None:
     model = trained().model
-    model.register_forward_hook(lambda module, args, z: z * float("nan"))
+    model.register_forward_hook(lambda module, args, z: z * math.nan)
     assert autoattack(model, splits().test, EPS, 20).accuracy == 0
+    report = evaluate(model, splits().test, EPS, attacks="autoattack")
+    assert report.accuracy("autoattack") == 0 and report.outcome("autoattack").nan == 40
 
 
-@pytest.mark.parametrize(
-    "classes, version, attacks, instead",
-    [
-        (2, "apgd", ["apgd-ce"], "without apgd-t"),
-        (2, "standard", ["apgd-ce", "fab-t", "square"], "without apgd-t"),
-        (3, "apgd", ["apgd-ce", "apgd-dlr"], "apgd-dlr for apgd-t"),
-        (3, "standard", ["apgd-ce", "apgd-dlr", "fab-t", "square"], "apgd-dlr for apgd-t"),
-    ],
-)
-def test_few_classes(fake: dict[str, Any], classes: int, version: Any, attacks: list[str], instead: str) -> None:
+@pytest.mark.parametrize("classes, missing", [(2, "apgd-t"), (3, "apgd-t")])
+def test_few_classes(classes: int, missing: str) -> None:
     """The DLR loss takes three classes, targeted four."""
-    model, test = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)), splits().test
-    with pytest.warns(UserWarning, match=f"on {classes} classes runs {instead}: the DLR loss takes three"):
-        found = autoattack(model, test, EPS, 12, version=version)
-    assert (Fake.seen["how"]["version"], Fake.seen["how"]["attacks"]) == ("custom", attacks)
-    assert found.instead == instead and Fake.seen["attack"].fab.n_target_classes == classes - 1
-    attacked = Result(Evaluation(0.5, 0.25, 0.125, 100, EPS, 20, EPS, 1, 1.0, "cpu"), autoattack=found)
-    assert f"{'AA' if version == 'standard' else 'APGD'}, {instead} (12 images)" in table({"adv": attacked})
-    with pytest.raises(ValueError, match="has 1 class, so there is no other to reach"):
-        autoattack(torch.nn.Sequential(model, torch.nn.Linear(classes, 1)), test, EPS, 4)
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.filterwarnings("ignore:AutoAttack on")
-def test_the_package_itself_attacks_few_classes(classes: int) -> None:
-    pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
     test = splits().test
     few = Images(test.images, test.labels % classes)
-    assert autoattack(model, few, 0.9, 8).accuracy == 0
+    with pytest.warns(UserWarning, match=f"no {missing}"):
+        found = autoattack(model, few, 0.9, 8, version="apgd")
+    assert found.accuracy == 0 and found.instead and missing in found.instead
+    attacked = Result(Evaluation(0.5, 0.25, 0.125, 100, EPS, 20, EPS, 1, 1.0, "cpu"), autoattack=found)
+    assert f"APGD, {found.instead} (8 images)" in table({"adv": attacked})
+    with pytest.raises(ValueError, match="1 class, so there is no other to reach"):
+        autoattack(torch.nn.Sequential(model, torch.nn.Linear(classes, 1)), test, EPS, 4)
 
 
-def test_the_package_does_not_call_the_models_own_train(fake: dict[str, Any]) -> None:
-    class Merging(torch.nn.Linear):
-        def train(self, mode: bool = True) -> Any:
-            pytest.fail("train() was called")
+def test_a_network_without_gradients_is_left_to_square() -> None:
+    inner = trained().model
 
-    inner = InRows(torch.nn.Sequential(Merging(4, 2)))
-    assert not inner.eval().training and inner.model.training
+    class Detached(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return inner(x)
+
+    report = evaluate(Detached(), splits().test, 0.9, attacks=("fgsm", "pgd-2", "apgd"), size=8)
+    assert [o.attack.name for o in report.outcomes] == ["clean", "square"]
+    assert "no gradient" in {sign.sign for sign in report.signs} and "Square" in report.table()
+    assert report.accuracy("square") < report.clean
 
 
-def test_the_package_gets_contiguous_gradients_of_a_channels_last_network() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.rand(2, 3, 8, 8, requires_grad=True)
-    (as_it_comes,) = torch.autograd.grad(model(x).sum(), x)
-    (grad,) = torch.autograd.grad(InRows(model)(x).sum(), x)
-    assert grad.is_contiguous() and not as_it_comes.is_contiguous() and torch.equal(grad, as_it_comes)
+def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    run, state = trained(), tmp_path / "s"
+    report = evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=8)
+    again = evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=8)
+    assert torch.equal(report.outcome("apgd").right, again.outcome("apgd").right)
+    with pytest.raises(ValueError, match="images are not the ones given"):
+        evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=9)
+    with torch.no_grad():
+        next(run.model.parameters()).mul_(2)
+    with pytest.raises(ValueError, match=f"{state} is of another evaluation: its weights are not the ones given"):
+        evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=8)
 
 
 def test_the_column() -> None:
@@ -158,11 +176,15 @@ def test_the_column() -> None:
     attacked = Result(evaluation, autoattack=AutoAttacked(0.1, 2000, "standard", 3.0))
     lines = table({"adv": attacked, "other": Result(evaluation)}).splitlines()
     assert lines[0].endswith("PGD-20  AA (2,000 images)") and lines[2].endswith("10.0 %")
-    attacked = Result(evaluation, autoattack=AutoAttacked(0.1, 20, "apgd", 3.0))
-    assert table({"adv": attacked}).splitlines()[0].endswith("APGD (20 images)")
+    for version, header in (("apgd", "APGD"), ("plus", "AA plus"), ("rand", "AA rand")):
+        attacked = Result(evaluation, autoattack=AutoAttacked(0.1, 20, version, 3.0))
+        assert table({"adv": attacked}).splitlines()[0].endswith(f"PGD-20  {header} (20 images)")
 
 
-def test_train_and_evaluate_show_it(fake: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_train_and_evaluate_show_it(
+    fake: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tyro")
     pytest.importorskip("sklearn")
     quick = "--epochs 1 --train-size 64 --width 2 --eval-size 50 --probe-size 0 --method standard --beside none"
@@ -171,28 +193,25 @@ def test_train_and_evaluate_show_it(fake: dict[str, Any], tmp_path: Path, capsys
     written = json.loads((tmp_path / "standard" / "results.json").read_text())["methods"]["standard"]
     assert written["autoattack"]["accuracy"] == 0.5 and written["autoattack"]["images"] == 10
     asked = ["--autoattack", "6", "--autoattack-version", "apgd", "--size", "20", "--json", str(tmp_path / "e.json")]
-    assert cli.main(["evaluate", str(tmp_path / "standard"), *asked]) == 0
-    assert "APGD (6 images)" in capsys.readouterr().out
+    state = str(tmp_path / "s")
+    assert cli.main(["evaluate", str(tmp_path / "standard"), *asked, "--state", state]) == 0
+    assert "APGD (6 images)" in capsys.readouterr().out and fake[-1]["state_path"] == state
     assert json.loads((tmp_path / "e.json").read_text())["autoattack"]["version"] == "apgd"
+    named = ["--attacks", "autoattack", "--size", "6", "--search-precision", "bf16", "--state", state]
+    assert cli.main(["evaluate", str(tmp_path / "standard"), *named]) == 0
+    assert "AutoAttack" in capsys.readouterr().out and fake[-1]["search_precision"] == "bf16"
 
 
-def test_a_missing_package_is_named_before_anything_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match="pip install --no-deps pyautoattack"):
-        compare(TrainConfig(**TINY | {"autoattack": 5, "out_dir": str(tmp_path / "run")}), splits=splits())
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("version", ["apgd", "standard"])
-def test_autoattack_itself_is_stronger_than_pgd(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyautoattack")
-    run, random = trained(), torch.get_rng_state()
-    eps, size = 0.25, 12
-    if version == "standard":  # Square's 5000 queries are all that takes time, and none where APGD has fooled all
-        eps = 0.9
-    found = autoattack(run.model, splits().test, eps, size, version=version)
-    pgd = evaluate(run.model, splits().test, eps, size=size)
-    assert found.accuracy <= pgd.pgd + 1e-9 and found.images == size
-    assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in run.model.parameters())
-    clean = autoattack(run.model, splits().test, 1e-6, 4, version="apgd").accuracy
-    assert clean == evaluate(run.model, splits().test, 1e-6, size=4).clean
+@pytest.mark.filterwarnings("ignore")
+def test_a_comparison_that_was_stopped_goes_on_in_the_attack(fake: list[dict[str, Any]], tmp_path: Path) -> None:
+    settings: dict[str, Any] = TINY | {"method": "standard", "epochs": 1, "autoattack": 5, "eval_size": 8}
+    folder = tmp_path / "run"
+    Fake.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        compare(TrainConfig(**settings, out_dir=str(folder)), splits=splits(), show="silent", say=str)
+    assert Path(fake[0]["state_path"]).read_text() == "half"
+    Fake.stop = False
+    resumed = TrainConfig(**settings, resume=str(folder / "standard"))
+    compare(resumed, splits=splits(), show="silent", say=str)
+    assert fake[0]["state_path"] == fake[1]["state_path"]
+    assert not list((folder / "standard").glob("*.state")), "of what is done nothing has to go on"

@@ -57,6 +57,21 @@ def locate(path: str | os.PathLike[str]) -> Path:
     return file
 
 
+def is_own(path: str | os.PathLike[str]) -> bool:
+    """Whether a file was written by a run, and says which network it holds; a bare state dict does not."""
+    file = Path(path)
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
+
+            with safe_open(str(file), framework="pt") as opened:
+                return "atlas" in (opened.metadata() or {})
+        state = torch.load(file, map_location="meta", weights_only=True)
+        return isinstance(state, dict) and {"format", "model", "arch"} <= state.keys()
+    except Exception:  # a damaged file raises nearly anything, and whoever reads it says so
+        return False
+
+
 def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, Any]:
     """A checkpoint's state, on the CPU: what it holds is of the kind that a run writes, and ``needed`` is there.
 

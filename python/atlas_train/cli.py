@@ -34,15 +34,16 @@ from .config import (
     from_file,
     without_retired,
 )
-from .imported import require_trusted, without_place
+from .imported import is_import_path, require_trusted, without_place
 from .interrupts import Terminated, terminable
 from .machine import MOST_THREADS
 from .options import Norm, allowed, fraction, hints, nearest, one_line, option, plain, shown
-from .writing import write_json
+from .robustness.named import ABOUT
+from .writing import write_json, write_text
 
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
-       atlas evaluate CHECKPOINT [flags]                        clean, FGSM and PGD accuracy of a trained network
+       atlas evaluate RUN [flags]                               accuracy of a trained network, clean and under attacks
        atlas methods                                            the methods and their hyper-parameters
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
@@ -56,14 +57,25 @@ has a value that it cannot have, is explained in a box.
 class EvaluateConfig:
     """The flags of ``atlas evaluate``."""
 
-    model: str | None = option(None, "network, by name or import path; default: the run's, if it is one of ours")
+    attacks: tuple[str, ...] | None = option(None, f"by name: {ABOUT}. Default: clean, FGSM and PGD with --steps")
+    model: str | None = option(
+        None, "network, by name or import path; a state dict needs it; default: the run's, if it is one of ours"
+    )
+    width: int | None = option(None, "of a state dict's network, if it is one of ours; default: its own", low=1)
+    activation: Literal["relu", "silu", "gelu"] = option("relu", "the same")
+    mean: tuple[float, ...] | None = option(
+        None,
+        "mean by which images are normalised before a state dict's or a factory's network, a number for each channel; "
+        "none, and std too: images go in as they are. Default: the file's own, or the network normalises itself",
+    )
+    std: tuple[float, ...] | None = option(None, "standard deviation, beside mean", above=0)
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
     other_data: bool = option(False, "the data of your own may be others than the run's")
-    eps: float | None = option(
+    eps: tuple[float, ...] | None = option(
         None,
-        "radius of the ball, e.g. 8/255; default: the run's, or of the data set in another norm",
+        "radius of the ball, e.g. 8/255, or several; default: the run's, or of the data set in another norm",
         above=0,
         below=1,
         of_linf=True,
@@ -72,15 +84,30 @@ class EvaluateConfig:
     norm: Norm | None = option(None, "of the ball; default: the run's")
     size: int | None = option(None, "test images; default: the run's, which is 1000 on a CPU, else all", low=1)
     batch_size: int = option(250, "images at a time", low=1)
-    steps: int = option(20, "PGD steps", low=1)
+    steps: int = option(20, "PGD steps, where no attacks are named", low=1)
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
-    restarts: int = option(1, "PGD restarts", low=1)
+    restarts: int = option(1, "PGD restarts, where no attacks are named", low=1)
     autoattack: int = option(0, AUTOATTACK, low=0)
-    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
+    autoattack_version: Literal["standard", "apgd", "plus", "rand"] = option("standard", AUTOATTACK_VERSION)
+    search_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "of the network while AutoAttack searches; what it finds counts only if the network in fp32 says so too"
+    )
+    state: str | None = option(
+        None, "file from which an AutoAttack that was stopped goes on; of another network, data or settings: refused"
+    )
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
     threads: int | None = option(None, "CPU threads; default: the run's", low=1, high=MOST_THREADS)
-    json: str | None = option(None, "also write the result to this file")
+    json: str | None = option(
+        None, "also write the result to this file; with --attacks in the form of RobustBench's records, and more"
+    )
+    table: Literal["text", "markdown", "latex"] = option("text", "form of the table of --attacks")
+    per_class: bool = option(False, "also a table of the accuracies of each class")
+    per_sample: str | None = option(None, "also write which image is right under which attack to this CSV file")
+    curve: str | None = option(None, "also draw accuracy over eps, a PNG, which needs matplotlib")
+    export_state_dict: str | None = option(
+        None, "also write the weights to this file, as RobustBench's loader reads them (mean and std as mu and sigma)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,23 +256,84 @@ def _without_retired(argv: Sequence[str]) -> list[str]:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """``atlas evaluate``: a checkpoint's accuracies on the test images."""
+    """``atlas evaluate``: the accuracies of a run's network on its test images, or a report on any network."""
+    wanted = [
+        flags.text_flag(
+            "checkpoint", "run folder, last.pt or model.safetensors; a state dict; or package.module:factory",
+            positional=True,
+        ),
+        *flags.declared(EvaluateConfig, {}),
+    ]  # fmt: skip
+    args = flags.parse(wanted, "evaluate", "Accuracy of a trained network, clean and under attacks.", argv)
+    for name in ("json", *_REPORTED):
+        if isinstance(path := getattr(args, name), str) and name != "table" and Path(path).is_dir():
+            raise IsADirectoryError(f"--{name.replace('_', '-')} {plain(path)} is a folder: name a file")
+    if _is_report(args, argv):
+        return _report(args, argv)
     from .results import table
     from .stored import evaluate_checkpoint
 
-    wanted = [
-        flags.text_flag("checkpoint", "run folder, last.pt or model.safetensors", positional=True),
-        *flags.declared(EvaluateConfig, {}),
-    ]
-    args = flags.parse(wanted, "evaluate", "Clean, FGSM and PGD accuracy of a trained network.", argv)
-    if args.json and Path(args.json).is_dir():
-        raise IsADirectoryError(f"--json {plain(args.json)} is a folder: name a file")
-    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name != "json"}
-    results = evaluate_checkpoint(args.checkpoint, **asked)
+    own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
+    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked)
     print(table(results))
     (result,) = results.values()
     if args.json:
         write_json(Path(args.json), result.to_dict() | {"checkpoint": without_place(args.checkpoint)})
+    return 0
+
+
+#: Flags that only a report knows.
+_REPORTED = ("table", "per_class", "per_sample", "curve", "export_state_dict")
+
+
+def _is_report(args: Any, argv: Sequence[str]) -> bool:
+    """Whether a report is asked for: attacks by name, several radii, what only a report has, or no run."""
+    from . import checkpoint
+
+    several = len(args.eps or ()) > 1
+    path = Path(args.checkpoint)
+    foreign = path.is_file() and not checkpoint.is_own(path) or (is_import_path(args.checkpoint) and not path.exists())
+    return bool(args.attacks) or several or foreign or any(flags.is_given(name, argv) for name in _REPORTED)
+
+
+def _report(args: Any, argv: Sequence[str]) -> int:
+    """The report of ``--attacks``, and the files that were asked for."""
+    from .report import require_matplotlib, write_robustness
+    from .robustness.export import export_state_dict
+    from .robustness.named import CLEAN
+    from .targets import evaluate_target
+
+    attacks = args.attacks
+    if attacks and (given := [name for name in ("steps", "restarts", "autoattack") if flags.is_given(name, argv)]):
+        raise ValueError(
+            f"--{given[0]} is for evaluations without --attacks, whose names say it: pgd-50-10 is 50 steps and 10 "
+            "restarts, autoattack is AutoAttack on the images of --size"
+        )
+    if not attacks:
+        restarts = f"-{args.restarts}" if args.restarts > 1 else ""
+        attacks = (CLEAN, "fgsm", f"pgd-{args.steps}{restarts}", *(["autoattack"] if args.autoattack else []))
+    if args.curve:
+        require_matplotlib()
+    asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
+    how = {name: getattr(args, name) for name in asked}
+    names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
+    where = {name: getattr(args, name) for name in names}
+    report, found = evaluate_target(
+        args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, device=args.device,
+        threads=args.threads, how=how, **where,
+    )  # fmt: skip
+    print(report.table(args.table))
+    if args.per_class:
+        print(f"\n{report.class_table(args.table)}")
+    if args.json:
+        write_json(Path(args.json), report.to_dict())
+    if args.per_sample:
+        write_text(Path(args.per_sample), report.samples_csv())
+    if args.curve:
+        write_robustness(Path(args.curve), report.curves(), report.norm)
+    if args.export_state_dict:
+        export_state_dict(found.network, Path(args.export_state_dict), found.mean, found.std)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, methods, peak_memory, progress, protocols, schema
-from .autoattack import autoattack, require_autoattack
+from .autoattack import autoattack
 from .compiled import require_compilable
 from .config import PLACES, TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, identity, with_extra
@@ -37,6 +38,8 @@ from .writing import write_json, write_text
 Results = dict[str, Result]
 #: In the folder of a comparison the whole configuration, methods beside included.
 CONFIG = "config.json"
+#: Where an AutoAttack stands that is not done, by what it attacks.
+STATES = "autoattack-{}.state"
 EVALUATION, RESULTS, MARKDOWN, CURVES = "evaluation.json", "results.json", "results.md", "curves.png"
 
 
@@ -79,8 +82,6 @@ def compare_once(
     config: TrainConfig, splits: DataSplits | None, show: str, say: Say, command: Sequence[str] | None, stopped: Say
 ) -> Results:
     """``compare``; ``stopped`` takes the line that says how a run goes on."""
-    if config.autoattack:
-        require_autoattack()
     config, folders = _resumed(config) if config.resume else (config, {})
     splits = with_extra(splits or load_for(config, folders), config.extra_data)
     if not len(splits.test):
@@ -285,11 +286,11 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
     with on_host(c.threads):
-        last = _attacked(c, model, run.epoch, splits, say)
+        last = _attacked(c, model, run.epoch, splits, folder, say)
         with best_weights(run) as better:
             if better:
                 say(best_told(run.best, run.best_raw))
-            best = _attacked(c, better, run.best, splits, say) if better else last if run.best else None
+            best = _attacked(c, better, run.best, splits, folder, say) if better else last if run.best else None
             best = best and replace(best, raw=run.best_raw or None)
         passes, memory = passes_per_step(run), peak_memory.of_training(run)
     result = replace(
@@ -307,17 +308,21 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         ended=run.ended or None,
     )
     write_json(folder / EVALUATION, result.to_dict() | {"of": of})
+    for state in folder.glob(STATES.format("*")):
+        state.unlink()
     return result
 
 
-def _attacked(c: TrainConfig, model: nn.Module, epoch: int, splits: DataSplits, say: Say) -> Result:
-    """The accuracies of the network as it was after that epoch."""
+def _attacked(c: TrainConfig, model: nn.Module, epoch: int, splits: DataSplits, folder: Path, say: Say) -> Result:
+    """The accuracies of the network as it was after that epoch; an AutoAttack that was stopped goes on."""
     ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
     how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
     result = Result(evaluate(model, splits.test, **ball, **how), epoch=epoch)
     if not c.autoattack:
         return result
-    attacked = autoattack(model, splits.test, size=c.autoattack, version=c.autoattack_version, say=say, **ball)
+    ball |= {"version": c.autoattack_version, "size": c.autoattack}
+    of = hashlib.sha256(f"{checkpoint.fingerprint(model)} {ball}".encode()).hexdigest()[:16]
+    attacked = autoattack(model, splits.test, state=folder / STATES.format(of), say=say, **ball)
     return replace(result, autoattack=attacked)
 
 

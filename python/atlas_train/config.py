@@ -48,10 +48,13 @@ SECTIONS = {
 }
 _AUTO = "default: by data set"
 AUTOATTACK = (
-    "test images for AutoAttack, which needs pip install --no-deps pyautoattack; 0: none. PGD alone flatters "
-    "methods: for GAIRAT, MART and MMA gaps of 5 to 10 points are published, ATLAS' is 16 on digits"
+    "test images for AutoAttack; 0: none. PGD alone flatters methods: for GAIRAT, MART and MMA gaps of 5 to 10 "
+    "points are published, ATLAS' is 16 on digits"
 )
-AUTOATTACK_VERSION = "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the first two, in a fraction of the time"
+AUTOATTACK_VERSION = (
+    "standard: APGD-CE, APGD-T, FAB-T and Square; apgd: the first two, in a fraction of the time; plus: more of each; "
+    "rand: for networks that draw random numbers"
+)
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +331,7 @@ class TrainConfig(metaclass=_Lenient):
 
     eval_size: int | None = option(None, "test images of the final evaluation; default: 1000 on a CPU, else all", low=1)
     autoattack: int = option(0, AUTOATTACK, low=0)
-    autoattack_version: Literal["standard", "apgd"] = option("standard", AUTOATTACK_VERSION)
+    autoattack_version: Literal["standard", "apgd", "plus", "rand"] = option("standard", AUTOATTACK_VERSION)
 
     train_precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32",

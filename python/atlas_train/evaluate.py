@@ -1,36 +1,50 @@
-"""Evaluation: accuracy on clean images, under FGSM and under PGD."""
+"""Evaluation: accuracy on clean images and under attacks."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD, Attack
-from atlas_kernels.attacks.held import generators, put_back
 from atlas_kernels.checks import whole
-from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
-from .data import Batches, Images
+from . import autoattack as ensembles
+from .data import Images
+from .inference import device_of
+from .inference import eval_mode as eval_mode
+from .inference import evaluating as evaluating
+from .inference import predict as predict
+from .models.classifier import Normalize
 from .options import Norm, fraction, radius
+from .robustness import signs
+from .robustness.named import CLEAN, Named, default_step, named
+from .robustness.outcome import Outcome
+from .robustness.report import Report
+from .robustness.samples import SUBSET_SEED as SUBSET_SEED
+from .robustness.samples import Samples, gathered
+from .robustness.tally import Progress, Tally, Verdict
 
 Say = Callable[[str], None]
 CPU_SIZE = 1000
-SUBSET_SEED = 0  # one fixed draw, so that every model sees the same images
 #: The accuracies of an ``Evaluation``, and what tables call them.
 ACCURACIES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD-{pgd_steps}"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in [0, 1] over ``images`` test images, and how they were made (radii for images in [0, 1])."""
+    """Accuracies in [0, 1] over ``images`` test images, and how they were made (radii for images in [0, 1]).
+
+    signs: what stands against trusting them, in words.
+    """
 
     clean: float
     fgsm: float
@@ -44,6 +58,7 @@ class Evaluation:
     device: str
     seed: int = 0
     norm: Norm = "linf"
+    signs: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; eps also as everyone writes it."""
@@ -55,11 +70,19 @@ class Evaluation:
         return 0.5 / math.sqrt(self.images)
 
 
+@overload
+def evaluate(model: nn.Module, data: Any, eps: float, *, attacks: None = None, **settings: Any) -> Evaluation: ...
+@overload
 def evaluate(
+    model: nn.Module, data: Any, eps: float | Sequence[float] | None = None, *, attacks: Sequence[str] | str,
+    **settings: Any,
+) -> Report: ...  # fmt: skip
+def evaluate(  # type: ignore[misc]  # of settings, which are those below
     model: nn.Module,
-    images: Images,
-    eps: float,
+    data: Any,
+    eps: float | Sequence[float] | None = None,
     *,
+    attacks: Sequence[str] | str | None = None,
     norm: Norm = "linf",
     size: int | None = None,
     batch_size: int = 250,
@@ -69,92 +92,212 @@ def evaluate(
     seed: int = 0,
     device: str | torch.device | None = None,
     channels_last: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    num_classes: int | None = None,
+    autoattack_version: ensembles.Version = "standard",
+    search_precision: ensembles.Precision = "fp32",
+    state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
-) -> Evaluation:
-    """Clean, FGSM and PGD accuracy of ``model`` in eval mode; it, and the random state, are as before afterwards.
+) -> Evaluation | Report:
+    """Accuracy of ``model`` in eval mode, clean and under attacks; it, and the random state, are as before afterwards.
+
+    Without ``attacks`` it is clean, FGSM and PGD accuracy at one eps. With their names, ``attacks=("fgsm",
+    "pgd-50-10", "autoattack")``, it is a ``Report`` of all of them, at one eps or at several: accuracy by class and by
+    image, tables, JSON, and the signs that a figure cannot be trusted (docs/evaluation.md).
 
     An image counts under an attack if it is classified correctly both clean and attacked (an image lies in its own
     ball), so attacks run only on images that are right clean. Noise goes by the image's number in the set, so the
     result does not depend on the batch size (rounding aside).
 
     Args:
-        images: labelled uint8 images, usually the test split.
+        model: any module that gives logits, alone or in an object (``.logits``), a dict or a tuple.
+        data: ``Images``, usually the test split; a pair (images, labels) of tensors or arrays, images uint8 or float in
+            [0, 1]; or a loader of such batches.
         eps, norm: radius of the ball for images in [0, 1].
-        size: a stratified draw of so many images, always the same; default: 1000 on a CPU, all elsewhere.
-        steps, step_size, restarts: of PGD, from a uniform start; step_size default 2.5 * eps / steps, in l1 PGD's own.
+        attacks: names; ``robustness.named.ABOUT`` says which there are.
+        size: so many of the images: of a loader the first, else a stratified draw, always the same. Default: of
+            ``Images`` 1000 on a CPU and all elsewhere; else all.
+        steps, restarts: of PGD, where no attacks are named; from a uniform start.
+        step_size: of PGD; default 2.5 * eps / steps, in l1 PGD's own.
         seed: of the noise.
         device: where to run; default: where the model is. The model must be there.
-        say: told what is evaluated, and after the first batch for how long.
+        mean, std: by which images are normalised before they reach the model, one number for each channel; default: the
+            model normalises by itself, or not at all.
+        num_classes: of the data; a model of another number is refused. Default: not known.
+        autoattack_version, search_precision: as for ``autoattack``.
+        state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack; it is refused for
+            another model, other data or settings. With several, each has a file of its own beside it.
+        say: told what is evaluated, and how far it is.
     """
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    size = (CPU_SIZE if where.type == "cpu" else len(images)) if size is None else whole("size", size, 1)
-    if size < len(images):
-        images = images.subset(size, SUBSET_SEED)
-    steps, seed = whole("steps", steps, 1), whole("seed", seed, 0, 2**63 - 1)
-    attacks: dict[str, PGD] = {"fgsm": FGSM(eps, norm=norm)}
-    step_size = 2.5 * eps / steps if step_size is None and norm != "l1" else step_size
-    attacks["pgd"] = pgd = PGD(eps, step_size, steps, norm=norm, restarts=restarts)
-    batches = Batches(images, batch_size, shuffle=False, seed=0, device=where, channels_last=channels_last)
+    where = torch.device(device) if device is not None else device_of(model)
+    model = _normalising(model, mean, std, where)
+    size = None if size is None else whole("size", size, 1)
+    if size is None and isinstance(data, Images) and where.type == "cpu":
+        size = CPU_SIZE
+    samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
-    if say:
-        names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
-        say(f"evaluating {len(images):,} images at eps {radius(eps, norm)}: {names}")
-
+    at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
+    if attacks is not None:
+        balls = _radii(eps)
+        path = None if state is None else Path(state)
+        how = {"version": autoattack_version, "batch_size": at.batch_size, "search_precision": search_precision}
+        return _reported(model, at, named(attacks), balls, step_size, num_classes, path, how)
+    if not isinstance(eps, (int, float)):
+        raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
+    steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
+    pgd = PGD(eps, default_step(eps, steps, norm, step_size), steps, norm=norm, restarts=restarts)
+    names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
+    at.say(f"evaluating {len(samples):,} images at eps {radius(eps, norm)}: {names}")
+    fgsm = Named("fgsm", "FGSM", "one step"), FGSM(eps, norm=norm)
+    runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
     started = time.perf_counter()
-    correct = torch.zeros(len(ACCURACIES), dtype=torch.int64, device=where)
     with evaluating(model):
-        for number, (x, y, ids) in enumerate(batches):
-            rights = survivors(model, attacks, x, y, ids, key)
-            correct += torch.stack([rights[name].sum() for name in ACCURACIES])
-            if number == 0 and len(batches) > 1 and say:
-                _synchronize(where)
-                say(f"  about {(time.perf_counter() - started) * len(batches):.0f} s in all")
-    shares = dict(zip(ACCURACIES, (correct.double() / len(images)).tolist(), strict=True))
-    seconds = time.perf_counter() - started
+        found = _attacked(model, at, runs)
     return Evaluation(
-        **shares, images=len(images), eps=eps, pgd_steps=steps, pgd_restarts=restarts, seconds=seconds,
-        pgd_step_size=float(pgd.effective_step_size), device=str(where), seed=seed, norm=norm,
+        **{name: outcome.accuracy for name, outcome in found.items()}, images=len(samples), eps=eps, pgd_steps=steps,
+        pgd_restarts=restarts, seconds=time.perf_counter() - started, pgd_step_size=float(pgd.effective_step_size),
+        device=str(where), seed=seed, norm=norm, signs=[sign.text for sign in signs.of_outcomes(list(found.values()))],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which images are attacked, where, and with what noise."""
+
+    samples: Samples
+    device: torch.device
+    batch_size: int
+    channels_last: bool
+    norm: Norm
+    key: Tensor
+    seed: int
+    say: Say
+
+    def batches(self, model: nn.Module, size: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return self.samples.batches(model, size or self.batch_size, self.device, self.channels_last)
+
+
+def _reported(
+    model: nn.Module,
+    at: _Place,
+    attacks: Sequence[Named],
+    radii: Sequence[float],
+    step_size: float | None,
+    num_classes: int | None,
+    path: Path | None,
+    how: Mapping[str, Any],
+) -> Report:
+    """``evaluate`` with attacks by name. path: where AutoAttack keeps its state; how: more of its arguments."""
+    started, state = time.perf_counter(), path
+    told = ", ".join(radius(eps, at.norm) for eps in radii)
+    at.say(f"evaluating {len(at.samples):,} images at eps {told}: {', '.join(a.label for a in attacks)}")
+    if model.training:
+        at.say("the model is in train mode: it is evaluated in eval mode, and then as it was")
+    with evaluating(model):
+        x, y, ids = next(at.batches(model, max(at.batch_size, signs.PROBED)))
+        probe = signs.probe(model, x, y, radii[0], at.norm, at.key, ids)
+        _require_labels(at.samples.y, probe.classes, num_classes)
+        able = [a for a in attacks[1:] if probe.differentiable or a.kind not in ("one step", "iterative")]
+        if not probe.differentiable and not any(a.searches for a in able):
+            able += named("square")[1:]
+        balls = [(attack, eps) for eps in radii for attack in able]
+        runs = {(a.name, eps): (a, a.attack(eps, at.norm, step_size)) for a, eps in balls if not a.searches}
+        searched = [(attack, eps) for attack, eps in balls if attack.searches]
+        outcomes: dict[Any, Outcome] = {}
+        for attack, eps in searched:  # before the others, which a resumed evaluation makes again
+            if path and len(searched) > 1:
+                state = path.with_name(f"{path.name}.{attack.name}-{eps:.6g}")
+            outcomes[attack.name, eps] = ensembles.outcome(
+                model, at.samples, attack, eps, at.norm, at.seed, at.say, state_path=state, **how
+            )
+        outcomes |= _attacked(model, at, runs)
+    found = (outcomes[CLEAN], *(outcomes[attack.name, eps] for attack, eps in balls))
+    return Report(
+        at.samples.y.cpu(), at.samples.numbers, found, at.norm, at.seed, str(at.device), time.perf_counter() - started,
+        (*signs.of_probe(probe, at.norm), *signs.of_outcomes(found)), probe,
+    )  # fmt: skip
+
+
+def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Outcome]:
+    """What attacks on gradients leave, by their keys, CLEAN first; the model is in eval mode already."""
+    tallies = {CLEAN: Tally(), **{name: Tally() for name in runs}}
+    attacks = {name: attack for name, (_, attack) in runs.items()}
+    progress = Progress(len(at.samples), at.device.type == "cpu", at.say)
+    for x, y, ids in at.batches(model):
+        before = time.perf_counter()
+        for name, verdict in judged(model, attacks, x, y, ids, at.key, at.norm):
+            tallies[name].add(verdict, -before + (before := time.perf_counter()))
+        progress.after(len(y), {how.label: tallies[name].share for name, (how, _) in runs.items()})
+    found = {CLEAN: tallies[CLEAN].outcome(named(CLEAN)[0], None, at.norm, {})}
+    for name, (how, attack) in runs.items():
+        found[name] = tallies[name].outcome(how, float(attack.eps), at.norm, _settings(attack))
+    return found
+
+
+def judged(
+    model: nn.Module, attacks: Mapping[Any, Attack], x: Tensor, y: Tensor, ids: Tensor, key: Tensor, norm: Norm
+) -> Iterator[tuple[Any, Verdict]]:
+    """The verdict on each row: clean, and then under each attack, for rows that are right clean."""
+    clean = predict(model, x)
+    yield CLEAN, Verdict.of(clean, y, x, x, norm)
+    rows = (clean == y).nonzero().squeeze(1)
+    for name, attack in attacks.items():
+        classes, adv = clean.clone(), x[rows]
+        if len(rows):
+            adv = attack(model, x[rows], y[rows], key=key, ids=ids[rows])
+            classes[rows] = predict(model, adv)
+        yield name, Verdict.of(classes, y, adv, x[rows], norm)
 
 
 def survivors(
     model: nn.Module, attacks: Mapping[str, Attack], x: Tensor, y: Tensor, ids: Tensor, key: Tensor
 ) -> dict[str, Tensor]:
     """Which rows are right: clean, and then under each attack. bool [B] each."""
-    clean = predict(model, x) == y
-    rights = {"clean": clean}
-    rows = clean.nonzero().squeeze(1)
-    for name, attack in attacks.items():
-        right = torch.zeros_like(clean)
-        if len(rows):
-            adv = attack(model, x[rows], y[rows], key=key, ids=ids[rows])
-            right[rows] = predict(model, adv) == y[rows]
-        rights[name] = right
-    return rights
+    return {name: verdict.right for name, verdict in judged(model, attacks, x, y, ids, key, "linf")}
 
 
-@torch.no_grad()
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The classes with the largest logits, int64 [B]; -1 where one is NaN, which is wrong whatever the label."""
-    logits = logits_of(model(x))
-    require_rows_of_logits(logits, x)
-    return predicted(logits)
+def _radii(eps: float | Sequence[float] | None) -> tuple[float, ...]:
+    """Each radius once, in the order given. Raises ValueError for none, or what is no number."""
+    radii = (eps,) if isinstance(eps, (int, float)) else tuple(eps or ())
+    if not radii or not all(isinstance(each, (int, float)) and 0 < each < math.inf for each in radii):
+        raise ValueError(f"eps must be a number > 0 or several, got {eps!r}: write 8 / 255 for images in [0, 1]")
+    return tuple(dict.fromkeys(float(each) for each in radii))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and at the end all is as before: buffers that move in eval mode too (scales of quantisation, say) and
-    the random state."""
-    indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with put_back(model, False, copy_buffers=True, seeds=dict.fromkeys(generators(indices)), alone=False):
-        yield
+def _normalising(
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device
+) -> nn.Module:
+    """The model behind a normalisation that is given apart from it."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, got mean {mean} and std {std}: give both, or neither")
+    if mean is None or std is None:
+        return model
+    whole_model = nn.Sequential(Normalize(mean, std).to(device), model)
+    whole_model.training = model.training
+    return whole_model
 
 
-def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """The modules' flags alone; ``train()`` and ``eval()``, which a network may override, are not called."""
-    return put_back(model, False)
+def _require_labels(labels: Tensor, classes: int, known: int | None) -> None:
+    """Raises ValueError for labels or data that are of other classes than the network's outputs."""
+    if known is not None and known != classes:
+        raise ValueError(
+            f"the model gives {classes} logits, and the data have {known} classes: give the model whose last layer has "
+            f"{known} outputs"
+        )
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels must be in 0..{classes - 1}, for the model gives {classes} logits, got labels from {low} to "
+            f"{high}: number the classes from 0, or give the model that knows them all"
+        )
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _settings(attack: Attack) -> dict[str, Any]:
+    """What a record says of an attack on gradients."""
+    known = {"steps": attack.steps, "step_size": float(attack.effective_step_size), "restarts": attack.restarts}
+    return known | {"objective": attack.objective}
+
+
+def _silent(text: str) -> None:
+    pass

@@ -18,13 +18,13 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 6  # names of each kind in an error
 
 
-def begin_with(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Gives the network the weights at ``path``, as ``read`` finds them.
+def begin_with(model: nn.Module, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Gives the network the weights at ``path``, as ``read`` finds them, or as ``weights`` has them already.
 
     Raises ValueError for those of another network, with all differences: what it lacks, what it has besides, shapes,
     another mean or std. The network is then as it was.
     """
-    weights = read(path)
+    what, weights = ("init", read(path)) if weights is None else ("state dict", weights)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     unused = tuple(getattr(model, "unused", ()))
     lacking = [name for name in own if name not in weights and not _is_identity(name, own[name])]
@@ -49,44 +49,44 @@ def begin_with(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ]
     if found:
         raise ValueError(
-            f"init {plain(path)} holds the weights of another network than {type(model).__name__}: {'; '.join(found)}"
+            f"{what} {plain(path)} holds the weights of another network than {type(model).__name__}: {'; '.join(found)}"
         )
     checkpoint.load_weights(model, {**own, **{name: weights[name] for name in both}, **_extra_state(model)}, path)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read(path: str | os.PathLike[str], what: str = "init") -> dict[str, Tensor]:
     """Weights by name: of a run's folder, a checkpoint (the average, if it has one), a .safetensors file, or a
     state_dict that torch.save wrote, bare or as "state_dict" or "model" of a dict. Prefixes of wrappers are taken off.
 
-    Raises FileNotFoundError, or ValueError for a file that is none of these.
+    Raises FileNotFoundError, or ValueError for a file that is none of these. what: it is called in errors.
     """
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(
-            f"init: there is no file or folder {plain(path)}; name a run's folder, a checkpoint or a file of weights"
+            f"{what}: there is no file or folder {plain(path)}; name a run's folder, a checkpoint or a file of weights"
         )
     file = checkpoint.locate(file)
-    weights = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
+    weights = _safetensors(file, what) if file.suffix == ".safetensors" else _torch(file, what)
     while prefix := next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
 
-def _safetensors(file: Path) -> dict[str, Tensor]:
+def _safetensors(file: Path, what: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file  # type: ignore[import-not-found,unused-ignore]
 
     try:
         return dict(load_file(str(file)))
     except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"init {plain(file)} cannot be read as safetensors: {one_line(error)}") from error
+        raise ValueError(f"{what} {plain(file)} cannot be read as safetensors: {one_line(error)}") from error
 
 
-def _torch(file: Path) -> dict[str, Tensor]:
+def _torch(file: Path, what: str) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
-            f"init {plain(file)} cannot be read as weights: {one_line(error)}; tensors by name are needed, as "
+            f"{what} {plain(file)} cannot be read as weights: {one_line(error)}; tensors by name are needed, as "
             "torch.save(model.state_dict(), ...) writes them"
         ) from error
     if isinstance(state, dict) and "format" in state and "model" in state:
@@ -95,9 +95,9 @@ def _torch(file: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"init {plain(file)} holds no tensors by name, but {type(state).__name__}")
+        raise ValueError(f"{what} {plain(file)} holds no tensors by name, but {type(state).__name__}")
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"init {plain(file)} holds what are no tensors: {_few(others)}")
+        raise ValueError(f"{what} {plain(file)} holds what are no tensors: {_few(others)}")
     return dict(state)
 
 

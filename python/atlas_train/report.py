@@ -1,4 +1,4 @@
-"""What training leaves behind: a CSV log, a learning-curve picture and TensorBoard events."""
+"""What training and evaluation leave behind: a CSV log, pictures of curves and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .options import NORMS, Norm
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
@@ -59,6 +60,29 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     right.legend(fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
+
+
+def require_matplotlib() -> None:
+    """Raises ImportError that says how to get it, where it is missing."""
+    if not find_spec("matplotlib"):
+        raise ImportError("a curve needs matplotlib: pip install 'atlas-kernels[train]'")
+
+
+def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> None:
+    """A PNG of accuracy over eps, a line for each attack."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    scale, unit = (1.0, "") if norm == "l1" else (255.0, " / 255")
+    for name, points in curves.items():
+        radii, shares = zip(*points, strict=True)
+        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], marker="o", label=name)
+    axes.set(xlabel=f"eps{unit} ({NORMS[norm]})", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 class TensorBoard:

@@ -221,6 +221,7 @@ def _told(results: Mapping[str, Result]) -> list[str]:
     if last := [name for name, result in results.items() if result.is_best]:
         lines.append(f"the last epoch is also the best of {', '.join(last)}")
     for name, result in results.items():
+        lines += [f"! {name}: {sign}" for sign in result.evaluation.signs]
         lines += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in result.collapses]
         for rescue in result.rescues:
             now = ", ".join(f"{key} {in_words(pair[1])}" for key, pair in rescue["changed"].items())
@@ -243,7 +244,7 @@ def _autoattack_header(rows: list[Result]) -> str:
     made = next((row.autoattack for row in rows if row.autoattack), None)
     if made is None:
         return ""
-    name = "AA" if made.version == "standard" else "APGD"
+    name = {"standard": "AA", "apgd": "APGD"}.get(made.version, f"AA {made.version}")
     return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
 
 

@@ -247,6 +247,7 @@ _COSTS = {
     **dict.fromkeys(("skipped", "epoch", "memory"), Entry("an integer >= 0", _count)),
     **dict.fromkeys(("rule", "ended"), Entry("a text", _text)),
     "raw": Entry("true or false", _flag),
+    "signs": Entry("a list", _list, each=Entry("a text", _text)),
     "norm": Entry("one of linf, l2, l1", lambda value: _text(value) and value in NORMS),
     "validation_share": Entry("a number", _number),
     "collapses": Entry("a list", _list, each=Entry("an epoch and a sign", _collapse)),

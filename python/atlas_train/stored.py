@@ -13,7 +13,7 @@ from torch import nn
 from atlas_kernels.checks import whole
 
 from . import checkpoint, data, models, progress
-from .autoattack import Version, require_autoattack
+from .autoattack import Precision, Version
 from .autoattack import autoattack as run_autoattack
 from .compare import Results, compare, is_comparison, settings_of
 from .config import added, alone, from_record, label
@@ -114,6 +114,8 @@ def evaluate_checkpoint(
     seed: int = 0,
     autoattack: int = 0,
     autoattack_version: Version = "standard",
+    search_precision: Precision = "fp32",
+    state: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
     say: Say = print,
@@ -133,12 +135,12 @@ def evaluate_checkpoint(
         other_data: True allows ``splits``, or what ``dataset`` gives, to be other data than the run's.
         eps, norm, size, threads: as for ``evaluate``; default: the run's, and in another norm the data set's eps.
         device: default: cuda where there is one.
-        autoattack: so many images for AutoAttack too.
+        autoattack: so many images for AutoAttack too; search_precision, state: as for ``autoattack.autoattack``. The
+            best epoch has a state of its own, beside it.
         say: told what is going on.
         pgd: steps, step_size and restarts, as for ``evaluate``.
     """
-    if whole("autoattack", autoattack, 0):
-        require_autoattack()
+    whole("autoattack", autoattack, 0)
     network, description, splits, images = opened(
         path,
         splits=splits,
@@ -165,12 +167,14 @@ def evaluate_checkpoint(
         raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps)")
     shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say}
 
-    def attacked(epoch: int | None) -> Result:
+    def attacked(epoch: int | None, name: str = "") -> Result:
         accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
         result = Result(accuracies, data=images, epoch=epoch)
         if not autoattack:
             return result
-        found = run_autoattack(network, splits.test, eps, autoattack, version=autoattack_version, **shared)
+        how: dict[str, Any] = {"version": autoattack_version, "search_precision": search_precision}
+        how["state"] = state and os.fspath(state) + name
+        found = run_autoattack(network, splits.test, eps, autoattack, **how, **shared)
         return replace(result, autoattack=found)
 
     with on_host(run.get("threads") if threads is None else threads):
@@ -180,7 +184,7 @@ def evaluate_checkpoint(
             say(best_told(best, bool(raw)))
             chosen = rule(run["method"], run["val_size"], chooses(run["averaging"], run["best_of"]))
             with checkpoint.weights_of(kept, network):
-                result = replace(result, best=replace(attacked(best), raw=raw or None), rule=chosen)
+                result = replace(result, best=replace(attacked(best, ".best"), raw=raw or None), rule=chosen)
     return {label(run["method"], run.get("awp", 0)): result}
 
 

@@ -21,3 +21,16 @@ def markdown(table: Table) -> str:
     """The table as markdown, aligned in the same way."""
     rows = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def latex(table: Table) -> str:
+    """The table for LaTeX, aligned in the same way, with the rules of booktabs."""
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in table]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
+
+
+def _escaped(cell: str) -> str:
+    """The characters that mean something to LaTeX, as themselves."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return "".join(words.get(c, rf"\{c}" if c in "&%$#_{}" else c) for c in cell)

@@ -1,0 +1,243 @@
+"""What an evaluation found: figures with the signs beside them, as tables, as JSON, by class and by image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import tables
+from ..options import Norm, fraction, radius
+from .named import AUTOATTACK, CLEAN
+from .outcome import Outcome
+from .signs import Probe, Sign
+
+Form = Literal["text", "markdown", "latex"]
+_FORMS: Mapping[Form, Callable[[tables.Table], str]] = {
+    "text": tables.aligned, "markdown": tables.markdown, "latex": tables.latex,
+}  # fmt: skip
+MARK = "!"  # beside a figure that a sign is about
+ALL = "all"
+#: The fields of a model's record at RobustBench (model_info/DATASET/THREAT/NAME.json), in its order; what only the
+#: authors know is null.
+RECORD = (
+    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
+    "clean_acc", "reported", "autoattack_acc", "footnote", "unreliable",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Accuracies of one network under several attacks at several radii, and what stands against trusting them.
+
+    labels, numbers: of the images, and where they stand in the whole set. outcomes: clean first, then by radius.
+    signs: what stands against a figure; probe: what few images said of the network.
+    """
+
+    labels: Tensor
+    numbers: Tensor
+    outcomes: tuple[Outcome, ...]
+    norm: Norm
+    seed: int
+    device: str
+    seconds: float
+    signs: tuple[Sign, ...] = ()
+    probe: Probe | None = None
+    class_names: Sequence[str] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_facts(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> Report:
+        """The same, for a network and images of which more is known."""
+        return replace(self, facts=facts, class_names=class_names)
+
+    @property
+    def clean(self) -> float:
+        """Accuracy on the images as they are."""
+        return self.outcomes[0].accuracy
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(o.eps for o in self.outcomes if o.eps is not None))
+
+    def outcome(self, attack: str, eps: float | None = None) -> Outcome:
+        """What an attack left, at that radius or at the first. Raises KeyError where it was not run."""
+        for outcome in self.outcomes:
+            if outcome.attack.name == attack and (eps is None or outcome.eps in (None, eps)):
+                return outcome
+        raise KeyError(f"{attack} was not run at eps {eps}: there are {', '.join(self._names)}, at {self.radii}")
+
+    def accuracy(self, attack: str, eps: float | None = None) -> float:
+        """In [0, 1]; "all" is the share of the images that no attack moved."""
+        return self.standing(eps).double().mean().item() if attack == ALL else self.outcome(attack, eps).accuracy
+
+    def standing(self, eps: float | None = None) -> Tensor:
+        """Which images are right under every attack at that radius (default: the first): the most one may claim."""
+        at = eps if eps is not None or not self.radii else self.radii[0]
+        return torch.stack([o.right for o in self.outcomes if o.eps in (None, at)]).all(0)
+
+    @property
+    def error(self) -> float:
+        """The largest standard error that an accuracy over so many images can have."""
+        return 0.5 / math.sqrt(len(self.labels))
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(outcome.attack.name for outcome in self.outcomes))
+
+    def table(self, form: Form = "text") -> str:
+        """A row for each radius, a column for each attack, and what stands against the figures."""
+        return "\n".join([_FORMS[form](self._rows()), *self._remarks(form)])
+
+    def _rows(self) -> tables.Table:
+        labels = [self.outcome(name).attack.label for name in self._names]
+        several = len(labels) > 2
+        header = ("eps", *labels, *([ALL] if several else []))
+        if not self.radii:
+            return [header, ("", self._cell(CLEAN, None))]
+        rows = [
+            (radius(eps, self.norm), *(self._cell(name, eps) for name in self._names), *self._least(eps, several))
+            for eps in self.radii
+        ]
+        return [header, *rows]
+
+    def _cell(self, name: str, eps: float | None) -> str:
+        outcome = self.outcome(name, eps)
+        marked = any(sign.of(outcome) for sign in self.signs if name != CLEAN or sign.attack == CLEAN)
+        return outcome.percent + (f" {MARK}" if marked else "")
+
+    def _least(self, eps: float, several: bool) -> list[str]:
+        return [f"{100 * self.accuracy(ALL, eps):.1f} %"] if several else []
+
+    def _remarks(self, form: Form) -> list[str]:
+        """The lines below the table."""
+        lines = [
+            f"{len(self.labels):,} images, standard error at most {100 * self.error:.1f} points; seed {self.seed}; "
+            f"{self.seconds:.0f} s on {self.device}"
+        ]
+        if ALL in self._rows()[0]:
+            lines[0] += "; all: right under every attack"
+        if self.radii and AUTOATTACK not in self._names:
+            lines.append("without autoattack these figures are upper bounds: robust accuracy is lower")
+        lines += [f"{MARK} {self._about(sign)}{sign.text}" for sign in self.signs]
+        if form == "latex":
+            return [f"% {line}" for line in lines]
+        return [line for text in lines for line in ("", text)] if form == "markdown" else lines
+
+    def _about(self, sign: Sign) -> str:
+        if sign.attack is None:
+            return ""
+        outcome = self.outcome(sign.attack, sign.eps)
+        return f"{outcome.attack.label}{f' at {outcome.ball}' if sign.eps is not None else ''}: "
+
+    def by_class(self) -> dict[int, dict[str, list[float]]]:
+        """By class, the accuracy under each attack, clean first, at each radius."""
+        found: dict[int, dict[str, list[float]]] = {}
+        for label in self.labels.unique().tolist():
+            own = self.labels == label
+            for o in self.outcomes:
+                found.setdefault(label, {}).setdefault(o.attack.name, []).append(o.right[own].double().mean().item())
+        return found
+
+    def class_table(self, form: Form = "text") -> str:
+        """A row for each class; a column for clean accuracy and for each attack at each radius."""
+        several = len(self.radii) > 1
+        labels = [o.attack.label + (f" {fraction_of(o)}" if several and o.eps else "") for o in self.outcomes]
+        rows = [("class", "images", *labels)]
+        for label in self.labels.unique().tolist():
+            own = self.labels == label
+            name = self.class_names[label] if self.class_names else str(label)
+            shares = (f"{100 * o.right[own].double().mean().item():.1f} %" for o in self.outcomes)
+            rows.append((name, f"{int(own.sum()):,}", *shares))
+        return _FORMS[form](rows)
+
+    def samples_csv(self) -> str:
+        """A row for each image: its number in the set, its label, and 1 or 0 for right or wrong in each column."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = [f"{o.attack.name}{f'@{fraction_of(o)}' if o.eps is not None else ''}" for o in self.outcomes]
+        writer.writerow(["image", "label", *names])
+        rights = torch.stack([o.right for o in self.outcomes]).int().T.tolist()
+        writer.writerows(
+            [number, label, *right]
+            for number, label, right in zip(self.numbers.tolist(), self.labels.tolist(), rights, strict=True)
+        )
+        return text.getvalue()
+
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """By attack, accuracy over eps from 0, where it is clean accuracy; and under all of them."""
+        names = [*self._names[1:], *([ALL] if len(self._names) > 2 else [])]
+        labels = {name: name if name == ALL else self.outcome(name).attack.label for name in names}
+        zero = (0.0, self.clean)
+        radii = sorted(self.radii)
+        return {labels[name]: [zero, *((eps, self.accuracy(name, eps)) for eps in radii)] for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record of RobustBench for the first radius; all that was measured is in "evaluation"."""
+        return self.record() | {"threat_model": {"linf": "Linf", "l2": "L2", "l1": "L1"}[self.norm]} | {
+            "evaluation": self.evaluation()
+        }  # fmt: skip
+
+    def record(self, eps: float | None = None) -> dict[str, Any]:
+        """The record of RobustBench at a radius (default: the first); autoattack_acc only of the standard version."""
+        eps = eps if eps is not None or not self.radii else self.radii[0]
+        standard = next(
+            (o for o in self.outcomes if o.attack.name == AUTOATTACK and o.eps == eps and _is_standard(o)), None
+        )
+        known = {
+            "additional_data": self.facts.get("additional_data"),
+            "number_forward_passes": 1,
+            "dataset": self.facts.get("dataset"),
+            "architecture": self.facts.get("architecture"),
+            "eps": None if eps is None else f"{eps:.4g}" if self.norm == "l1" else fraction(eps),
+            "clean_acc": f"{100 * self.clean:.2f}",
+            "autoattack_acc": standard and f"{100 * standard.accuracy:.2f}",
+            "footnote": f"{len(self.labels):,} images",
+            "unreliable": any(sign.eps in (None, eps) for sign in self.signs),
+        }
+        return {key: known.get(key) for key in RECORD}
+
+    def evaluation(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return {
+            "images": len(self.labels),
+            "norm": self.norm,
+            "seed": self.seed,
+            "device": self.device,
+            "seconds": self.seconds,
+            "attacks": [_described(o, self.labels) for o in self.outcomes],
+            "all": [{"eps": eps, "accuracy": self.accuracy(ALL, eps)} for eps in self.radii],
+            "signs": [vars(sign) for sign in self.signs],
+            "probe": self.probe and self.probe.to_dict(),
+            **self.facts,
+        }
+
+
+def fraction_of(outcome: Outcome) -> str:
+    """Its radius without the norm."""
+    return outcome.ball.partition(" ")[0]
+
+
+def _is_standard(outcome: Outcome) -> bool:
+    return outcome.settings.get("version") == "standard" and not outcome.settings.get("instead")
+
+
+def _described(outcome: Outcome, labels: Tensor) -> dict[str, Any]:
+    per_class = {label: outcome.right[labels == label].double().mean().item() for label in labels.unique().tolist()}
+    own = {
+        "attack": outcome.attack.name,
+        "eps": outcome.eps,
+        "accuracy": outcome.accuracy,
+        "per_class": {str(label): share for label, share in per_class.items()},
+        "nan": outcome.nan,
+        "seconds": outcome.seconds,
+        **outcome.settings,
+    }
+    if outcome.eps is not None:
+        own |= {"largest_distance": outcome.distance, "min": outcome.low, "max": outcome.high}
+    return own | ({"after_each_part": dict(outcome.parts)} if outcome.parts else {})

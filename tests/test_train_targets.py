@@ -1,0 +1,221 @@
+"""`atlas evaluate` with attacks by name: of a run, a state dict or a factory; and the files that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from atlas_train import checkpoint, cli, engine, models, stored, targets
+from atlas_train.config import TrainConfig
+from atlas_train.evaluate import evaluate
+from atlas_train.robustness import signs
+from atlas_train.robustness.export import export_state_dict
+from atlas_train.robustness.named import named
+from atlas_train.robustness.report import RECORD
+from tiny_runs import TINY, same, splits, weights
+
+CODE = """
+import torch
+from atlas_train.data import DataSplits
+from tiny_runs import splits as bars
+from atlas_train import models
+
+def colour():
+    return bars(channels=3)
+
+def network(num_classes, in_channels):
+    net = models.build("digits_net", num_classes=num_classes, in_channels=in_channels, width=4, normalize=False)
+    net.load_state_dict(torch.load("bare.pt"))
+    return net
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(CODE)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "standard"
+    engine.train(TrainConfig(**TINY | {"method": "standard", "epochs": 2}), splits=splits(), folder=folder)
+    return folder
+
+
+BARS = ["--dataset", "own.py:bars"]
+QUICK = ["--attacks", "fgsm", "pgd-2", "--device", "cpu"]
+
+
+def test_a_run_at_several_radii_and_every_file(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    pytest.importorskip("matplotlib")
+    files = ["--json", "e.json", "--per-sample", "e.csv", "--curve", "e.png", "--export-state-dict", "e.pt"]
+    asked = [*QUICK, "--eps", "0.05", "51/255", "--per-class", *files]
+    assert cli.main(["evaluate", str(run_folder), *BARS, *asked]) == 0
+    text = capsys.readouterr().out
+    assert "evaluating 40 images at eps 12.75/255 (l_inf), 51/255 (l_inf): clean, FGSM, PGD-2" in text
+    assert "class  images" in text and text.count("(l_inf)  ") >= 2
+    written = json.loads(Path("e.json").read_text())
+    assert list(written)[: len(RECORD)] == list(RECORD)
+    assert (written["dataset"], written["architecture"], written["eps"]) == ("bars", "digits_net", "12.75/255")
+    own = written["evaluation"]
+    assert [(a["attack"], a["eps"]) for a in own["attacks"]][1:3] == [("fgsm", 0.05), ("pgd-2", 0.05)]
+    network, _ = checkpoint.load_model(run_folder)
+    assert own["weights"] == checkpoint.fingerprint(network) and own["data"]["test"]["images"] == 40
+    assert own["target"] == "standard" and own["environment"]["threads"] == 1
+    report = evaluate(network, splits().test, (0.05, 0.2), attacks=("fgsm", "pgd-2"))
+    assert [a["accuracy"] for a in own["attacks"]] == [o.accuracy for o in report.outcomes]
+    assert Path("e.csv").read_text() == report.samples_csv()
+    assert Path("e.png").read_bytes().startswith(b"\x89PNG")
+    assert same(torch.load("e.pt")["state_dict"], weights(network))
+
+
+def test_without_attacks_it_is_what_it_was(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    plain = ["evaluate", str(run_folder), *BARS, "--device", "cpu", "--json", "e.json"]
+    assert cli.main([*plain, "--eps", "0.05", "--steps", "3"]) == 0
+    assert "method" in capsys.readouterr().out and json.loads(Path("e.json").read_text())["pgd_steps"] == 3
+    assert cli.main([*plain, "--eps", "0.05", "--steps", "3", "--restarts", "2", "--table", "latex"]) == 0
+    assert r"\begin{tabular}" in capsys.readouterr().out
+    assert json.loads(Path("e.json").read_text())["evaluation"]["attacks"][2]["attack"] == "pgd-3-2"
+
+
+def test_a_state_dict_says_neither_network_nor_images(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    network, _ = checkpoint.load_model(run_folder)
+    wanted = evaluate(network, splits().test, 0.2, attacks=("fgsm", "pgd-2"))
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights(network).items()}}, "w.pth")
+
+    def said(*flags: str) -> str:
+        status = cli.main(["evaluate", "w.pth", *QUICK, "--eps", "0.2", *flags])
+        shown = capsys.readouterr()
+        return shown.err if status else shown.out
+
+    assert "dataset: w.pth does not say which images it is for: name them" in said("--model", "digits_net")
+    assert "model: w.pth is a state dict, which does not say of which network: name it" in said(*BARS)
+    assert "holds the weights of another network than DigitsNet" in said(*BARS, "--model", "digits_net", "--width", "5")
+    out = said(*BARS, "--model", "digits_net", "--width", "4", "--json", "e.json")
+    assert f"{wanted.outcome('pgd-2').percent}" in out
+    assert json.loads(Path("e.json").read_text())["evaluation"]["attacks"][2]["accuracy"] == wanted.accuracy("pgd-2")
+    Path("w.pth").write_bytes(b"damaged")
+    assert "state dict w.pth cannot be read as weights" in said(*BARS, "--model", "digits_net")
+
+
+@pytest.fixture
+def colours() -> dict[str, Any]:
+    """A network for colour images without its normalisation, in files with and without it."""
+    torch.manual_seed(0)
+    mean, std = (0.5, 0.25, 0.125), (0.5, 0.25, 0.25)
+    net = models.build("digits_net", num_classes=4, in_channels=3, width=4, normalize=(mean, std)).eval()
+    bare = {name: value for name, value in weights(net).items() if not name.startswith("normalize.")}
+    torch.save(bare, "bare.pt")
+    torch.save({**bare, "mu": net.normalize.mean, "sigma": net.normalize.std}, "whole.pt")  # type: ignore[union-attr]
+    return {"mean": mean, "std": std, "net": net}
+
+
+def test_a_normalisation_is_given_apart_or_the_files_own(colours: dict[str, Any]) -> None:
+    apart = {"mean": colours["mean"], "std": colours["std"]}
+    ours: dict[str, Any] = {"model": "digits_net", "width": 4}
+    for target, how in (("bare.pt", {**ours, **apart}), ("whole.pt", ours), ("own.py:network", apart)):
+        report, found = targets.evaluate_target(
+            target, ["fgsm", "pgd-2"], eps=(0.02,), splits=splits(channels=3), device="cpu", say=str, **how
+        )
+        wanted = evaluate(colours["net"], splits(channels=3).test, 0.02, attacks=("fgsm", "pgd-2"))
+        assert all(torch.equal(a.right, b.right) for a, b in zip(report.outcomes, wanted.outcomes, strict=True)), target
+        export_state_dict(found.network, Path("e.pt"), found.mean, found.std)
+        assert same(torch.load("e.pt")["state_dict"], torch.load("whole.pt")), target
+    bare = targets.opened("bare.pt", splits=splits(channels=3), mean=(), std=(), **ours)
+    assert bare.network.normalize is None and bare.mean is None
+    for target, how, text in (
+        ("bare.pt", ours, "mean and std: bare.pt holds none, and colour images are usually normalised"),
+        ("bare.pt", {**ours, "mean": (0.5,) * 3}, "mean and std go together"),
+        ("whole.pt", {**ours, "mean": (0.5,) * 3, "std": (1.0,) * 3}, "whole.pt holds its own"),
+        ("own.py:network", {"model": "digits_net"}, "is a factory, which gives the network itself"),
+        ("own.py:missing", {}, "has no 'missing'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            targets.opened(target, splits=splits(channels=3), **how)
+
+
+def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    for flags, text in (
+        (["--attacks", "pdg-20"], "attacks: nothing known as 'pdg-20'"),
+        (["--attacks", "pgd-20", "--steps", "5"], "--steps is for evaluations without --attacks"),
+        (["--attacks", "pgd-20", "--autoattack", "5"], "--autoattack is for evaluations without --attacks"),
+        (["--attacks", "pgd-20", "--mean", "0.5", "--std", "1"], "is a run and says its mean, std and width itself"),
+        (["--curve", "."], "--curve . is a folder: name a file"),
+        (["--attacks", "fgsm", "--norm", "l1"], "eps: bars has no usual radius in l1: give it"),
+    ):
+        assert cli.main(["evaluate", str(run_folder), *BARS, *flags]) == 2
+        assert text in capsys.readouterr().err
+
+
+def loaded_as_at_robustbench(path: str, network: nn.Module) -> nn.Module:
+    """What robustbench.utils.load_model does with a file, in the words of its own."""
+    checkpoint = torch.load(path, map_location=torch.device("cpu"))
+    state = checkpoint["state_dict"]
+    for part in ("module.", "model."):
+        state = OrderedDict((key[len(part) :] if part in key else key, value) for key, value in state.items())
+    network.load_state_dict(state, strict=True)
+    return network.eval()
+
+
+def test_robustbench_reads_the_state_dict() -> None:
+    """Its networks call mean and std mu and sigma; the other names of ours are theirs."""
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            body = models.build("preact_resnet18", num_classes=10, in_channels=3, width=2, normalize=False)
+            for name, child in body.named_children():
+                self.add_module(name, child)
+            self.body = [body]
+            self.register_buffer("mu", torch.zeros(1, 3, 1, 1))
+            self.register_buffer("sigma", torch.ones(1, 3, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body[0].eval()((x - self.mu) / self.sigma)
+
+    torch.manual_seed(0)
+    scale = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    ours = models.build("preact_resnet18", num_classes=10, in_channels=3, width=2, normalize=scale).eval()
+    export_state_dict(ours, Path("w.pt"))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded_as_at_robustbench("w.pt", Theirs())(x), ours(x))
+    with pytest.raises(ValueError, match=r"inner\.model\.weight of the network holds .*RobustBench's loader cuts off"):
+        export_state_dict(nn.ModuleDict({"inner": nn.ModuleDict({"model": nn.Linear(2, 2)})}), Path("w.pt"))
+
+
+def test_the_page_knows_the_flags_and_the_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    seen: list[str] = []
+    for module, name in ((targets, "evaluate_target"), (stored, "evaluate_checkpoint")):
+        monkeypatch.setattr(module, name, lambda target, *args, **how: seen.append(target) or sys.exit())
+    commands = [line.split() for line in text.splitlines() if line.startswith("atlas evaluate ")]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            cli.main(command[1:])
+        if "--attacks" in command:
+            words = command[command.index("--attacks") + 1 :]
+            assert named(list(itertools.takewhile(lambda word: not word.startswith("--"), words)))
+    assert seen == [command[2] for command in commands] and len(seen) == 5
+    known = {f.name.replace("_", "-") for f in dataclasses.fields(cli.EvaluateConfig)} | {"seeds"}
+    assert set(re.findall(r"`--([a-z-]+)", text)) <= known
+    table = text[text.index("| sign |") : text.index("No sign is no proof")]
+    source = Path(signs.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| ([a-z ]+) \|", table, re.M)) - {"sign"} == set(
+        re.findall(r'Sign\(\s*"([a-z ]+)"', source)
+    )
