@@ -321,7 +321,7 @@ def apgd_step(
     number = _number_of(norm)
     counts = _counts(largest, adv) if norm == L1 else None
     if number:
-        _require_finite("step_size", *step)
+        _require_finite("step_size", *step, " in l2 and l1")
         grad = _in_fp32_range(grad.detach(), adv)
     inputs = adv, old, x, ball[1], step[1], share[1]
     if followed(*inputs) or _needs_grad(*inputs):
