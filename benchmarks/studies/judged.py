@@ -15,6 +15,7 @@ from torch import nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import PGD
+from atlas_kernels.precision import taken
 from atlas_train.autoattack import Version, verdicts
 from atlas_train.data import Batches, DataSplits, Images, held_out
 from atlas_train.data.images import stratified
@@ -26,6 +27,7 @@ from studies.plan import BEDS, Judge, Planned
 MEASURES = ("clean", "pgd", "aa")
 ATTACKS: dict[Judge, Version] = {"screen": "apgd", "test": "standard"}
 PART, STEPS = 500, 20
+BATCH = 128
 _UNKNOWN = -1
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +49,11 @@ def judging(planned: Planned, splits: DataSplits) -> tuple[np.ndarray, Images]:
     if (more := min(bed.screen - len(held), len(left))) > 0:
         held = np.sort(np.concatenate([held, left[stratified(labels[left], more, seed)]]))
     return held, splits.train
+
+
+def a_part(ids: np.ndarray) -> np.ndarray:
+    """As many of the numbers as are attacked together, spread over all."""
+    return ids[:: max(1, len(ids) // PART)][:PART]
 
 
 def judge(
@@ -81,7 +88,11 @@ def _verdicts(model: nn.Module, images: Images, ids: np.ndarray, eps: float, ver
     key = noise_key(device, generator=torch.Generator(device).manual_seed(0))
     with evaluating(model):
         rights = survivors(model, {"pgd": PGD(eps, 2.5 * eps / STEPS, STEPS)}, x, y, rows.to(device), key)
-    rights["aa"] = verdicts(model, few, eps, version=version, batch_size=len(few))[0] & rights["clean"]
+    # What bfloat16 finds counts only where float32 confirms it.
+    search = "bf16" if taken("auto", device) == "bf16" else "fp32"
+    size = len(few) if device.type == "cuda" else BATCH
+    right = verdicts(model, few, eps, version=version, batch_size=size, search_precision=search)[0]
+    rights["aa"] = right & rights["clean"]
     return {name: right.cpu().numpy() for name, right in rights.items()}
 
 

@@ -116,21 +116,22 @@ def _stopping(until: float) -> Callable[[dict[str, Any]], bool]:
 def _judged(
     planned: Planned, run: Run, splits: DataSplits, folder: Path, places: Places, until: float
 ) -> dict[str, Any] | None:
-    """Accuracies of the weights that validation chose and, in a screening, of those of the last epoch, which show what
-    a collapse has left. None where there was no time for all of it."""
+    """Accuracies of the weights that validation chose and, in a screening, of those of the last epoch, on a part of the
+    images, which show what a collapse has left. None where there was no time for all of it."""
     ids, images = judged.judging(planned, splits)
     version, began = judged.ATTACKS[planned.judge], time.time()
 
-    def judge(model: torch.nn.Module, whose: str) -> judged.Arrays | None:
+    def judge(model: torch.nn.Module, whose: str, ids: np.ndarray) -> judged.Arrays | None:
         path = folder / f"judged-{planned.judge}-{whose}.npz"
         return judged.judge(model, images, ids, run.config.eps, version, path, until)
 
     screens = planned.judge == "screen"
     with best_weights(run) as better:
-        best = judge(better, "best") if better else None
+        best = judge(better, "best", ids) if better else None
     if better and best is None:
         return None
-    last = judge(run.final_model, "last") if screens or not better else {}
+    few = judged.a_part(ids) if better else ids
+    last = judge(run.final_model, "last", few) if screens or not better else {}
     if last is None:
         return None
     arrays = {"ids": ids.astype(np.int32), **(best or last)}

@@ -84,11 +84,12 @@ def verdicts(
     version: Version = "standard",
     batch_size: int = 250,
     seed: int = 0,
+    search_precision: Precision = "fp32",
 ) -> tuple[Tensor, str | None]:
     """As ``autoattack``, on all images: whether each is right whatever the attacks do, bool [N] on the model's device;
     and what stands in for a part of ``version`` that cannot be had."""
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
-    result = _run(attack, model, gathered(images), batch_size=batch_size)
+    result = _run(attack, model, gathered(images), batch_size=batch_size, search_precision=search_precision)
     return result.correct, _joined(result.record.instead)
 
 
