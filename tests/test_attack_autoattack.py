@@ -149,6 +149,31 @@ def test_images_may_lie_elsewhere(case, device) -> None:
     assert torch.equal(there.fooled_by, here.fooled_by.cpu())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_network_sees_the_memory_format_of_the_images(norm: str, device) -> None:
+    torch.manual_seed(0)
+    eps = {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]
+    model = Net().to(device).eval()
+    x = torch.rand(9, 3, 4, 4, device=device)
+    y = model(x).argmax(1)
+    seen: list[bool] = []
+    handle = model.register_forward_hook(
+        lambda module, inputs, out: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    attack = AutoAttack(
+        eps, norm=norm, version="custom", parts={
+            "ce": APGD(eps, steps=3, norm=norm), "fab": FAB(eps, steps=3, norm=norm),
+            "square": Square(eps, steps=3, norm=norm),
+        }
+    )  # fmt: skip
+    last = attack.run(model, x.to(memory_format=torch.channels_last), y, batch_size=4)
+    assert all(seen)
+    handle.remove()
+    plain = attack.run(model, x, y, batch_size=4)
+    assert (last.fooled_by == plain.fooled_by).double().mean() > 0.8  # but for rounding
+    assert last.adv.is_contiguous(memory_format=torch.channels_last) and plain.adv.is_contiguous()
+
+
 class LowPrecision(nn.Module):
     """Wrong about everything under autocast, and a good network without."""
 

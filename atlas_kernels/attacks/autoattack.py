@@ -94,7 +94,8 @@ class AutoAttack:
         say: Say | None = None,
     ) -> AutoAttackResult:
         """Attack the images x [N, ...] in [0, 1] with the labels y, integers [N]; they may lie on another device than
-        the model. It runs in eval mode, and all is left as it was found, the random state too.
+        the model. It runs in eval mode, and all is left as it was found, the random state too. The network sees the
+        images in the memory format of x: on a CPU convolutions are faster in channels_last.
 
         Args:
             ids: int64[N], the samples' numbers in the noise; default 0 to N - 1. By them a sample's verdict is the same

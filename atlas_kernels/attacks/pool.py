@@ -154,8 +154,10 @@ class Pool:
         assert self.confirm is not None and self.here is not None
         which, adv = torch.tensor(asked, device=self.device), self.state["adv"]
         kept, fools = self.confirm(self.here.rows(which), adv[which])
-        self.state["adv"] = adv.index_copy(0, which, torch.where(column(fools, kept), kept, adv[which]))
-        self.state["fooled"] = self.state["fooled"].index_copy(0, which, fools)
+        # Clones keep the layout of the images, which index_copy does not.
+        self.state["adv"], self.state["fooled"] = adv.clone(), self.state["fooled"].clone()
+        self.state["adv"][which] = torch.where(column(fools, kept), kept, adv[which])
+        self.state["fooled"][which] = fools
 
     def _keep(self, leaving: Sequence[int]) -> None:
         """Notes what was found of these: what fools, else the strongest."""
