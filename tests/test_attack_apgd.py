@@ -112,6 +112,19 @@ def test_the_published_points(theirs: ModuleType, norm: str, objective: str, lar
     assert torch.equal(fooled[state["fooled"]], state["fooled"][state["fooled"]])
 
 
+def test_the_first_step_is_compared_with_zero(case) -> None:
+    """As in the published code, not with the objective of the start."""
+    model, x, y = case
+    attack = APGD(0.01, objective="dlr")
+    batch = replace(attack.batch(x, y, key=key(x.device)), clean=model(x))
+    start = attack.advance(model, batch, attack.begin(model, batch, torch.zeros_like(y)))
+    first = attack.advance(model, batch, start)
+    assert (first["objective"] > start["objective"]).all()  # all rose
+    assert torch.equal(first["rises"], (first["value"] > 0).double()) and 0 < first["rises"].sum() < 24
+    second = attack.advance(model, batch, first)
+    assert torch.equal(second["rises"], first["rises"] + (second["value"] > first["value"]))
+
+
 @pytest.mark.parametrize("norm, objective, large_radii", [*CASES[::3], CASES[-1]])
 def test_neither_places_nor_neighbours_count(case, device, norm: str, objective: str, large_radii: bool) -> None:
     model, x, y = case
