@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 // Blocks at once on a processor, of the kernels for the usual case: registers to load all first.
-constexpr int kBlocks = 10, kMomentumBlocks = 8;
+constexpr int kBlocks = 10, kMomentumBlocks = 12;
 
 template <class T> struct Job {
   Pass p;
@@ -238,10 +238,10 @@ template <class T> int run(const Pass& p, const AtlasWhere& where) {
       for (const AtlasImages* i : images) whole = whole && (!i->data || is_vector(*i, elements));
       return whole;
     };
-    // The usual case. Two tiles a thread, to have more under way.
+    // The usual case. Two tiles a thread, to have more under way; one where four tensors are.
     using Plain = Vectors<4, 1, true>;
     const bool usual = vectors(4) && single && !q.cast.data && job.numel >> 33 == 0;
-    if (flat && usual && p.old.data) return walk<Plain, 2, Known<true, false, false, false, true>>(job, where);
+    if (flat && usual && p.old.data) return walk<Plain, 1, Known<true, false, false, false, true>>(job, where);
     if ((flat || in_planes) && usual && !job.rows_differ && !p.old.data) {
       if (!p.count) return walk<Plain, 2, Known<true, false, false>>(job, where);
       if (!p.grad.data)

@@ -8,18 +8,18 @@
 namespace atlas::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // a block, which sweeps over one sample
-
 template <class T> struct Job {
   AtlasPerturbNorms p;
   Scalar<T> eps, step_size, momentum, clip_min, clip_max;
   Walk walk;
 };
 
-template <class Access> struct Sample {
+// Apgd: the steps of APGD, which have an image more to hold, in kernels of their own.
+template <class Access, bool Apgd> struct Sample {
   using T = typename Access::T;
   using Values = typename Access::Values;
-  static constexpr int V = Access::kPixels, C = Access::kChannels;
+  static constexpr int V = Access::kPixels, C = Access::kChannels, kImages = Apgd ? 4 : 3;
+  static constexpr int kThreads = Apgd ? 256 : 512;  // a block, which sweeps over one sample
 
   const Job<T>& job;
   int64_t sample;
@@ -59,18 +59,18 @@ template <class Access> struct Sample {
     const AtlasPerturbNorms& p = job.p;
     const Place at = Access::locate(job.walk, unit);
     const AtlasImages* const images[] = {&p.grad, &p.adv, &p.x, &p.old};
-    typename Access::Raw raw[4];
-    Values values[4] = {};
-    const bool carries = active && step.norm == kMomentumL2 && step.sweep >= kCarry;
+    typename Access::Raw raw[kImages];
+    Values values[kImages] = {};
+    const bool carries = Apgd && active && step.norm == kMomentumL2 && step.sweep >= kCarry;
     const int end = step.sweep == kGradient ? 1 : carries ? 4 : 3;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kImages; ++i)
       if (i < end && images[i]->data) Access::template fetch<Rounded>(raw[i], *images[i], job.walk, at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kImages; ++i)
       if (i < end && images[i]->data) Access::decode(values[i], raw[i], *images[i]);
-    auto &grad = values[0], &adv = values[1], &x = values[2], &old = values[3];
-    if (p.key) draw(grad, at);
+    auto &grad = values[0], &adv = values[1], &x = values[2], &old = values[kImages - 1];
+    if (!Apgd && p.key) draw(grad, at);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const PixelBounds<T> bounds = {job.clip_min.at(at.channel + c), job.clip_max.at(at.channel + c)};
@@ -109,20 +109,26 @@ template <class Access> struct Sample {
 
   __device__ __forceinline__ T written(T adv, T grad, T x, const PixelBounds<T>& bounds) const {
     if (!active) return adv;
+    if constexpr (Apgd)
+      return step.norm == kSignL1 ? step.template written<kSignL1>(adv, grad, x, bounds)
+                                  : step.template brought<kL2>(adv, x, bounds);
     if (step.norm == kLinf) return step.template written<kLinf>(adv, grad, x, bounds);
-    if (step.norm == kMomentumL2) return step.template brought<kL2>(adv, x, bounds);
-    if (step.norm == kSignL1) return step.template written<kSignL1>(adv, grad, x, bounds);
     return step.norm == kL2 ? step.template written<kL2>(adv, grad, x, bounds)
                             : step.template written<kSparseL1>(adv, grad, x, bounds);
   }
 
   __device__ __forceinline__ Sums terms(T adv, T grad, T x, const PixelBounds<T>& bounds) const {
-    if (step.sweep == kCarry) return step.template away<kDistance, kL2>(adv, x, bounds);
-    if (step.norm == kSignL1 && step.sweep != kGradient)
-      return step.sweep == kSelect     ? step.template terms<kSelect, kSignL1>(adv, grad, x, bounds)
+    if constexpr (Apgd) {
+      if (step.norm == kMomentumL2)
+        return step.sweep == kGradient   ? step.template terms<kGradient, kL2>(adv, grad, x, bounds)
+               : step.sweep == kDistance ? step.template terms<kDistance, kL2>(adv, grad, x, bounds)
+                                         : step.template away<kDistance, kL2>(adv, x, bounds);
+      return step.sweep == kGradient   ? step.template terms<kGradient, kSignL1>(adv, grad, x, bounds)
+             : step.sweep == kSelect   ? step.template terms<kSelect, kSignL1>(adv, grad, x, bounds)
              : step.sweep == kDistance ? step.template terms<kDistance, kSignL1>(adv, grad, x, bounds)
                                        : step.template terms<kSearch, kSignL1>(adv, grad, x, bounds);
-    if (is_l2(step.norm))
+    }
+    if (step.norm == kL2)
       return step.sweep == kGradient ? step.template terms<kGradient, kL2>(adv, grad, x, bounds)
                                      : step.template terms<kDistance, kL2>(adv, grad, x, bounds);
     return step.sweep == kGradient   ? step.template terms<kGradient, kSparseL1>(adv, grad, x, bounds)
@@ -132,14 +138,18 @@ template <class Access> struct Sample {
   }
 };
 
-template <class Access>
-__global__ void __launch_bounds__(kThreads, 1) norms_kernel(const __grid_constant__ Job<typename Access::T> job) {
-  Sample<Access>(job, blockIdx.x).run();
+template <class Access, bool Apgd>
+__global__ void __launch_bounds__(Sample<Access, Apgd>::kThreads, 1)
+    norms_kernel(const __grid_constant__ Job<typename Access::T> job) {
+  Sample<Access, Apgd>(job, blockIdx.x).run();
 }
 
-template <class Access> int walk(Job<typename Access::T>& job, const AtlasWhere& where) {
+template <class Access, bool Apgd = false> int walk(Job<typename Access::T>& job, const AtlasWhere& where) {
+  if constexpr (!Apgd)
+    if (job.p.old.data) return walk<Access, true>(job, where);
+  constexpr int kThreads = Sample<Access, Apgd>::kThreads;
   job.walk.template begin<Access>(job.p.batch);
-  return launch(where, job.p.batch * kThreads, 1, kThreads, norms_kernel<Access>, job);
+  return launch(where, job.p.batch * kThreads, 1, kThreads, norms_kernel<Access, Apgd>, job);
 }
 
 template <class T> int run(const AtlasPerturbNorms& p, const AtlasWhere& where) {
