@@ -313,6 +313,12 @@ def test_tables_and_records() -> None:
     assert report.curves()["PGD-2"] == [(0.0, 1.0), *((eps, report.accuracy("pgd-2", eps)) for eps in (0.2, 0.35))]
 
 
+def test_clean_accuracy_alone() -> None:
+    report = evaluate(linear(), splits().test, 0.2, attacks="clean")
+    assert report.radii == () and report.accuracy("all") == report.clean == 1 and not report.signs
+    assert report.table().splitlines()[2].split() == ["100.0", "%"] and json.dumps(report.to_dict())
+
+
 def test_only_the_standard_version_is_a_record_of_autoattack() -> None:
     def report(**settings: Any) -> Report:
         found = (outcome("clean", shares(900), None), outcome("autoattack", shares(444), settings=settings))

@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from atlas_kernels.attacks import AutoAttack, AutoAttackResult, Square
+from atlas_kernels.attacks import AutoAttack, AutoAttackResult
 
 from .data import Images
 from .inference import device_of, eval_mode
 from .options import Norm, radius
-from .robustness.named import AUTOATTACK, Named
+from .robustness.named import AUTOATTACK, PARTS, Named
 from .robustness.outcome import Outcome
 from .robustness.samples import SUBSET_SEED, Samples, gathered
 
 Version = Literal["standard", "apgd", "plus", "rand"]
 Precision = Literal["fp32", "bf16"]
 Say = Callable[[str], None]
+MANY = 10  # classes, of which every part can be had
 #: What an outcome or its report says by other names.
 _OUTSIDE = ("norm", "eps", "seed", "accuracy", "seconds", "largest_norm", "least", "most", "nan_logits")
 
@@ -107,10 +108,10 @@ def outcome(
 ) -> Outcome:
     """What AutoAttack, or a part of it, leaves; ``how``: of ``AutoAttack.run``. Its warnings about the network are in
     the record, and signs say the same."""
-    version = version if attack.name == AUTOATTACK else "apgd"
-    plan = AutoAttack(eps, norm=norm, version=version, seed=seed)
-    if attack.name == "square":
-        plan = AutoAttack(eps, norm=norm, version="custom", parts={"square": Square(eps, norm=norm)}, seed=seed)
+    plan = AutoAttack(eps, norm=norm, version=version if attack.name == AUTOATTACK else "apgd", seed=seed)
+    if attack.name in PARTS:
+        parts, _ = AutoAttack(eps, norm=norm, version="standard").searches(MANY)
+        plan = AutoAttack(eps, norm=norm, version="custom", parts={attack.name: parts[attack.name]}, seed=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = _run(plan, model, samples, say=say, **how)

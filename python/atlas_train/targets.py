@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,4 +183,4 @@ def evaluate_target(
             "weights": checkpoint.fingerprint(network),
             "environment": environment(place, threads or torch.get_num_threads()),
         }
-    return report.with_facts(facts, splits.class_names), found
+    return replace(report, facts=facts, class_names=splits.class_names), found

@@ -22,14 +22,19 @@ _PLAIN: dict[str, tuple[str, Kind]] = {
     CLEAN: ("clean", "clean"),
     "fgsm": ("FGSM", "one step"),
     "apgd": ("APGD", "iterative"),
+    "apgd-ce": ("APGD-CE", "iterative"),
+    "apgd-t": ("APGD-T", "iterative"),
+    "fab-t": ("FAB-T", "iterative"),
     "square": ("Square", "black box"),
     AUTOATTACK: ("AutoAttack", "ensemble"),
 }
+#: Parts of AutoAttack's standard version, which run alone too.
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 KNOWN = (*_PLAIN, "pgd-STEPS", "pgd-STEPS-RESTARTS", "cw-STEPS", "cw-STEPS-RESTARTS", "mifgsm-STEPS")
 ABOUT = (
     "clean; fgsm; pgd-20 (20 steps), pgd-50-10 (50 steps, 10 restarts); cw-20 (PGD on the CW margin); mifgsm-10 "
-    "(MI-FGSM); apgd (APGD-CE and APGD-T, 100 steps each); square (5,000 queries); autoattack (all of these, see "
-    "--autoattack-version)"
+    "(MI-FGSM); autoattack (see --autoattack-version); its parts apgd-ce, apgd-t, fab-t, square alone; apgd (the first "
+    "two, one after the other)"
 )
 
 
@@ -46,7 +51,7 @@ class Named:
     @property
     def searches(self) -> bool:
         """Whether ``AutoAttack`` runs it."""
-        return self.name in (AUTOATTACK, "apgd", "square")
+        return self.name in (AUTOATTACK, "apgd", *PARTS)
 
     def attack(self, eps: float, norm: Norm, step_size: float | None = None) -> Attack:
         """The attack on gradients in that ball; step_size: of PGD, default 2.5 eps / steps, in l1 PGD's own."""

@@ -36,6 +36,10 @@ class Outcome:
     def accuracy(self) -> float:
         return self.right.double().mean().item()
 
+    def by_class(self, labels: Tensor) -> dict[int, float]:
+        """The accuracy on the images of each class."""
+        return {label: self.right[labels == label].double().mean().item() for label in labels.unique().tolist()}
+
     @property
     def percent(self) -> str:
         return f"{100 * self.accuracy:.1f} %"

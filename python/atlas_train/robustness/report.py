@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,7 @@ class Report:
     """Accuracies of one network under several attacks at several radii, and what stands against trusting them.
 
     labels, numbers: of the images, and where they stand in the whole set. outcomes: clean first, then by radius.
-    signs: what stands against a figure; probe: what few images said of the network.
+    signs: what stands against a figure; probe: what few images said of the network. facts: more for the record.
     """
 
     labels: Tensor
@@ -51,10 +51,6 @@ class Report:
     probe: Probe | None = None
     class_names: Sequence[str] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def with_facts(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> Report:
-        """The same, for a network and images of which more is known."""
-        return replace(self, facts=facts, class_names=class_names)
 
     @property
     def clean(self) -> float:
@@ -98,21 +94,17 @@ class Report:
         labels = [self.outcome(name).attack.label for name in self._names]
         several = len(labels) > 2
         header = ("eps", *labels, *([ALL] if several else []))
-        if not self.radii:
-            return [header, ("", self._cell(CLEAN, None))]
-        rows = [
-            (radius(eps, self.norm), *(self._cell(name, eps) for name in self._names), *self._least(eps, several))
-            for eps in self.radii
-        ]
+        rows: list[tuple[str, ...]] = [("", self._cell(CLEAN, None))] if not self.radii else []
+        for eps in self.radii:
+            cells = [self._cell(name, eps) for name in self._names]
+            cells += [f"{100 * self.accuracy(ALL, eps):.1f} %"] if several else []
+            rows.append((radius(eps, self.norm), *cells))
         return [header, *rows]
 
     def _cell(self, name: str, eps: float | None) -> str:
         outcome = self.outcome(name, eps)
         marked = any(sign.of(outcome) for sign in self.signs if name != CLEAN or sign.attack == CLEAN)
         return outcome.percent + (f" {MARK}" if marked else "")
-
-    def _least(self, eps: float, several: bool) -> list[str]:
-        return [f"{100 * self.accuracy(ALL, eps):.1f} %"] if several else []
 
     def _remarks(self, form: Form) -> list[str]:
         """The lines below the table."""
@@ -135,25 +127,16 @@ class Report:
         outcome = self.outcome(sign.attack, sign.eps)
         return f"{outcome.attack.label}{f' at {outcome.ball}' if sign.eps is not None else ''}: "
 
-    def by_class(self) -> dict[int, dict[str, list[float]]]:
-        """By class, the accuracy under each attack, clean first, at each radius."""
-        found: dict[int, dict[str, list[float]]] = {}
-        for label in self.labels.unique().tolist():
-            own = self.labels == label
-            for o in self.outcomes:
-                found.setdefault(label, {}).setdefault(o.attack.name, []).append(o.right[own].double().mean().item())
-        return found
-
     def class_table(self, form: Form = "text") -> str:
         """A row for each class; a column for clean accuracy and for each attack at each radius."""
         several = len(self.radii) > 1
         labels = [o.attack.label + (f" {fraction_of(o)}" if several and o.eps else "") for o in self.outcomes]
-        rows = [("class", "images", *labels)]
-        for label in self.labels.unique().tolist():
-            own = self.labels == label
+        shares = [o.by_class(self.labels) for o in self.outcomes]
+        rows: list[tuple[str, ...]] = [("class", "images", *labels)]
+        for label in shares[0]:
             name = self.class_names[label] if self.class_names else str(label)
-            shares = (f"{100 * o.right[own].double().mean().item():.1f} %" for o in self.outcomes)
-            rows.append((name, f"{int(own.sum()):,}", *shares))
+            count = int((self.labels == label).sum())
+            rows.append((name, f"{count:,}", *(f"{100 * share[label]:.1f} %" for share in shares)))
         return _FORMS[form](rows)
 
     def samples_csv(self) -> str:
@@ -228,12 +211,11 @@ def _is_standard(outcome: Outcome) -> bool:
 
 
 def _described(outcome: Outcome, labels: Tensor) -> dict[str, Any]:
-    per_class = {label: outcome.right[labels == label].double().mean().item() for label in labels.unique().tolist()}
     own = {
         "attack": outcome.attack.name,
         "eps": outcome.eps,
         "accuracy": outcome.accuracy,
-        "per_class": {str(label): share for label, share in per_class.items()},
+        "per_class": {str(label): share for label, share in outcome.by_class(labels).items()},
         "nan": outcome.nan,
         "seconds": outcome.seconds,
         **outcome.settings,
