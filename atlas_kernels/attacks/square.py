@@ -27,17 +27,17 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Square(Search):
-    """Changes a random square of the image in each query, and keeps the change where it makes the objective larger; as
-    in the published AutoAttack. It needs no gradient, so the model need not be differentiable.
+    """Changes a random square of the image in each query, and keeps the change where it makes the objective larger. It
+    needs no gradient, so the model need not be differentiable.
 
     In l_inf it starts with vertical stripes of +eps and -eps, and a query sets a square, per channel, to +eps or -eps.
     In l2 and l1 it starts with a grid of small patterns; a query takes the perturbation of one window and spends it on
-    another one. As published, a window with its size s below that of the image never touches the last row or column.
+    another one. As in the published code, a window that is smaller than the image never has its last row or column.
 
     Images are [B, C, H, W]. Arguments, calls and errors as in ``Search``, and:
 
     Args:
-        steps: queries after the one that the start takes.
+        steps: queries of one round, after the one that its start takes.
         p_init: share of the image that the first squares cover. They shrink by the published schedule, which is made
             for 10,000 queries.
         stretched: that schedule is stretched to ``steps``, as in the paper. AutoAttack takes the first half of it.
@@ -84,10 +84,8 @@ class Square(Search):
         channels, *sides = adv.shape[1:]
         patterns = _patterns(self.norm, self.p_init, *sides, adv.device, compute_dtype(adv.dtype))
         noise = self._noise(batch, state["draw"], number + 1, 5 + channels)
-        signs, level = (
-            _signs(noise[:, 5:, None, None]),
-            patterns.level(number, self.steps if self.stretched else 10_000),
-        )
+        signs = _signs(noise[:, 5:, None, None])
+        level = patterns.level(number, self.steps if self.stretched else 10_000)
         first = patterns.window(level, noise[:, :2])
         if self.norm == LINF:
             # From one side of the ball to the other it is 2 eps: with 3 rounding cannot stop short of it.
