@@ -638,15 +638,16 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
 
 def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """The methods' defaults on the data set, where nothing else was set. A step size applies only in l_inf, and if
-    ``steps`` was not set."""
+    ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no form was chosen."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
-        given = config.hyper_of(name)
+        given, form = config.hyper_of(name), methods.get(name).form
+        other = bool(form) and (config.norm != "linf" or any(key in given for key in form))
         for key, value in {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}.items():
             if isinstance(value, data.OfEps):
                 if key not in given and "steps" not in given and config.norm == "linf":
                     filled[f"{name}.{key}"] = value * config.eps
-            elif key not in given:
+            elif key not in given and not other:
                 filled[f"{name}.{key}"] = value.at(config.eps) if isinstance(value, data.UpTo) else value
     return filled
 

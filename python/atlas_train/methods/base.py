@@ -85,6 +85,9 @@ class Method(ABC):
     #: Norms of the ball that its adversaries can live in.
     norms: ClassVar[tuple[Norm, ...]] = ("linf",)
 
+    #: Hyper-parameters that choose a form of the method. Where one is set, or in l2 and l1, ``defaults`` apply no more,
+    #: but for lengths.
+    form: ClassVar[tuple[str, ...]] = ()
     #: Hyper-parameters that are lengths of perturbations of images, as eps is.
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
 
