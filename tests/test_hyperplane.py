@@ -80,6 +80,9 @@ def test_special_values(norm, device):
         check(adv, usable, x, gap, norm)
         clean = check(adv, grad.nan_to_num(0, 0, 0), x, gap, norm)
         assert not clean.isnan().any()
+        adv[:, 0, 0, 0], x[:, 0, 1, 1] = torch.nan, torch.nan  # has no room; from x there is no way
+        assert check(adv, usable, x, gap, norm).isnan().sum() == 24
+        adv, _, x, _ = case((12, 3, 4, 5), seed=seed, device=device)
         lost = ak.hyperplane_step(adv, torch.full_like(grad, torch.nan), x, gap, norm=norm)
         assert same_bits(lost, ak.hyperplane_step(adv, torch.zeros_like(grad), x, torch.zeros_like(gap), norm=norm))
 

@@ -45,8 +45,8 @@ template <class T> struct Way {
 
   ATLAS_HD T room(T point, T grad, const PixelBounds<T>& r) const {
     T c = (grad > T(0)) == along ? r.hi - point : point - r.lo;
-    c = c < T(kFar) ? c : T(kFar);
-    return c > T(0) ? c : T(0);  // selects alone, which compilers make vectors of
+    c = c > T(0) ? c : T(0);  // selects alone, which compilers make vectors of; none for NaN
+    return c < T(kFar) ? c : T(kFar);
   }
 
   // l_inf and l2: what the pixels that are not used up gain for each unit of the root; what the others gain in all. l1:

@@ -7,7 +7,7 @@
 namespace atlas::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // a block, which sweeps over one sample
+constexpr int kThreads = 256;  // a block, which sweeps over one sample
 
 template <class T> struct Job {
   AtlasHyperplane p;

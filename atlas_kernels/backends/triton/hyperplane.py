@@ -37,8 +37,8 @@ def _pixels(adv, grad, x, sample, tile, channels, pixels, clip_min, min_rows, cl
 @triton.jit
 def _room(v, g, along, lo, hi):
     c = tl.where(g * along > 0, hi - v, v - lo)
-    c = tl.where(c < FAR, c, FAR)
-    return tl.where(c > 0, c, 0.0)
+    c = tl.where(c > 0, c, 0.0)  # none for NaN
+    return tl.where(c < FAR, c, FAR)
 
 
 @triton.jit
