@@ -19,6 +19,7 @@ from atlas_kernels import backend
 from atlas_kernels.backends import triton, unavailable_reason
 from atlas_kernels.core import available_isas, force_isa
 from failures import pytest_addoption, pytest_configure  # noqa: F401 (pytest looks for them here)
+from order import pytest_collection_modifyitems, pytest_sessionstart  # noqa: F401 (the same)
 
 # The same draws in every run, so that a change is judged and not the dice; `--hypothesis-profile default` rolls them.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
