@@ -641,7 +641,7 @@ def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no form was chosen."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
-        given, form = config.hyper_of(name), methods.get(name).form
+        given, form = config.hyper_of(name), methods.get(name).form_options
         other = bool(form) and (config.norm != "linf" or any(key in given for key in form))
         for key, value in {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}.items():
             if isinstance(value, data.OfEps):

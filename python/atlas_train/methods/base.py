@@ -87,7 +87,7 @@ class Method(ABC):
 
     #: Hyper-parameters that choose a form of the method. Where one is set, or in l2 and l1, ``defaults`` apply no more,
     #: but for lengths.
-    form: ClassVar[tuple[str, ...]] = ()
+    form_options: ClassVar[tuple[str, ...]] = ()
     #: Hyper-parameters that are lengths of perturbations of images, as eps is.
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
 
