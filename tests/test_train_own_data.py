@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atlas_train import checkpoint, cli, data, engine, methods
-from atlas_train.compare import compare
+from atlas_train.compare import compare, settings_of
 from atlas_train.config import TrainConfig, resolved
 from atlas_train.data import DataSplits, Images, OfEps
 from atlas_train.stored import evaluate_checkpoint, resume, resume_compare
@@ -304,6 +304,40 @@ def test_who_wins_among_hyper_parameters() -> None:
     assert (trades()["beta"], trades()["step_size"]) == (2.0, 0.5 * EPS)
     assert trades(beta=6.0)["beta"] == 6.0
     assert resolved(TrainConfig(method="gairat"), replace(splits(), name="mnist")).hyper_of("gairat")["steps"] == 40
+
+
+@pytest.mark.parametrize("other", [{"local": "worst"}, {"start_noise": "wide"}, {"wide_start": 2.0}, {"norm": "l2"}])
+def test_a_form_that_was_chosen_keeps_its_own_defaults(other: dict[str, Any]) -> None:
+    """ATLAS on CIFAR-10: what makes up its form there goes together."""
+    name, norm = "cifar10", other.get("norm", "linf")
+    form = methods.ATLAS.defaults[name]
+
+    def used(**hyper: Any) -> Any:
+        config = TrainConfig(method="atlas", hyper=hyper, norm=norm)
+        return resolved(config, replace(splits(), name=name)).build_method().in_use()
+
+    plain = {key: value for key, value in other.items() if key != "norm"}
+    assert used(**plain) == methods.build("atlas", resolved_eps(name, norm), plain, norm=norm).in_use()
+    if norm == "linf":
+        assert form.items() <= used().items() and used(local_weight=0.5) == used() | {"local_weight": 0.5}
+        assert used(keep="first") == used() | {"keep": "first"}
+
+
+def resolved_eps(name: str, norm: Any) -> float:
+    eps = resolved(TrainConfig(norm=norm), replace(splits(), name=name)).eps
+    assert eps
+    return eps
+
+
+def test_a_run_of_before_goes_on_with_the_form_of_its_defaults(tmp_path: Path) -> None:
+    """On a data set that has had a default form since, for example."""
+    engine.train(TrainConfig(**TINY | {"method": "atlas"}), splits=splits(), folder=tmp_path)
+    state = checkpoint.load(tmp_path)
+    assert "local" not in state["config"]["hyper"] and state["hyper"]["local"] == "neighbours"
+    hyper = settings_of(tmp_path).hyper
+    assert {key: hyper[key] for key in methods.ATLAS.form_options} == {
+        "local": "neighbours", "start_noise": "uniform", "wide_start": 0.0
+    }  # fmt: skip
 
 
 def test_a_declared_set_fills_in_all_that_is_needed() -> None:

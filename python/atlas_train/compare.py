@@ -126,7 +126,12 @@ def settings_of(path: str | Path) -> TrainConfig:
     """The settings that a comparison's folder, a run's folder or a checkpoint says it was made with."""
     if is_comparison(path):
         return from_file(Path(path) / CONFIG, from_record)
-    return alone(from_record(checkpoint.load(path, ("arch", "config"))["config"], plain(path)))
+    state = checkpoint.load(path, ("arch", "config"))
+    config = alone(from_record(state["config"], plain(path)))
+    # A method's form was the one of its defaults then, which may be others now.
+    chosen = {key: state.get("hyper", {}).get(key) for key in methods.get(config.method).form_options}
+    used = {key: value for key, value in chosen.items() if value is not None}
+    return replace(config, hyper={**used, **config.hyper})
 
 
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
