@@ -3,11 +3,11 @@
     pip install --no-deps -r tests/peers.txt
     python benchmarks/bench_autoattack.py RUN [RUN ...] [--images 500] [--alone] [--bf16] [--results FILE.json]
 
-Both attack the same weights on the same images, in one process and one after the other. Robust accuracy is that of
-what each returns, judged by the network in float32; "same" is the share of the images about which it says what
-pyautoattack says. The passes, in images, are the floor of the time: what a pass costs is the network's. On a CPU
-ours gets images in channels_last, which the package cannot take. With --alone each attack is also run by itself on
-all images that are right without one.
+Both attack the same weights on the same images, in one process and one after the other. Robust accuracy is that of what
+each returns, judged by the network in float32; "same" is the share of the images about which it says what pyautoattack
+says. The passes, in images, are the floor of the time: what a pass costs is the network's. On a CPU ours gets its
+images in channels_last, which the package cannot take. With --alone each attack is also run by itself on all images
+that are right without one.
 """
 
 from __future__ import annotations
