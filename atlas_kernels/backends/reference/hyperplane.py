@@ -52,11 +52,10 @@ def way(point: Tensor, normal: Tensor, gap: Tensor, norm: str, low: Tensor, high
         first = reached.to(torch.int8).argmax(1, keepdim=True)
         root = (target - before.gather(1, first)) / free.gather(1, first)
         root = torch.where(reached.any(1, keepdim=True), root, math.inf)
-        root = (root * unit).to(point.dtype)
-        far = root.view_as(point) if norm == L2 else column(root[:, 0], point)
+        far = (root * unit).to(point.dtype).view_as(point)
         far = torch.where(far < space, far, space)
     far = torch.where(m.view_as(point) > 0, far, 0.0)
-    return torch.where((normal > 0) == column(gap < 0, normal), far, -far)
+    return torch.where(up, far, -far)
 
 
 def length(way: Tensor, norm: str) -> Tensor:
