@@ -384,7 +384,12 @@ def test_killing_it_loses_nothing(case, tmp_path: Path) -> None:
     model, x, y = case[0].cpu(), case[1][:20].cpu(), case[2][:20].cpu()
     whole, path = plan().run(model, x, y, batch_size=8), tmp_path / "state.pt"
     draw, killed = random.Random(0), 0
-    while killed < 3:
+
+    def goes_on() -> bool:
+        begun = torch.load(path, weights_only=True)["state"]
+        return bool(begun["done"] or begun["pool"]["numbers"])
+
+    while killed < 3 or not goes_on():
         child, before = os.fork(), path.stat().st_mtime_ns if path.exists() else 0
         if not child:
             try:
@@ -398,12 +403,11 @@ def test_killing_it_loses_nothing(case, tmp_path: Path) -> None:
         if ended:  # all was done: begin again
             assert before, "it ended without a file"
             path.unlink()
+            killed = 0
             continue
         time.sleep(draw.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    begun = torch.load(path, weights_only=True)["state"]
-    assert begun["done"] or begun["pool"]["numbers"]
     result = plan().run(model, x, y, batch_size=8, state_path=path, save_every=0)
     assert torch.equal(result.fooled_by, whole.fooled_by) and torch.equal(result.adv, whole.adv)
 
