@@ -109,7 +109,6 @@ run_training() {
   local runs=runs/on-gpu train=(--dataset digits) method
   if [[ -n $data_dir ]]; then
     train=(--config benchmarks/cifar10-gpu.json "${data[@]}")
-    python -c 'import pyautoattack' 2>/dev/null || train+=(--autoattack 0)
   fi
   run training python -m atlas_train train --device cuda --out-dir "$runs" "${train[@]}"
   [[ -n $data_dir ]] || return

@@ -253,8 +253,8 @@ def test_a_run_that_fails_leaves_the_others() -> None:
 
 def test_what_is_in_the_queue(tmp_path: Path) -> None:
     queued = plan.queue()
-    assert [each.name for each in queued[:4]] == [
-        f"full-30e-8of255-{recipe}-s0" for recipe in ("start", "liet", "adv-1", "adv-2")
+    assert [each.name for each in queued[:5]] == [
+        f"full-30e-8of255-{recipe}-s0" for recipe in ("start", "start-constant-w0", "liet", "adv-1", "adv-2")
     ]
     assert len(set(queued)) == len(queued) and all(plan.named(each.name, each.judge) == each for each in queued)
     configs = [each.config() for each in queued if each.seed == 0]  # each a TrainConfig
