@@ -351,6 +351,16 @@ def test_a_run_of_before_goes_on_with_the_form_of_its_defaults(tmp_path: Path) -
     }  # fmt: skip
 
 
+def test_a_run_and_a_comparison_of_before_are_resumed_with_their_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = TINY | {"method": "atlas", "epochs": 1, "beside": ("standard",), "out_dir": str(tmp_path), "eval_size": 8}
+    compare(TrainConfig(**tiny), splits=splits(), say=str)
+    monkeypatch.setattr(methods.ATLAS, "defaults", {"bars": methods.ATLAS.defaults["cifar10"]})
+    resume_compare(tmp_path, splits=splits(), say=str, epochs=2)
+    assert resume(tmp_path / "atlas", splits=splits(), epochs=3).config.hyper["local"] == "neighbours"
+
+
 def test_a_declared_set_fills_in_all_that_is_needed() -> None:
     for name in data.names():
         known = data.get(name)
