@@ -306,6 +306,17 @@ def test_who_wins_among_hyper_parameters() -> None:
     assert resolved(TrainConfig(method="gairat"), replace(splits(), name="mnist")).hyper_of("gairat")["steps"] == 40
 
 
+@pytest.mark.parametrize("hyper", [{"segment_weight": 0.5}, {"keep": "all", "iterates": "all", "steps": 2}])
+def test_what_only_the_default_form_of_a_data_set_has_may_be_set_alone(hyper: dict[str, Any]) -> None:
+    config = resolved(TrainConfig(dataset="cifar10", hyper=hyper), replace(splits(channels=3), name="cifar10"))
+    method = config.build_method()
+    assert isinstance(method, methods.ATLAS) and method.local == "start"
+    assert all(getattr(method, name) == value for name, value in hyper.items())
+    for other in ({"dataset": "digits"}, {"norm": "l2"}, {"hyper": {**hyper, "local": "worst"}}):
+        with pytest.raises(ValueError, match="choose local='start'"):
+            TrainConfig(**{"dataset": "cifar10", "hyper": hyper} | other)
+
+
 @pytest.mark.parametrize("other", [{"local": "worst"}, {"start_noise": "wide"}, {"wide_start": 2.0}, {"norm": "l2"}])
 def test_a_form_that_was_chosen_keeps_its_own_defaults(other: dict[str, Any]) -> None:
     """ATLAS on CIFAR-10: what makes up its form there goes together."""
@@ -338,6 +349,16 @@ def test_a_run_of_before_goes_on_with_the_form_of_its_defaults(tmp_path: Path) -
     assert {key: hyper[key] for key in methods.ATLAS.form_options} == {
         "local": "neighbours", "start_noise": "uniform", "wide_start": 0.0
     }  # fmt: skip
+
+
+def test_a_run_and_a_comparison_of_before_are_resumed_with_their_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = TINY | {"method": "atlas", "epochs": 1, "beside": ("standard",), "out_dir": str(tmp_path), "eval_size": 8}
+    compare(TrainConfig(**tiny), splits=splits(), say=str)
+    monkeypatch.setattr(methods.ATLAS, "defaults", {"bars": methods.ATLAS.defaults["cifar10"]})
+    resume_compare(tmp_path, splits=splits(), say=str, epochs=2)
+    assert resume(tmp_path / "atlas", splits=splits(), epochs=3).config.hyper["local"] == "neighbours"
 
 
 def test_a_declared_set_fills_in_all_that_is_needed() -> None:

@@ -126,12 +126,19 @@ def settings_of(path: str | Path) -> TrainConfig:
     """The settings that a comparison's folder, a run's folder or a checkpoint says it was made with."""
     if is_comparison(path):
         return from_file(Path(path) / CONFIG, from_record)
-    state = checkpoint.load(path, ("arch", "config"))
+    return settings_in(checkpoint.load(path, ("arch", "config")), path)
+
+
+def settings_in(state: Mapping[str, Any], path: str | Path) -> TrainConfig:
+    """The settings that a checkpoint which was loaded from ``path`` was made with."""
     config = alone(from_record(state["config"], plain(path)))
-    # A method's form was the one of its defaults then, which may be others now.
-    chosen = {key: state.get("hyper", {}).get(key) for key in methods.get(config.method).form_options}
-    used = {key: value for key, value in chosen.items() if value is not None}
-    return replace(config, hyper={**used, **config.hyper})
+    return replace(config, hyper={**_form_in(state, config.method), **config.hyper})
+
+
+def _form_in(state: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A method's form was the one of its defaults then, which may be others now."""
+    chosen = {key: state.get("hyper", {}).get(key) for key in methods.get(method).form_options}
+    return {key: value for key, value in chosen.items() if value is not None}
 
 
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
@@ -163,7 +170,13 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, dict[str, Path]]:
                 f"beside: {plain(folder)} lies alone, for the folder of a run that others go beside is called by its "
                 f"method, {config.method}: leave beside out"
             )
-    return config, {name: root / name for name in methods_of(config)}
+    folders = {name: root / name for name in methods_of(config)}
+    forms: dict[str, Any] = {}
+    for name, at in folders.items():
+        if methods.get(name).form_options and (start := _start(config, name, at)):
+            form = _form_in(checkpoint.load(start), name)
+            forms |= {f"{name}.{key}": value for key, value in form.items() if key not in config.hyper_of(name)}
+    return replace(config, hyper={**config.hyper, **forms}), folders
 
 
 def load_for(config: TrainConfig, folders: Mapping[str, Path], function: str = "resume_compare") -> DataSplits:

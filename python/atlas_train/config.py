@@ -391,7 +391,7 @@ class TrainConfig(metaclass=_Lenient):
         self._set_names()
         known = [self.method, *_beside(self.beside, self.method)]
         for name in known:
-            method = methods.build(name, 0.5 if self.eps is None else self.eps, self.hyper_of(name), norm=self.norm)
+            method = methods.build(name, 0.5 if self.eps is None else self.eps, self._early(name), norm=self.norm)
             for kind in ("mixup", "cutmix"):
                 if getattr(self, kind):
                     methods.require_mixable(method, kind)
@@ -406,7 +406,7 @@ class TrainConfig(metaclass=_Lenient):
             )
         if self.awp:
             require_wrappable(methods.get(self.method))
-        self.build_method(self.eps or 0.5)
+        self.build_method(self.eps or 0.5, self._early(self.method))
         for key in self.hyper:
             owner, dot, _ = key.rpartition(".")
             if dot and owner not in known:
@@ -434,9 +434,25 @@ class TrainConfig(metaclass=_Lenient):
         dotted = {key.partition(".")[2]: value for key, value in self.hyper.items() if key.startswith(f"{name}.")}
         return own | dotted
 
-    def build_method(self, eps: float | None = None) -> methods.Method:
-        """The method with its hyper-parameters; eps must be known (see ``resolved``) or given."""
-        own = self.hyper_of(self.method)
+    def _early(self, name: str) -> dict[str, Any]:
+        """``hyper_of``, with the form of the named data set where the values need that form. Without it they must still
+        be valid too: records of earlier versions were made with other defaults."""
+        own, eps = self.hyper_of(name), self.eps or 0.5
+        chosen = methods.get(name).form_options
+        if not chosen or self.norm != "linf" or self.dataset not in data.names() or any(key in own for key in chosen):
+            return own
+        defaults = methods.defaults_on(data.get(self.dataset), name)
+        form = {key: value for key, value in defaults.items() if not isinstance(value, (data.OfEps, data.UpTo))}
+        try:
+            methods.build(name, eps, own)
+        except ValueError:
+            return {**form, **own}
+        return own
+
+    def build_method(self, eps: float | None = None, hyper: Mapping[str, Any] | None = None) -> methods.Method:
+        """The method with its hyper-parameters; eps must be known (see ``resolved``) or given. hyper: default: those of
+        the configuration."""
+        own = self.hyper_of(self.method) if hyper is None else hyper
         method = methods.build(self.method, eps or self.eps, own, self.label_smoothing, self.norm)
         method = methods.AWP(method, self.awp, self.awp_warmup) if self.awp else method
         if self.eps_warmup or self.mix_share:

@@ -15,8 +15,8 @@ from atlas_kernels.checks import whole
 from . import checkpoint, data, models, progress
 from .autoattack import Precision, Version
 from .autoattack import autoattack as run_autoattack
-from .compare import Results, compare, is_comparison, settings_of
-from .config import added, alone, from_record, label
+from .compare import Results, compare, is_comparison, settings_in, settings_of
+from .config import added, label
 from .data import DataSplits, identity
 from .engine import OnEpoch, train
 from .evaluate import Say, evaluate
@@ -52,7 +52,7 @@ def resume(
         changes: settings of ``TrainConfig`` to change from now on, such as epochs.
     """
     state = checkpoint.load(path, ("arch", "config"))
-    config = alone(from_record(state["config"], plain(path)))
+    config = settings_in(state, path)
     if splits is None and "dataset" not in changes:
         require_trusted("dataset", config.dataset, path)
     if model is None:
