@@ -372,7 +372,7 @@ def test_time_is_told_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": (2 * torch.rand(4, 1, 8, 8) - 1, torch.arange(4))}, ValueError,
          r"images must be in \[0, 1\].* they look normalised; give the images as they are before it, and mean and std"),
         ({"data": (255 * torch.rand(4, 1, 8, 8), torch.arange(4))}, ValueError, "divide by 255"),
-        ({"data": (torch.full((4, 1, 8, 8), math.nan), torch.arange(4))}, ValueError, r"images .* got NaN in 4 of them"),
+        ({"data": (torch.full((4, 1, 8, 8), math.nan), torch.arange(4))}, ValueError, "got NaN in 4 of them"),
         ({"data": (torch.randint(0, 9, (4, 1, 8, 8)), torch.arange(4))}, ValueError, "must be float in .* or uint8"),
         ({"data": torch.rand(4, 1, 8, 8)}, TypeError, "data must be Images, a pair .* got Tensor"),
         ({"data": [torch.rand(4, 1, 8, 8)] * 3}, TypeError, "this loader gives Tensor"),

@@ -210,8 +210,8 @@ def _reported(
         _require_labels(at.samples.y, probe.classes, num_classes)
         if probe.classes < 4 and any(attack.name == "apgd-t" for attack in attacks):
             raise ValueError(
-                f"attacks: the DLR loss of apgd-t takes four classes, and the model has {probe.classes}: name apgd, which "
-                "runs what such a model allows"
+                f"attacks: the DLR loss of apgd-t takes four classes, and the model has {probe.classes}: name apgd, "
+                "which runs what such a model allows"
             )
         able = [a for a in attacks[1:] if probe.differentiable or a.kind not in ("one step", "iterative")]
         if not probe.differentiable and not any(a.searches for a in able):
@@ -274,7 +274,7 @@ def survivors(
 
 def _radii(eps: float | Sequence[float] | None) -> tuple[float, ...]:
     """Each radius once, in the order given. Raises ValueError for none, or what is no number."""
-    given = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
+    given: Any = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
     radii = (given,) if isinstance(given, Real) else tuple(given or ())
     if not radii or not all(isinstance(each, Real) and 0 < each < math.inf for each in radii):
         raise ValueError(f"eps must be a number > 0 or several, got {eps!r}: write 8 / 255 for images in [0, 1]")

@@ -152,7 +152,8 @@ def black_box_in(whole: Outcome) -> Iterator[Sign]:
     """The same, of the parts of one ensemble, by what was left after each; Square alone is beside no other."""
     parts = list(whole.parts.items())
     for (earlier, before), (name, after) in zip(parts, parts[1:], strict=False):
-        if name == "square" and earlier != CLEAN and before - after > BLACK_BOX and (before - after) * len(whole.right) > 1.5:
+        more = name == "square" and earlier != CLEAN and before - after > BLACK_BOX
+        if more and (before - after) * len(whole.right) > 1.5:
             yield Sign(
                 "black box stronger than white box",
                 f"Square takes it from {100 * before:.2f} % to {100 * after:.2f} %: the gradients are masked, and the "
