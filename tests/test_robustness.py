@@ -390,7 +390,7 @@ def test_bad_input_is_named(change: dict[str, Any], error: Any, text: str) -> No
 
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got .*function.*: put what it does into one"):
-        evaluate(torch.flatten, splits().test, 0.3, attacks="fgsm")  # type: ignore[arg-type]
+        evaluate(torch.flatten, splits().test, 0.3, attacks="fgsm")  # type: ignore[call-overload]
 
 
 def test_labels_are_checked_where_no_attacks_are_named() -> None:
@@ -401,7 +401,7 @@ def test_labels_are_checked_where_no_attacks_are_named() -> None:
 
 def test_radii_come_as_arrays_and_tensors() -> None:
     for eps in (np.float32(0.25), np.array([0.25, 0.5]), torch.tensor([0.25, 0.5]), torch.tensor(0.25)):
-        report = evaluate(linear(), splits().test, eps, attacks="fgsm")  # type: ignore[arg-type, call-overload]
+        report = evaluate(linear(), splits().test, eps, attacks="fgsm")  # type: ignore[arg-type]
         assert report.radii == ((0.25, 0.5) if len(np.shape(eps)) else (0.25,))
 
 
