@@ -545,6 +545,14 @@ def test_without_a_gradient_it_goes_on_with_what_needs_none(case) -> None:
         only.run(blind, x, y)
 
 
+def test_images_that_a_later_part_does_not_take_are_refused_before_the_first_runs(device) -> None:
+    net, lines = nn.Linear(12, 5).to(device), []
+    x, y = torch.rand(3, 12, device=device), torch.arange(3, device=device)
+    with pytest.raises(ValueError, match=r"Square needs images \[B, C, H, W\], got x \[3, 12\]"):
+        AutoAttack(EPS).run(net, x, y, say=lines.append)
+    assert not lines
+
+
 def test_bad_calls(case) -> None:
     model, x, y = case
     calls: dict[str, Callable[[], Any]] = {

@@ -244,6 +244,7 @@ def shares(count: int, total: int = 1000) -> Tensor:
         ([outcome("clean", shares(400), None, nan=2)], {("nan", "clean")}),
         ([outcome("autoattack", shares(400), parts={"apgd-ce": 0.5, "fab-t": 0.45, "square": 0.4})],
          {("black box stronger than white box", "autoattack")}),
+        ([outcome("square", shares(400), parts={"clean": 0.9, "square": 0.4})], set()),  # beside no other
         ([outcome("autoattack", shares(449), parts={"apgd-ce": 0.5, "fab-t": 0.45, "square": 0.449})], set()),
     ],
 )  # fmt: skip
@@ -371,19 +372,44 @@ def test_time_is_told_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": (2 * torch.rand(4, 1, 8, 8) - 1, torch.arange(4))}, ValueError,
          r"images must be in \[0, 1\].* they look normalised; give the images as they are before it, and mean and std"),
         ({"data": (255 * torch.rand(4, 1, 8, 8), torch.arange(4))}, ValueError, "divide by 255"),
-        ({"data": (torch.full((4, 1, 8, 8), math.nan), torch.arange(4))}, ValueError, r"images must be in \[0, 1\]"),
+        ({"data": (torch.full((4, 1, 8, 8), math.nan), torch.arange(4))}, ValueError, "got NaN in 4 of them"),
         ({"data": (torch.randint(0, 9, (4, 1, 8, 8)), torch.arange(4))}, ValueError, "must be float in .* or uint8"),
         ({"data": torch.rand(4, 1, 8, 8)}, TypeError, "data must be Images, a pair .* got Tensor"),
         ({"data": [torch.rand(4, 1, 8, 8)] * 3}, TypeError, "this loader gives Tensor"),
         ({"data": [(torch.rand(1, 8, 8), 3)] * 3}, ValueError, "put a data set of single images into"),
         ({"data": []}, ValueError, "the loader gave none"),
-        ({"norm": "l3"}, (ValueError, KeyError), "l3"),
+        ({"norm": "Linf"}, ValueError, "norm must be one of 'linf', 'l2', 'l1', got 'Linf'; did you mean 'linf'"),
+        ({"mean": [0.5] * 3, "std": [0.2] * 3}, ValueError, "mean and std must have a number for each of 1 channels"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(change: dict[str, Any], error: Any, text: str) -> None:
     given = {"data": splits().test, "eps": 0.3, "attacks": ["pgd-2"]} | change
     with pytest.raises(error, match=text):
         evaluate(linear(), given.pop("data"), **given)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got .*function.*: put what it does into one"):
+        evaluate(torch.flatten, splits().test, 0.3, attacks="fgsm")  # type: ignore[call-overload]
+
+
+def test_labels_are_checked_where_no_attacks_are_named() -> None:
+    x = splits().test.images
+    with pytest.raises(ValueError, match=r"labels must be in 0..3, .* got labels from 1 to 4"):
+        evaluate(linear(), (x, splits().test.labels + 1), 0.3)
+
+
+def test_radii_come_as_arrays_and_tensors() -> None:
+    for eps in (np.float32(0.25), np.array([0.25, 0.5]), torch.tensor([0.25, 0.5]), torch.tensor(0.25)):
+        report = evaluate(linear(), splits().test, eps, attacks="fgsm")  # type: ignore[arg-type]
+        assert report.radii == ((0.25, 0.5) if len(np.shape(eps)) else (0.25,))
+
+
+def test_apgd_t_is_refused_for_three_classes_before_any_attack_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas_train.evaluate.ensembles.outcome", lambda *a, **k: pytest.fail("an attack ran"))
+    model = nn.Sequential(linear(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="DLR loss of apgd-t takes four classes, and the model has 3: name apgd"):
+        evaluate(model, (torch.rand(3, 1, 8, 8), torch.arange(3)), 0.3, attacks=("apgd", "apgd-t"))
 
 
 def test_several_radii_need_attacks() -> None:

@@ -205,8 +205,9 @@ class Evaluation:
         self.searches, self.instead = self.plan.searches(found.classes)
         if not found.differentiable:
             self._leave_out_gradients()
-        for part in self.searches.values():
+        for name, part in self.searches.items():
             part.rounds(self.classes)  # raises where there are too few
+            self._batch(part, name)  # raises for images of a shape that it does not take
         for change in self.instead:
             warnings.warn(f"AutoAttack: {change}", stacklevel=6)
         self.whose = self._whose() if self.path else {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import flag, number_in
+from ..checks import flag, number_in, require_float_images
 from ..layout import column, compute_dtype
 from ..perturb import random_start
 from ..schema import L1, L2, LINF
@@ -59,9 +59,13 @@ class Square(Search):
         if number_in("p_init", self.p_init, 0.0, 1.0) == 0:
             raise ValueError("p_init=0 leaves nothing to change: give a share of the image, as 0.8")
 
+    def batch(self, x: Tensor, y: Tensor, **options: Any) -> Batch:
+        require_float_images("x", x)
+        if x.ndim != 4:
+            raise ValueError(f"Square needs images [B, C, H, W], got x {list(x.shape)}: give x that shape")
+        return super().batch(x, y, **options)
+
     def begin(self, model: Model, batch: Batch, draw: Tensor) -> State:
-        if batch.x.ndim != 4:
-            raise ValueError(f"Square needs images [B, C, H, W], got x {list(batch.x.shape)}: give x that shape")
         adv = self._stripes(batch, draw) if self.norm == LINF else self._grid(batch, draw)
         objective, fooled = self._judge(model, batch, adv)
         return {"adv": adv, "fooled": fooled, "number": torch.zeros_like(draw), "draw": draw, "objective": objective}

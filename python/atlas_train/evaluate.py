@@ -7,15 +7,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD, Attack
-from atlas_kernels.checks import whole
+from atlas_kernels.attacks.arguments import require_choice
+from atlas_kernels.checks import kind_of, whole
+from atlas_kernels.outputs import logits_of, require_rows_of_logits
+from atlas_kernels.schema import NORMS
 
 from . import autoattack as ensembles
 from .data import Images
@@ -130,12 +135,15 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
             another model, other data or settings. With several, each has a file of its own beside it.
         say: told what is evaluated, and how far it is.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}: put what it does into one")
+    require_choice("norm", norm, NORMS)
     where = torch.device(device) if device is not None else device_of(model)
-    model = _normalising(model, mean, std, where)
     size = None if size is None else whole("size", size, 1)
     if size is None and isinstance(data, Images) and where.type == "cpu":
         size = CPU_SIZE
     samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
+    model = _normalising(model, mean, std, where, samples.x.shape[1])
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
     if attacks is not None:
@@ -143,7 +151,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         path = None if state is None else Path(state)
         how = {"version": autoattack_version, "batch_size": at.batch_size, "search_precision": search_precision}
         return _reported(model, at, named(attacks), balls, step_size, num_classes, path, how)
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, Real):
         raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
     steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
     pgd = PGD(eps, default_step(eps, steps, norm, step_size), steps, norm=norm, restarts=restarts)
@@ -153,6 +161,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
     started = time.perf_counter()
     with evaluating(model):
+        if not isinstance(data, Images):  # whose labels are the trainer's
+            _require_labels(samples.y, _classes(model, at), num_classes)
         found = _attacked(model, at, runs)
     return Evaluation(
         **{name: outcome.accuracy for name, outcome in found.items()}, images=len(samples), eps=eps, pgd_steps=steps,
@@ -198,6 +208,11 @@ def _reported(
         x, y, ids = next(at.batches(model, max(at.batch_size, signs.PROBED)))
         probe = signs.probe(model, x, y, radii[0], at.norm, at.key, ids)
         _require_labels(at.samples.y, probe.classes, num_classes)
+        if probe.classes < 4 and any(attack.name == "apgd-t" for attack in attacks):
+            raise ValueError(
+                f"attacks: the DLR loss of apgd-t takes four classes, and the model has {probe.classes}: name apgd, "
+                "which runs what such a model allows"
+            )
         able = [a for a in attacks[1:] if probe.differentiable or a.kind not in ("one step", "iterative")]
         if not probe.differentiable and not any(a.searches for a in able):
             able += named("square")[1:]
@@ -259,23 +274,37 @@ def survivors(
 
 def _radii(eps: float | Sequence[float] | None) -> tuple[float, ...]:
     """Each radius once, in the order given. Raises ValueError for none, or what is no number."""
-    radii = (eps,) if isinstance(eps, (int, float)) else tuple(eps or ())
-    if not radii or not all(isinstance(each, (int, float)) and 0 < each < math.inf for each in radii):
+    given: Any = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
+    radii: tuple[Any, ...] = (given,) if isinstance(given, Real) else tuple(given or ())
+    if not radii or not all(isinstance(each, Real) and 0 < each < math.inf for each in radii):
         raise ValueError(f"eps must be a number > 0 or several, got {eps!r}: write 8 / 255 for images in [0, 1]")
     return tuple(dict.fromkeys(float(each) for each in radii))
 
 
 def _normalising(
-    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, channels: int
 ) -> nn.Module:
     """The model behind a normalisation that is given apart from it."""
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, got mean {mean} and std {std}: give both, or neither")
     if mean is None or std is None:
         return model
+    if len(mean) not in (1, channels):
+        raise ValueError(
+            f"mean and std must have a number for each of {channels} channels, got {len(mean)}: mean {mean}, std {std}"
+        )
     whole_model = nn.Sequential(Normalize(mean, std).to(device), model)
     whole_model.training = model.training
     return whole_model
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, at: _Place) -> int:
+    """How many logits the model gives."""
+    x, _, _ = next(at.batches(model))
+    logits = logits_of(model(x))
+    require_rows_of_logits(logits, x)
+    return logits.shape[1]
 
 
 def _require_labels(labels: Tensor, classes: int, known: int | None) -> None:

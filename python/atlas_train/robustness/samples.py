@@ -126,6 +126,8 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if not x.is_floating_point():
         raise ValueError(f"images must be float in [0, 1] or uint8, got {x.dtype}: divide them by their largest value")
     low, high = (float(value) for value in torch.aminmax(x))
+    if low != low:
+        raise ValueError(f"images must be in [0, 1], got NaN in {int(x.isnan().flatten(1).any(1).sum())} of them")
     if not (low >= 0 and high <= 1):
         remedy = "divide by 255" if low >= 0 and 1 < high <= 255 else "give the images as they are before it"
         apart = "" if low >= 0 else ", and mean and std apart (mean=..., std=...)"

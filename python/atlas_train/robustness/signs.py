@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from atlas_kernels.attacks import PGD, Batch, Model
 from atlas_kernels.attacks.objective import Objective
-from atlas_kernels.outputs import logits_of, require_rows_of_logits
+from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from ..inference import predict
 from ..options import Norm, radius
+from .named import CLEAN
 from .outcome import Outcome
 
 PROBED = 100  # images
@@ -148,10 +149,11 @@ def black_box(black: Outcome, white: Outcome) -> Iterator[Sign]:
 
 
 def black_box_in(whole: Outcome) -> Iterator[Sign]:
-    """The same, of the parts of one ensemble, by what was left after each."""
+    """The same, of the parts of one ensemble, by what was left after each; Square alone is beside no other."""
     parts = list(whole.parts.items())
-    for (_, before), (name, after) in zip(parts, parts[1:], strict=False):
-        if name == "square" and before - after > BLACK_BOX and (before - after) * len(whole.right) > 1.5:
+    for (earlier, before), (name, after) in zip(parts, parts[1:], strict=False):
+        more = name == "square" and earlier != CLEAN and before - after > BLACK_BOX
+        if more and (before - after) * len(whole.right) > 1.5:
             yield Sign(
                 "black box stronger than white box",
                 f"Square takes it from {100 * before:.2f} % to {100 * after:.2f} %: the gradients are masked, and the "
@@ -232,7 +234,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, key: T
     with torch.no_grad():
         first, second = (logits_of(model(x[:PROBED])) for _ in range(2))
     require_rows_of_logits(first, x[:PROBED])
-    rows = (first.argmax(1) == y[:PROBED]).nonzero()[:, 0]
+    rows = (predicted(first) == y[:PROBED]).nonzero()[:, 0]
     first, second = first.cpu().double(), second.cpu().double()  # not every device has double
     size = first.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     differs = ((first - second).norm(dim=1) / size).nan_to_num(0.0).max().item() if len(first) else 0.0
