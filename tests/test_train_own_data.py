@@ -332,6 +332,7 @@ def test_a_form_that_was_chosen_keeps_its_own_defaults(other: dict[str, Any]) ->
     if norm == "linf":
         assert form.items() <= used().items() and used(local_weight=0.5) == used() | {"local_weight": 0.5}
         assert used(keep="first") == used() | {"keep": "first"}
+        assert used(local="start") == used(start_noise="pgi") == used()
 
 
 def resolved_eps(name: str, norm: Any) -> float:

@@ -438,10 +438,11 @@ class TrainConfig(metaclass=_Lenient):
         """``hyper_of``, with the form of the named data set where the values need that form. Without it they must still
         be valid too: records of earlier versions were made with other defaults."""
         own, eps = self.hyper_of(name), self.eps or 0.5
-        chosen = methods.get(name).form_options
-        if not chosen or self.norm != "linf" or self.dataset not in data.names() or any(key in own for key in chosen):
+        if not methods.get(name).form_options or self.dataset not in data.names():
             return own
         defaults = methods.defaults_on(data.get(self.dataset), name)
+        if _is_of_another_form(self, name, defaults):
+            return own
         form = {key: value for key, value in defaults.items() if not isinstance(value, (data.OfEps, data.UpTo))}
         try:
             methods.build(name, eps, own)
@@ -657,15 +658,24 @@ def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no form was chosen."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
-        given, form = config.hyper_of(name), methods.get(name).form_options
-        other = bool(form) and (config.norm != "linf" or any(key in given for key in form))
-        for key, value in {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}.items():
+        given = config.hyper_of(name)
+        defaults = {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}
+        other = _is_of_another_form(config, name, defaults)
+        for key, value in defaults.items():
             if isinstance(value, data.OfEps):
                 if key not in given and "steps" not in given and config.norm == "linf":
                     filled[f"{name}.{key}"] = value * config.eps
             elif key not in given and not other:
                 filled[f"{name}.{key}"] = value.at(config.eps) if isinstance(value, data.UpTo) else value
     return filled
+
+
+def _is_of_another_form(config: TrainConfig, name: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether the method has forms, and another than that of the data set's defaults was chosen."""
+    given, form = config.hyper_of(name), methods.get(name).form_options
+    return bool(form) and (
+        config.norm != "linf" or any(key in given and given[key] != defaults.get(key) for key in form)
+    )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
