@@ -324,7 +324,7 @@ def test_a_form_that_was_chosen_keeps_its_own_defaults(other: dict[str, Any]) ->
     form = methods.ATLAS.defaults[name]
 
     def used(**hyper: Any) -> Any:
-        config = TrainConfig(method="atlas", hyper=hyper, norm=norm)
+        config = TrainConfig(method="atlas", dataset=name, hyper=hyper, norm=norm)
         return resolved(config, replace(splits(), name=name)).build_method().in_use()
 
     plain = {key: value for key, value in other.items() if key != "norm"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -129,7 +130,7 @@ def settings_of(path: str | Path) -> TrainConfig:
     return settings_in(checkpoint.load(path, ("arch", "config")), path)
 
 
-def settings_in(state: Mapping[str, Any], path: str | Path) -> TrainConfig:
+def settings_in(state: Mapping[str, Any], path: str | os.PathLike[str]) -> TrainConfig:
     """The settings that a checkpoint which was loaded from ``path`` was made with."""
     config = alone(from_record(state["config"], plain(path)))
     return replace(config, hyper={**_form_in(state, config.method), **config.hyper})

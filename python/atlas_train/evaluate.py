@@ -276,7 +276,7 @@ def _radii(eps: float | Sequence[float] | None) -> tuple[float, ...]:
     """Each radius once, in the order given. Raises ValueError for none, or what is no number."""
     given: Any = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
     radii: tuple[Any, ...] = (given,) if isinstance(given, Real) else tuple(given or ())
-    if not radii or not all(isinstance(each, Real) and 0 < each < math.inf for each in radii):
+    if not radii or not all(isinstance(each, Real) and 0 < float(each) < math.inf for each in radii):
         raise ValueError(f"eps must be a number > 0 or several, got {eps!r}: write 8 / 255 for images in [0, 1]")
     return tuple(dict.fromkeys(float(each) for each in radii))
 

@@ -95,7 +95,7 @@ def _same(call: Any, a: Tensor, b: Tensor) -> bool:
 def _wide(call: Any, **changed: Any) -> Any:
     """The result for 16-bit images in float32, so that an output of any dtype is rounded once."""
     given = {**call.arguments, **changed}
-    images = {name: given[name] for name in ("adv", "x", "v") if name in given}
+    images = {name: given[name] for name in ("adv", "old", "x", "v") if name in given}
     return call(**{**changed, **{name: t.float() for name, t in images.items() if t.element_size() == 2}})
 
 

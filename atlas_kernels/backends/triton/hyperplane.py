@@ -261,9 +261,9 @@ def _example(
 
 # To be compiled ahead of time.
 VARIANTS: dict[str, Callable[[], Launch]] = {
-    **{f"{norm} step": partial(_example, number) for number, norm in enumerate(NORMS)},
-    "l_inf step, per channel": partial(_example, 0, rows=True),
-    "l2 step, bf16, channels_last gradient": partial(_example, 1, torch.bfloat16, last="grad"),
-    "l1 step, fp16": partial(_example, 2, torch.float16),
-    "l1 step, one pixel": partial(_example, 2, shape=(1, 1, 1, 1)),
+    **{f"{norm} plane": partial(_example, number) for number, norm in enumerate(NORMS)},
+    "linf plane, per channel": partial(_example, 0, rows=True),
+    "l2 plane, bf16, channels_last gradient": partial(_example, 1, torch.bfloat16, last="grad"),
+    "l1 plane, fp16": partial(_example, 2, torch.float16),
+    "l1 plane, one pixel": partial(_example, 2, shape=(1, 1, 1, 1)),
 }
