@@ -58,7 +58,7 @@ def check(adv, grad, x, eps=0.1, step=0.03, radius=0.05, *, key, count=2, out_dt
         many = to_layout(many, out_layout == "l")
         moved = adv.clone()
         return {
-            "start": ak.random_start(x, eps, **noise, **options),
+            "start": ak.random_start(x, radius, **noise, **options),
             "label start": label_start(x, grad, radius, **noise, **options),
             "step": ak.pgd_step(adv, grad, x, eps, step, cast=cast, **stepping, **options),
             "cast": cast,
@@ -171,10 +171,12 @@ def test_anything(data):
     )  # fmt: skip
     if shape[0] and draw(st.booleans()):
         inputs = tuple(map(unaligned, inputs))
-    number = st.sampled_from([0.0, 1e-45, 0.03, 0.1, 2.0, *([float("inf")] if draw(st.booleans()) else [])])
+    numbers, extreme = [0.0, 1e-45, 0.03, 0.1, 2.0], draw(st.booleans())
+    number = st.sampled_from([*numbers, *([float("inf")] if extreme else [])])
+    finite = st.sampled_from([*numbers, *([1e30] if extreme else [])])  # a radius of noise
     key = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), 0])
     check(
-        *inputs, draw(number), draw(number), draw(number), key=key,
+        *inputs, draw(number), draw(number), draw(finite), key=key,
         count=draw(st.integers(0, 3)), descend=draw(st.booleans()), project=draw(st.booleans()),
         out_dtype=draw(st.sampled_from(FLOATS)), out_layout=draw(st.sampled_from("cl")),
     )  # fmt: skip
