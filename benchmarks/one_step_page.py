@@ -84,8 +84,9 @@ ROWS = {
     "n_fgsm": Row("N-FGSM", "n_fgsm", {}, "6"),
     "pgd_at": Row("PGD-10, not averaged", "adv", {}, "23", "--averaging none"),
     "fgsm_rs": Row("FGSM-RS", "one_step_adv", {}, "6"),
-    "atlas": Row("ATLAS", "atlas"),
-    "atlas_start": Row("ATLAS, local term at the start", "atlas", {"local": "start"}, None, "--local start"),
+    "atlas_default": Row("ATLAS, as by default on CIFAR-10", "atlas", methods.ATLAS.defaults["cifar10"]),
+    "atlas": Row("ATLAS, local term at neighbours", "atlas", {"local": "neighbours"}, None, "--local neighbours"),
+    "atlas_start": Row("ATLAS, local term at the start", "atlas", {"local": "start"}, None, "--local start --start-noise uniform"),
 }
 
 
