@@ -86,7 +86,9 @@ ROWS = {
     "fgsm_rs": Row("FGSM-RS", "one_step_adv", {}, "6"),
     "atlas_default": Row("ATLAS, as by default on CIFAR-10", "atlas", methods.ATLAS.defaults["cifar10"]),
     "atlas": Row("ATLAS, local term at neighbours", "atlas", {"local": "neighbours"}, None, "--local neighbours"),
-    "atlas_start": Row("ATLAS, local term at the start", "atlas", {"local": "start"}, None, "--local start --start-noise uniform"),
+    "atlas_start": Row(
+        "ATLAS, local term at the start", "atlas", {"local": "start"}, None, "--local start --start-noise uniform"
+    ),
 }
 
 

@@ -118,12 +118,13 @@ class ATLAS(kept.KeptForward):
     cross-entropy. That forward, and a loss that ties it to x', are not ours: they are of FGSM-PGI, with squared logits
     (Jia et al. 2022), and of LIET, with Jensen-Shannon and a weight that grows (ICCV 2025). To see in the start a point
     of the local ball is ours, and so is this choice of ties, weights and starts, and GLOBAL beside it; with the start
-    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. From the uniform start the network collapses on
-    the small runs of docs/one_step.md; from that of pgi, the default on CIFAR-10, it does not. By default there is no GLOBAL
-    with it; each part has a forward of its own, as the second needs the gradient of the first. ``segment_weight`` adds
-    a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x. Of several attack steps the
-    iterates before x' have logits too: ``iterates="all"`` makes LOCAL the mean over x0 and them. Constants cost
-    nothing, so one step with ``keep="none"`` takes the 5 passes of one-step ADV, and two those of ADV with two.
+    of pgi, logit and a ``local_weight`` of 10 / C it is FGSM-PGI itself. From the uniform start the network collapses
+    on the small runs of docs/one_step.md; from that of pgi, the default on CIFAR-10, it does not. By default there is
+    no GLOBAL with it; each part has a forward of its own, as the second needs the gradient of the first.
+    ``segment_weight`` adds a point of segment, with CE there, or tied to x' by kl or logit as GLOBAL ties x. Of several
+    attack steps the iterates before x' have logits too: ``iterates="all"`` makes LOCAL the mean over x0 and them.
+    Constants cost nothing, so one step with ``keep="none"`` takes the 5 passes of one-step ADV, and two those of ADV
+    with two.
 
     In l2 and l1 both balls are of that norm, and ||.||_1 of gradients becomes its dual, l2 or l_inf.
     Without both terms the loss is ADV's, bit for bit. One batch holds [x; x'; z_1..z_count] (x only where GLOBAL needs
