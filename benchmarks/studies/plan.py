@@ -54,7 +54,8 @@ BEDS: dict[str, Bed] = {
 #: The forms of ATLAS that look at the start of the attack. The centre of the study is FGSM-PGI itself where there are
 #: ten classes: its start, and squared logits of weight 1. Every other row changes one thing.
 _START: dict[str, Any] = {
-    "local": "start", "start_noise": "pgi", "local_objective": "logit", "local_weight": 1.0, "step_size": OfEps(1.0),
+    "local": "start", "start_noise": "pgi", "local_objective": "logit", "local_weight": 1.0, "keep": "first",
+    "step_size": OfEps(1.0),
 }  # fmt: skip
 
 
