@@ -251,7 +251,7 @@ def test_a_run_that_fails_leaves_the_others() -> None:
     assert failed == ["cpu-15e-16of255-start-s0 ended with status 3"]
 
 
-def test_what_is_in_the_queue(tmp_path: Path) -> None:
+def test_what_is_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queued = plan.queue()
     assert [each.name for each in queued[:5]] == [
         f"full-30e-8of255-{recipe}-s0" for recipe in ("start", "start-constant-w0", "liet", "adv-1", "adv-2")
@@ -262,6 +262,7 @@ def test_what_is_in_the_queue(tmp_path: Path) -> None:
     assert {each.eps for each in queued if each.bed == "full" and each.recipe == "start"} == set(report.EPS)
     assert plan.Planned("full", 100, "8/255", "start", 0).settings["ema_decay"] == pytest.approx(0.9995, abs=5e-5)
     rows.append(tmp_path / work.ROWS, row("start", 0))
+    monkeypatch.setattr(work, "RESULTS", tmp_path)
     places = work.Places(tmp_path)
     left = list(run_queue.next_runs(queued, places, ["cpu", "full"], gpu=False))
     assert left == [each for each in queued if each.bed == "cpu" and each != Planned("cpu", 15, "16/255", "start", 0)]
