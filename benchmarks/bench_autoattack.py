@@ -115,7 +115,7 @@ def predicted_classes(task: Task) -> int:
 
 
 def stands(task: Task, adv: Tensor) -> Tensor:
-    """Which images are right as they are and as the attack returned them."""
+    """Which images the network classifies correctly both as they are and as the attack returned them."""
     parts = zip(adv.split(task.batch_size), task.x.split(task.batch_size), task.y.split(task.batch_size), strict=True)
     return torch.cat([(predict(task.model, a) == y) & (predict(task.model, x) == y) for a, x, y in parts])
 

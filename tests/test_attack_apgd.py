@@ -276,7 +276,10 @@ def test_channels_last(device, norm: str) -> None:
 class NoWait(TorchDispatchMode):
     """Refuses what waits for the device."""
 
+    seen = 0
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen += 1
         assert operation.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"), operation
         return operation(*args, **(kwargs or {}))
 
@@ -290,8 +293,9 @@ def test_an_iteration_does_not_wait_for_the_device(
     attack = APGD(EPS[norm], norm=norm, objective=objective, large_radii=large_radii)
     batch = replace(attack.batch(x, y, key=key(x.device)), clean=model(x))
     state = attack.advance(model, batch, attack.begin(model, batch, torch.zeros_like(y)))
-    with NoWait():
+    with NoWait() as mode:
         attack.advance(model, batch, state)
+    assert mode.seen  # what it refuses fails the test there
 
 
 def test_it_gives_the_published_start(device) -> None:

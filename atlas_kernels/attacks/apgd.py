@@ -106,7 +106,7 @@ class APGD(Search):
         else:
             state |= {"looked": zeros, "rises": zeros, "halved": zeros.bool()}
         if self.targeted:
-            state["target"] = self._target(batch, draw)
+            state["target"] = self.target(batch, draw)
         return state
 
     def _start(self, batch: Batch, draw: Tensor) -> Tensor:
@@ -121,13 +121,6 @@ class APGD(Search):
             length = torch.linalg.vector_norm(noise.flatten(1), math.inf if self.norm == LINF else 2, dim=1)
             noise = noise / column(length.clamp_min(torch.finfo(noise.dtype).tiny), x) * column(radius, x)
         return _inside(x + noise, batch, radius)
-
-    def _target(self, batch: Batch, draw: Tensor) -> Tensor:
-        """The class that each row is to reach in its round."""
-        clean, labels = batch.clean, batch.goal.labels
-        assert clean is not None and labels is not None
-        order = clean.scatter(1, labels[:, None], torch.inf).sort(dim=1, descending=True, stable=True).indices
-        return order.gather(1, (draw // self.restarts + 1)[:, None])[:, 0]
 
     def advance(self, model: Model, batch: Batch, state: State) -> State:
         x, point = batch.x, state["point"]

@@ -1,4 +1,4 @@
-"""What is asked of a network before it is evaluated: a figure that means nothing costs as much as one that does."""
+"""Checks of a network before it is evaluated, as an evaluation takes long and its figure may mean nothing."""
 
 from __future__ import annotations
 

@@ -74,15 +74,8 @@ class FAB(Search):
             "number": torch.zeros_like(draw),
         }
         if self.targeted:
-            state["target"] = self._target(batch, draw)
+            state["target"] = self.target(batch, draw)
         return state
-
-    def _target(self, batch: Batch, draw: Tensor) -> Tensor:
-        """The other class of each row's round."""
-        assert batch.clean is not None and batch.goal.labels is not None
-        clean = batch.clean.scatter(1, batch.goal.labels[:, None], torch.inf)
-        order = clean.sort(dim=1, descending=True, stable=True).indices
-        return order.gather(1, 1 + draw[:, None] // self.restarts)[:, 0]
 
     def _start(self, batch: Batch, draw: Tensor) -> Tensor:
         """x in the first round of a target; later a random point at half of eps from it, but for the range."""

@@ -31,11 +31,11 @@ class MinimumNormResult(NamedTuple):
 
 @dataclass(frozen=True)
 class MinimumNorm:
-    """Bisects, for each sample, the radius at which an attack fools the model; MMA training finds its radii that way
-    (Ding et al. 2020, arXiv 1812.02637).
+    """Searches by bisection, for each sample, the smallest radius at which an attack fools the model, as MMA training
+    does (Ding et al. 2020, arXiv 1812.02637).
 
-    The attack begins at its own eps. Where it succeeds, the norm of what it found bounds the radius from above, else
-    the radius does from below. The next radius is halfway; there the attack starts at the adversary that was found,
+    The attack begins at its own eps. Where it succeeds, the norm of what it found is the new upper bound; where it
+    fails, the radius is the new lower bound. The next radius is halfway; there the attack starts at the adversary that was found,
     brought into the smaller ball. After ``bisections`` of them the bounds are at most ``eps / 2**bisections`` apart,
     which is the tolerance. (An attack may miss what is closer still, so that the true least norm is below.) An
     adversary is replaced by a closer one alone, and each is misclassified in the batch that was given.

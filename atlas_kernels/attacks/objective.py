@@ -112,7 +112,7 @@ class Objective:
         )
 
     def learn(self, other: Objective) -> None:
-        """Take over what ``other``, of the same model, has found of it."""
+        """Copies what ``other`` has found out about the model, which is the same."""
         self.classes, self.in_float16, self.coupled = other.classes, other.in_float16, other.coupled
 
     def logits(self, model: Model, x: Tensor) -> Tensor:

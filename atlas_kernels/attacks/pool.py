@@ -172,7 +172,7 @@ class Pool:
         self.fooled[rows] |= fooled
 
     def left(self) -> int:
-        """Passes to come, of all samples together, if no other is fooled."""
+        """How many passes are left for all samples together, if no more of them are fooled."""
         waiting = sum(self.rounds - draw for _, draw in self.waiting)
         flying = sum(self.rounds - draw for draw in self.draws)
         return ((waiting + flying) * self.search.length - sum(self.numbers)) * self.search.passes

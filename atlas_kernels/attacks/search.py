@@ -80,6 +80,13 @@ class Search:
         """How many rounds a sample has at most, for a model of so many classes."""
         return self.restarts
 
+    def target(self, batch: Batch, draw: Tensor) -> Tensor:
+        """The other class that each row goes for in its round, in the order of the clean logits: int64[B]."""
+        assert batch.clean is not None and batch.goal.labels is not None
+        clean = batch.clean.scatter(1, batch.goal.labels[:, None], torch.inf)
+        order = clean.sort(dim=1, descending=True, stable=True).indices
+        return order.gather(1, (draw // self.restarts + 1)[:, None])[:, 0]
+
     @property
     def length(self) -> int:
         """Calls of ``advance`` in a round."""

@@ -146,7 +146,7 @@ def _complain(text: str, status: int = 2) -> int:
 
 
 def _prefixed(message: str) -> str:
-    """With the name of the program, which is also that of a method, and stands there once."""
+    """The message with "atlas: " before it, unless it begins so: a method has the name of the program."""
     return f"atlas: {message.removeprefix('atlas: ')}"
 
 

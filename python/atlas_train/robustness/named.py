@@ -11,7 +11,7 @@ from atlas_kernels.attacks import CWPGD, FGSM, MIFGSM, PGD, Attack
 
 from ..options import Norm, shown, suggestion
 
-#: What an attack asks of the network: nothing, one gradient, several, logits alone, or all of these.
+#: What an attack needs of the network: nothing, one gradient, several gradients, logits alone, or all of these.
 Kind = Literal["clean", "one step", "iterative", "black box", "ensemble"]
 CLEAN, AUTOATTACK = "clean", "autoattack"
 #: What is run where nothing is named.
