@@ -35,10 +35,11 @@ class MinimumNorm:
     does (Ding et al. 2020, arXiv 1812.02637).
 
     The attack begins at its own eps. Where it succeeds, the norm of what it found is the new upper bound; where it
-    fails, the radius is the new lower bound. The next radius is halfway; there the attack starts at the adversary that was found,
-    brought into the smaller ball. After ``bisections`` of them the bounds are at most ``eps / 2**bisections`` apart,
-    which is the tolerance. (An attack may miss what is closer still, so that the true least norm is below.) An
-    adversary is replaced by a closer one alone, and each is misclassified in the batch that was given.
+    fails, the radius is the new lower bound. The next radius is halfway. There the attack starts at the adversary that
+    was found, brought into the smaller ball. After ``bisections`` of them the bounds are at most
+    ``eps / 2**bisections`` apart, which is the tolerance. (An attack may miss what is closer still, so that the true
+    least norm is below.) An adversary is replaced only by a closer one, and each is misclassified in the batch that was
+    given.
 
     Costs ``bisections + 1`` attacks, which a sample leaves as soon as it is fooled, and a forward after each.
 
