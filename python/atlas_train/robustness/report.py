@@ -115,7 +115,7 @@ class Report:
         if ALL in self._rows()[0]:
             lines[0] += "; all: right under every attack"
         if self.radii and AUTOATTACK not in self._names:
-            lines.append("without autoattack these figures are upper bounds: robust accuracy is lower")
+            lines.append("without autoattack these figures are upper bounds: robust accuracy may be lower")
         lines += [f"{MARK} {self._about(sign)}{sign.text}" for sign in self.signs]
         if form == "latex":
             return [f"% {line}" for line in lines]
