@@ -6,8 +6,8 @@
 Both attack the same weights on the same images, in one process and one after the other. Robust accuracy is that of what
 each returns, judged by the network in float32; "same" is the share of the images about which it says what pyautoattack
 says. The passes, in images, are the floor of the time: what a pass costs is the network's. On a CPU ours gets its
-images in channels_last, which the package cannot take. With --alone each attack is also run by itself on all images
-that are right without one.
+images in channels_last, which the package cannot take. Beside other programs the ratio of CPU seconds is the fairer
+one. With --alone each attack is also run by itself on all images that are right without one.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Row:
     forwards: int
     backwards: int
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -127,24 +128,27 @@ def measure(task: Task, alone: bool, contenders: Sequence[str]) -> list[Row]:
         found: dict[str, Tensor] = {}
         for contender in contenders:
             with attacking(task.model, "eval", None, device=task.x.device):
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 adv, forwards, backwards = CONTENDERS[contender](task, names)
-                seconds = time.perf_counter() - began
+                seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
                 found[contender] = stands(task, adv)
             same = (found[contender] == found[contenders[0]]).double().mean().item()
             robust, title = found[contender].double().mean().item(), ", ".join(names)
-            rows.append(Row(task.name, title, contender, robust, same, forwards, backwards, seconds))
+            rows.append(Row(task.name, title, contender, robust, same, forwards, backwards, seconds, cpu))
     return rows
 
 
 def table(rows: Sequence[Row]) -> Table:
-    lines = [["network", "attacks", "", "robust", "same", "forwards", "backwards", "s", "times as fast"]]
+    lines = [
+        ["network", "attacks", "", "robust", "same", "forwards", "backwards", "s", "times as fast", "CPU s", "ratio"]
+    ]
     for row in rows:
         first = next(r for r in rows if (r.network, r.attacks) == (row.network, row.attacks))
         lines.append(
             [
                 row.network, row.attacks, row.contender, f"{row.robust:.2%}", f"{row.same:.1%}", f"{row.forwards:,}",
                 f"{row.backwards:,}", f"{row.seconds:.1f}", f"{first.seconds / row.seconds:.2f}",
+                f"{row.cpu_seconds:.1f}", f"{first.cpu_seconds / row.cpu_seconds:.2f}",
             ]
         )  # fmt: skip
     return lines
