@@ -121,6 +121,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "start-constant": _start(keep="none"),
     "start-constant-kl1": _start(keep="none", local_objective="kl"),
     "start-constant-w0.1": _start(keep="none", local_weight=0.1),
+    "start-constant-w0.3": _start(keep="none", local_weight=0.3),
     "start-constant-w0": _start(keep="none", local_weight=0.0),
     "start-constant-w0-ls0": _start(keep="none", local_weight=0.0) | {"label_smoothing": 0.0},
     "start-uniform-2-steps-all": _start(start_noise="uniform", steps=2, step_size=OfEps(0.625), iterates="all"),
