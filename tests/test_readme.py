@@ -1,4 +1,4 @@
-"""README's code runs as printed, and its example learns."""
+"""The code of README and docs/operators.md runs as printed, and the example learns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import torch
 
 from atlas_train.checkpoint import load
 
-TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLE, EXECUTION, DROP_INS, OWN_DATA = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def snippets(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+EXAMPLE, OWN_DATA = snippets("README.md")
+EXECUTION, DROP_INS = snippets("docs/operators.md")
 
 
 def test_drop_ins_are_there():

@@ -345,16 +345,17 @@ def list_methods(argv: Sequence[str]) -> int:
         method = methods.get(name)
         print(f"{name}: {inspect.getdoc(method)}\n")
         for key, field in methods.hyper_parameters(method).items():
-            print(f"    --{key.replace('_', '-')} {_default(field.default)}   ({allowed(field, hints(method)[key])})")
+            default, range_ = default_text(field.default), allowed(field, hints(method)[key])
+            print(f"    --{key.replace('_', '-')} {default}   ({range_})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
         for dataset in map(data.get, data.names()):
             if values := methods.defaults_on(dataset, name):
-                print(f"    on {dataset.name}: " + ", ".join(f"{key} {_default(v)}" for key, v in values.items()))
+                print(f"    on {dataset.name}: " + ", ".join(f"{key} {default_text(v)}" for key, v in values.items()))
         print()
     return 0
 
 
-def _default(value: Any) -> str:
+def default_text(value: Any) -> str:
     if isinstance(value, data.OfEps):
         return f"{float(value):.4g} eps"
     if isinstance(value, data.UpTo):
