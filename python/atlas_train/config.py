@@ -147,11 +147,19 @@ class TrainConfig(metaclass=_Lenient):
 
     dataset: str = option(
         "digits",
-        f"one of {', '.join(data.names())} (digits is embedded), or code of your own: package.module:factory or "
-        "path/to/file.py:factory",
+        f"one of {', '.join(data.names())} (digits is embedded); folder: pictures of your own in --data-dir, a folder "
+        "for each class; or code of your own: package.module:factory or path/to/file.py:factory",
     )
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
+    image_size: int | None = option(
+        None,
+        "pixels on each side to which the pictures of dataset folder are resized, and their middle cut out; default: "
+        "as they are, all of one size",
+        low=1,
+    )
+    grey: bool = option(False, "pictures of dataset folder in grey, as one channel, instead of RGB")
+    skip_unreadable: bool = option(False, "leave out pictures of dataset folder that cannot be read")
     train_size: int | None = option(
         None,
         "train on this many images, with the same share of each class; default: all but those of validation",
@@ -419,7 +427,7 @@ class TrainConfig(metaclass=_Lenient):
         spelled = {
             "method": canonical(self.method, methods.names()),
             "beside": self.beside and tuple(canonical(name, (*methods.names(), "all")) for name in self.beside),
-            "dataset": canonical(self.dataset, data.names()),
+            "dataset": canonical(self.dataset, (*data.names(), *data.FORMS)),
             "model": canonical(self.model, models.names()),
             "device": self.device and self.device.lower(),
         }

@@ -219,7 +219,8 @@ def load_splits(
     name = config.dataset
     if state and name == state.get("data", {}).get("name"):
         name = identity.loader(state, source, function)
-    return data.load(name, config.data_dir, config.download)
+    pictures = {key: getattr(config, key) for key in data.READING}
+    return data.load(name, config.data_dir, config.download, **pictures)
 
 
 def fit(

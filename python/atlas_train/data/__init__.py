@@ -8,6 +8,7 @@ from typing import Any
 
 from ..imported import called, find, is_import_path, refused
 from ..options import canonical, plain, shown, suggestion
+from . import folder
 from .cifar10 import CIFAR10
 from .dataset import Dataset, DataSplits, OfEps, UpTo
 from .digits import DIGITS
@@ -15,6 +16,7 @@ from .extra import with_extra
 from .images import Images
 from .loader import Batch, Batches
 from .mnist import MNIST
+from .pictures import Pictures
 
 __all__ = [
     "Batch",
@@ -23,6 +25,7 @@ __all__ = [
     "Dataset",
     "Images",
     "OfEps",
+    "Pictures",
     "UpTo",
     "declared",
     "get",
@@ -32,6 +35,10 @@ __all__ = [
 ]
 
 _DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, CIFAR10)}
+#: What `load` knows beside them: data of the user's own, in a form that is known.
+FORMS = ("folder",)
+#: Settings of how their pictures are read.
+READING = ("image_size", "grey", "skip_unreadable")
 
 
 def names() -> tuple[str, ...]:
@@ -45,9 +52,8 @@ def get(name: str) -> Dataset:
     if name not in _DATASETS:
         near = suggestion(str(name).replace("-", ""), _DATASETS)
         code = f"{plain(name)}:factory" if str(name).endswith(".py") else "package.module:factory"
-        raise ValueError(
-            f"name: no data set {shown(name)}{near} (known: {', '.join(_DATASETS)}; for data of your own write {code})"
-        )
+        known = ", ".join((*_DATASETS, *FORMS))
+        raise ValueError(f"name: no data set {shown(name)}{near} (known: {known}; for data of your own write {code})")
     return _DATASETS[name]
 
 
@@ -65,7 +71,15 @@ def declared(splits: DataSplits) -> Dataset:
     )
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> DataSplits:
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    *,
+    image_size: int | None = None,
+    grey: bool = False,
+    skip_unreadable: bool = False,
+) -> DataSplits:
     """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" (28x28), "cifar10" (32x32, RGB), or your own.
 
     Files are looked for in `data_dir`, then in the folder named by the environment variable ATLAS_DATA, then in the
@@ -73,18 +87,25 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bo
     itself, cifar10 in cifar-10-batches-py/ or the folder itself. Every file's md5 is checked on every load.
     With `download`, files found nowhere are downloaded into the first of these folders that is set.
 
-    Your own: "package.module:factory" or "path/to/file.py:factory", where the factory is a `Dataset`, or a function
-    that gives `DataSplits`. It is called with `data_dir` and `download` as far as they are given.
+    Your own: "folder", the pictures in `data_dir`, which may be read by image_size, grey and skip_unreadable (see
+    `folder.find`); or "package.module:factory" or "path/to/file.py:factory", where the factory is a `Dataset`, or a
+    function that gives `DataSplits`. It is called with the arguments that are given.
 
     Raises ValueError for an unknown name, a path that leads nowhere, a factory that gives anything else or a damaged
-    file, FileNotFoundError for missing files, ImportError when scikit-learn (digits) or pooch (download) is missing,
-    OSError when a download fails.
+    file, FileNotFoundError for missing files, ImportError when scikit-learn (digits), pooch (download) or Pillow
+    (folder) is missing, OSError when a download fails.
     """
+    reading: dict[str, Any] = dict(zip(READING, (image_size, grey, skip_unreadable), strict=True))
+    pictures = {key: value for key, value in reading.items() if value}
+    name = canonical(name, (*_DATASETS, *FORMS))
     if is_import_path(name):
         given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
-        splits = _imported(name, **given, **({"download": True} if download else {}))
+        splits = _imported(name, **given, **({"download": True} if download else {}), **pictures)
+    elif name == "folder":
+        splits = folder.load(data_dir, **pictures)
+    elif pictures:
+        raise ValueError(f"{next(iter(pictures))} is for pictures in files, --dataset folder: leave it out for {name}")
     else:
-        name = canonical(name, _DATASETS)
         splits = get(name)(data_dir, download)
     return dataclasses.replace(splits, loader=name)
 

@@ -111,6 +111,7 @@ class DataSplits:
     loader: the name or import path by which `data.load` makes these images; None: data of your own.
     declared: where all other defaults come from; None: from ``name``, or there are none.
     extra: more images to train on, generated ones say, of which every batch takes a share (``extra_share``).
+    notes: what the user should know of the images, a line each: it is said before training.
     """
 
     name: str
@@ -123,6 +124,7 @@ class DataSplits:
     loader: str | None = None
     declared: Dataset | None = None
     extra: Images | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parts = ("train", "test", *(["extra"] if self.extra is not None else []))

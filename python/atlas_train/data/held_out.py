@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from .images import Images, stratified
 
@@ -40,8 +39,8 @@ def split(images: Images, train_size: int | None, val_size: int, seed: int) -> t
     if not val_size:
         return (images if train_size is None else images.subset(train_size, seed)), None
     chosen, held = rows(images.labels.cpu().numpy(), train_size, val_size, seed)
-    train = images.subset(train_size, seed) if train_size is not None else _rows(images, chosen)
-    return train, _rows(images, held)
+    train = images.subset(train_size, seed) if train_size is not None else images.take(chosen)
+    return train, images.take(held)
 
 
 def rows(labels: np.ndarray, train_size: int | None, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,8 +52,3 @@ def rows(labels: np.ndarray, train_size: int | None, val_size: int, seed: int) -
     unseen = rest.copy()
     unseen[held] = False
     return np.flatnonzero(unseen if train_size is None else ~rest), held
-
-
-def _rows(images: Images, chosen: np.ndarray) -> Images:
-    rows = torch.from_numpy(chosen).to(images.labels.device)
-    return Images(images.images[rows], images.labels[rows])

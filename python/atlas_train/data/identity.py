@@ -23,8 +23,17 @@ def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
 
 
 def facts(images: Images) -> dict[str, Any]:
-    """Number, shape and fingerprint."""
-    return {"images": len(images), "shape": list(images.shape), "sha256": fingerprint(images)}
+    """Number, shape and fingerprint: of images that were read from files, that of these files (`Pictures.files`), which
+    is there by classes too."""
+    known = {"images": len(images), "shape": list(images.shape)}
+    if images.files is None:
+        return known | {"sha256": fingerprint(images)}
+    return known | {"sha256": of_files(images.files, images.shape), "files": dict(images.files)}
+
+
+def of_files(files: Mapping[str, str], shape: Sequence[int]) -> str:
+    """The sha256 of what tells some files from others, and of the shape in which they are read."""
+    return hashlib.sha256(repr((list(shape), sorted(files.items()))).encode()).hexdigest()
 
 
 def fingerprint(images: Images) -> str:
@@ -80,6 +89,7 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
             f"nothing tells whether they are those of {describe(given)}"
         ]
     differ = [name for name in SPLITS if name in given and given[name] != recorded.get(name)]
+    which = _differing(recorded, given)
     if "train" in given and "extra" in recorded and "extra" not in given:
         differ.append("extra")
     if differ == ["extra"]:
@@ -94,8 +104,8 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
         elif own and own != given["loader"]:
             remedy = f"leave out the data set, or say {plain(own)}"
         raise ValueError(
-            f"{plain(source)} was made on other data. It has {describe(recorded)}; you gave {describe(given)}. Give "
-            f"those it was made on: {remedy}"
+            f"{plain(source)} was made on other data. It has {describe(recorded)}; you gave {describe(given)}{which}. "
+            f"Give those it was made on: {remedy}"
         )
     return []
 
@@ -103,3 +113,16 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
 def _from_python(function: str, source: object) -> str:
     folder = str(source).removesuffix("/last.pt")
     return f"atlas_train.stored.{function}({folder!r}, splits=...)"
+
+
+def _differing(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Of data in files, the folders of which the files are others: "; train: cat has 99 files instead of 100"."""
+    told = []
+    for name in SPLITS:
+        old, new = ((record.get(name) or {}).get("files") or {} for record in (recorded, given))
+        for folder in sorted(old.keys() | new.keys()) if old and new else ():
+            if old.get(folder) != new.get(folder):
+                before, now = (files.get(folder, "0").partition(" ")[0] for files in (old, new))
+                how = f"{now} files instead of {before}" if now != before else "files of other names or sizes"
+                told.append(f"{name}: {plain(folder)} has {how}")
+    return "".join(f"; {each}" for each in told[:3]) + (f"; and {len(told) - 3:,} more" if len(told) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 class Images:
     """Labelled images: `images` uint8 [N, C, H, W], `labels` int64 [N], tensors or arrays of NumPy, which become such.
 
+    files: of images that were read from files of their own, what tells these from others (`Pictures.files`).
+
     Raises ValueError for anything else, images [N, H, W, C] included.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    files: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         arrays = {name: isinstance(getattr(self, name), np.ndarray) for name in ("images", "labels")}
@@ -78,11 +82,12 @@ class Images:
         `seed`, on every machine. Sample number i of the subset is its row i, not the row of the full set.
         Raises ValueError when `n` is not in 1..len(self).
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n must be in 1..{len(self)} (the size of this set), got {n}; ask for fewer images")
-        chosen = np.arange(n) if seed is None else stratified(self.labels.cpu().numpy(), n, seed)
-        rows = torch.from_numpy(chosen).to(self.labels.device)
-        return Images(self.images[rows], self.labels[rows])
+        return self.take(drawn(self.labels, n, seed))
+
+    def take(self, rows: np.ndarray) -> Images:
+        """The images of these rows."""
+        chosen = torch.from_numpy(rows).to(self.labels.device)
+        return Images(self.images[chosen], self.labels[chosen])
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
@@ -98,6 +103,13 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         raise ValueError(f"{name} must be a tensor or an array of NumPy, got {type(value).__name__}")
     whole = value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
     return value.long() if name == "labels" and whole else value
+
+
+def drawn(labels: torch.Tensor, n: int, seed: int | None) -> np.ndarray:
+    """The rows of `Images.subset`."""
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"n must be in 1..{len(labels)} (the size of this set), got {n}; ask for fewer images")
+    return np.arange(n) if seed is None else stratified(labels.cpu().numpy(), n, seed)
 
 
 def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:

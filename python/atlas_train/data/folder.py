@@ -1,0 +1,223 @@
+"""A folder of pictures as torchvision's ImageFolder lays it out: a folder for each class, named as the class."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..options import plain, shown
+from . import own
+from .dataset import DataSplits
+from .pictures import Pictures, Unreadable, header, in_threads
+
+#: Those of torchvision's ImageFolder, in capitals or not.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+TRAIN, TESTS = "train", ("test", "val", "valid")
+#: Bytes of training and test pictures together that are kept in memory.
+RESIDENT = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pictures of a folder, not yet read, and what the user should know of them."""
+
+    name: str
+    train: Pictures
+    test: Pictures
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load(
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    image_size: int | None = None,
+    grey: bool = False,
+    skip_unreadable: bool = False,
+) -> DataSplits:
+    """The pictures of a folder, in memory; see `find` for the arguments.
+
+    Raises ValueError, FileNotFoundError, ImportError (Pillow is missing).
+    """
+    found = find(data_dir, image_size=image_size, grey=grey, skip_unreadable=skip_unreadable)
+    size = sum(len(part) * int(np.prod(part.shape)) for part in (found.train, found.test))
+    if size > RESIDENT:
+        raise ValueError(
+            f"the pictures of {plain(data_dir)} take {size / 2**30:.1f} GiB of memory, more than {RESIDENT / 2**30:g}: "
+            "give a smaller --image-size (image_size), or fewer pictures"
+        )
+    skipped: list[str] | None = [] if skip_unreadable else None
+    train, test = found.train.resident(skipped), found.test.resident(skipped)
+    require_every_class(train.labels, found.class_names, found.train.root)
+    return own.declared(found.name, train, test, found.class_names, (*found.notes, *_said(skipped)))
+
+
+def find(
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    image_size: int | None = None,
+    grey: bool = False,
+    skip_unreadable: bool = False,
+) -> Found:
+    """The pictures in ``data_dir``: train/CLASS/... and test/CLASS/... (or val, or valid), or CLASS/... alone, of which
+    a share of each class is then held out for the test, always the same one of the same files.
+
+    Classes are numbered in the order of their names; pictures may lie in folders below that of their class. Hidden
+    files, and those that have not one of ``EXTENSIONS``, are passed over.
+
+    image_size: pictures are resized, and cut, to so many pixels on each side (`read`). None: all must have one size.
+    grey: in one channel instead of RGB. skip_unreadable: files that are no whole pictures are left out.
+    """
+    root = _root(data_dir)
+    trained = root / TRAIN if (root / TRAIN).is_dir() else root
+    tests = [root / name for name in TESTS if trained != root and _folders(root / name)]
+    names = _classes(trained)
+    files, labels = _listed(trained, names)
+    size, channels = (image_size, image_size) if image_size else (1, 1), 1 if grey else 3
+    train = Pictures(files, labels, size, channels, str(trained))
+    skipped: list[str] | None = [] if skip_unreadable else None
+    notes = []
+    if tests:
+        files, labels = _listed(tests[0], names, trained)
+        parts = [train, Pictures(files, labels, size, channels, str(tests[0]))]
+        notes += [f"{plain(other)} is not used: the test is that of {tests[0].name}" for other in tests[1:]]
+        missing = [name for name, n in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True) if not n]
+        notes += [f"{plain(tests[0])} has no picture of {_some(missing)}"] if missing else []
+    else:
+        parts = [train]
+    if image_size is None:
+        parts = _of_one_size(parts, skipped)
+    if not tests:
+        chosen, held, note = own.split(parts[0].labels)
+        parts = [parts[0].take(chosen), parts[0].take(held)]
+        notes.append(f"{plain(trained)} has no test pictures of their own: {note}")
+    training, testing = parts
+    return Found(_name(root), training, testing, names, (*notes, *_said(skipped)))
+
+
+def require_every_class(labels: torch.Tensor, names: Sequence[str], source: object) -> None:
+    """Raises ValueError for classes without a training picture that could be read."""
+    empty = [name for name, n in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True) if not n]
+    if empty:
+        raise ValueError(
+            f"{plain(source)}: no picture of the class {_some(empty)} can be read: delete it, or mend some"
+        )
+
+
+def _root(data_dir: str | os.PathLike[str] | None) -> Path:
+    if data_dir is None:
+        raise ValueError(
+            "data_dir: dataset folder has its pictures in a folder of yours: say which (--data-dir DIR), also to "
+            "resume or to evaluate, for a checkpoint does not hold it"
+        )
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "is not there"
+        raise FileNotFoundError(f"data_dir: {plain(root)} {what}: give the folder of the pictures")
+    return root
+
+
+def _name(root: Path) -> str:
+    return root.resolve().name or "folder"
+
+
+def _folders(folder: Path) -> list[str]:
+    """The folders in a folder that are not hidden, sorted."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = _folders(folder)
+    if len(names) < 2:
+        has = f"has the one folder {shown(names[0])}" if names else "has no folders"
+        raise ValueError(
+            f"{plain(folder)} {has}: the pictures of each class have to lie in a folder, named as the class, as in "
+            "DIR/cat/1.jpg and DIR/dog/1.jpg, or DIR/train/cat/1.jpg and DIR/test/cat/1.jpg"
+        )
+    return tuple(names)
+
+
+def _listed(folder: Path, names: Sequence[str], trained: Path | None = None) -> tuple[list[str], torch.Tensor]:
+    """The pictures of a folder, by class and path, and their classes. trained: the folder that has the classes, where
+    it is another: then one may have no pictures."""
+    if unknown := [name for name in _folders(folder) if name not in set(names)]:
+        raise ValueError(
+            f"{plain(folder)} has folders that {plain(trained)} lacks: {_some(unknown)}; give both the same classes"
+        )
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        others: Counter[str] = Counter()
+        own = sorted(_pictures(folder, name, others))
+        if not own and trained is None:
+            only = f"; it has files {', '.join(sorted(others))}" if others else ""
+            raise ValueError(
+                f"the class {shown(name)} has no pictures: {plain(folder / name)} holds no file "
+                f"{', '.join(EXTENSIONS)}{only}. Delete the folder, or fill it"
+            )
+        files += own
+        labels += [label] * len(own)
+    return files, torch.tensor(labels, dtype=torch.int64)
+
+
+def _pictures(root: Path, name: str, others: Counter[str]) -> list[str]:
+    """The pictures of a class, below ``root``; ``others`` counts other files by their extensions."""
+    found = []
+    for folder, below, files in os.walk(root / name, followlinks=True):
+        below[:] = [each for each in below if not each.startswith(".")]
+        for file in files:
+            extension = os.path.splitext(file)[1].lower()
+            if extension in EXTENSIONS and not file.startswith("."):
+                found.append(os.path.relpath(os.path.join(folder, file), root))
+            elif not file.startswith("."):
+                others[extension or "without an extension"] += 1
+    return found
+
+
+def _of_one_size(parts: Sequence[Pictures], skipped: list[str] | None) -> list[Pictures]:
+    """The pictures with the size that all of them have. Raises ValueError if they have several."""
+    kept: list[Pictures] = []
+    first: tuple[str, tuple[int, int]] | None = None
+    for part in parts:
+        sizes = np.zeros((len(part), 2), dtype=np.int64)
+        faults: dict[int, str] = {}
+
+        def look(row: int, part: Pictures = part, sizes: np.ndarray = sizes, faults: dict[int, str] = faults) -> None:
+            try:
+                sizes[row] = header(part.path(row))
+            except Unreadable as error:
+                faults[row] = str(error)
+
+        in_threads(look, len(part), "looking at pictures")
+        rows = part.readable(faults, skipped)
+        if first is None and len(rows):
+            first = part.path(rows[0]), (int(sizes[rows[0]][0]), int(sizes[rows[0]][1]))
+        if first is None:
+            continue
+        if len(other := rows[(sizes[rows] != first[1]).any(1)]):
+            height, width = sizes[other[0]]
+            raise ValueError(
+                f"the pictures have several sizes: {plain(first[0])} is {first[1][1]}x{first[1][0]}, "
+                f"{plain(part.path(other[0]))} is {width}x{height}: say to which all are resized and cut, "
+                "--image-size 64 (image_size=64) for example"
+            )
+        kept.append(replace(part.take(rows), size=first[1]))
+    return kept
+
+
+def _said(skipped: Sequence[str] | None) -> list[str]:
+    return [f"WARNING: {len(skipped):,} pictures cannot be read and are left out: {_some(skipped)}"] if skipped else []
+
+
+def _some(names: Sequence[str]) -> str:
+    few = ", ".join(map(plain, names[:5]))
+    return few if len(names) <= 5 else f"{few} and {len(names) - 5:,} more"

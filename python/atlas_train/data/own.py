@@ -1,0 +1,45 @@
+"""What training takes for data that say nothing on it: pictures, files of arrays, arrays and data sets of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .dataset import Dataset, DataSplits
+from .images import Images, stratified
+
+#: Share of each class that is held out for the test where there is none, and the seed by which it is drawn: they are
+#: part of the data, as another draw is another test.
+TEST_SHARE, SPLIT_SEED = 0.2, 0
+
+
+def declared(
+    name: str, train: Images, test: Images, class_names: Sequence[str], notes: Sequence[str] = ()
+) -> DataSplits:
+    """The images with the defaults of CIFAR-10, which are a choice of ours; grey ones are neither cropped nor flipped.
+    Their mean and std are measured (`config.resolved`)."""
+    made = Dataset(
+        name=name,
+        load=lambda data_dir, download: (train, test),
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
+        eps=8 / 255,
+        augment=train.shape[0] == 3,
+        model="preact_resnet18",
+        epochs=15,
+        batch_size=128,
+        lr=0.2,
+        weight_decay=5e-4,
+    )
+    return replace(made(), notes=tuple(notes))
+
+
+def split(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, str]:
+    """Rows to train on and rows for the test, by classes, and how that is said."""
+    count = round(TEST_SHARE * len(labels))
+    held = stratified(labels.numpy(), count, SPLIT_SEED)
+    note = f"{TEST_SHARE:.0%} of each class, {count:,} in all, are held out for it, always the same ones"
+    return np.setdiff1d(np.arange(len(labels)), held), held, note
