@@ -49,11 +49,16 @@ def _strict_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+#: Files of tests that train or attack tiny networks begin so.
+TINY = ("test_train", "test_compat", "test_example", "test_attack", "test_atlas_study", "test_bench", "test_one_step")
+TINY += ("test_readme", "test_recipe", "test_robustness", "test_speedrun")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests that train or attack tiny networks: more threads would only wait for each other."""
+    """More threads would only wait for each other."""
     before = torch.get_num_threads()
-    if request.module.__name__.startswith(("test_train", "test_compat", "test_example", "test_attack")):
+    if request.module.__name__.startswith(TINY):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -19,20 +19,32 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"building needs {', '.joi
 def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "ATLAS_CUDA": "0", "CXXFLAGS": "-O0", **environment}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=tree, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=tree, env=variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, built once without CUDA."""
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compiler that knows no -fopenmp. The installation and test_sanitizers.py build with OpenMP."""
+    compiler = tmp_path_factory.mktemp("compiler") / "plain-c++"
+    compiler.write_text(
+        f'#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec {shutil.which("c++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, plain: str) -> Path:
+    """A copy of the sources, built once without CUDA and without OpenMP."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     (tree / "atlas_kernels").mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "atlas_kernels/__init__.py"):
         shutil.copy(ROOT / name, tree / name)
     (tree / "python").mkdir()
-    done = build(tree)
+    done = build(tree, CXX=plain)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "OpenMP OFF" in done.stdout
     return tree
 
 
@@ -40,20 +52,20 @@ def libraries(tree: Path) -> set[str]:
     return {path.name.split(".")[0] for path in (tree / "atlas_kernels").glob("*.so")}
 
 
-def test_only_what_changed_is_compiled_again(tree):
+def test_only_what_changed_is_compiled_again(tree, plain):
     assert libraries(tree) == {"_C"}
-    assert "no work to do" in build(tree).stdout
+    assert "no work to do" in build(tree, CXX=plain).stdout
     source = tree / "csrc" / "cpu" / "isa.cpp"
     source.write_text(source.read_text() + "\n// changed\n")
-    compiled = [line for line in build(tree).stdout.splitlines() if "c++ " in line]
+    compiled = [line for line in build(tree, CXX=plain).stdout.splitlines() if "c++ " in line]
     assert len(compiled) == 1 and compiled[0].endswith("isa.cpp")
 
 
-def test_a_compiler_failure_shows_its_message_and_the_remedy(tree):
+def test_a_compiler_failure_shows_its_message_and_the_remedy(tree, plain):
     source = tree / "csrc" / "cpu" / "isa.cpp"
     good = source.read_text()
     source.write_text("#error the compiler's own words\n")
-    done = build(tree)
+    done = build(tree, CXX=plain)
     source.write_text(good)
     assert done.returncode != 0
     assert "the compiler's own words" in done.stdout + done.stderr and "CXX names one" in done.stdout + done.stderr
@@ -79,15 +91,6 @@ def test_unknown_settings_are_refused(tree):
         assert "ATLAS_CUDA_ARCHS='80,hopper' is unknown: list compute capabilities, such as 80,90" in told
 
 
-def test_without_openmp_it_still_builds_and_says_so(tree, tmp_path):
-    """A compiler that knows no -fopenmp."""
-    compiler = tmp_path / "plain-c++"
-    compiler.write_text(
-        f'#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec {shutil.which("c++")} "$@"\n'
-    )
-    compiler.chmod(0o755)
-    done = build(tree, CXX=str(compiler))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "OpenMP OFF" in done.stdout
+def test_without_openmp_it_still_builds_and_says_so(tree):
     code = f"import sys; sys.path.insert(0, {str(tree / 'atlas_kernels')!r}); import _C; print(_C.openmp)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

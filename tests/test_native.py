@@ -86,7 +86,7 @@ def test_isas_are_listed_and_checked():
 
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -141,7 +141,7 @@ def test_backend_of_the_environment():
 
 
 def test_doctor_says_what_runs_here():
-    told = subprocess.run([sys.executable, "-m", "atlas_kernels"], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([sys.executable, "-m", "atlas_kernels"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert f"instruction set {available_isas()[-1]}" in told.stdout
     assert "native on cpu        yes (default)" in told.stdout

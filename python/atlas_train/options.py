@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import reprlib
 import types
 import typing
@@ -132,8 +133,9 @@ def in_words(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else plain(value)
 
 
+@functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """The resolved types of the fields of a dataclass."""
+    """The resolved types of the fields of a dataclass."""  # kept: to resolve them takes as long as a training step
     return typing.get_type_hints(cls)
 
 
