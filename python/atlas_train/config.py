@@ -662,19 +662,23 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
 
 
 def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The methods' defaults on the data set, where nothing else was set. A step size applies only in l_inf, and if
-    ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no form was chosen."""
+    """The methods' defaults on the data set, where nothing else was set, and where they change something. A step size
+    applies only in l_inf, and if ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no
+    form was chosen."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)
         defaults = {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}
-        other = _is_of_another_form(config, name, defaults)
+        other, own = _is_of_another_form(config, name, defaults), dict[str, Any]()
         for key, value in defaults.items():
             if isinstance(value, data.OfEps):
                 if key not in given and "steps" not in given and config.norm == "linf":
-                    filled[f"{name}.{key}"] = value * config.eps
+                    own[key] = value * config.eps
             elif key not in given and not other:
-                filled[f"{name}.{key}"] = value.at(config.eps) if isinstance(value, data.UpTo) else value
+                own[key] = value.at(config.eps) if isinstance(value, data.UpTo) else value
+        method = methods.build(name, config.eps, {**given, **own}, norm=config.norm)
+        unused = method.without_effect()
+        filled |= {f"{name}.{key}": value for key, value in own.items() if key not in unused}
     return filled
 
 

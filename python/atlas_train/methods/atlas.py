@@ -26,7 +26,7 @@ from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
 from ..noise import uniform
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from . import atlas_local, kept
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
@@ -150,6 +150,19 @@ class ATLAS(kept.KeptForward):
         },
     }
 
+    switches: ClassVar[Switches] = {
+        **{name: [("local", ("none",))] for name in _ONLY if name != "attack_mode"},
+        **dict.fromkeys(
+            ("local_objective", "local_ramp", "local_ramp_start", "local_ramp_low"),
+            [("local", ("none",)), ("local_weight", (0,))],
+        ),
+        "local_weight": [("local", ("none",))],
+        "radius": [("local", ("segment", "jacobian", "start", "none"))],
+        "iterates": [("local", ("none",)), ("steps", (1,)), ("local_weight", (0,))],
+        "segment_objective": [("segment_weight", (0,))],
+        "global_weight": [("global_term", ("none",))],
+    }
+
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps for one step, else PGD's", above=0)
     wide_start: float = option(0.0, WIDE_START, low=0)
@@ -257,6 +270,12 @@ class ATLAS(kept.KeptForward):
                 "atlas: bn='joint' has no meaning with local='start', whose second forward needs the gradient of the "
                 "first: leave it out"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        own = {"keep": "iterates is first"} if self.keep == "all" and not self._keeps_all else {}
+        if self.local != "start" and self._parts == 1:
+            own["bn"] = "the adversaries are the whole batch"
+        return own | super().without_effect()
 
     def _made_origin(self) -> kept.KeptForward:
         """The method whose start it is. Raises ValueError where that cannot be."""
