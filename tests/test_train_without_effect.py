@@ -128,3 +128,14 @@ def hyper_on_mnist(**hyper: Any) -> dict[str, Any]:
 def test_a_default_of_the_data_set_that_changes_nothing_is_not_taken() -> None:
     assert hyper_on_mnist() == pytest.approx({"atlas.step_size": 0.2, "atlas.radius": 0.3})
     assert hyper_on_mnist(local="segment") == {"local": "segment", "atlas.step_size": pytest.approx(0.2)}
+
+
+def test_a_form_with_a_step_of_its_own_brings_it() -> None:
+    for form in ({"start_noise": "wide"}, {"wide_start": 2.0}, START, START | {"start_noise": "liet"}):
+        hyper = hyper_on_mnist(**form)
+        assert "atlas.step_size" not in hyper
+        built = methods.build("atlas", 0.3, {key.removeprefix("atlas."): value for key, value in hyper.items()})
+        assert built.in_use()["step_size"] == 0.3
+    for form in ({"start_noise": "uniform"}, {"local": "start"}, {"local": "start", "start_noise": "uniform"}):
+        assert hyper_on_mnist(**form)["atlas.step_size"] == pytest.approx(0.2)
+    assert hyper_on_mnist(start_noise="wide", step_size=0.1)["step_size"] == 0.1

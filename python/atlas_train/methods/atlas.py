@@ -136,6 +136,7 @@ class ATLAS(kept.KeptForward):
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     lengths: ClassVar[tuple[str, ...]] = ("step_size", "radius")
     form_options: ClassVar[tuple[str, ...]] = ("local", "start_noise", "wide_start")
+    step_options: ClassVar[tuple[str, ...]] = ("start_noise", "wide_start")
     # Ours, found on 12,000 images: at 1.25 eps the one step ends in corners, and the network learns those alone.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"step_size": OfEps(2 / 3), "radius": OfEps(1.0)},

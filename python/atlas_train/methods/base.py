@@ -88,6 +88,8 @@ class Method(ABC):
     #: Hyper-parameters that choose a form of the method. Where one is set, or in l2 and l1, ``defaults`` apply no more,
     #: but for lengths.
     form_options: ClassVar[tuple[str, ...]] = ()
+    #: Of these, the ones that bring a step of their own: where one is set, that of ``defaults`` applies no more either.
+    step_options: ClassVar[tuple[str, ...]] = ()
     #: Hyper-parameters that are lengths of perturbations of images, as eps is.
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
     #: Hyper-parameters that another one switches off.
