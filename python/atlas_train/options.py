@@ -163,7 +163,8 @@ def check(instance: Any, owner: str) -> None:
 
     Raises ValueError that names the setting, the value received and what is allowed.
     """
-    kinds = hints(type(instance))
+    cls: type = type(instance)
+    kinds = hints(cls)
     for field in dataclasses.fields(instance):
         if "help" in field.metadata:
             field = field if getattr(instance, "norm", "linf") == "linf" else in_any_norm(field)
