@@ -293,7 +293,7 @@ def figures() -> Iterator[Figure]:
     # A tie to a constant, or none, takes the 5 passes of one-step ADV: as many passes in all, so more epochs.
     for bed, epochs, eps, shorter in (("cpu", 21, "16/255", 15), ("full", 42, "8/255", 30)):
         setting, beside = Setting(bed, epochs, eps), f"with as many passes in all ({shorter} epochs)"
-        for one in ("start-constant-w0", "start-constant-w0.1", "start-constant"):
+        for one in ("start-constant-w0", "start-constant-w0.1", "start-constant-w0.3", "start-constant"):
             yield AtLeast(f"at least as robust as ADV-2 {beside}", setting, one, "adv-2", epochs=shorter)
             words = f"at least 2 points more accurate than ADV-2 on clean images {beside}"
             yield AtLeast(words, setting, one, "adv-2", 0.02, measure="clean", epochs=shorter)
