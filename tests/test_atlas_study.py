@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,15 +231,22 @@ def note(path: Path, sleep: float, planned: Planned, until: float) -> None:
 
 
 def test_the_queue_runs_in_its_order_until_its_time_is_over(tmp_path: Path) -> None:
-    path = tmp_path / "begun"
-    waiting = [Planned("cpu", 15, "16/255", "start", seed) for seed in range(20)]
-    assert run_queue.run_all(waiting, partial(note, path, 0.15), 1.0, 1, "fork") == []
-    begun = [int(line) for line in path.read_text().split()]
+    path, begun = tmp_path / "done", list[int]()
+
+    def waiting() -> Iterator[Planned]:
+        for seed in range(20):
+            begun.append(seed)
+            yield Planned("cpu", 15, "16/255", "start", seed)
+
+    path.touch()
+    assert run_queue.run_all(waiting(), partial(note, path, 0.15), 1.0, 1, "fork") == []
     assert begun == list(range(len(begun))) and 1 <= len(begun) < 8
-    path.unlink()
+    done = [int(line) for line in path.read_text().split()]
+    assert done in (begun, begun[:-1])  # on a busy machine the last is ended before it has noted anything
+    begun.clear()
     started = time.monotonic()
-    assert run_queue.run_all(waiting, partial(note, path, 60.0), 0.5, 3, "fork") == []
-    assert time.monotonic() - started < 30 and len(path.read_text().split()) <= 3
+    assert run_queue.run_all(waiting(), partial(note, path, 60.0), 0.5, 3, "fork") == []
+    assert time.monotonic() - started < 30 and begun == list(range(len(begun))) and 1 <= len(begun) <= 3
 
 
 def broken(planned: Planned, until: float) -> None:
