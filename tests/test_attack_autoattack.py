@@ -349,6 +349,30 @@ def test_it_goes_on_in_the_middle_of_an_attack(case, tmp_path: Path, monkeypatch
     assert [each.name for each in tmp_path.iterdir()] == ["state.pt"]
 
 
+def test_a_stop_within_an_iteration_loses_nothing(case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes in the middle of a forward: what is saved is where all stood before that iteration."""
+    model, x, y = case
+    whole = plan().run(model, x, y, batch_size=16)
+    path, calls, forward = tmp_path / "state.pt", [0], ensemble.Counted.forward
+
+    def stops(self: ensemble.Counted, x: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] % 13 == 0:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    monkeypatch.setattr(ensemble.Counted, "forward", stops)
+    stopped_in, done = 0, None
+    while done is None:
+        try:
+            done = plan().run(model, x, y, batch_size=16, state_path=path, save_every=1e9)
+        except KeyboardInterrupt:
+            stopped_in += bool(torch.load(path, weights_only=True)["state"]["pool"]) if path.exists() else 0
+        assert calls[0] < 1000, "it does not go on from where it was stopped"
+    assert stopped_in > 2
+    assert torch.equal(done.fooled_by, whole.fooled_by) and torch.equal(done.adv, whole.adv)
+
+
 def test_published_attacks_go_on_too(case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their states can be saved in the middle, and looks that are rarer change no verdict."""
     model, x, y = case[0], case[1][:16], case[2][:16]

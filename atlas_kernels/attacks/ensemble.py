@@ -23,7 +23,7 @@ from .examined import examine
 from .execution import Execution, attacking
 from .objective import Objective
 from .pool import Pool
-from .progress import Progress, duration
+from .progress import Progress, counted, duration
 from .search import Search
 from .sound import distances, within
 
@@ -218,8 +218,10 @@ class Evaluation:
         else:
             self._go_on(held)
         self._count("checks")
+        single = self.plan.version == "custom" and len(self.searches) == 1
+        what = next(iter(self.searches)) if single else f"AutoAttack {self.plan.version}"
         self.say(
-            f"AutoAttack {self.plan.version}, {self.plan.norm}, eps {self.plan.eps:.5g}: {len(self.x):,} images, "
+            f"{what}, {self.plan.norm}, eps {self.plan.eps:.5g}: {counted(len(self.x), 'image')}, "
             f"{(self.at.fooled_by != CLEAN).double().mean().item():.2%} right without an attack"
         )
 
@@ -272,11 +274,15 @@ class Evaluation:
         if self.begun is not None:
             pool.restore(self.begun)
         self.begun, self.progress = None, Progress()
-        while pool.turn(self.network):
-            if self.path and time.monotonic() - self.saved_at >= self.save_every:
-                self._save(name, pool)
-            if self.progress.is_due(self._passed(name)):
-                self._tell(name, pool)
+        try:
+            while pool.turn(self.network):
+                if self.path and time.monotonic() - self.saved_at >= self.save_every:
+                    self._save(name, pool)
+                if self.progress.is_due(self._passed(name)):
+                    self._tell(name, pool)
+        except BaseException:  # Ctrl-C, say, or no memory
+            self._save(name, pool)
+            raise
         found = pool.fooled & standing
         self.adv[found] = pool.adv[found]
         self.at.done += 1

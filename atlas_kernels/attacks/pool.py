@@ -77,6 +77,7 @@ class Pool:
         self.here: Batch | None = None
         self.every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.unseen = 0  # iterations since the last look
+        self.before: dict[str, Any] | None = None  # where it stood when the turn that is under way began
         self.others = batch.x[:2].to(self.device)
 
     def run(self, model: Model) -> None:
@@ -85,7 +86,14 @@ class Pool:
             pass
 
     def turn(self, model: Model) -> bool:
-        """One iteration of all that are in flight; False when all is done."""
+        """One iteration of all that are in flight; False when all is done. If it is stopped half-way, ``saved`` still
+        gives where the pool stood before it."""
+        self.before = self._standing()
+        going = self._turn(model)
+        self.before = None
+        return going
+
+    def _turn(self, model: Model) -> bool:
         self._refill(model)
         if self.here is None:
             return bool(self.waiting)  # every sample that entered was fooled by its start
@@ -177,13 +185,19 @@ class Pool:
         flying = sum(self.rounds - draw for draw in self.draws)
         return ((waiting + flying) * self.search.length - sum(self.numbers)) * self.search.passes
 
-    def saved(self) -> dict[str, Any]:
-        """Where it stands, for ``restore``; of samples that are not fooled without their strongest points."""
+    def _standing(self) -> dict[str, Any]:
+        """Where it stands; what it holds is not written to later."""
         return {
             "waiting": list(self.waiting), "rows": self.rows, "draws": self.draws, "numbers": self.numbers,
-            "unseen": self.unseen, "state": {name: held.cpu() for name, held in self.state.items()},
-            "fooled": self.fooled.cpu(), "adv": self.adv[self.fooled & ~self.given].cpu(),
+            "unseen": self.unseen, "state": dict(self.state), "fooled": self.fooled.clone(),
         }  # fmt: skip
+
+    def saved(self) -> dict[str, Any]:
+        """Where it stands, for ``restore``; of samples that are not fooled without their strongest points."""
+        at = self.before or self._standing()
+        state = {name: held.cpu() for name, held in at["state"].items()}
+        adv = self.adv[at["fooled"] & ~self.given].cpu()
+        return {**at, "state": state, "fooled": at["fooled"].cpu(), "adv": adv}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where another pool of the same batch and search stood."""

@@ -35,6 +35,11 @@ class Progress:
         return f", at most {duration(seconds)} left"
 
 
+def counted(number: int, what: str) -> str:
+    """1 image, 2 images, 1,000 images."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
