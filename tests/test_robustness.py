@@ -317,7 +317,7 @@ def test_tables_and_records() -> None:
 def test_clean_accuracy_alone() -> None:
     report = evaluate(linear(), splits().test, 0.2, attacks="clean")
     assert report.radii == () and report.accuracy("all") == report.clean == 1 and not report.signs
-    assert report.table().splitlines()[2].split() == ["100.0", "%"] and json.dumps(report.to_dict())
+    assert report.table().splitlines()[:3] == ["clean  ", "-------", "100.0 %"] and json.dumps(report.to_dict())
 
 
 def test_only_the_standard_version_is_a_record_of_autoattack() -> None:
@@ -359,6 +359,8 @@ def test_time_is_told_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"attacks": ["pdg-20"]}, ValueError, "attacks: nothing known as 'pdg-20'; the nearest is 'pgd-20'"),
         ({"attacks": ["pgd-0"]}, ValueError, "pgd takes steps from 1 to .* got 'pgd-0'"),
         ({"attacks": []}, ValueError, "attacks must name one or more"),
+        ({"state": "s"}, ValueError, "state 's' is where AutoAttack goes on, and nothing of it is run: name it"),
+        ({"state": "s", "attacks": None}, ValueError, "or leave state out"),
         ({"eps": None}, ValueError, "eps must be a number > 0 or several, got None"),
         ({"eps": (0.1, -0.1)}, ValueError, "eps must be a number > 0"),
         ({"eps": 8.0}, ValueError, "eps"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from atlas_kernels.attacks import ensemble
 from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
@@ -65,6 +66,7 @@ def test_a_run_at_several_radii_and_every_file(run_folder: Path, capsys: pytest.
     assert cli.main(["evaluate", str(run_folder), *BARS, *asked]) == 0
     text = capsys.readouterr().out
     assert "evaluating 40 images at eps 12.75/255 (l_inf), 51/255 (l_inf): clean, FGSM, PGD-2" in text
+    assert "wrote e.json: the record and all figures\n" in text and "wrote e.pt: the weights" in text
     assert "class  images" in text and text.count("(l_inf)  ") >= 2
     written = json.loads(Path("e.json").read_text())
     assert list(written)[: len(RECORD)] == list(RECORD)
@@ -146,6 +148,37 @@ def test_a_normalisation_is_given_apart_or_the_files_own(colours: dict[str, Any]
     ):
         with pytest.raises(ValueError, match=text):
             targets.opened(target, splits=splits(channels=3), **how)
+    for mean, std, got in (((0.5,) * 3, (1.0,) * 3, "3"), ((0.5,), (1.0,) * 2, "1 and 2"), ((), (1.0,), "0 and 1")):
+        with pytest.raises(ValueError, match=f"mean and std must have a number for each of 1 channels, got {got}:"):
+            targets.opened("bare.pt", splits=splits(), mean=mean, std=std, **ours)
+
+
+def test_a_stop_says_how_to_go_on(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    command = ["evaluate", str(run_folder), *BARS, "--device", "cpu", "--attacks", "pgd-2", "apgd-ce"]
+    assert cli.main([*command, "--per-sample", "whole.csv"]) == 0
+    assert "wrote whole.csv: right or wrong, image by image\nnext: for a figure" in capsys.readouterr().out
+    calls, forward = [0], ensemble.Counted.forward
+
+    def stops(self: ensemble.Counted, x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 20:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    monkeypatch.setattr(ensemble.Counted, "forward", stops)
+    assert cli.main([*command, "--state", "e.state"]) == 130
+    where = "where AutoAttack stands is in e.state: the same command goes on from there"
+    assert capsys.readouterr().err.split("\n") == ["", where, "", "atlas: stopped", ""]
+    assert cli.main([*command, "--state", "e.state", "--per-sample", "again.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "going on from e.state" in out and "e.state may be removed" in out
+    assert Path("again.csv").read_text() == Path("whole.csv").read_text()
+    calls[0] = 0
+    assert cli.main(command) == 130
+    assert "nothing is kept of it; with --state FILE the same command would go on" in capsys.readouterr().err
 
 
 def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +188,16 @@ def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.Capt
         (["--attacks", "pgd-20", "--steps", "5"], "--steps is for evaluations without --attacks"),
         (["--attacks", "pgd-20", "--autoattack", "5"], "--autoattack is for evaluations without --attacks"),
         (["--attacks", "pgd-20", "--mean", "0.5", "--std", "1"], "is a run and says its mean, std and width itself"),
+        (["--attacks", "pgd-20", "--state", "s"], "--state is looked at by autoattack, apgd, apgd-ce, apgd-t, fab-t, "
+         "square alone, and none of them is run: add one to --attacks, or leave --state out"),
+        (["--state", "s"], "--state is looked at by"),
+        (["--attacks", "fgsm", "--search-precision", "bf16"], "--search-precision is looked at by"),
+        (["--attacks", "apgd", "--autoattack-version", "rand"], "--autoattack-version is looked at by autoattack"),
+        (["--attacks", "fgsm", "mifgsm-2", "--step-size", "0.1"], "--step-size is looked at by pgd-20, cw-20 alone"),
+        (["--autoattack", "5", "--eps", "0.1", "0.2"], "write --attacks fgsm pgd-20 autoattack --size 5 instead"),
         (["--curve", "."], "--curve . is a folder: name a file"),
         (["--attacks", "fgsm", "--norm", "l1"], "eps: bars has no usual radius in l1: give it"),
-    ):
+    ):  # fmt: skip
         assert cli.main(["evaluate", str(run_folder), *BARS, *flags]) == 2
         assert text in capsys.readouterr().err
 

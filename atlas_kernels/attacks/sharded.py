@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import require_count
 from .autoattack import AutoAttack
 from .ensemble import AutoAttackResult, Say, merged
-
-_FOREVER = timedelta(days=365)  # a process may be done long before the others
-
-
-class LostProcesses(RuntimeError):
-    """Some processes did not come to an end. rows: the samples whose verdicts are known; result: these verdicts, None
-    if there are none."""
-
-    def __init__(self, message: str, rows: Tensor, result: AutoAttackResult | None) -> None:
-        super().__init__(message)
-        self.rows, self.result = rows, result
+from .processes import LostProcesses as LostProcesses
+from .processes import together
+from .progress import counted
 
 
 def run_sharded(
@@ -43,77 +34,76 @@ def run_sharded(
     """``attack.run`` by all processes of ``torch.distributed``, each of which has the model and all of x and y. The
     first process returns the result of all samples, on the CPU, and is the one to write it; the others return None.
 
-    Sample i belongs to shard i modulo ``shards`` (default: as many as processes), and shard s to process s modulo their
-    number. A verdict goes by the sample's number in ``ids``, so it is the same for any number of either.
+    Sample i belongs to shard i modulo ``shards``, and shard s to process s modulo their number. Default: as many shards
+    as there are in the files of ``state_path``, or else as processes. A verdict goes by the sample's number in ``ids``,
+    so it is the same for any number of either.
 
-    state_path: each shard has a file of its own, this path with the shard's number added. What was lost is resumed by
-    the same call, and by other numbers of processes if ``shards`` is given. say: told what the first process does. More
-    options: as in ``AutoAttack.run``.
+    state_path: each of several shards has a file of its own, this path with the shard's number added. What was lost is
+    resumed by the same call, in any number of processes. say: told what the first process does. More options: as in
+    ``AutoAttack.run``.
 
     Raises LostProcesses in the first process where others ended early; it says which, and holds the other verdicts.
-    (torchrun ends the others, too, as soon as one is lost.)
+    (torchrun ends the others, too, as soon as one is lost; then nothing but the files holds what they knew.)
     """
-    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    shards = count if shards is None else shards
-    require_count("shards", shards, 1)
+    if shards is not None:
+        require_count("shards", shards, 1)
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
 
-    def run(shard: int) -> AutoAttackResult:
-        path = None if state_path is None else f"{state_path}.{shard}-of-{shards}"
-        part = slice(shard, None, shards)
-        told = say if rank == 0 else None
-        result = attack.run(model, x[part], y[part], ids=ids[part], state_path=path, say=told, **options)
-        return AutoAttackResult(result.correct.cpu(), result.fooled_by.cpu(), result.adv.cpu(), result.record)
-
-    mine = [shard for shard in range(rank, shards, count) if shard < len(x)]
-    with _group(count) as group:
-        results = {shard: run(shard) for shard in mine}
-        if rank:
-            dist.send_object_list([results], dst=0, group=group)
-            return None
-        lost = _collect(results, count, group)
+    with together() as processes:
+        rank, count = processes.rank, processes.count
+        if shards is None:
+            found = None if state_path is None or rank else _shards_of(Path(state_path))
+            shards = processes.share(found or count)
+        told = None if rank else say
+        if told and shards < count:
+            told(f"{state_path} is of {counted(shards, 'shard')}: of {count} processes as many go on from it")
+        mine: dict[int, AutoAttackResult] = {}
+        for shard in range(rank, min(shards, len(x)), count):
+            part = slice(shard, None, shards)
+            path = state_path if state_path is None or shards == 1 else f"{state_path}.{shard}-of-{shards}"
+            tell = told and partial(_tell, told, f"shard {shard + 1} of {shards}: " if shards > 1 else "")
+            made = attack.run(model, x[part], y[part], ids=ids[part], state_path=path, say=tell, **options)
+            mine[shard] = AutoAttackResult(made.correct.cpu(), made.fooled_by.cpu(), made.adv.cpu(), made.record)
+        results = {shard: made for each in processes.gather(mine).values() for shard, made in each.items()}
+    if rank:
+        return None
     rows = [torch.arange(shard, len(x), shards) for shard in results]
     known = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
     result = _joined(list(results.values()), known) if rows else None
-    if lost:
-        again = "" if state_path is None else f" Run it again with shards={shards} and this state_path to go on there."
+    if len(known) < len(x):
+        again = "" if state_path is None else " Run it again with this state_path to go on there."
         raise LostProcesses(
-            f"{', '.join(f'process {r} ({error})' for r, error in lost.items())} of {count} ended early: of {len(x):,} "
-            f"samples the verdicts of {len(x) - len(known):,} are not known.{again}",
+            f"{processes.about_lost()}: of {counted(len(x), 'sample')} the verdicts of {len(x) - len(known):,} are not "
+            f"known.{again}",
             known.sort().values,
             result,
         )
     return result
 
 
-@contextmanager
-def _group(count: int) -> Iterator[Any]:
-    """Of all processes, on their CPUs."""
-    if count == 1:
-        yield None
-        return
-    group = dist.new_group(backend="gloo", timeout=_FOREVER)
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+def _tell(say: Say, whose: str, line: str) -> None:
+    say(f"{whose}{line}")
 
 
-def _collect(results: dict[int, AutoAttackResult], count: int, group: Any) -> Mapping[int, str]:
-    """Adds those of the other processes; says which ended before they could tell, and the error."""
-    lost = {}
-    for rank in range(1, count):
-        box: list[Any] = [None]
-        try:
-            dist.recv_object_list(box, src=rank, group=group)
-            results.update(box[0])
-        except RuntimeError as error:
-            lost[rank] = str(error).strip().split("\n")[0][-80:]
-    return lost
+def _shards_of(path: Path) -> int | None:
+    """In how many shards the state lies there; None: there is none."""
+    if path.exists():
+        return 1
+    pattern = re.compile(re.escape(path.name) + r"\.\d+-of-(\d+)")
+    matches = [pattern.fullmatch(each.name) for each in path.parent.glob("*-of-*")]
+    found = sorted({int(match[1]) for match in matches if match})
+    if len(found) > 1:
+        raise ValueError(
+            f"state_path {path} has files of {' and of '.join(map(str, found))} shards, of which only one kind can go "
+            "on: remove the others, or name another file"
+        )
+    return found[0] if found else None
 
 
 def _joined(results: Sequence[AutoAttackResult], rows: Tensor) -> AutoAttackResult:
     """Of samples that ``rows`` numbers, in the order of their numbers."""
+    if len(results) == 1:
+        return results[0]
     order = rows.argsort()
     correct, fooled_by, adv = (
         torch.cat([getattr(result, name) for result in results])[order] for name in ("correct", "fooled_by", "adv")

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from atlas_kernels.attacks import AutoAttack, AutoAttackResult
+from atlas_kernels.attacks import AutoAttack, AutoAttackRecord, run_sharded
+from atlas_kernels.attacks.processes import together
+from atlas_kernels.attacks.progress import counted
 
 from .data import Images
 from .inference import device_of, eval_mode
@@ -65,15 +67,17 @@ def autoattack(
 
     The targeted DLR loss of APGD-T takes four classes: for three the untargeted one is run instead, for two neither;
     a warning says so. Raises ValueError for a model of one class.
+
+    Within a process group all its processes call it, and share the images (``run_sharded``); each gets the result.
     """
     images = images.subset(size, SUBSET_SEED) if size < len(images) else images
     if say:
-        say(f"AutoAttack ({version}) on {len(images):,} images at eps {radius(eps, norm)}")
+        say(f"AutoAttack ({version}) on {counted(len(images), 'image')} at eps {radius(eps, norm)}")
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
     how = {"batch_size": batch_size, "search_precision": search_precision, "state_path": state}
-    result = _run(attack, model, gathered(images), say=say, **how)
-    record = result.record
-    return AutoAttacked(result.accuracy, len(images), version, record.seconds, seed, _joined(record.instead))
+    correct, record = _run(attack, model, gathered(images), say=say, **how)
+    accuracy = correct.double().mean().item()
+    return AutoAttacked(accuracy, len(images), version, record.seconds, seed, _joined(record.instead))
 
 
 def verdicts(
@@ -90,8 +94,8 @@ def verdicts(
     """As ``autoattack``, on all images: whether each is right whatever the attacks do, bool [N] on the model's device;
     and what stands in for a part of ``version`` that cannot be had."""
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
-    result = _run(attack, model, gathered(images), batch_size=batch_size, search_precision=search_precision)
-    return result.correct, _joined(result.record.instead)
+    correct, record = _run(attack, model, gathered(images), batch_size=batch_size, search_precision=search_precision)
+    return correct, _joined(record.instead)
 
 
 def outcome(
@@ -114,22 +118,25 @@ def outcome(
         plan = AutoAttack(eps, norm=norm, version="custom", parts={attack.name: parts[attack.name]}, seed=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = _run(plan, model, samples, say=say, **how)
-    record = result.record
+        correct, record = _run(plan, model, samples, say=say, **how)
     for warning in caught:
         if str(warning.message) not in record.notes:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     known = {name: value for name, value in record.to_dict().items() if name not in _OUTSIDE}
     return Outcome(
-        attack, eps, norm, result.correct.cpu(), record.nan_logits, record.largest_norm, record.least, record.most,
+        attack, eps, norm, correct.cpu(), record.nan_logits, record.largest_norm, record.least, record.most,
         record.seconds, record.accuracy, known,
     )  # fmt: skip
 
 
-def _run(attack: AutoAttack, model: nn.Module, samples: Samples, **how: Any) -> AutoAttackResult:
+def _run(attack: AutoAttack, model: nn.Module, samples: Samples, **how: Any) -> tuple[Tensor, AutoAttackRecord]:
+    """Which are right whatever the attacks do, on the model's device, and the record; the same in all processes."""
     x, y, ids = samples.everything(model, device_of(model))
-    with eval_mode(model):  # a note that it was in train mode would be one about the trainer
-        return attack.run(model, x, y, ids=ids, **how)
+    with eval_mode(model), together() as processes:  # a note that it was in train mode would be one about the trainer
+        result = run_sharded(attack, model, x, y, ids=ids, **how)
+        found = None if result is None else (result.correct, result.record)
+        correct, record = processes.share(found)
+    return correct.to(x.device), record
 
 
 def _joined(changes: tuple[str, ...]) -> str | None:

@@ -14,17 +14,18 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 import atlas_kernels
+from atlas_kernels.attacks import LostProcesses
 
 from . import data, flags, methods, protocols
 from .config import (
-    AUTOATTACK,
     AUTOATTACK_VERSION,
     RETIRED,
     SECTIONS,
@@ -36,9 +37,12 @@ from .config import (
 )
 from .imported import is_import_path, require_trusted, without_place
 from .interrupts import Terminated, terminable
+from .launched import launched, own_device, rank
 from .machine import MOST_THREADS
 from .options import Norm, allowed, fraction, hints, nearest, one_line, option, plain, shown
-from .robustness.named import ABOUT
+from .robustness import written
+from .robustness.named import ABOUT, CLEAN, PARTS, named
+from .robustness.named import AUTOATTACK as WHOLE
 from .writing import write_json, write_text
 
 USAGE = """\
@@ -87,13 +91,20 @@ class EvaluateConfig:
     steps: int = option(20, "PGD steps, where no attacks are named", low=1)
     step_size: float | None = option(None, "PGD step; default: 2.5 eps / steps", above=0)
     restarts: int = option(1, "PGD restarts, where no attacks are named", low=1)
-    autoattack: int = option(0, AUTOATTACK, low=0)
+    autoattack: int = option(
+        0,
+        "where no attacks are named: AutoAttack too, on so many of the images; 0: none. Beside --attacks, name "
+        "autoattack there: it has the images of --size",
+        low=0,
+    )
     autoattack_version: Literal["standard", "apgd", "plus", "rand"] = option("standard", AUTOATTACK_VERSION)
     search_precision: Literal["fp32", "bf16"] = option(
         "fp32", "of the network while AutoAttack searches; what it finds counts only if the network in fp32 says so too"
     )
     state: str | None = option(
-        None, "file from which an AutoAttack that was stopped goes on; of another network, data or settings: refused"
+        None,
+        "file that is written while AutoAttack (or a part of it) runs, and from which the same command goes on after a "
+        "stop; of another network, data or settings: refused",
     )
     seed: int = option(0, "of the noise", low=0)
     device: str | None = option(None, "cpu, cuda, ...; default: cuda where there is one")
@@ -130,13 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _complain("\natlas: stopped", 130)
+        return 130 if rank() else _complain("\natlas: stopped", 130)
     except Terminated as stop:
-        return _complain("\natlas: told to end", int(str(stop.code)))
+        status = int(str(stop.code))
+        return status if rank() else _complain("\natlas: told to end", status)
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
-        return _complain(_prefixed(_explained(error)))
+        return _complain(_prefixed(f"process {rank()}: " * bool(rank()) + _explained(error)))
 
 
 def _complain(text: str, status: int = 2) -> int:
@@ -268,19 +280,33 @@ def evaluate(argv: Sequence[str]) -> int:
     for name in ("json", *_REPORTED):
         if isinstance(path := getattr(args, name), str) and name != "table" and Path(path).is_dir():
             raise IsADirectoryError(f"--{name.replace('_', '-')} {plain(path)} is a folder: name a file")
-    if _is_report(args, argv):
-        return _report(args, argv)
+    _require_used(args, argv)
+    with launched() as processes, _told_how_to_go_on(args):
+        if rank():
+            warnings.simplefilter("ignore")  # the first process says the same
+        place = {"device": own_device(args.device), "threads": args.threads, "say": _silent if rank() else print}
+        if processes > 1 and not args.threads:
+            place["threads"] = torch.get_num_threads()  # the run's are those of one process
+        lines = (_report if _is_report(args, argv) else _accuracies)(args, place)
+        place["say"]("\n".join(["", *lines]))
+    return 0
+
+
+def _accuracies(args: Any, place: dict[str, Any]) -> list[str]:
+    """Clean, FGSM and PGD accuracy of a run, and AutoAttack's of --autoattack; what to say at the end."""
     from .results import table
     from .stored import evaluate_checkpoint
 
     own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
-    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked)
+    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked | place)
+    if rank():
+        return []
     print(table(results))
     (result,) = results.values()
-    if args.json:
-        write_json(Path(args.json), result.to_dict() | {"checkpoint": without_place(args.checkpoint)})
-    return 0
+    found = result.to_dict() | {"checkpoint": without_place(args.checkpoint)}
+    lines = written.write([(args.json, "the figures", lambda path: write_json(path, found))])
+    return lines + written.next_steps(lines, bool(args.autoattack), args.state)
 
 
 #: Flags that only a report knows.
@@ -297,22 +323,59 @@ def _is_report(args: Any, argv: Sequence[str]) -> bool:
     return bool(args.attacks) or several or foreign or any(flags.is_given(name, argv) for name in _REPORTED)
 
 
-def _report(args: Any, argv: Sequence[str]) -> int:
-    """The report of ``--attacks``, and the files that were asked for."""
+def _require_used(args: Any, argv: Sequence[str]) -> None:
+    """Raises ValueError for a flag that nothing in this evaluation looks at."""
+    attacks = named(args.attacks) if args.attacks else ()
+    whole = any(attack.name == WHOLE for attack in attacks) or (not attacks and bool(args.autoattack))
+    searched = whole or any(attack.searches for attack in attacks)
+    stepped = not attacks or any(attack.name.startswith(("pgd", "cw")) for attack in attacks)
+    part = f"{WHOLE}, apgd, {', '.join(PARTS)}"
+    looked_at = {
+        "state": (searched, part), "search_precision": (searched, part), "autoattack_version": (whole, WHOLE),
+        "step_size": (stepped, "pgd-20, cw-20"),
+    }  # fmt: skip
+    for name, (used, by) in looked_at.items():
+        if not used and flags.is_given(name, argv):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is looked at by {by} alone, and none of them is run: add one to --attacks, or leave {flag} out"
+            )
+    told = ("steps", "restarts", "autoattack") if attacks else ()
+    if given := [name for name in told if flags.is_given(name, argv)]:
+        raise ValueError(
+            f"--{given[0]} is for evaluations without --attacks, whose names say it: pgd-50-10 is 50 steps and 10 "
+            "restarts, and autoattack has the images of --size. Write --attacks fgsm pgd-20 autoattack --size 1000, say"
+        )
+
+
+@contextmanager
+def _told_how_to_go_on(args: Any) -> Iterator[None]:
+    """After a stop that is no fault of the evaluation."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated, LostProcesses):
+        searched = bool(args.autoattack) or any(attack.searches for attack in named(args.attacks or WHOLE))
+        if not rank() and (how := written.how_to_go_on(args.state, searched)):
+            _complain(f"\n{how}")
+        raise
+
+
+def _report(args: Any, place: dict[str, Any]) -> list[str]:
+    """The report of ``--attacks``, and the files that were asked for; what to say at the end."""
     from .report import require_matplotlib, write_robustness
     from .robustness.export import export_state_dict
-    from .robustness.named import CLEAN
     from .targets import evaluate_target
 
     attacks = args.attacks
-    if attacks and (given := [name for name in ("steps", "restarts", "autoattack") if flags.is_given(name, argv)]):
+    if args.autoattack:
         raise ValueError(
-            f"--{given[0]} is for evaluations without --attacks, whose names say it: pgd-50-10 is 50 steps and 10 "
-            "restarts, autoattack is AutoAttack on the images of --size"
+            "--autoattack is for evaluations without a report, and this is one (of several eps, of a state dict or a "
+            "factory, or with files of its own): write --attacks fgsm pgd-20 autoattack --size "
+            f"{args.autoattack} instead"
         )
     if not attacks:
         restarts = f"-{args.restarts}" if args.restarts > 1 else ""
-        attacks = (CLEAN, "fgsm", f"pgd-{args.steps}{restarts}", *(["autoattack"] if args.autoattack else []))
+        attacks = (CLEAN, "fgsm", f"pgd-{args.steps}{restarts}")
     if args.curve:
         require_matplotlib()
     asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
@@ -320,21 +383,27 @@ def _report(args: Any, argv: Sequence[str]) -> int:
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
     where = {name: getattr(args, name) for name in names}
     report, found = evaluate_target(
-        args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, device=args.device,
-        threads=args.threads, how=how, **where,
-    )  # fmt: skip
+        args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, how=how, **where, **place
+    )
+    if rank():
+        return []
     print(report.table(args.table))
     if args.per_class:
         print(f"\n{report.class_table(args.table)}")
-    if args.json:
-        write_json(Path(args.json), report.to_dict())
-    if args.per_sample:
-        write_text(Path(args.per_sample), report.samples_csv())
-    if args.curve:
-        write_robustness(Path(args.curve), report.curves(), report.norm)
-    if args.export_state_dict:
-        export_state_dict(found.network, Path(args.export_state_dict), found.mean, found.std)
-    return 0
+    lines = written.write(
+        [
+            (args.json, "the record and all figures", lambda path: write_json(path, report.to_dict())),
+            (args.per_sample, "right or wrong, image by image", lambda path: write_text(path, report.samples_csv())),
+            (args.curve, "accuracy over eps", lambda path: write_robustness(path, report.curves(), report.norm)),
+            (args.export_state_dict, "the weights, as RobustBench's loader reads them",
+             lambda path: export_state_dict(found.network, path, found.mean, found.std)),
+        ]
+    )  # fmt: skip
+    return lines + written.next_steps(lines, WHOLE in attacks, args.state)
+
+
+def _silent(text: str) -> None:
+    """What processes other than the first say."""
 
 
 def list_methods(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD, Attack
 from atlas_kernels.attacks.arguments import require_choice
+from atlas_kernels.attacks.processes import LostProcesses, Processes, together
+from atlas_kernels.attacks.progress import counted
+from atlas_kernels.attacks.saved import digest, weights_of
 from atlas_kernels.checks import kind_of, whole
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 from atlas_kernels.schema import NORMS
@@ -115,6 +118,9 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     ball), so attacks run only on images that are right clean. Noise goes by the image's number in the set, so the
     result does not depend on the batch size (rounding aside).
 
+    Within a process group (``torch.distributed``) all its processes call it with the same model and all of the data:
+    each attacks some of the images, and all get the same result.
+
     Args:
         model: any module that gives logits, alone or in an object (``.logits``), a dict or a tuple.
         data: ``Images``, usually the test split; a pair (images, labels) of tensors or arrays, images uint8 or float in
@@ -131,9 +137,10 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
             model normalises by itself, or not at all.
         num_classes: of the data; a model of another number is refused. Default: not known.
         autoattack_version, search_precision: as for ``autoattack``.
-        state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack; it is refused for
-            another model, other data or settings. With several, each has a file of its own beside it.
-        say: told what is evaluated, and how far it is.
+        state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack, also in another
+            number of processes; it is refused for another model, other data or settings. With several, each has a file
+            of its own beside it.
+        say: told what is evaluated, and how far it is; in the first process alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}: put what it does into one")
@@ -145,25 +152,37 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
     model = _normalising(model, mean, std, where, samples.x.shape[1])
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
-    at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
-    if attacks is not None:
-        balls = _radii(eps)
-        path = None if state is None else Path(state)
-        how = {"version": autoattack_version, "batch_size": at.batch_size, "search_precision": search_precision}
-        return _reported(model, at, named(attacks), balls, step_size, num_classes, path, how)
-    if not isinstance(eps, Real):
-        raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
-    steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
-    pgd = PGD(eps, default_step(eps, steps, norm, step_size), steps, norm=norm, restarts=restarts)
-    names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
-    at.say(f"evaluating {len(samples):,} images at eps {radius(eps, norm)}: {names}")
-    fgsm = Named("fgsm", "FGSM", "one step"), FGSM(eps, norm=norm)
-    runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
-    started = time.perf_counter()
-    with evaluating(model):
-        if not isinstance(data, Images):  # whose labels are the trainer's
-            _require_labels(samples.y, _classes(model, at), num_classes)
-        found = _attacked(model, at, runs)
+    batch_size = whole("batch_size", batch_size, 1)
+    chosen = None if attacks is None else named(attacks)
+    if state is not None and not any(attack.searches for attack in chosen or ()):
+        raise ValueError(
+            f"state {os.fspath(state)!r} is where AutoAttack goes on, and nothing of it is run: name it "
+            '(attacks=("autoattack",), or apgd, square, ...), or leave state out'
+        )
+    with together() as processes:
+        if processes.count > 1:
+            same = {"images or labels": digest([samples.x, samples.y]), "weights": weights_of(model)}
+            processes.require_same(same)
+        told = say if say and not processes.rank else _silent
+        at = _Place(samples, where, batch_size, channels_last, norm, key, seed, told, processes)
+        if chosen is not None:
+            balls = _radii(eps)
+            path = None if state is None else Path(state)
+            how = {"version": autoattack_version, "batch_size": batch_size, "search_precision": search_precision}
+            return _reported(model, at, chosen, balls, step_size, num_classes, path, how)
+        if not isinstance(eps, Real):
+            raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
+        steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
+        pgd = PGD(eps, default_step(eps, steps, norm, step_size), steps, norm=norm, restarts=restarts)
+        names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
+        at.say(f"evaluating {at.images} at eps {radius(eps, norm)}: {names}")
+        fgsm = Named("fgsm", "FGSM", "one step"), FGSM(eps, norm=norm)
+        runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
+        started = time.perf_counter()
+        with evaluating(model):
+            if not isinstance(data, Images):  # whose labels are the trainer's
+                _require_labels(samples.y, _classes(model, at), num_classes)
+            found = _attacked(model, at, runs)
     return Evaluation(
         **{name: outcome.accuracy for name, outcome in found.items()}, images=len(samples), eps=eps, pgd_steps=steps,
         pgd_restarts=restarts, seconds=time.perf_counter() - started, pgd_step_size=float(pgd.effective_step_size),
@@ -173,7 +192,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
 
 @dataclass(frozen=True)
 class _Place:
-    """Which images are attacked, where, and with what noise."""
+    """Which images are attacked, where, with what noise, and by how many processes."""
 
     samples: Samples
     device: torch.device
@@ -183,6 +202,13 @@ class _Place:
     key: Tensor
     seed: int
     say: Say
+    processes: Processes
+
+    @property
+    def images(self) -> str:
+        """How many, in words, and what is unusual about it."""
+        several = f", dealt out to {self.processes.count} processes," if self.processes.count > 1 else ""
+        return f"{counted(len(self.samples), 'image')}{several}"
 
     def batches(self, model: nn.Module, size: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self.samples.batches(model, size or self.batch_size, self.device, self.channels_last)
@@ -201,7 +227,7 @@ def _reported(
     """``evaluate`` with attacks by name. path: where AutoAttack keeps its state; how: more of its arguments."""
     started, state = time.perf_counter(), path
     told = ", ".join(radius(eps, at.norm) for eps in radii)
-    at.say(f"evaluating {len(at.samples):,} images at eps {told}: {', '.join(a.label for a in attacks)}")
+    at.say(f"evaluating {at.images} at eps {told}: {', '.join(a.label for a in attacks)}")
     if model.training:
         at.say("the model is in train mode: it is evaluated in eval mode, and then as it was")
     with evaluating(model):
@@ -235,7 +261,24 @@ def _reported(
 
 
 def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Outcome]:
-    """What attacks on gradients leave, by their keys, CLEAN first; the model is in eval mode already."""
+    """What attacks on gradients leave, by their keys, CLEAN first, in all processes; the model is in eval mode."""
+    processes, count = at.processes, at.processes.count
+    mine = at.samples.part(processes.rank, count)
+    given = processes.gather(_tallied(model, replace(at, samples=mine), runs) if len(mine) else {})
+    if processes.lost:
+        raise LostProcesses(f"{processes.about_lost()}: their part of {counted(len(at.samples), 'image')} is missing")
+    found: dict[Any, Outcome] | None = None
+    if not processes.rank:
+        rows = [torch.arange(rank, len(at.samples), count) for rank, tallies in given.items() if tallies]
+        whole = {key: Tally.joined([tallies[key] for tallies in given.values() if tallies], rows) for key in given[0]}
+        found = {CLEAN: whole[CLEAN].outcome(named(CLEAN)[0], None, at.norm, {})}
+        for name, (how, attack) in runs.items():
+            found[name] = whole[name].outcome(how, float(attack.eps), at.norm, _settings(attack))
+    return processes.share(found)
+
+
+def _tallied(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Tally]:
+    """The verdicts of this process's images."""
     tallies = {CLEAN: Tally(), **{name: Tally() for name in runs}}
     attacks = {name: attack for name, (_, attack) in runs.items()}
     progress = Progress(len(at.samples), at.device.type == "cpu", at.say)
@@ -244,10 +287,7 @@ def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Atta
         for name, verdict in judged(model, attacks, x, y, ids, at.key, at.norm):
             tallies[name].add(verdict, -before + (before := time.perf_counter()))
         progress.after(len(y), {how.label: tallies[name].share for name, (how, _) in runs.items()})
-    found = {CLEAN: tallies[CLEAN].outcome(named(CLEAN)[0], None, at.norm, {})}
-    for name, (how, attack) in runs.items():
-        found[name] = tallies[name].outcome(how, float(attack.eps), at.norm, _settings(attack))
-    return found
+    return tallies
 
 
 def judged(
@@ -285,17 +325,25 @@ def _normalising(
     model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, channels: int
 ) -> nn.Module:
     """The model behind a normalisation that is given apart from it."""
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together, got mean {mean} and std {std}: give both, or neither")
+    require_normalisation(mean, std, channels)
     if mean is None or std is None:
         return model
-    if len(mean) not in (1, channels):
-        raise ValueError(
-            f"mean and std must have a number for each of {channels} channels, got {len(mean)}: mean {mean}, std {std}"
-        )
     whole_model = nn.Sequential(Normalize(mean, std).to(device), model)
     whole_model.training = model.training
     return whole_model
+
+
+def require_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
+    """Raises ValueError where one is missing, or they are of another number of channels."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, got mean {mean} and std {std}: give both, or neither")
+    if mean is None or std is None or len(mean) == len(std) == 0:
+        return
+    if len(mean) != len(std) or len(mean) not in (1, channels):
+        lengths = len(mean) if len(mean) == len(std) else f"{len(mean)} and {len(std)}"
+        raise ValueError(
+            f"mean and std must have a number for each of {channels} channels, got {lengths}: mean {mean}, std {std}"
+        )
 
 
 @torch.no_grad()

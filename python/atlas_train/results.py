@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 
+from atlas_kernels.attacks.progress import counted
+
 from . import tables
 from .autoattack import AutoAttacked
 from .checkpoint import versions
@@ -245,7 +247,7 @@ def _autoattack_header(rows: list[Result]) -> str:
     if made is None:
         return ""
     name = {"standard": "AA", "apgd": "APGD"}.get(made.version, f"AA {made.version}")
-    return f"{name}{', ' + made.instead if made.instead else ''} ({made.images:,} images)"
+    return f"{name}{', ' + made.instead if made.instead else ''} ({counted(made.images, 'image')})"
 
 
 def _note(results: Mapping[str, Result]) -> str:
@@ -260,6 +262,6 @@ def _note(results: Mapping[str, Result]) -> str:
     if first.norm == "l1":
         steps = f"steps down to {first.pgd_step_size:.4g}"
     return (
-        f"eps {radius(first.eps, first.norm)}; {first.images:,} test images, standard error at most "
+        f"eps {radius(first.eps, first.norm)}; {counted(first.images, 'test image')}, standard error at most "
         f"{100 * first.error:.1f} points; PGD {steps}{restarts}{told}"
     )

@@ -140,7 +140,11 @@ def evaluate_checkpoint(
         say: told what is going on.
         pgd: steps, step_size and restarts, as for ``evaluate``.
     """
-    whole("autoattack", autoattack, 0)
+    if state is not None and not whole("autoattack", autoattack, 0):
+        raise ValueError(
+            f"state {plain(state)} is where AutoAttack goes on, and autoattack is 0, so that none is run: say on how "
+            "many images, or leave state out"
+        )
     network, description, splits, images = opened(
         path,
         splits=splits,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, data, fine_tuning, models, stored
 from .data import DataSplits, identity
-from .evaluate import Say, evaluate
+from .evaluate import Say, evaluate, require_normalisation
 from .imported import is_import_path, without_place
 from .machine import on_host, usable_device
 from .models.classifier import Classifier, Normalize
@@ -85,6 +85,7 @@ def opened(
     _require_one_network(target, model, factory)
     if splits is None:
         splits = data.load(_named(target, dataset), data_dir, download)
+    require_normalisation(mean, std, splits.test.shape[0])
     sizes: dict[str, Any] = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0], "width": width}
     name, apart = target if factory else str(model), (mean, std) if mean else (None, None)
     if not is_import_path(name):

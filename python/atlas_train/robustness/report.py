@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from atlas_kernels.attacks.progress import counted
+
 from .. import tables
 from ..options import Norm, fraction, radius
 from .named import AUTOATTACK, CLEAN
@@ -93,8 +95,10 @@ class Report:
     def _rows(self) -> tables.Table:
         labels = [self.outcome(name).attack.label for name in self._names]
         several = len(labels) > 2
+        if not self.radii:
+            return [(labels[0],), (self._cell(CLEAN, None),)]
         header = ("eps", *labels, *([ALL] if several else []))
-        rows: list[tuple[str, ...]] = [("", self._cell(CLEAN, None))] if not self.radii else []
+        rows: list[tuple[str, ...]] = []
         for eps in self.radii:
             cells = [self._cell(name, eps) for name in self._names]
             cells += [f"{100 * self.accuracy(ALL, eps):.1f} %"] if several else []
@@ -109,8 +113,8 @@ class Report:
     def _remarks(self, form: Form) -> list[str]:
         """The lines below the table."""
         lines = [
-            f"{len(self.labels):,} images, standard error at most {100 * self.error:.1f} points; seed {self.seed}; "
-            f"{self.seconds:.0f} s on {self.device}"
+            f"{counted(len(self.labels), 'image')}, standard error at most {100 * self.error:.1f} points; seed "
+            f"{self.seed}; {self.seconds:.0f} s on {self.device}"
         ]
         if ALL in self._rows()[0]:
             lines[0] += "; all: right under every attack"
@@ -180,7 +184,7 @@ class Report:
             "eps": None if eps is None else f"{eps:.4g}" if self.norm == "l1" else fraction(eps),
             "clean_acc": f"{100 * self.clean:.2f}",
             "autoattack_acc": standard and f"{100 * standard.accuracy:.2f}",
-            "footnote": f"{len(self.labels):,} images",
+            "footnote": counted(len(self.labels), "image"),
             "unreliable": any(sign.eps in (None, eps) for sign in self.signs),
         }
         return {key: known.get(key) for key in RECORD}

@@ -20,14 +20,24 @@ _FORMS = "Images, a pair (images, labels) of tensors or arrays, or a loader of b
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Labelled images, uint8 [N, C, H, W] or float [N, ...] in [0, 1], and where they stand in the set they are of."""
+    """Labelled images, uint8 [N, C, H, W] or float [N, ...] in [0, 1], and where they stand in the set they are of.
+
+    ids: their numbers in the noise; default: 0 to N - 1.
+    """
 
     x: Tensor
     y: Tensor
     numbers: Tensor
+    ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def part(self, number: int, parts: int) -> Samples:
+        """One of so many parts of all; its noise is that of the whole."""
+        rows = torch.arange(number, len(self), parts)
+        x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
+        return Samples(x, y, self.numbers[rows], rows if self.ids is None else self.ids[rows])
 
     def images(self) -> Images | None:
         """As the trainer has them, if they are of whole numbers."""
@@ -36,7 +46,15 @@ class Samples:
     def batches(
         self, model: nn.Module, size: int, device: torch.device, channels_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of x in [0, 1], of the numbers that the model computes in, y, and the rows of both, on the device."""
+        """Batches of x in [0, 1], of the numbers that the model computes in, y, and their ids, on the device."""
+        ids = None if self.ids is None else self.ids.to(device)
+        for x, y, rows in self._batches(model, size, device, channels_last):
+            yield x, y, rows if ids is None else ids[rows]
+
+    def _batches(
+        self, model: nn.Module, size: int, device: torch.device, channels_last: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same, with the rows of both."""
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         if (images := self.images()) is not None:
             yield from Batches(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from atlas_kernels.attacks import PGD, Batch, Model
 from atlas_kernels.attacks.objective import Objective
+from atlas_kernels.attacks.progress import counted
 from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
 
 from ..inference import predict
@@ -100,7 +101,8 @@ def unfounded(outcome: Outcome) -> Iterator[Sign]:
     if outcome.nan:
         yield Sign(
             "nan",
-            f"{outcome.nan:,} images get NaN as logits; they count as not robust. Find out where it comes from",
+            f"{counted(outcome.nan, 'image')} with NaN as logits, which counts as not robust. Find out where it comes "
+            "from",
             *own,
         )
     if outcome.eps is not None and outcome.distance > outcome.eps * (1 + 1e-4) + 1e-6:
@@ -202,8 +204,8 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if probe.zero_gradients:
         yield Sign(
             "zero gradients",
-            f"the gradient is zero for {probe.zero_gradients} of {probe.images} images: no attack along it can move "
-            "these, so their robustness is not known. Use autoattack, whose Square needs no gradient",
+            f"the gradient is zero for {probe.zero_gradients} of {counted(probe.images, 'image')}: no attack along it "
+            "can move these, so their robustness is not known. Use autoattack, whose Square needs no gradient",
         )
     if len(probe.losses) > 2 and not probe.losses[-1] > probe.losses[1]:
         yield Sign(
@@ -214,7 +216,7 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if probe.large_eps is not None and probe.left:
         yield Sign(
             "robust at any eps",
-            f"PGD-{STEPS} leaves {100 * probe.left:.0f} % of {probe.images} images right at eps "
+            f"PGD-{STEPS} leaves {100 * probe.left:.0f} % of {counted(probe.images, 'image')} right at eps "
             f"{radius(probe.large_eps, norm)}, where every image can become the same one, and an attack that works "
             "leaves 0 %",
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from atlas_kernels.attacks.progress import counted
 
 from ..options import Norm
 from .named import Named
@@ -45,6 +47,13 @@ class Tally:
     def add(self, verdict: Verdict, seconds: float) -> None:
         self.verdicts.append(Verdict(*(part.cpu() for part in verdict)))  # which waits for the device
         self.seconds += seconds
+
+    @classmethod
+    def joined(cls, tallies: Sequence[Tally], rows: Sequence[Tensor]) -> Tally:
+        """Those of parts as one; rows: which each has of the whole. The time is that of the slowest."""
+        right, nan, extremes = (torch.cat(each) for each in zip(*(v for t in tallies for v in t.verdicts), strict=True))
+        order = torch.cat(list(rows)).argsort()
+        return cls([Verdict(right[order], nan[order], extremes)], max(tally.seconds for tally in tallies))
 
     @property
     def share(self) -> float:
@@ -88,4 +97,4 @@ class Progress:
             self.said = now
             right = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
             left = each * (self.images - self.done)
-            self.say(f"  {self.done:,} of {self.images:,} images: {right}; about {left:.0f} s left")
+            self.say(f"  {self.done:,} of {counted(self.images, 'image')}: {right}; about {left:.0f} s left")
