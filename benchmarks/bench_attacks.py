@@ -1,6 +1,7 @@
 """PGD as users run it: torchattacks, foolbox, a careful plain script and ours, beside the bare passes of the network.
 
     python benchmarks/bench_attacks.py [--results FILE.json] [--only NAME ...] [--compact] [--compile]
+    python benchmarks/bench_attacks.py --runs RUN [RUN ...] [--images 500]
 
 All attack the same weights on the same images with the same eps, step and number of steps from a uniform start, in one
 process: every round runs each contender once, and medians are compared. torchattacks, foolbox and the plain script run
@@ -13,6 +14,9 @@ tolerances below. With restarts, contenders differ in what they do with a sample
 passes show: torchattacks (MultiAttack) and the plain script leave it out of later restarts, foolbox (repeat) and ours
 go on with it (foolbox keeps the first adversary that fools, ours the strongest), ours with ``compact`` leaves it out
 at once, in the middle of a restart too.
+
+With --runs it is PGD-20 on networks that `atlas train` has trained and on real test images, all in fp32, and below each
+table stand two targets: robust accuracy, and the time beside the fastest peer's.
 """
 
 from __future__ import annotations
@@ -35,9 +39,11 @@ from torch import Tensor, nn
 
 from atlas_kernels import PGD, Execution, keep_memory
 from atlas_train import data, methods, models
-from atlas_train.evaluate import predict
+from atlas_train.checkpoint import load_model
+from atlas_train.evaluate import SUBSET_SEED, predict
 from atlas_train.noise import noise_keys
 from atlas_train.options import fraction
+from atlas_train.options import number as as_number
 from atlas_train.passes import count_passes
 from harness import peak_memory, seconds
 from tables import Table, aligned, command_line, markdown, write
@@ -79,6 +85,10 @@ WORKLOADS = {
     "restarts": Workload("preact_resnet18", 16, 16, CIFAR, steps=50, restarts=10, eps=16 / 255, rounds=3),
     "cnn": Workload("small_cnn", 32, 128, MNIST, eps=0.3, rounds=9),
 }
+#: Of --runs; the network, its width and the shape of its images are the run's.
+TRAINED = Workload("", 0, 500, CIFAR, steps=20, rounds=3)
+#: How far the robust accuracy may be above that of the strongest peer, and the time beside the fastest.
+AS_STRONG, AS_FAST = 0.005, 1.0
 SMALL = Workload("digits_net", 16, 64, (1, 8, 8), eps=0.1, rounds=9)
 
 
@@ -125,6 +135,22 @@ def make_task(work: Workload, device: torch.device) -> Task:
     optimizer.zero_grad()
     x, y, _ = _batch(digits.test, slice(work.batch), work.shape, device)
     return Task(model.eval(), x, y, work.eps, work.steps, work.restarts)
+
+
+def _known(name: str, o: argparse.Namespace) -> tuple[Workload, Task]:
+    work = {**WORKLOADS, "small": SMALL}[name]
+    return work, make_task(work, torch.device(o.device))
+
+
+def trained_task(run: str, o: argparse.Namespace) -> tuple[Workload, Task]:
+    """A network that was trained, and test images, at the radius of its training unless another is asked for."""
+    model, config = load_model(run)
+    images = data.load(config["dataset"], o.data_dir).test.subset(o.images, SUBSET_SEED)
+    x, y, _ = next(iter(data.Batches(images, o.images, shuffle=False, seed=0, device=torch.device(o.device))))
+    eps = o.eps or float(config["eps"])
+    name, width = f"{Path(run).name}, {config['model']}", config["width"] or 0
+    work = replace(TRAINED, network=name, width=width, batch=len(y), shape=tuple(x.shape[1:]), eps=eps)
+    return work, Task(model.eval().to(o.device), x, y, eps, work.steps, work.restarts)
 
 
 def _batch(images: data.Images, rows: slice, shape: tuple[int, int, int], device: torch.device) -> data.Batch:
@@ -247,7 +273,9 @@ def our_pgd(task: Task, precision: str, compact: bool) -> Attack:
     return run
 
 
-def contenders(task: Task, compact: bool, compiled: bool) -> tuple[list[Contender], list[Row]]:
+def contenders(
+    task: Task, compact: bool, compiled: bool, precisions: Sequence[str] = ("fp32", "bf16")
+) -> tuple[list[Contender], list[Row]]:
     """Who takes part, and a row for every peer that cannot."""
     found, absent = [], []
     for name, make in (("torchattacks", torchattacks_pgd), ("foolbox", foolbox_pgd)):
@@ -261,7 +289,7 @@ def contenders(task: Task, compact: bool, compiled: bool) -> tuple[list[Contende
     frozen.model.requires_grad_(False)
     plain = partial(plain_pgd if task.restarts == 1 else plain_restarts, frozen)
     found.append(Contender(PLAIN, plain, plain, partial(one_pass, frozen), keeps=False, stops=task.restarts > 1))
-    for precision in ("fp32", "bf16"):
+    for precision in precisions:
         bare = partial(bare_passes, frozen, precision)
         warm = partial(bare_passes, replace(frozen, steps=1, restarts=1), precision)
         for kind in ("", " compact") if compact else ("",):
@@ -320,9 +348,9 @@ def examine(task: Task, contender: Contender, plain: Strength) -> Row:
 # The rounds
 
 
-def measure(task: Task, rounds: int, compact: bool, compiled: bool) -> list[Row]:
+def measure(task: Task, rounds: int, compact: bool, compiled: bool, **which: Sequence[str]) -> list[Row]:
     """A row per contender: examined first, then, if nothing is wrong with it, timed in every round."""
-    found, absent = contenders(task, compact, compiled)
+    found, absent = contenders(task, compact, compiled, **which)
     plain = next(contender for contender in found if contender.name == PLAIN)
     reference = strength(task, plain.run())
     rows = {contender: examine(task, contender, reference) for contender in found}
@@ -364,6 +392,24 @@ def table(rows: Sequence[Row]) -> Table:
     return lines
 
 
+def targets(rows: Sequence[Row]) -> list[str]:
+    """Ours beside the peers: as strong, and not slower; the times are the shortest of the rounds."""
+    ours = next(row for row in rows if row.name == "ours fp32")
+    peers = [row for row in rows if row.name in PEERS and row.strength is not None and row.samples]
+    if not peers or ours.strength is None or not ours.samples:
+        return ["no target can be checked: ours or both peers are missing"]
+    robust = {row.name: 1 - row.strength.fooled for row in (ours, *peers) if row.strength}
+    least = min(robust[row.name] for row in peers)
+    fastest = min(min(row.samples) for row in peers) / min(ours.samples)
+    figures = ", ".join(f"{name} {share:.1%}" for name, share in robust.items())
+    strong = "reached" if robust[ours.name] <= least + AS_STRONG else "MISSED"
+    fast = "reached" if fastest >= AS_FAST else "MISSED"
+    return [
+        f"robust accuracy: {figures}; target at most {100 * AS_STRONG:.1f} points above the lowest peer's: {strong}",
+        f"time: {fastest:.2f} times as fast as the fastest peer, target {AS_FAST:.2f}: {fast}",
+    ]
+
+
 def _ratio(other: float | None, own: float) -> str:
     return "-" if other is None else f"{other / own:.2f}x"
 
@@ -389,14 +435,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(arguments)
     if o.threads:
         torch.set_num_threads(o.threads)
-    known, command = {**WORKLOADS, "small": SMALL}, command_line(__file__, arguments)
+    command = command_line(__file__, arguments)
+    made: list[tuple[str, Callable[[], tuple[Workload, Task]]]] = [(name, partial(_known, name, o)) for name in o.only]
+    if o.runs:
+        made = [(Path(run).name, partial(trained_task, run, o)) for run in o.runs]
     tolerances = {"loss_tolerance": LOSS_TOLERANCE, "fooled_tolerance": FOOLED_TOLERANCE, "rounding": ROUNDING}
     parts, measured, refused = [], [], 0
-    for name in o.only:
-        work, task = known[name], make_task(known[name], torch.device(o.device))
-        rows = measure(task, o.rounds or work.rounds, o.compact, o.compile)
+    for name, make in made:
+        work, task = make()
+        which = {"precisions": ("fp32",)} if o.runs else {}
+        rows = measure(task, o.rounds or work.rounds, o.compact, o.compile, **which)
         lines, heading = table(rows), title(work)
-        notes = [f"{row.name}: {row.problem}" for row in rows if row.problem]
+        notes = [f"{row.name}: {row.problem}" for row in rows if row.problem] + (targets(rows) if o.runs else [])
         refused += sum(row.problem is not None and row.passes is not None for row in rows)
         print("\n".join([f"\n{heading}\n", aligned(lines), *notes]), flush=True)
         parts += [f"## {heading}", markdown(lines), *notes]
@@ -412,6 +462,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="PGD: ours beside torchattacks, foolbox and a plain script.")
     known = (*WORKLOADS, "small")
     parser.add_argument("--only", nargs="+", default=list(WORKLOADS), choices=known, help="workloads; default: all")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="folders of networks that atlas train has trained")
+    parser.add_argument("--images", type=int, default=500, help="of --runs: test images")
+    parser.add_argument("--eps", type=as_number, help="of --runs: such as 8/255; default: that of the training")
+    parser.add_argument("--data-dir", help="of --runs")
     parser.add_argument("--rounds", type=int, help="rounds; default: by workload")
     parser.add_argument("--compact", action="store_true", help="also ours with compact=True")
     parser.add_argument("--compile", action="store_true", help="also ours on the network through torch.compile")

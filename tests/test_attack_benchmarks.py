@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attack_precision
 import bench_attacks
+import bench_autoattack
 import l1_attacks
 import tables
 from atlas_kernels import PGD
@@ -115,6 +116,50 @@ def test_the_benchmark_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     markdown, shown = results.with_suffix(".md").read_text(), capsys.readouterr().out
     assert "| ours bf16 |" in markdown and "ours bf16" in shown
     assert "--results RESULTS" in markdown and str(tmp_path) not in markdown + results.read_text()
+
+
+def test_trained_networks_are_measured_beside_their_targets(
+    task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"dataset": "digits", "model": "digits_net", "width": 16, "eps": 0.1}
+    monkeypatch.setattr(bench_attacks, "load_model", lambda run: (task.model, config))
+    assert bench_attacks.main(["--runs", "runs/mine", "--images", "16", "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "mine, digits_net width 16, batch 16, PGD-20, eps 25.5/255" in shown and "bf16" not in shown
+
+
+def test_the_targets_beside_the_peers() -> None:
+    def measured(name: str, fooled: float, *samples: float) -> bench_attacks.Row:
+        return bench_attacks.Row(name, strength=bench_attacks.Strength(1.0, fooled), samples=list(samples))
+
+    peers = [measured("torchattacks", 0.60, 3.0, 2.0), measured("foolbox", 0.61, 5.0, 4.0)]
+    strong, fast = bench_attacks.targets([*peers, measured("ours fp32", 0.606, 1.9, 9.0)])
+    assert strong == (
+        "robust accuracy: ours fp32 39.4%, torchattacks 40.0%, foolbox 39.0%; target at most 0.5 points above the "
+        "lowest peer's: reached"
+    )
+    assert fast == "time: 1.05 times as fast as the fastest peer, target 1.00: reached"
+    weak, slow = bench_attacks.targets([*peers, measured("ours fp32", 0.604, 2.1)])
+    assert weak.endswith("MISSED") and slow.endswith("MISSED")
+    assert "no target can be checked" in bench_attacks.targets([measured("ours fp32", 0.6, 1.0)])[0]
+
+
+def test_what_two_processes_gain_and_cpu_seconds_beside_seconds() -> None:
+    def row(who: str, seconds: float, cpu: float | None) -> bench_autoattack.Row:
+        return bench_autoattack.Row("net", "all", who, 0.5, 1.0, 10, 20, seconds, cpu)
+
+    rows = [row("1 process", 10.0, 9.0), row("2 processes", 5.9, 5.0)]
+    assert bench_autoattack.gain(rows, 2) == (
+        "net: 2 processes are 1.69 times as fast as one (by CPU s 1.80), a thread each; target 1.70: MISSED"
+    )
+    assert bench_autoattack.gain([rows[0], row("", 5.8, 5.0)], 2).endswith("reached")
+    assert [line[-2:] for line in bench_autoattack.table(rows)] == [
+        ["CPU s", "times as fast"], ["9.0", "1.00, 1.00"], ["5.0", "1.69, 1.80"],
+    ]  # fmt: skip
+    assert bench_autoattack.table([row("of a GPU", 2.0, None)])[1][-2:] == ["-", "1.00"]
+    for wrong in (["--processes", "1"], ["--processes", "2", "--bf16"]):
+        with pytest.raises(SystemExit, match="--processes takes 2 or more, on CPUs"):
+            bench_autoattack.main(["runs/mine", "--device", "cpu", *wrong])
 
 
 def shares(both: int, lost: int, gained: int, neither: int) -> tuple[Tensor, Tensor]:
