@@ -454,6 +454,9 @@ def test_a_file_of_something_else_is_refused(case, tmp_path: Path) -> None:
             model, x, y, state_path=path, search_precision="bf16"
         ),
         "its attacks is": lambda: replace(plan(), parts={"climb": Climb(EPS)}).run(model, x, y, state_path=path),
+        "its climb has other settings. Name": lambda: replace(
+            plan(), parts={**(plan().parts or {}), "climb": Climb(EPS, steps=77)}
+        ).run(model, x, y, state_path=path),
     }
     for told, call in calls.items():
         with pytest.raises(ValueError, match=told):

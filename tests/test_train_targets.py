@@ -143,6 +143,7 @@ def test_a_normalisation_is_given_apart_or_the_files_own(colours: dict[str, Any]
         ("bare.pt", ours, "mean and std: bare.pt holds none, and colour images are usually normalised"),
         ("bare.pt", {**ours, "mean": (0.5,) * 3}, "mean and std go together"),
         ("whole.pt", {**ours, "mean": (0.5,) * 3, "std": (1.0,) * 3}, "whole.pt holds its own"),
+        ("own.py", {}, "own.py is code: say which factory of it gives the network, own.py:NAME"),
         ("own.py:network", {"model": "digits_net"}, "is a factory, which gives the network itself"),
         ("own.py:missing", {}, "has no 'missing'"),
     ):
@@ -196,10 +197,15 @@ def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.Capt
         (["--attacks", "fgsm", "mifgsm-2", "--step-size", "0.1"], "--step-size is looked at by pgd-20, cw-20 alone"),
         (["--autoattack", "5", "--eps", "0.1", "0.2"], "write --attacks fgsm pgd-20 autoattack --size 5 instead"),
         (["--curve", "."], "--curve . is a folder: name a file"),
+        (["--attacks", "clean", "--curve", "e.png"], "--curve is looked at by attacks alone, and none of them is run"),
+        (["--attacks", "fgsm", "--json", "own.py/e.json"], "--json own.py/e.json cannot be written, as no file can be"),
+        (["--attacks", "fgsm", "--per-sample", "/proc/e.csv"], "--per-sample /proc/e.csv cannot be written"),
+        (["--attacks", "apgd", "--state", "none/s"], "state_path none/s: there is no folder none: make it first"),
         (["--attacks", "fgsm", "--norm", "l1"], "eps: bars has no usual radius in l1: give it"),
     ):  # fmt: skip
         assert cli.main(["evaluate", str(run_folder), *BARS, *flags]) == 2
-        assert text in capsys.readouterr().err
+        shown = capsys.readouterr()
+        assert text in shown.err and "evaluating" not in shown.out
 
 
 def loaded_as_at_robustbench(path: str, network: nn.Module) -> nn.Module:

@@ -77,6 +77,8 @@ def load(path: Path, whose: Whose) -> dict[str, Any] | None:
 def _difference(name: str, theirs: Any, ours: Any) -> str:
     if name in ("weights", "images", "labels", "ids"):
         return f"its {name} are not the ones given"
+    if name == "attacks" and theirs and theirs.keys() == ours.keys():
+        return f"its {', '.join(part for part in ours if theirs[part] != ours[part])} has other settings"
     return f"its {name} is {theirs!r}, here {ours!r}"
 
 

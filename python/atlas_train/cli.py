@@ -43,7 +43,7 @@ from .options import Norm, allowed, fraction, hints, nearest, one_line, option, 
 from .robustness import written
 from .robustness.named import ABOUT, CLEAN, PARTS, named
 from .robustness.named import AUTOATTACK as WHOLE
-from .writing import write_json, write_text
+from .writing import require_writable, write_json, write_text
 
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
@@ -278,8 +278,8 @@ def evaluate(argv: Sequence[str]) -> int:
     ]  # fmt: skip
     args = flags.parse(wanted, "evaluate", "Accuracy of a trained network, clean and under attacks.", argv)
     for name in ("json", *_REPORTED):
-        if isinstance(path := getattr(args, name), str) and name != "table" and Path(path).is_dir():
-            raise IsADirectoryError(f"--{name.replace('_', '-')} {plain(path)} is a folder: name a file")
+        if isinstance(path := getattr(args, name), str) and name != "table":
+            require_writable(Path(path), f"--{name.replace('_', '-')}")
     _require_used(args, argv)
     with launched() as processes, _told_how_to_go_on(args):
         if rank():
@@ -328,11 +328,12 @@ def _require_used(args: Any, argv: Sequence[str]) -> None:
     attacks = named(args.attacks) if args.attacks else ()
     whole = any(attack.name == WHOLE for attack in attacks) or (not attacks and bool(args.autoattack))
     searched = whole or any(attack.searches for attack in attacks)
+    drawn = not attacks or any(attack.name != CLEAN for attack in attacks)
     stepped = not attacks or any(attack.name.startswith(("pgd", "cw")) for attack in attacks)
     part = f"{WHOLE}, apgd, {', '.join(PARTS)}"
     looked_at = {
         "state": (searched, part), "search_precision": (searched, part), "autoattack_version": (whole, WHOLE),
-        "step_size": (stepped, "pgd-20, cw-20"),
+        "step_size": (stepped, "pgd-20, cw-20"), "curve": (drawn, "attacks"),
     }  # fmt: skip
     for name, (used, by) in looked_at.items():
         if not used and flags.is_given(name, argv):

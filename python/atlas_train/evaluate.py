@@ -20,7 +20,7 @@ from atlas_kernels.attacks import FGSM, PGD, Attack
 from atlas_kernels.attacks.arguments import require_choice
 from atlas_kernels.attacks.processes import LostProcesses, Processes, together
 from atlas_kernels.attacks.progress import counted
-from atlas_kernels.attacks.saved import digest, weights_of
+from atlas_kernels.attacks.saved import digest, require_writable, weights_of
 from atlas_kernels.checks import kind_of, whole
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 from atlas_kernels.schema import NORMS
@@ -159,6 +159,9 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
             f"state {os.fspath(state)!r} is where AutoAttack goes on, and nothing of it is run: name it "
             '(attacks=("autoattack",), or apgd, square, ...), or leave state out'
         )
+    path = None if state is None else Path(state)
+    if path is not None:
+        require_writable(path)
     with together() as processes:
         if processes.count > 1:
             same = {"images or labels": digest([samples.x, samples.y]), "weights": weights_of(model)}
@@ -167,7 +170,6 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         at = _Place(samples, where, batch_size, channels_last, norm, key, seed, told, processes)
         if chosen is not None:
             balls = _radii(eps)
-            path = None if state is None else Path(state)
             how = {"version": autoattack_version, "batch_size": batch_size, "search_precision": search_precision}
             return _reported(model, at, chosen, balls, step_size, num_classes, path, how)
         if not isinstance(eps, Real):

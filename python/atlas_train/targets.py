@@ -111,6 +111,8 @@ def _require_one_network(target: str, model: str | None, factory: bool) -> None:
     """Raises ValueError where two networks are named, or none."""
     if factory and model:
         raise ValueError(f"model: {plain(target)} is a factory, which gives the network itself: leave --model out")
+    if target.endswith(".py"):
+        raise ValueError(f"{plain(target)} is code: say which factory of it gives the network, {plain(target)}:NAME")
     if not factory and not model:
         raise ValueError(
             f"model: {plain(target)} is a state dict, which does not say of which network: name it (--model, one of "

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import stat
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from atlas_kernels.environment import is_stream
 
-from .options import plain
+from .options import one_line, plain
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -72,6 +73,24 @@ def _is_too_large(error: Exception, path: Path) -> bool:
         return getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return limit != resource.RLIM_INFINITY and path.stat().st_size >= limit
+
+
+def require_writable(path: Path, name: str) -> None:
+    """Raises OSError where a file could not be written there, before the work whose result it is to hold. name: who
+    wants it, a flag, say."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} {plain(path)} is a folder: name a file")
+    if is_stream(path):
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # the others will be made
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise OSError(
+            f"{name} {plain(path)} cannot be written, as no file can be in {plain(folder)} ({reason}): name another"
+        ) from error
 
 
 def write_link(path: Path, source: Path) -> None:
