@@ -36,9 +36,9 @@ def test_every_process_gets_the_verdicts_of_one(tmp_path: Path) -> None:
 
     def body(rank: int) -> None:
         lines: list[str] = []
-        report = evaluate(model, images, say=lines.append, state=tmp_path / "state", **how)
-        usual = evaluate(model, images, 0.3, steps=2)
-        whole = autoattack(model, images, 0.3, 9, version="apgd")
+        report = evaluate(model, images, say=lines.append, state=tmp_path / "state", dealt=True, **how)
+        usual = evaluate(model, images, 0.3, steps=2, dealt=True)
+        whole = autoattack(model, images, 0.3, 9, version="apgd", dealt=True)
         made = [figures(report), report.numbers.tolist(), usual.pgd, usual.fgsm, whole.accuracy, lines]
         (tmp_path / f"of {rank}").write_text(json.dumps(made))
 
@@ -69,13 +69,16 @@ def test_more_processes_than_images_and_other_data(tmp_path: Path) -> None:
     model = linear()
 
     def body(rank: int) -> None:
-        report = evaluate(model, splits(test=1).test, 0.3, attacks=("fgsm", "apgd-ce"))
+        report = evaluate(model, splits(test=1).test, 0.3, attacks=("fgsm", "apgd-ce"), dealt=True)
         assert len(report.labels) == 1
         with pytest.raises(ValueError, match="process 1 has other images or labels than process 0"):
-            evaluate(model, splits(test=4 + 4 * rank).test, 0.3, attacks="fgsm")
+            evaluate(model, splits(test=4 + 4 * rank).test, 0.3, attacks="fgsm", dealt=True)
         model[1].bias.data[0] += rank  # type: ignore[union-attr]
         with pytest.raises(ValueError, match="process 1 has other weights than process 0: give every process the same"):
-            evaluate(model, splits(test=4).test, 0.3)
+            evaluate(model, splits(test=4).test, 0.3, dealt=True)
+        if rank:  # who was not asked to share does not wait for the others
+            alone = evaluate(model, splits(test=4).test, 0.3, attacks=("fgsm", "apgd-ce"))
+            assert autoattack(model, splits(test=4).test, 0.3, 4, version="apgd").images == len(alone.labels) == 4
 
     assert in_processes(2, tmp_path, body) == [0, 0]
 
@@ -85,7 +88,7 @@ def test_a_process_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         if rank:
             monkeypatch.setattr("atlas_train.evaluate._tallied", lambda *_: 1 / 0)
         with pytest.raises((LostProcesses, ZeroDivisionError)) as caught:
-            evaluate(linear(), splits(test=9).test, 0.3, attacks="fgsm")
+            evaluate(linear(), splits(test=9).test, 0.3, attacks="fgsm", dealt=True)
         (tmp_path / f"said {rank}").write_text(str(caught.value))
 
     assert in_processes(2, tmp_path, body) == [0, 0]

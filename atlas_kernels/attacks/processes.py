@@ -160,11 +160,11 @@ def together() -> Iterator[Processes]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Iterator[Processes]:
     """Inside, ``together`` is this process, whatever group it is in."""
-    token = _CURRENT.set(Processes())
+    token = _CURRENT.set(single := Processes())
     try:
-        yield
+        yield single
     finally:
         _CURRENT.reset(token)
 

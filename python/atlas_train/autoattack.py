@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from atlas_kernels.attacks import AutoAttack, AutoAttackRecord, run_sharded
-from atlas_kernels.attacks.processes import together
+from atlas_kernels.attacks.processes import alone, together
 from atlas_kernels.attacks.progress import counted
 
 from .data import Images
@@ -57,6 +57,7 @@ def autoattack(
     search_precision: Precision = "fp32",
     state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
+    dealt: bool = False,
 ) -> AutoAttacked:
     """AutoAttack in the ball of ``norm`` (arXiv 2003.01690, l1: 2103.01208) on ``size`` images, the model in eval mode.
 
@@ -68,14 +69,16 @@ def autoattack(
     The targeted DLR loss of APGD-T takes four classes: for three the untargeted one is run instead, for two neither;
     a warning says so. Raises ValueError for a model of one class.
 
-    Within a process group all its processes call it, and share the images (``run_sharded``); each gets the result.
+    dealt: all processes of ``torch.distributed`` make this call and share the images (``run_sharded``); each gets the
+    result.
     """
     images = images.subset(size, SUBSET_SEED) if size < len(images) else images
     if say:
         say(f"AutoAttack ({version}) on {counted(len(images), 'image')} at eps {radius(eps, norm)}")
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
     how = {"batch_size": batch_size, "search_precision": search_precision, "state_path": state}
-    correct, record = _run(attack, model, gathered(images), say=say, **how)
+    with together() if dealt else alone() as processes:
+        correct, record = _run(attack, model, gathered(images), say=None if processes.rank else say, **how)
     accuracy = correct.double().mean().item()
     return AutoAttacked(accuracy, len(images), version, record.seconds, seed, _joined(record.instead))
 
@@ -94,7 +97,9 @@ def verdicts(
     """As ``autoattack``, on all images: whether each is right whatever the attacks do, bool [N] on the model's device;
     and what stands in for a part of ``version`` that cannot be had."""
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
-    correct, record = _run(attack, model, gathered(images), batch_size=batch_size, search_precision=search_precision)
+    how: dict[str, Any] = {"batch_size": batch_size, "search_precision": search_precision}
+    with alone():
+        correct, record = _run(attack, model, gathered(images), **how)
     return correct, _joined(record.instead)
 
 

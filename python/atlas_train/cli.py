@@ -299,7 +299,7 @@ def _accuracies(args: Any, place: dict[str, Any]) -> list[str]:
 
     own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
-    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked | place)
+    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked | place, dealt=True)
     if rank():
         return []
     print(table(results))
@@ -380,7 +380,7 @@ def _report(args: Any, place: dict[str, Any]) -> list[str]:
     if args.curve:
         require_matplotlib()
     asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
-    how = {name: getattr(args, name) for name in asked}
+    how = {name: getattr(args, name) for name in asked} | {"dealt": True}
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
     where = {name: getattr(args, name) for name in names}
     report, found = evaluate_target(

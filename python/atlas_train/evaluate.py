@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, PGD, Attack
 from atlas_kernels.attacks.arguments import require_choice
-from atlas_kernels.attacks.processes import LostProcesses, Processes, together
+from atlas_kernels.attacks.processes import LostProcesses, Processes, alone, together
 from atlas_kernels.attacks.progress import counted
 from atlas_kernels.attacks.saved import digest, require_writable, weights_of
 from atlas_kernels.checks import kind_of, whole
@@ -107,6 +107,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     search_precision: ensembles.Precision = "fp32",
     state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
+    dealt: bool = False,
 ) -> Evaluation | Report:
     """Accuracy of ``model`` in eval mode, clean and under attacks; it, and the random state, are as before afterwards.
 
@@ -117,9 +118,6 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     An image counts under an attack if it is classified correctly both clean and attacked (an image lies in its own
     ball), so attacks run only on images that are right clean. Noise goes by the image's number in the set, so the
     result does not depend on the batch size (rounding aside).
-
-    Within a process group (``torch.distributed``) all its processes call it with the same model and all of the data:
-    each attacks some of the images, and all get the same result.
 
     Args:
         model: any module that gives logits, alone or in an object (``.logits``), a dict or a tuple.
@@ -140,7 +138,9 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack, also in another
             number of processes; it is refused for another model, other data or settings. With several, each has a file
             of its own beside it.
-        say: told what is evaluated, and how far it is; in the first process alone.
+        say: told what is evaluated, and how far it is; of several processes the first one's.
+        dealt: all processes of ``torch.distributed`` make this call, with the same model and all of the data; each
+            attacks some of the images, and all get the same result. Default: this process evaluates alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}: put what it does into one")
@@ -162,7 +162,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     path = None if state is None else Path(state)
     if path is not None:
         require_writable(path)
-    with together() as processes:
+    with together() if dealt else alone() as processes:
         if processes.count > 1:
             same = {"images or labels": digest([samples.x, samples.y]), "weights": weights_of(model)}
             processes.require_same(same)

@@ -119,6 +119,7 @@ def evaluate_checkpoint(
     device: str | None = None,
     threads: int | None = None,
     say: Say = print,
+    dealt: bool = False,
     **pgd: Any,
 ) -> dict[str, Result]:
     """Clean, FGSM and PGD accuracy of a checkpoint's network on its test images, by the name of its method.
@@ -138,6 +139,7 @@ def evaluate_checkpoint(
         autoattack: so many images for AutoAttack too; search_precision, state: as for ``autoattack.autoattack``. The
             best epoch has a state of its own, beside it.
         say: told what is going on.
+        dealt: as for ``evaluate``.
         pgd: steps, step_size and restarts, as for ``evaluate``.
     """
     if state is not None and not whole("autoattack", autoattack, 0):
@@ -169,7 +171,7 @@ def evaluate_checkpoint(
         eps = run["eps"] if norm == run["norm"] else data.declared(splits).radius(norm)
     if eps is None:
         raise ValueError(f"{plain(path)} does not say what eps is in {NORMS[norm]}: give it (--eps)")
-    shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say}
+    shared: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "say": say, "dealt": dealt}
 
     def attacked(epoch: int | None, name: str = "") -> Result:
         accuracies = evaluate(network, splits.test, eps, size=size, channels_last=channels_last, **shared, **pgd)
