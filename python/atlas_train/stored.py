@@ -142,7 +142,7 @@ def evaluate_checkpoint(
         dealt: as for ``evaluate``.
         pgd: steps, step_size and restarts, as for ``evaluate``.
     """
-    if state is not None and not whole("autoattack", autoattack, 0):
+    if not whole("autoattack", autoattack, 0) and state is not None:
         raise ValueError(
             f"state {plain(state)} is where AutoAttack goes on, and autoattack is 0, so that none is run: say on how "
             "many images, or leave state out"
