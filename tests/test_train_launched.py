@@ -32,7 +32,7 @@ def figures(report: Any) -> list[Any]:
 
 def test_every_process_gets_the_verdicts_of_one(tmp_path: Path) -> None:
     model, images = linear(), splits(test=13).test
-    how: dict[str, Any] = {"eps": (0.2, 0.35), "attacks": ATTACKS, "seed": 3}
+    how: dict[str, Any] = {"eps": (0.2, 0.35), "attacks": ATTACKS, "seed": 3, "step_size": 0.02}
 
     def body(rank: int) -> None:
         lines: list[str] = []
