@@ -265,7 +265,7 @@ def _reported(
 def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Outcome]:
     """What attacks on gradients leave, by their keys, CLEAN first, in all processes; the model is in eval mode."""
     processes, count = at.processes, at.processes.count
-    mine = at.samples.part(processes.rank, count)
+    mine = at.samples.part(processes.rank, count) if count > 1 else at.samples
     given = processes.gather(_tallied(model, replace(at, samples=mine), runs) if len(mine) else {})
     if processes.lost:
         raise LostProcesses(f"{processes.about_lost()}: their part of {counted(len(at.samples), 'image')} is missing")
