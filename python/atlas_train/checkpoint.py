@@ -27,7 +27,7 @@ from .options import one_line, plain, shown
 from .writing import builtin, write_atomically
 
 FORMAT = 1
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, WEIGHTS = "last.pt", "best.pt", "model.safetensors"
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -96,6 +96,30 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
         raise ValueError(f"{plain(file)} has checkpoint format {written}, this version reads {FORMAT}")
     schema.require_checkpoint(state, plain(file), needed)
     return state
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in a run's folder says, without its tensors; of a folder with bare weights, what these say.
+
+    Raises ValueError for a damaged or foreign file.
+    """
+    path = folder / LAST
+    if not path.is_file():
+        path = folder / WEIGHTS
+        state = _described(path)[0]
+    else:
+        try:
+            state = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # a damaged file raises nearly anything
+            raise ValueError(
+                f"{plain(path)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by "
+                "atlas"
+            ) from error
+        if not isinstance(state, dict):
+            raise ValueError(f"{plain(path)} is no checkpoint of atlas")
+    kept = {name: value for name, value in state.items() if name in schema.FACTS}
+    schema.require_facts(kept, plain(path))
+    return kept
 
 
 class _Damaged(ValueError):
@@ -249,7 +273,7 @@ def _require_storable(value: Any) -> None:
 
 def export_name() -> str:
     """model.safetensors where safetensors is installed, else model.pt."""
-    return "model.safetensors" if find_spec("safetensors") else "model.pt"
+    return WEIGHTS if find_spec("safetensors") else "model.pt"
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -354,16 +378,24 @@ def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """An exported network as a checkpoint: its weights, and what its metadata say of it."""
-    from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
+    description, weights = _described(path, with_weights=True)
+    state = {**description, "model": weights}
+    schema.require_checkpoint(state, plain(path), ("arch", "config"))
+    return state
 
+
+def _described(path: Path, with_weights: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the metadata of a .safetensors file say of its network, and its weights if they are asked for."""
+    weights: dict[str, Tensor] = {}
     try:
+        from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
+
         with safe_open(str(path), framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("atlas", "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if with_weights:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{plain(path)} cannot be read as safetensors: {one_line(error)}") from error
     if not isinstance(description, dict):
         raise ValueError(f"{plain(path)} does not say which network it holds; it was not written by atlas")
-    state = {**description, "model": weights}
-    schema.require_checkpoint(state, plain(path), ("arch", "config"))
-    return state
+    return description, weights

@@ -22,7 +22,7 @@ import torch
 
 import atlas_kernels
 
-from . import data, flags, methods, protocols
+from . import commands, data, flags, methods, protocols
 from .config import (
     AUTOATTACK,
     AUTOATTACK_VERSION,
@@ -44,6 +44,7 @@ from .writing import write_json, write_text
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
        atlas evaluate RUN [flags]                               accuracy of a trained network, clean and under attacks
+       atlas compare RUN ... [--table FORM]                     one table of any runs, from what is stored
        atlas methods                                            the methods and their hyper-parameters
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
@@ -115,17 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has no sign for: a run is not lost for that
         sys.stdout.reconfigure(errors="backslashreplace")
-    commands = {"train": train, "evaluate": evaluate, "methods": list_methods}
+    known = {"train": train, "evaluate": evaluate, "compare": commands.compare, "methods": list_methods}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     name, *rest = arguments
-    if name not in commands:
-        return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
+    if name not in known:
+        return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, known)!r}\n\n{USAGE}")
     try:
         with terminable(), warnings.catch_warnings():
             warnings.showwarning = _warn
-            return commands[name](rest)
+            return known[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
