@@ -45,6 +45,7 @@ USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
        atlas evaluate RUN [flags]                               accuracy of a trained network, clean and under attacks
        atlas compare RUN ... [--table FORM]                     one table of any runs, from what is stored
+       atlas report RUN ... [flags]                             one HTML page of runs: curves, figures, adversaries
        atlas methods                                            the methods and their hyper-parameters
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has no sign for: a run is not lost for that
         sys.stdout.reconfigure(errors="backslashreplace")
-    known = {"train": train, "evaluate": evaluate, "compare": commands.compare, "methods": list_methods}
+    known = {"train": train, "evaluate": evaluate, "methods": list_methods}
+    known |= {"compare": commands.compare, "report": commands.report}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

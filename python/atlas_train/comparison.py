@@ -14,7 +14,8 @@ from . import tables
 from .config import PLACES
 from .options import in_words, plain, radius
 from .records import Record, read_all
-from .results import PASSES, Result, autoattack_name, lines_of, remarks
+from .results import PASSES, Result, autoattack_name, lines_of
+from .results import remarks as remarks_on
 from .robustness.named import CLEAN, named
 from .robustness.report import MARK
 from .watch import collapses
@@ -49,12 +50,17 @@ class Comparison:
 
     def table(self, form: tables.Form = "text") -> str:
         """The table, and the lines below it."""
-        return tables.written(self._rows(), form, self._remarks())
+        return tables.written(self.rows(), form, self.remarks())
 
-    def _rows(self) -> tables.Table:
+    @property
+    def columns(self) -> list[Column]:
+        """The accuracies that some run has, the strongest attack last."""
+        return _columns(self.lines)
+
+    def rows(self) -> tables.Table:
+        """The header, and a row for each line."""
         settings = differing(self.records)
-        accuracies = _columns(self.lines)
-        usual = _usual(accuracies)
+        accuracies, usual = self.columns, _usual(self.columns)
         made: list[tuple[str, ...]] = [("run", *(line.name for line in self.lines))]
         for name, values in settings.items():
             made.append((name, *(values[line.run] for line in self.lines)))
@@ -67,15 +73,16 @@ class Comparison:
             made += [(title, *cells)] if any(cells) else []
         return list(zip(*made, strict=True))
 
-    def _remarks(self) -> list[str]:
+    def remarks(self) -> list[str]:
+        """What is to be said below the table."""
         told = []
         if len(self.records) > 1 and (shared := _same(self.records)):
             told.append("all: " + ", ".join(f"{name} {value}" for name, value in shared.items()))
-        if usual := _usual(_columns(self.lines)):
+        if usual := _usual(self.columns):
             passes = any(record.result and record.result.passes for record in self.records.values())
             error = f"{usual:,} test images, standard error at most {50 / usual**0.5:.1f} points"
             told.append(f"{error}; {PASSES}" if passes else error)
-        told += remarks({name: record.result for name, record in self.records.items() if record.result})
+        told += remarks_on({name: record.result for name, record in self.records.items() if record.result})
         for name, record in self.records.items():
             if not record.result:
                 told += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in collapses(record.history)]
