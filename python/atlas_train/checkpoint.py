@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import atlas_kernels
 
-from . import answers, models, schema
+from . import answers, hub, models, schema
 from .config import from_record, to_dict
 from .imported import is_import_path, require_trusted
 from .options import one_line, plain, shown
@@ -42,12 +42,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that a run folder, a folder of one run, or a file means.
+    """The checkpoint that a run folder, a folder of one run, or a file means; of an exported network, its weights.
+
+    "hf:org/name" is downloaded (``hub``), its weights and what describes them alone.
 
     Raises FileNotFoundError with what was looked for.
     """
-    given = Path(path)
+    given = hub.downloaded(path) / WEIGHTS if hub.is_on_hub(path) else Path(path)
     file = given / LAST if given.is_dir() else given
+    if not file.is_file() and (given / WEIGHTS).is_file():
+        return given / WEIGHTS
     if not file.is_file():
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
         if len(runs) == 1:
@@ -78,6 +82,8 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     file = locate(path)
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{plain(file)} holds weights alone, and no run goes on from them: begin one with --init")
     try:
         _require_stored(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -206,8 +212,12 @@ def versions() -> dict[str, str]:
 
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of weights and buffers, in hexadecimal."""
+    return fingerprint_of({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """``fingerprint`` of a network with this state."""
     digest = hashlib.sha256()
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -221,8 +231,12 @@ def export_state_dict(
 
     Each entry is a copy of its own, also of weights that are tied. What is no tensor is left out.
     """
-    path = Path(path)
-    entries = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    export_weights(model.state_dict(), Path(path), metadata)
+
+
+def export_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """``export_state_dict`` of a network with this state."""
+    entries = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in entries.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
@@ -293,11 +307,11 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
+    weights, state = bare(file)
     kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
-    arch, weights = state["arch"], final_weights(state)
+    arch = state["arch"]
     if (average := state.get("average")) is not None and not average["count"]:
         warnings.warn(
             f"averaging {description['config']['averaging']!r} had not begun when {plain(file)} was written, so these "
@@ -320,6 +334,12 @@ def load_network(
         schema.require_keys(description, ("data",), plain(file))
         answers.require_same(built, description["answers"], description["data"]["test"]["shape"], file)
     return built.eval(), description
+
+
+def bare(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that a checkpoint, or an exported file, evaluates to, and all that it holds."""
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
+    return final_weights(state), state
 
 
 def _built(

@@ -46,6 +46,8 @@ usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate,
        atlas evaluate RUN [flags]                               accuracy of a trained network, clean and under attacks
        atlas compare RUN ... [--table FORM]                     one table of any runs, from what is stored
        atlas report RUN ... [flags]                             one HTML page of runs: curves, figures, adversaries
+       atlas export RUN [--out DIR]                             a network as a folder for others, with a model card
+       atlas push DIR ORG/NAME                                  such a folder on the Hugging Face Hub
        atlas methods                                            the methods and their hyper-parameters
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
@@ -71,6 +73,7 @@ class EvaluateConfig:
         "none, and std too: images go in as they are. Default: the file's own, or the network normalises itself",
     )
     std: tuple[float, ...] | None = option(None, "standard deviation, beside mean", above=0)
+    trust: bool = option(False, "the network's code that the folder, or hf:org/name, names may be run")
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has no sign for: a run is not lost for that
         sys.stdout.reconfigure(errors="backslashreplace")
     known = {"train": train, "evaluate": evaluate, "methods": list_methods}
-    known |= {"compare": commands.compare, "report": commands.report}
+    known |= {name: getattr(commands, name) for name in ("compare", "report", "export", "push")}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -262,7 +265,7 @@ def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: the accuracies of a run's network on its test images, or a report on any network."""
     wanted = [
         flags.text_flag(
-            "checkpoint", "run folder, last.pt or model.safetensors; a state dict; or package.module:factory",
+            "checkpoint", "run or exported folder, hf:org/name, last.pt; state dict; or package.module:factory",
             positional=True,
         ),
         *flags.declared(EvaluateConfig, {}),
@@ -271,12 +274,17 @@ def evaluate(argv: Sequence[str]) -> int:
     for name in ("json", *_REPORTED):
         if isinstance(path := getattr(args, name), str) and name != "table" and Path(path).is_dir():
             raise IsADirectoryError(f"--{name.replace('_', '-')} {plain(path)} is a folder: name a file")
+    if args.trust and not args.model:
+        from .sharing import trusted
+
+        folder, args.model = trusted(args.checkpoint)
+        args.checkpoint = str(folder)
     if _is_report(args, argv):
         return _report(args, argv)
     from .results import table
     from .stored import evaluate_checkpoint
 
-    own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
+    own = {"json", "trust", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
     results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked)
     print(table(results))

@@ -1,4 +1,4 @@
-"""The commands on runs that are done: ``atlas compare``, ``atlas report``."""
+"""The commands on runs that are done: ``atlas compare``, ``report``, ``export``, ``push``."""
 
 from __future__ import annotations
 
@@ -80,3 +80,53 @@ def report(argv: Sequence[str]) -> int:
 def _place(runs: Sequence[str]) -> Path:
     """Where a page goes that nobody named a file for."""
     return Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The flags of ``atlas export``."""
+
+    out: str | None = option(None, "folder to be made; default: export (export-best) in the run's folder")
+
+
+def export(argv: Sequence[str]) -> int:
+    """``atlas export``: a network as a folder for others."""
+    from . import sharing
+
+    what = "run folder (its last epoch), or one of its files: best.pt for its best epoch"
+    wanted = [flags.text_flag("run", what, positional=True), *flags.declared(ExportConfig, {})]
+    about = "A folder for others: safetensors, config.json, and a model card with the figures that are stored."
+    args = flags.parse(wanted, "export", about, argv)
+    folder = sharing.export(args.run, args.out)
+    for path in sorted(folder.iterdir()):
+        print(f"{plain(path)}  ({path.stat().st_size:,} bytes)")
+    print(
+        f"\nstate the licence in {plain(folder / sharing.CARD)}; then upload it, atlas push {plain(folder)} ORG/NAME, "
+        f"or look at it, atlas evaluate {plain(folder)}"
+    )
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PushConfig:
+    """The flags of ``atlas push``."""
+
+    private: bool = option(False, "a repository that only you see, if it is a new one")
+    code: bool = option(False, "upload the .py files of the folder too, for a network of your own")
+
+
+def push(argv: Sequence[str]) -> int:
+    """``atlas push``: an exported folder on the Hugging Face Hub."""
+    from . import sharing
+
+    wanted = [
+        flags.text_flag("folder", "what `atlas export` made", positional=True),
+        flags.text_flag("name", "org/name on the Hub", positional=True),
+        *flags.declared(PushConfig, {}),
+    ]
+    args = flags.parse(wanted, "push", "Uploads an exported network; needs huggingface_hub and its login.", argv)
+    address = sharing.push(args.folder, args.name, private=args.private, code=args.code)
+    if not sharing.states_licence(args.folder):
+        print(f"note: {plain(Path(args.folder) / sharing.CARD)} states no licence (license: at its top)")
+    print(f"{plain(address)}: others evaluate it by atlas evaluate hf:{plain(args.name)}")
+    return 0

@@ -115,7 +115,10 @@ def compare_once(
 
 def is_comparison(path: str | Path) -> bool:
     """Whether that is the folder of several runs: of methods, or of seeds."""
-    return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
+    folder = Path(path)  # that of an exported network has such a file too
+    return (folder / CONFIG).is_file() and not any(
+        (folder / own).exists() for own in (checkpoint.LAST, checkpoint.WEIGHTS)
+    )
 
 
 def is_of_seeds(path: str | Path) -> bool:

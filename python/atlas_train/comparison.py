@@ -242,7 +242,7 @@ def _hyper(records: Mapping[str, Record]) -> dict[str, dict[str, str]]:
 def _own_hyper(record: Record) -> dict[str, str]:
     method = record.settings.get("method")
     values = {key.removeprefix(f"{method}."): value for key, value in record.settings.get("hyper", {}).items()}
-    return {key: _value(value) for key, value in values.items() if "." not in key}
+    return {key: value_in_words(value) for key, value in values.items() if "." not in key}
 
 
 def _same(records: Mapping[str, Record]) -> dict[str, str]:
@@ -255,7 +255,7 @@ def _same(records: Mapping[str, Record]) -> dict[str, str]:
 def _in_words(record: Record) -> dict[str, str]:
     """The settings as tables write them."""
     settings = dict(record.settings)
-    words = {key: _value(value) for key, value in settings.items()}
+    words = {key: value_in_words(value) for key, value in settings.items()}
     if record.label:
         words["method"] = record.label
     if settings.get("eps"):
@@ -263,7 +263,8 @@ def _in_words(record: Record) -> dict[str, str]:
     return words
 
 
-def _value(value: Any) -> str:
+def value_in_words(value: Any) -> str:
+    """The value of a setting as tables write it; of None nothing."""
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else in_words(value) if isinstance(value, float) else plain(value)

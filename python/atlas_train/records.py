@@ -67,6 +67,7 @@ def found(path: str | os.PathLike[str]) -> list[Path]:
     if _is_run(given):
         return [given]
     below = sorted({own for depth in range(1, _DEPTH + 1) for own in given.glob("/".join("*" * depth)) if _is_run(own)})
+    below = [own for own in below if own.parent not in below]  # not what was exported into a run's folder
     if not below:
         raise ValueError(f"{plain(given)} holds no run of atlas train: no {checkpoint.LAST}, no {checkpoint.WEIGHTS}")
     return below
