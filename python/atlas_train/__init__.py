@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .sharing import load_model as load_model
+    from .trainer import Callback as Callback
+    from .trainer import Trainer as Trainer
 
 #: What is most used from Python, and where it lies; it is imported when it is asked for.
-_LIES_IN = {"load_model": "sharing"}
+_LIES_IN = {"load_model": "sharing", "Callback": "trainer", "Trainer": "trainer"}
 
 
 def __getattr__(name: str) -> Any:
