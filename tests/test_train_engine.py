@@ -124,6 +124,10 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
         ({"optimizer": "sgd"}, "another optimizer"),
         ({"seed": 1}, "another seed"),
         ({"batch_size": 8}, "another batch_size"),
+        (
+            {"method": "adv", "width": 8},
+            "another method: it has 'atlas', you gave 'adv'; another model width: it has 4",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict, message: str) -> None:
