@@ -110,6 +110,8 @@ def compare_once(
     say(f"\n{title}\n")
     say(table(results))
     say(f"files: {plain(folder)}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
+    if splits.loader:
+        say(f"next: atlas report {plain(folder)} makes a page of it; atlas export, a network for others")
     return results
 
 
