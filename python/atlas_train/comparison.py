@@ -18,7 +18,6 @@ from .results import PASSES, Result, autoattack_name, lines_of
 from .results import remarks as remarks_on
 from .robustness.named import CLEAN, named
 from .robustness.report import MARK
-from .watch import collapses
 
 #: Settings that are no column: the table says them elsewhere, or they have no say in the figures.
 _UNTOLD = {*PLACES, "hyper", "beside", "seeds", "download", "tensorboard", "eval_size", "autoattack", "norm"}
@@ -85,7 +84,7 @@ class Comparison:
         told += remarks_on({name: record.result for name, record in self.records.items() if record.result})
         for name, record in self.records.items():
             if not record.result:
-                told += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in collapses(record.history)]
+                told += [f"{name} collapsed in epoch {epoch}: {sign}" for epoch, sign in record.collapses]
             told += [f"{MARK} {name}: {doubt}" for doubt in record.doubts]
             for file, values in record.evaluations.items():
                 told += [f"{MARK} {name}: {sign.get('text')} ({file})" for sign in values.get("signs", [])]

@@ -14,6 +14,7 @@ from .compare import EVALUATION, RESULTS
 from .config import from_record, to_dict
 from .options import plain
 from .results import Result
+from .watch import collapses, telling_of
 
 #: How far below a folder runs are looked for: seeds/seed-0/method.
 _DEPTH = 3
@@ -50,6 +51,16 @@ class Record:
         """What it was trained with, as tables call it; of an evaluation's file, the network."""
         method = self.settings.get("method", "")
         return f"{method}+awp" if self.settings.get("awp") else str(method)
+
+    @property
+    def collapses(self) -> list[tuple[int, str]]:
+        """The epochs in which training collapsed, and the sign: as evaluation.json says, or by the numbers of epochs."""
+        if self.result and self.result.epoch == self.epoch:
+            return [(int(epoch), str(sign)) for epoch, sign in self.result.collapses]
+        own = self.settings
+        validated = 0 if own.get("val_step_size") else own.get("val_size") or 0
+        halves = telling_of(own.get("norm", "linf"), validated, own.get("probe_size") or 0)
+        return list(collapses(self.history, halves))
 
 
 def found(path: str | os.PathLike[str]) -> list[Path]:

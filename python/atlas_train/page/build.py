@@ -20,7 +20,6 @@ from ..options import Norm, one_line, plain, radius
 from ..records import Record
 from ..report import curves_figure, has_matplotlib, png_of, robustness_figure, time_figure
 from ..robustness.named import CLEAN, named
-from ..watch import collapses
 from . import html
 from .html import Html
 from .measured import Attacked, Measured, described, drawn, measured
@@ -119,7 +118,7 @@ def _curves(parts: _Parts) -> Html:
         return html.section(
             "Learning curves", html.paragraph("left out: no folder holds the numbers of epochs", "note")
         )
-    signs = {name: list(collapses(history)) for name, history in histories.items()}
+    signs = {name: parts.runs.records[name].collapses for name in histories}
     epochs = {name: [epoch for epoch, _ in own] for name, own in signs.items()}
     plot = parts.plot("learning-curves", lambda: curves_figure(histories, epochs))
     told = [f"! {name} collapsed in epoch {epoch}: {sign}" for name, own in signs.items() for epoch, sign in own]
