@@ -54,7 +54,7 @@ class Record:
 
     @property
     def collapses(self) -> list[tuple[int, str]]:
-        """The epochs in which training collapsed, and the sign: as evaluation.json says, or by the numbers of epochs."""
+        """Epochs in which training collapsed, and the sign: as evaluation.json says, or by the numbers of epochs."""
         if self.result and self.result.epoch == self.epoch:
             return [(int(epoch), str(sign)) for epoch, sign in self.result.collapses]
         own = self.settings
