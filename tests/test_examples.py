@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib.util
+import os
 import re
 import runpy
+import socket
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from atlas_train import cli, data
 
@@ -92,3 +98,81 @@ def test_own_data(tmp_path, monkeypatch, capsys):
     assert [round(value, 4) for row in measured for value in row] == [value for row in declared for value in row]
     assert cli.main(["train", "--dataset", path.replace("PHOTOS", "images"), "--model", "digits_net", *quick]) == 2
     assert "no batch_size, lr, mean, std of its own" in capsys.readouterr().err
+
+
+def test_trainer(example, tmp_path, capsys):
+    found = example("trainer.py", "--epochs", "2", "--folder", str(tmp_path / "run"))
+    assert found["atlas"][0] > 70 and (tmp_path / "run" / "last.pt").exists()
+
+
+def test_tracking(example, monkeypatch):
+    """With a stand-in that takes what both trackers take."""
+    told = []
+    module = types.ModuleType("trackio")
+    module.init = lambda *, project, name, config: told.append((project, name, config["epochs"]))
+    module.log, module.finish = told.append, lambda: told.append("finished")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    example("tracking.py", "--epochs", "2")
+    begin, first, second, end, last = told
+    assert begin == ("atlas", "atlas-digits-seed0", 2) and (first["epoch"], second["epoch"]) == (1, 2)
+    assert first["loss"] > second["loss"] > 0 and end == {"finished": True} and last == "finished"
+
+
+@pytest.mark.parametrize("flags", [(), ("--accumulate", "2", "--precision", "bf16")])
+def test_plain_ddp_alone(flags, example):
+    clean, robust = example("plain_ddp.py", "--epochs", "2", *flags)["ddp"]
+    assert clean > 60 and robust > 20
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_plain_ddp_with_two_processes(monkeypatch, tmp_path):
+    """As torchrun starts them, but forked: rank 0 prints what both have trained."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(sys, "argv", ["plain_ddp.py", "--epochs", "2", "--accumulate", "2"])
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ["RANK"] = str(rank)
+            with open(tmp_path / str(rank), "w") as file, contextlib.redirect_stdout(file):
+                code = 1
+                with contextlib.suppress(BaseException):
+                    runpy.run_path(str(EXAMPLES / "plain_ddp.py"), run_name="__main__")
+                    code = 0
+            os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    (clean,) = re.findall(r"^ddp: clean ([\d.]+)%", (tmp_path / "0").read_text(), flags=re.MULTILINE)
+    assert float(clean) > 50 and not (tmp_path / "1").read_text()
+
+
+def test_fabric(example, monkeypatch):
+    """With Lightning where it is installed, else with a stand-in of the calls that the example makes."""
+    if importlib.util.find_spec("lightning") is None:
+        module = types.ModuleType("lightning.fabric")
+        module.Fabric = _Fabric
+        monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
+        monkeypatch.setitem(sys.modules, "lightning.fabric", module)
+    clean, robust = example("fabric.py", "--epochs", "2")["fabric"]
+    assert clean > 60 and robust > 20
+
+
+class _Fabric:
+    """One process on a CPU."""
+
+    is_global_zero, device = True, torch.device("cpu")
+
+    def __init__(self, precision):
+        self.launch = self.autocast = contextlib.nullcontext
+        self.seed_everything = torch.manual_seed
+        self.setup_dataloaders = lambda loader: loader
+        self.backward = torch.Tensor.backward
+
+    def setup(self, module, optimizer):
+        wrapped = torch.nn.Sequential()
+        wrapped.module, wrapped.forward = module, module.forward
+        return wrapped, optimizer

@@ -7,6 +7,8 @@ import dataclasses
 import inspect
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from atlas_kernels.attacks import FGSM, PGD
 from atlas_train import checkpoint, engine, methods, progress, report, saving, schedules, watch
 from atlas_train import evaluate as evaluation
 from atlas_train import run as runs
+from atlas_train.attack_share import AttackShare, part_of
 from atlas_train.config import RETIRED, TrainConfig, from_dict, from_file, resolved, to_dict
 from atlas_train.data import Images, get, names
 from atlas_train.evaluate import evaluate, predict
@@ -121,6 +124,10 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path: Path) -> None:
         ({"optimizer": "sgd"}, "another optimizer"),
         ({"seed": 1}, "another seed"),
         ({"batch_size": 8}, "another batch_size"),
+        (
+            {"method": "adv", "width": 8},
+            "another method: it has 'atlas', you gave 'adv'; another model width: it has 4",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -654,6 +661,36 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     with pytest.raises(ValueError, match="progress must be"):
         progress.make("bars")
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper", "attacks"), [("adv", {"steps": 3}, 3), ("one_step_adv", {}, 1), ("standard", {}, 0)]
+)
+def test_a_look_at_a_step_tells_its_attack(method: str, hyper: dict[str, Any], attacks: int) -> None:
+    """Of the forwards of a step; those of the probe and of evaluation are of no step."""
+    seen: list[str | None] = []
+    run = engine.train(
+        TrainConfig(**TINY | {"method": method, "hyper": hyper, "epochs": 1}),
+        splits=splits(),
+        on_start=lambda run, step: run.model.register_forward_hook(lambda *_: seen.append(part_of(sys._getframe()))),
+    )
+    assert (seen.count("attack"), seen.count("rest")) == (attacks * run.step, run.step)
+    assert (None in seen) == (method != "standard")
+
+
+def test_the_share_of_the_attack_is_that_of_the_looks() -> None:
+    share = AttackShare()
+    assert share.share is None
+    share._looks, share._in_attack = 80, 20
+    assert share.share == 0.25
+    row = {"epoch": 1, "epochs": 1, "step": 1, "loss": 1.0, "images_per_s": 1.0, "eta": 0, "attack": share.share}
+    assert progress.describe(row)[1] == "loss 1.000  attack 25 % of the step"
+    before = threading.active_count()
+    display = progress.make("plain")
+    display.start("title", 1)
+    assert threading.active_count() == before + 1
+    display.stop()
+    assert threading.active_count() == before
 
 
 def test_the_live_bar_runs() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -629,6 +631,39 @@ def test_what_cannot_be_written_is_named_and_the_checkpoint_from_before_stays(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert torch.equal(checkpoint.load(tmp_path)["model"]["w"], torch.ones(2))
+
+
+def test_a_disk_that_is_too_small_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next checkpoint is written beside the one that is there, and best.pt may be a third."""
+    config = TrainConfig(**TINY | {"epochs": 1, "val_size": 8})
+    run = engine.train(config, splits=splits(), folder=tmp_path / "there")
+    size = (tmp_path / "there" / "last.pt").stat().st_size
+    monkeypatch.setattr("atlas_train.engine.fit", lambda *args: pytest.fail("it trains"))
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((size // 4, False), (3 * size, True)):
+        monkeypatch.setattr("atlas_train.saving.shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        how: dict[str, Any] = {"splits": splits(), "folder": tmp_path / "new"}
+        error, message = (pytest.fail.Exception, "it trains") if fits else (OSError, "MB free, and this run writes")
+        with pytest.raises(error, match=message):
+            engine.train(config, **how)
+        assert (tmp_path / "new" / "last.pt").exists() == fits
+    assert run.epoch == 1
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_is_only_read_is_named_with_the_remedy(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No permission bits, which root passes over."""
+
+    def refused(*args: Any, **how: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+    if there:
+        (tmp_path / "run").mkdir()
+    monkeypatch.setattr("atlas_train.folders.os.open" if there else "pathlib.Path.mkdir", refused)
+    with pytest.raises(PermissionError, match=r"run cannot be written to \(Read-only file system\): choose another"):
+        engine.train(TrainConfig(**TINY), splits=splits(), folder=tmp_path / "run")
 
 
 # --- one run at a time

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 import atlas_kernels
 
-from . import answers, models, schema
+from . import answers, hub, models, schema
 from .config import from_record, to_dict
 from .imported import is_import_path, require_trusted
 from .options import one_line, plain, shown
 from .writing import builtin, write_atomically
 
 FORMAT = 1
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, WEIGHTS = "last.pt", "best.pt", "model.safetensors"
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -42,12 +42,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that a run folder, a folder of one run, or a file means.
+    """The checkpoint that a run folder, a folder of one run, or a file means; of an exported network, its weights.
+
+    "hf:org/name" is downloaded (``hub``), its weights and what describes them alone.
 
     Raises FileNotFoundError with what was looked for.
     """
-    given = Path(path)
+    given = hub.downloaded(path) / WEIGHTS if hub.is_on_hub(path) else Path(path)
     file = given / LAST if given.is_dir() else given
+    if not file.is_file() and (given / WEIGHTS).is_file():
+        return given / WEIGHTS
     if not file.is_file():
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
         if len(runs) == 1:
@@ -78,6 +82,8 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     file = locate(path)
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{plain(file)} holds weights alone, and no run goes on from them: begin one with --init")
     try:
         _require_stored(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -96,6 +102,30 @@ def load(path: str | os.PathLike[str], needed: Iterable[str] = ()) -> dict[str, 
         raise ValueError(f"{plain(file)} has checkpoint format {written}, this version reads {FORMAT}")
     schema.require_checkpoint(state, plain(file), needed)
     return state
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in a run's folder says, without its tensors; of a folder with bare weights, what these say.
+
+    Raises ValueError for a damaged or foreign file.
+    """
+    path = folder / LAST
+    if not path.is_file():
+        path = folder / WEIGHTS
+        state = _described(path)[0]
+    else:
+        try:
+            state = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # a damaged file raises nearly anything
+            raise ValueError(
+                f"{plain(path)} cannot be read as a checkpoint ({type(error).__name__}): damaged, or not written by "
+                "atlas"
+            ) from error
+        if not isinstance(state, dict):
+            raise ValueError(f"{plain(path)} is no checkpoint of atlas")
+    kept = {name: value for name, value in state.items() if name in schema.FACTS}
+    schema.require_facts(kept, plain(path))
+    return kept
 
 
 class _Damaged(ValueError):
@@ -182,8 +212,12 @@ def versions() -> dict[str, str]:
 
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of weights and buffers, in hexadecimal."""
+    return fingerprint_of({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """``fingerprint`` of a network with this state."""
     digest = hashlib.sha256()
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -197,8 +231,12 @@ def export_state_dict(
 
     Each entry is a copy of its own, also of weights that are tied. What is no tensor is left out.
     """
-    path = Path(path)
-    entries = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    export_weights(model.state_dict(), Path(path), metadata)
+
+
+def export_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """``export_state_dict`` of a network with this state."""
+    entries = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in entries.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
@@ -249,7 +287,7 @@ def _require_storable(value: Any) -> None:
 
 def export_name() -> str:
     """model.safetensors where safetensors is installed, else model.pt."""
-    return "model.safetensors" if find_spec("safetensors") else "model.pt"
+    return WEIGHTS if find_spec("safetensors") else "model.pt"
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -269,11 +307,11 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
+    weights, state = bare(file)
     kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
-    arch, weights = state["arch"], final_weights(state)
+    arch = state["arch"]
     if (average := state.get("average")) is not None and not average["count"]:
         warnings.warn(
             f"averaging {description['config']['averaging']!r} had not begun when {plain(file)} was written, so these "
@@ -296,6 +334,12 @@ def load_network(
         schema.require_keys(description, ("data",), plain(file))
         answers.require_same(built, description["answers"], description["data"]["test"]["shape"], file)
     return built.eval(), description
+
+
+def bare(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that a checkpoint, or an exported file, evaluates to, and all that it holds."""
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
+    return final_weights(state), state
 
 
 def _built(
@@ -354,16 +398,24 @@ def final_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """An exported network as a checkpoint: its weights, and what its metadata say of it."""
-    from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
+    description, weights = _described(path, with_weights=True)
+    state = {**description, "model": weights}
+    schema.require_checkpoint(state, plain(path), ("arch", "config"))
+    return state
 
+
+def _described(path: Path, with_weights: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the metadata of a .safetensors file say of its network, and its weights if they are asked for."""
+    weights: dict[str, Tensor] = {}
     try:
+        from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
+
         with safe_open(str(path), framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("atlas", "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if with_weights:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{plain(path)} cannot be read as safetensors: {one_line(error)}") from error
     if not isinstance(description, dict):
         raise ValueError(f"{plain(path)} does not say which network it holds; it was not written by atlas")
-    state = {**description, "model": weights}
-    schema.require_checkpoint(state, plain(path), ("arch", "config"))
-    return state
+    return description, weights

@@ -24,7 +24,7 @@ import torch
 import atlas_kernels
 from atlas_kernels.attacks import LostProcesses
 
-from . import data, flags, methods, protocols
+from . import commands, data, flags, methods, protocols
 from .config import (
     AUTOATTACK_VERSION,
     RETIRED,
@@ -48,6 +48,10 @@ from .writing import require_writable, write_json, write_text
 USAGE = """\
 usage: atlas train [--method NAME] [--dataset NAME] [flags]     train, evaluate, and print a table
        atlas evaluate RUN [flags]                               accuracy of a trained network, clean and under attacks
+       atlas compare RUN ... [--table FORM]                     one table of any runs, from what is stored
+       atlas report RUN ... [flags]                             one HTML page of runs: curves, figures, adversaries
+       atlas export RUN [--out DIR]                             a network as a folder for others, with a model card
+       atlas push DIR ORG/NAME                                  such a folder on the Hugging Face Hub
        atlas methods                                            the methods and their hyper-parameters
 
 `atlas train` alone trains ATLAS on scikit-learn's digits, beside standard training and one-step ADV, in about a minute.
@@ -73,6 +77,7 @@ class EvaluateConfig:
         "none, and std too: images go in as they are. Default: the file's own, or the network normalises itself",
     )
     std: tuple[float, ...] | None = option(None, "standard deviation, beside mean", above=0)
+    trust: bool = option(False, "the network's code that the folder, or hf:org/name, names may be run")
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
@@ -126,17 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has no sign for: a run is not lost for that
         sys.stdout.reconfigure(errors="backslashreplace")
-    commands = {"train": train, "evaluate": evaluate, "methods": list_methods}
+    known = {"train": train, "evaluate": evaluate, "methods": list_methods}
+    known |= {name: getattr(commands, name) for name in ("compare", "report", "export", "push")}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     name, *rest = arguments
-    if name not in commands:
-        return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
+    if name not in known:
+        return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, known)!r}\n\n{USAGE}")
     try:
         with terminable(), warnings.catch_warnings():
             warnings.showwarning = _warn
-            return commands[name](rest)
+            return known[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -271,7 +277,7 @@ def evaluate(argv: Sequence[str]) -> int:
     """``atlas evaluate``: the accuracies of a run's network on its test images, or a report on any network."""
     wanted = [
         flags.text_flag(
-            "checkpoint", "run folder, last.pt or model.safetensors; a state dict; or package.module:factory",
+            "checkpoint", "run or exported folder, hf:org/name, last.pt; state dict; or package.module:factory",
             positional=True,
         ),
         *flags.declared(EvaluateConfig, {}),
@@ -281,6 +287,11 @@ def evaluate(argv: Sequence[str]) -> int:
         if isinstance(path := getattr(args, name), str) and name != "table":
             require_writable(Path(path), f"--{name.replace('_', '-')}")
     _require_used(args, argv)
+    if args.trust and not args.model:
+        from .sharing import trusted
+
+        folder, args.model = trusted(args.checkpoint)
+        args.checkpoint = str(folder)
     with launched() as processes, _told_how_to_go_on(args):
         if rank():
             warnings.simplefilter("ignore")  # the first process says the same
@@ -297,7 +308,7 @@ def _accuracies(args: Any, place: dict[str, Any]) -> list[str]:
     from .results import table
     from .stored import evaluate_checkpoint
 
-    own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
+    own = {"json", "trust", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
     results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked | place, dealt=True)
     if rank():

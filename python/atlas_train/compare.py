@@ -110,12 +110,17 @@ def compare_once(
     say(f"\n{title}\n")
     say(table(results))
     say(f"files: {plain(folder)}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
+    if splits.loader:
+        say(f"next: atlas report {plain(folder)} makes a page of it; atlas export, a network for others")
     return results
 
 
 def is_comparison(path: str | Path) -> bool:
     """Whether that is the folder of several runs: of methods, or of seeds."""
-    return (Path(path) / CONFIG).is_file() and not (Path(path) / checkpoint.LAST).exists()
+    folder = Path(path)  # that of an exported network has such a file too
+    return (folder / CONFIG).is_file() and not any(
+        (folder / own).exists() for own in (checkpoint.LAST, checkpoint.WEIGHTS)
+    )
 
 
 def is_of_seeds(path: str | Path) -> bool:

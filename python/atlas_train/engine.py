@@ -30,7 +30,7 @@ from .remembered import require_room
 from .report import TensorBoard
 from .rescue import Collapsed
 from .run import Run, prepare
-from .saving import as_normalized, discard, export, require_network, restore, save
+from .saving import as_normalized, discard, export, require_disk, require_network, restore, save
 from .schedules import eps_share
 from .segment import Segment
 from .step_graph import StepGraph
@@ -123,6 +123,8 @@ def _train(
     left_out = checkpoint.require_exportable(run.model) if run.folder else None
     if not c.resume and run.folder:
         save(run)  # so that there is a state from before, whatever happens
+    if run.folder and (run.folder / checkpoint.LAST).exists():
+        require_disk(run)
     board = TensorBoard(run.folder) if c.tensorboard else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]

@@ -67,6 +67,13 @@ def text_flag(name: str, help: str, *, positional: bool = False) -> Flag:
     return name, _annotated(Any, spec, tyro.conf.arg(help=help), *marks), dataclasses.MISSING if positional else None
 
 
+def texts_flag(name: str, help: str) -> Flag:
+    """Positional arguments: texts, as many as are given."""
+    tyro = require_tyro()
+    spec = _spec(f"{name.upper()} ...", tuple, many=True)
+    return name, _annotated(Any, spec, tyro.conf.arg(help=help), tyro.conf.Positional), ()
+
+
 def is_given(name: str, argv: Sequence[str]) -> bool:
     """Whether the flag of that name is among the words, be its value the default or not."""
     flag = name.replace("_", "-")

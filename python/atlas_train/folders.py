@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,7 +29,8 @@ def made(folder: Path, *, exist_ok: bool = True) -> Iterator[Path]:
             what = "file" if path.exists() else "link to nothing"
             raise NotADirectoryError(f"{plain(path)} is a {what}, where a folder is needed: choose another folder")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=exist_ok)
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=exist_ok)
     try:
         yield folder
     except BaseException:
@@ -38,6 +40,19 @@ def made(folder: Path, *, exist_ok: bool = True) -> Iterator[Path]:
             except OSError:
                 break
         raise
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """An error of a folder that is only read says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise PermissionError(
+            f"{plain(folder)} cannot be written to ({error.strerror}): choose another folder, or change its permissions"
+        ) from error
 
 
 @contextmanager
@@ -80,7 +95,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> int:
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with _writable(folder):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

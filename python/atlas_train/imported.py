@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, Literal
 
+from . import hub
 from .options import one_line, plain, suggestion
 
 #: The setting, and the flag, that takes an import path.
@@ -20,7 +21,7 @@ Kind = Literal["model", "dataset"]
 
 def is_import_path(name: str | None) -> bool:
     """Whether a name says where code is."""
-    return name is not None and ":" in name
+    return name is not None and ":" in name and not hub.is_on_hub(name)
 
 
 def require_trusted(kind: Kind, name: str | None, source: object) -> None:
@@ -28,7 +29,7 @@ def require_trusted(kind: Kind, name: str | None, source: object) -> None:
     if is_import_path(name):
         raise ValueError(
             f"{plain(source)} names code of your own, {plain(name)}, and code that a file names is not run unasked: if "
-            f"you trust it, say so with --{kind} {plain(name)}"
+            f"you trust it, say so with --{kind} {plain(name)} (atlas evaluate: or --trust)"
         )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from .attack_share import AttackShare
 from .options import plain
 
 
@@ -38,31 +39,36 @@ class Plain:
     """A line per epoch, but not more than one in two seconds, and one every half minute in a long epoch."""
 
     every, at_most = 30.0, 2.0
+    _share: AttackShare | None = None
 
     def start(self, title: str, steps: int) -> None:
         self.say(title)
+        self._share = AttackShare().start()
 
     def wants_step(self) -> bool:
         return time.monotonic() - self._last >= self.every
 
     def step(self, row: Mapping[str, Any]) -> None:
-        self.say("  " + "  ".join(describe(row)))
+        self.say("  " + "  ".join(describe(_with_share(row, self._share))))
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         if row["epoch"] == row["epochs"] or time.monotonic() - self._last >= self.at_most:
-            self.say("  " + "  ".join(describe(row)))
+            self.step(row)
 
     def say(self, text: str) -> None:
         self._last = time.monotonic()
         print(text, flush=True)
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        if self._share:
+            self._share.stop()
 
 
 class Live:
     """A bar that moves four times a second (rich)."""
 
     every = 0.25
+    _share: AttackShare | None = None
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -79,13 +85,14 @@ class Live:
         self._bar.print(title, highlight=False)
         self._task = self._bar.add_task(title.split(":")[0], total=steps, now="")
         self._bar.start()
+        self._share = AttackShare().start()
 
     def wants_step(self) -> bool:
         return time.monotonic() - self._last >= self.every
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._last = time.monotonic()
-        self._bar.update(self._task, completed=row["step"], now="\n".join(describe(row)))
+        self._bar.update(self._task, completed=row["step"], now="\n".join(describe(_with_share(row, self._share))))
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.step(row)
@@ -95,6 +102,8 @@ class Live:
 
     def stop(self) -> None:
         self._bar.stop()
+        if self._share:
+            self._share.stop()
 
 
 def make(kind: str = "auto") -> Display:
@@ -113,13 +122,19 @@ def _has_rich() -> bool:
     return find_spec("rich") is not None
 
 
+def _with_share(row: Mapping[str, Any], share: AttackShare | None) -> Mapping[str, Any]:
+    return {**row, "attack": share.share} if share else row
+
+
 def describe(row: Mapping[str, Any]) -> tuple[str, str]:
-    """A row of numbers in words: how far and how fast; loss and accuracies."""
+    """A row of numbers in words: how far and how fast; loss and accuracies, and where the time goes."""
     time_left = f"{row['images_per_s']:,.0f} images/s  ETA {clock(row['eta'])}"
     parts = [f"loss {row['loss']:.3f}"]
     names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "probe_10": "PGD-10"}
     names |= {"val_clean": "val", "val_pgd": "val PGD-10"}
     parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
+    if row.get("attack") is not None:
+        parts.append(f"attack {100 * row['attack']:.0f} % of the step")
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
     return f"epoch {row['epoch']}/{row['epochs']}  step {row['step']}  {time_left}", "  ".join(parts)

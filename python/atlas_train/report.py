@@ -36,8 +36,14 @@ def _rounded(value: Any) -> Any:
 
 def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
     """A PNG of loss and accuracies over the epochs, one colour per method. False where matplotlib is not installed."""
-    if not find_spec("matplotlib"):
+    if not has_matplotlib():
         return False
+    _save(path, curves_figure(histories))
+    return True
+
+
+def curves_figure(histories: Mapping[str, Sequence[Row]], collapses: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """Loss and accuracies over the epochs, one colour per run, with a vertical line where one collapsed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
@@ -51,26 +57,43 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Row]]) -> bool:
             points = [(row["epoch"], 100 * row[key]) for row in history if row.get(key) is not None]
             if points:
                 right.plot(*zip(*points, strict=True), color=colour, linestyle=style)
+        for epoch in (collapses or {}).get(name, ()):
+            for axes in (left, right):
+                axes.axvline(epoch, color=colour, alpha=0.4, linewidth=4)
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="accuracy on training images (%)", ylim=(0, 100))
     left.legend(fontsize="small", ncols=1 + len(histories) // 8)
     names = {"clean": "clean", "adv": "own attack", "probe": "PGD-5", "val_pgd": "validation, PGD-10"}
     for key, style in styles.items():
         right.plot([], [], color="black", linestyle=style, label=names[key])
+    if any((collapses or {}).values()):
+        right.plot([], [], color="black", alpha=0.4, linewidth=4, label="collapse")
     right.legend(fontsize="small")
+    return figure
+
+
+def _save(path: Path, figure: Any) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    return True
+
+
+def has_matplotlib() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def require_matplotlib() -> None:
     """Raises ImportError that says how to get it, where it is missing."""
-    if not find_spec("matplotlib"):
+    if not has_matplotlib():
         raise ImportError("a curve needs matplotlib: pip install 'atlas-kernels[train]'")
 
 
 def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> None:
     """A PNG of accuracy over eps, a line for each attack."""
     require_matplotlib()
+    _save(path, robustness_figure(curves, norm))
+
+
+def robustness_figure(curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> Any:
+    """Accuracy over eps, a line for each name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -82,7 +105,29 @@ def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, floa
     axes.set(xlabel=f"eps{unit} ({NORMS[norm]})", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return figure
+
+
+def time_figure(points: Mapping[str, tuple[float, float]], attack: str) -> Any:
+    """Robust accuracy over the seconds of training, a point for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (seconds, share) in points.items():
+        axes.plot([seconds], [100 * share], marker="o", linestyle="", label=name)
+        axes.annotate(name, (seconds, 100 * share), xytext=(5, 5), textcoords="offset points", fontsize="small")
+    axes.set(xlabel="training (s)", ylabel=f"accuracy under {attack} (%)", ylim=(0, 100))
+    axes.set_xlim(0, 1.25 * max(seconds for seconds, _ in points.values()))  # room for the last name
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def png_of(figure: Any) -> bytes:
+    """A figure as a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 class TensorBoard:

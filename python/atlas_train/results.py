@@ -111,12 +111,12 @@ def markdown_of_seeds(results: BySeed, title: str, environment: Mapping[str, Any
 def _of_seeds(results: BySeed) -> tuple[list[tuple[str, ...]], list[str]]:
     """The rows, and the lines below them."""
     by_seed = list(results.values())
-    lines = [line for name in by_seed[0] for line in _lines(name, [own[name] for own in by_seed])]
+    lines = [line for name in by_seed[0] for line in lines_of(name, [own[name] for own in by_seed])]
     if len(results) == 1:
-        return _rows(lines), [_note(by_seed[0]), *_told(by_seed[0])]
+        return _rows(lines), [_note(by_seed[0]), *remarks(by_seed[0])]
     spread = f"mean ± standard deviation (of n - 1) over the seeds {', '.join(map(str, results))}"
     named = {f"{name}, seed {seed}": result for seed, own in results.items() for name, result in own.items()}
-    return _rows(lines), [f"{spread}; {_note(named)}", *_told(named)]
+    return _rows(lines), [f"{spread}; {_note(named)}", *remarks(named)]
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _spread(values: Sequence[float], places: int, unit: str) -> str:
     return f"{statistics.fmean(values):.{places}f}{deviation}{unit}"
 
 
-def _lines(name: str, results: Sequence[Result]) -> list[Line]:
+def lines_of(name: str, results: Sequence[Result]) -> list[Line]:
     """The lines of a method: its last epoch and, if that is another, the best."""
     name += ", rescued" if any(result.rescues for result in results) else ""
     if all(result.best is None or result.is_best for result in results):
@@ -213,7 +213,7 @@ def _epochs(results: Sequence[Result]) -> str:
     return f"epoch{'s' * (len(ends) > 1)} {' to '.join(map(str, ends))}"
 
 
-def _told(results: Mapping[str, Result]) -> list[str]:
+def remarks(results: Mapping[str, Result]) -> list[str]:
     """How the best epoch was chosen and what that cost, and what else happened to a run, a line each."""
     told: dict[str, list[float | None]] = {}
     for result in results.values():
@@ -244,10 +244,13 @@ def _cost(shares: Sequence[float | None]) -> str:
 
 def _autoattack_header(rows: list[Result]) -> str:
     made = next((row.autoattack for row in rows if row.autoattack), None)
-    if made is None:
-        return ""
-    name = {"standard": "AA", "apgd": "APGD"}.get(made.version, f"AA {made.version}")
-    return f"{name}{', ' + made.instead if made.instead else ''} ({counted(made.images, 'image')})"
+    return "" if made is None else f"{autoattack_name(made.version, made.instead)} ({counted(made.images, 'image')})"
+
+
+def autoattack_name(version: str, instead: str | None = None) -> str:
+    """What tables call a version of AutoAttack."""
+    name = {"standard": "AA", "apgd": "APGD"}.get(version, f"AA {version}")
+    return f"{name}{', ' + instead if instead else ''}"
 
 
 def _note(results: Mapping[str, Result]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,20 @@ def save(run: Run) -> None:
     if run.best and run.best == run.epoch:
         _save_best(run, run.folder / checkpoint.LAST, state)
     write_csv(run.folder / LOG, run.history)
+
+
+def require_disk(run: Run) -> None:
+    """Raises OSError where the disk has less room than one epoch of the run needs at least: a checkpoint beside the one
+    that is there, and best.pt."""
+    assert run.folder
+    kept = run.method.store_bytes((run.samples, *run.splits.train.shape))
+    size = (run.folder / checkpoint.LAST).stat().st_size + (0 if run.memory else kept)
+    needed, free = size * (2 if run.validation else 1), shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise OSError(
+            f"{plain(run.folder)} lies on a disk with {free / 1e6:,.1f} MB free, and this run writes "
+            f"{needed / 1e6:,.1f} MB or more beside what is there: make room, or choose another folder"
+        )
 
 
 def _save_best(run: Run, last: Path, state: Mapping[str, Any]) -> None:
@@ -239,12 +254,13 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
         changed["mean and std"] = checkpoint.mean_std(weights[0]), checkpoint.mean_std(weights[1])
     if old.method == new.method:
         changed["hyper-parameters"] = _used(old, state, run)
-    for name, (then, now) in changed.items():
-        if then != now:
-            other = "other" if name == "hyper-parameters" else "another"
-            raise ValueError(
-                f"{plain(source)} cannot be resumed with {other} {name}: it has {shown(then)}, you gave {shown(now)}"
-            )
+    differ = [
+        f"{'other' if name == 'hyper-parameters' else 'another'} {name}: it has {shown(then)}, you gave {shown(now)}"
+        for name, (then, now) in changed.items()
+        if then != now
+    ]
+    if differ:
+        raise ValueError(f"{plain(source)} cannot be resumed with {'; '.join(differ)}")
     if state.get("validation") and run.validation and state["validation"] != identity.facts(run.validation):
         raise ValueError(f"{plain(source)} holds out other images for validation: edited, damaged, or of other data")
     if state["epoch"] > new.epochs:

@@ -233,6 +233,11 @@ CHECKPOINT = {
     ),
 }
 
+#: What is no tensor.
+FACTS = (
+    "config", "data", "hyper", "changes", "versions", "answers", "arch", "epoch", "step", "seconds", "history",
+    "validation", "best", "best_raw", "rescues", "ended",
+)  # fmt: skip
 #: What a run needs to go on; the rest may be missing, and newer versions know more.
 NEEDED = ("config", "arch", "epoch", "step", "seconds", "history", "model", "optimizer", "rng")
 #: What an evaluation that was written before has to say to be taken again.
@@ -270,6 +275,38 @@ def require_evaluation(values: Any, source: str) -> None:
         if each is not None or each is values:
             _require_entry(Entry("an evaluation", parts=EVALUATION), each, source, "")
             _require(_COSTS, each, source)
+
+
+#: What ``atlas evaluate --attacks --json`` says of what it measured.
+REPORT = {
+    "images": Entry("an integer >= 1", _size),
+    "norm": _COSTS["norm"],
+    "weights": Entry("hexadecimal digits", _text),
+    "attacks": Entry(
+        "a list of attacks",
+        lambda value: _list(value) and len(value) > 0,
+        each=Entry(
+            "what an attack left",
+            parts={
+                "attack": Entry("a text", _text),
+                "eps": Entry("None or a number", lambda value: value is None or _number(value)),
+                "accuracy": Entry("a share", _share),
+                "per_class": Entry("shares by class", _named, each=Entry("a share", _share)),
+            },
+        ),
+    ),
+}
+
+
+def require_report(values: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, naming the entry, unless ``values`` are the evaluation of a ``Report`` as it is written."""
+    _require_entry(Entry("an evaluation", parts=REPORT), values, source, "")
+
+
+def require_facts(state: Mapping[str, Any], source: str) -> None:
+    """``require_checkpoint`` for a state without its tensors."""
+    require_keys(state, ("arch", "config"), source)
+    _require({name: entry for name, entry in CHECKPOINT.items() if name in FACTS}, state, source)
 
 
 def require_checkpoint(state: Mapping[str, Any], source: str, needed: Iterable[str] = ("model",)) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 Table = Sequence[Sequence[str]]  # the header first; all rows as long as it
 
@@ -28,6 +29,19 @@ def latex(table: Table) -> str:
     lines = [" & ".join(map(_escaped, row)) + r" \\" for row in table]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
     return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
+
+
+Form = Literal["text", "markdown", "latex"]
+_FORMS: Mapping[Form, Callable[[Table], str]] = {"text": aligned, "markdown": markdown, "latex": latex}
+
+
+def written(table: Table, form: Form = "text", remarks: Sequence[str] = ()) -> str:
+    """The table in that form, and the lines below it: in LaTeX comments, in markdown paragraphs."""
+    if form == "latex":
+        lines = [f"% {line}" for line in remarks]
+    else:
+        lines = [line for text in remarks for line in ("", text)] if form == "markdown" else list(remarks)
+    return "\n".join([_FORMS[form](table), *lines])
 
 
 def _escaped(cell: str) -> str:

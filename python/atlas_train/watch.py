@@ -59,12 +59,14 @@ def watch(run: Run, row: dict[str, Any], display: progress.Display) -> str | Non
 def telling(run: Run) -> Halves:
     """The halves that tell whether the network of this run hides: not those in l1, or with steps of one's choice, where
     five are few for any network; and not on so few images that losing three is a sign."""
-    few = 3 / HIDDEN_DROP
-    sizes = {
-        "val_pgd_5": len(run.validation or ()) if run.config.val_step_size is None else 0,
-        "probe": min(run.config.probe_size, len(run.splits.train)),
-    }
-    return {names: images for names, images in HALVES.items() if run.config.norm != "l1" and sizes[names[0]] >= few}
+    validated = len(run.validation or ()) if run.config.val_step_size is None else 0
+    return telling_of(run.config.norm, validated, min(run.config.probe_size, len(run.splits.train)))
+
+
+def telling_of(norm: str, validated: int, probed: int) -> Halves:
+    """``telling`` for a norm and so many images of validation, attacked by the usual steps, and of the probe."""
+    sizes, few = {"val_pgd_5": validated, "probe": probed}, 3 / HIDDEN_DROP
+    return {names: images for names, images in HALVES.items() if norm != "l1" and sizes[names[0]] >= few}
 
 
 def collapse(row: Row, history: Sequence[Row], halves: Halves = HALVES) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,11 @@ from atlas_kernels.attacks.progress import counted
 
 from .. import tables
 from ..options import Norm, fraction, radius
+from ..tables import Form
 from .named import AUTOATTACK, CLEAN
 from .outcome import Outcome
 from .signs import Probe, Sign
 
-Form = Literal["text", "markdown", "latex"]
-_FORMS: Mapping[Form, Callable[[tables.Table], str]] = {
-    "text": tables.aligned, "markdown": tables.markdown, "latex": tables.latex,
-}  # fmt: skip
 MARK = "!"  # beside a figure that a sign is about
 ALL = "all"
 #: The fields of a model's record at RobustBench (model_info/DATASET/THREAT/NAME.json), in its order; what only the
@@ -90,7 +87,7 @@ class Report:
 
     def table(self, form: Form = "text") -> str:
         """A row for each radius, a column for each attack, and what stands against the figures."""
-        return "\n".join([_FORMS[form](self._rows()), *self._remarks(form)])
+        return tables.written(self._rows(), form, self._remarks())
 
     def _rows(self) -> tables.Table:
         labels = [self.outcome(name).attack.label for name in self._names]
@@ -110,7 +107,7 @@ class Report:
         marked = any(sign.of(outcome) for sign in self.signs if name != CLEAN or sign.attack == CLEAN)
         return outcome.percent + (f" {MARK}" if marked else "")
 
-    def _remarks(self, form: Form) -> list[str]:
+    def _remarks(self) -> list[str]:
         """The lines below the table."""
         lines = [
             f"{counted(len(self.labels), 'image')}, standard error at most {100 * self.error:.1f} points; seed "
@@ -120,10 +117,7 @@ class Report:
             lines[0] += "; all: right under every attack"
         if self.radii and AUTOATTACK not in self._names:
             lines.append("without autoattack these figures are upper bounds: robust accuracy may be lower")
-        lines += [f"{MARK} {self._about(sign)}{sign.text}" for sign in self.signs]
-        if form == "latex":
-            return [f"% {line}" for line in lines]
-        return [line for text in lines for line in ("", text)] if form == "markdown" else lines
+        return lines + [f"{MARK} {self._about(sign)}{sign.text}" for sign in self.signs]
 
     def _about(self, sign: Sign) -> str:
         if sign.attack is None:
@@ -141,7 +135,7 @@ class Report:
             name = self.class_names[label] if self.class_names else str(label)
             count = int((self.labels == label).sum())
             rows.append((name, f"{count:,}", *(f"{100 * share[label]:.1f} %" for share in shares)))
-        return _FORMS[form](rows)
+        return tables.written(rows, form)
 
     def samples_csv(self) -> str:
         """A row for each image: its number in the set, its label, and 1 or 0 for right or wrong in each column."""

@@ -1,0 +1,1 @@
+"""A page that shows runs: curves, tables and adversaries in one HTML file that needs no other."""
