@@ -72,6 +72,11 @@ class EvaluateConfig:
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
+    image_size: int | None = option(
+        None, "of the pictures of dataset folder, as for training; default: the run's", low=1
+    )
+    grey: bool = option(False, "the same")
+    skip_unreadable: bool = option(False, "the same")
     other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: tuple[float, ...] | None = option(
         None,
@@ -273,9 +278,10 @@ def evaluate(argv: Sequence[str]) -> int:
     from .results import table
     from .stored import evaluate_checkpoint
 
-    own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
+    own = {"json", "attacks", "width", "activation", "mean", "std", "eps", *data.READING, *_REPORTED}
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
-    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked)
+    eps = args.eps[0] if args.eps else None
+    results = evaluate_checkpoint(args.checkpoint, eps=eps, reading=_reading(args), **asked)
     print(table(results))
     (result,) = results.values()
     if args.json:
@@ -295,6 +301,10 @@ def _is_report(args: Any, argv: Sequence[str]) -> bool:
     path = Path(args.checkpoint)
     foreign = path.is_file() and not checkpoint.is_own(path) or (is_import_path(args.checkpoint) and not path.exists())
     return bool(args.attacks) or several or foreign or any(flags.is_given(name, argv) for name in _REPORTED)
+
+
+def _reading(args: Any) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in data.READING}
 
 
 def _report(args: Any, argv: Sequence[str]) -> int:
@@ -318,7 +328,7 @@ def _report(args: Any, argv: Sequence[str]) -> int:
     asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
     how = {name: getattr(args, name) for name in asked}
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
-    where = {name: getattr(args, name) for name in names}
+    where = {name: getattr(args, name) for name in names} | {"reading": _reading(args)}
     report, found = evaluate_target(
         args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, device=args.device,
         threads=args.threads, how=how, **where,

@@ -84,7 +84,7 @@ def compare_once(
 ) -> Results:
     """``compare``; ``stopped`` takes the line that says how a run goes on."""
     config, folders = _resumed(config) if config.resume else (config, {})
-    splits = with_extra(splits or load_for(config, folders), config.extra_data)
+    splits = with_extra(splits or load_for(config, folders), config.extra_data).told(say)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)

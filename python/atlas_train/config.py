@@ -222,9 +222,10 @@ class TrainConfig(metaclass=_Lenient):
     mean: tuple[float, ...] = option(
         None,
         "mean of the training images in [0, 1], a number for each channel, by which the networks listed under --model "
-        "normalise; none, and std too: images go in as they are; " + _AUTO,
+        "normalise; none, and std too: images go in as they are; default: by data set, or measured where they are in "
+        "colour",
     )
-    std: tuple[float, ...] = option(None, "standard deviation, beside mean; " + _AUTO, above=0)
+    std: tuple[float, ...] = option(None, "standard deviation, beside mean; default: the same", above=0)
 
     epochs: int = option(None, "passes over the training images; " + _AUTO, low=1)
     batch_size: int = option(
@@ -563,6 +564,9 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
         defaults |= {"mean": None, "std": None}
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
+    normalised = not own and splits.train.shape[0] == models.COLOUR
+    if normalised and not config.resume and {**vars(config), **missing}["mean"] is None:  # else the checkpoint has them
+        missing |= _measured(splits.train)
     if config.val_size is None:
         missing["val_size"] = held_out.default_size(len(splits.train), config.train_size)
     config = _precise(dataclasses.replace(config, **missing))
@@ -622,22 +626,19 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
             f"config: eps must be less than {widest:.4g} in {NORMS[config.norm]}, as no two images in [0, 1] are "
             f"further apart, got {config.eps:.4g}: write 128/255 instead of 128"
         )
-    needed = ["epochs", "batch_size", "lr"]
-    if not own and not config.resume and splits.train.shape[0] == models.COLOUR:  # else the checkpoint has mean and std
-        needed += ["mean", "std"]
-    unknown = [name for name in needed if getattr(config, name) is None]
+    unknown = [name for name in ("epochs", "batch_size", "lr") if getattr(config, name) is None]
     if unknown:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise ValueError(
             f"config: the data set {splits.name!r} has no {', '.join(unknown)} of its own: set them ({flags}), or "
-            f"declare them with it (atlas_train.data.Dataset){_measured(splits.train) if 'mean' in unknown else ''}"
+            "declare them with it (atlas_train.data.Dataset)"
         )
 
 
-def _measured(images: Images) -> str:
-    """Mean and std of the images as flags."""
-    mean, std = (" ".join(f"{value:.4f}" for value in values) for values in images.mean_std())
-    return f"; its training images have --mean {mean} --std {std}"
+def _measured(images: Images) -> dict[str, tuple[float, ...]]:
+    """Mean and std of the images as everyone writes them; a channel that is the same everywhere is divided by 1."""
+    mean, std = (tuple(round(value, 4) for value in values) for values in images.mean_std())
+    return {"mean": mean, "std": tuple(value or 1.0 for value in std)}
 
 
 def alone(config: TrainConfig) -> TrainConfig:

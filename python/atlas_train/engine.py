@@ -182,7 +182,7 @@ def start(
         run = prepare(config, splits, model, folder)
         rescue.require_possible(run.config, folder is not None)
         run.data = identity.record(splits) if folder else {}
-        return run, _beginnings(run)
+        return run, [*splits.notes, *_beginnings(run)]
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
@@ -194,7 +194,7 @@ def start(
     run = prepare(config, splits, model, folder)
     rescue.require_possible(run.config, folder is not None)
     run.data = images
-    return run, notes + restore(run, state, source)
+    return run, [*splits.notes, *notes, *restore(run, state, source)]
 
 
 def _beginnings(run: Run) -> list[str]:

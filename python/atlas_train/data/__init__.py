@@ -102,12 +102,20 @@ def load(
         given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
         splits = _imported(name, **given, **({"download": True} if download else {}), **pictures)
     elif name == "folder":
-        splits = folder.load(data_dir, **pictures)
+        splits = _renamed(folder.load(data_dir, **pictures), name)
     elif pictures:
         raise ValueError(f"{next(iter(pictures))} is for pictures in files, --dataset folder: leave it out for {name}")
     else:
         splits = get(name)(data_dir, download)
     return dataclasses.replace(splits, loader=name)
+
+
+def _renamed(splits: DataSplits, form: str) -> DataSplits:
+    """The same under a name that is none of ours, whose defaults would otherwise be meant."""
+    if splits.name not in (*_DATASETS, *FORMS):
+        return splits
+    name, declared = f"{splits.name}-{form}", splits.declared
+    return dataclasses.replace(splits, name=name, declared=declared and dataclasses.replace(declared, name=name))
 
 
 def _imported(path: str, **given: Any) -> DataSplits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ class Dataset:
 
     load: gives training and test images; see `atlas_train.data.load` for its arguments, (data_dir, download).
     eps, model and all after it but ``methods``: the defaults of the settings of ``TrainConfig`` with these names. None
-    means that there is none: what training needs (model, epochs, batch_size, lr; mean and std for our networks on
-    colour images) then has to be set.
+    means that there is none: what training needs (model, epochs, batch_size, lr) then has to be set, and mean and std
+    of colour images are measured.
     radii: the usual radii in l2 and l1: {"l2": 128 / 255}; that in l_inf is ``eps``.
     methods: hyper-parameters of methods on this data set, by name: {"trades": {"steps": 40}}; lengths may be shares of
     eps, ``OfEps(1 / 4)``, and a number may be another above a radius, ``UpTo(8 / 255, 20, 10)``. They win over those
@@ -155,6 +155,12 @@ class DataSplits:
                     f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
                     f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
                 )
+
+    def told(self, say: Callable[[str], Any]) -> DataSplits:
+        """The same after its notes were said, without them."""
+        for note in self.notes:
+            say(note)
+        return replace(self, notes=())
 
     def __repr__(self) -> str:
         parts = f"train={self.train!r}, test={self.test!r}, num_classes={self.num_classes}, eps={fraction(self.eps)}"

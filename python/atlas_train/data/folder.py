@@ -75,7 +75,7 @@ def find(
     grey: in one channel instead of RGB. skip_unreadable: files that are no whole pictures are left out.
     """
     root = _root(data_dir)
-    trained = root / TRAIN if (root / TRAIN).is_dir() else root
+    trained = root / TRAIN if _folders(root / TRAIN) else root  # a class may be called train
     tests = [root / name for name in TESTS if trained != root and _folders(root / name)]
     names = _classes(trained)
     files, labels = _listed(trained, names)
@@ -98,7 +98,7 @@ def find(
         parts = [parts[0].take(chosen), parts[0].take(held)]
         notes.append(f"{plain(trained)} has no test pictures of their own: {note}")
     training, testing = parts
-    return Found(_name(root), training, testing, names, (*notes, *_said(skipped)))
+    return Found(own.name_of(root), training, testing, names, (*notes, *_said(skipped)))
 
 
 def require_every_class(labels: torch.Tensor, names: Sequence[str], source: object) -> None:
@@ -121,10 +121,6 @@ def _root(data_dir: str | os.PathLike[str] | None) -> Path:
         what = "is a file" if root.exists() else "is not there"
         raise FileNotFoundError(f"data_dir: {plain(root)} {what}: give the folder of the pictures")
     return root
-
-
-def _name(root: Path) -> str:
-    return root.resolve().name or "folder"
 
 
 def _folders(folder: Path) -> list[str]:
@@ -202,7 +198,7 @@ def _of_one_size(parts: Sequence[Pictures], skipped: list[str] | None) -> list[P
         if first is None and len(rows):
             first = part.path(rows[0]), (int(sizes[rows[0]][0]), int(sizes[rows[0]][1]))
         if first is None:
-            continue
+            raise Unreadable(f"{plain(part.root)}: none of {len(part):,} pictures can be read: {faults[0]}")
         if len(other := rows[(sizes[rows] != first[1]).any(1)]):
             height, width = sizes[other[0]]
             raise ValueError(
@@ -215,7 +211,11 @@ def _of_one_size(parts: Sequence[Pictures], skipped: list[str] | None) -> list[P
 
 
 def _said(skipped: Sequence[str] | None) -> list[str]:
-    return [f"WARNING: {len(skipped):,} pictures cannot be read and are left out: {_some(skipped)}"] if skipped else []
+    return (
+        [f"WARNING: pictures left out because they cannot be read: {len(skipped):,} ({_some(skipped)})"]
+        if skipped
+        else []
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ def declared(
         weight_decay=5e-4,
     )
     return replace(made(), notes=tuple(notes))
+
+
+def name_of(path: Path) -> str:
+    """A name for the data in a file or folder: the file's own, unless it means something else."""
+    path = path.resolve()
+    name = path.stem if path.suffix == ".npz" else path.name
+    return name.replace(":", "_") or "folder"  # with a colon it would be an import path
 
 
 def split(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, str]:
