@@ -148,9 +148,12 @@ class TrainConfig(metaclass=_Lenient):
     dataset: str = option(
         "digits",
         f"one of {', '.join(data.names())} (digits is embedded); folder: pictures of your own in --data-dir, a folder "
-        "for each class; or code of your own: package.module:factory or path/to/file.py:factory",
+        "for each class; npz: arrays in the file --data-dir; or code of your own: package.module:factory or "
+        "path/to/file.py:factory",
     )
-    data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
+    data_dir: str | None = option(
+        None, "folder with the data's files, or the .npz file; default: $ATLAS_DATA, then the cache folder"
+    )
     download: bool = option(False, "download the data if they are found nowhere")
     image_size: int | None = option(
         None,
@@ -447,9 +450,10 @@ class TrainConfig(metaclass=_Lenient):
         """``hyper_of``, with the form of the named data set where the values need that form. Without it they must still
         be valid too: records of earlier versions were made with other defaults."""
         own, eps = self.hyper_of(name), self.eps or 0.5
-        if not methods.get(name).form_options or self.dataset not in data.names():
+        usual = data.usual(self.dataset)
+        if not methods.get(name).form_options or usual is None:
             return own
-        defaults = methods.defaults_on(data.get(self.dataset), name)
+        defaults = methods.defaults_on(usual, name)
         if _is_of_another_form(self, name, defaults):
             return own
         form = {key: value for key, value in defaults.items() if not isinstance(value, (data.OfEps, data.UpTo))}

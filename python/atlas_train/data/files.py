@@ -15,6 +15,12 @@ REMEDY = (
 )
 #: The md5 of files of other data sets that bear the names of ours.
 OTHERS = {
+    "MNIST": {
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    },
     "Fashion-MNIST": {
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "25c81989df183df01b3e8a0aad5dffbe",

@@ -55,7 +55,8 @@ def load(
     skipped: list[str] | None = [] if skip_unreadable else None
     train, test = found.train.resident(skipped), found.test.resident(skipped)
     require_every_class(train.labels, found.class_names, found.train.root)
-    return own.declared(found.name, train, test, found.class_names, (*found.notes, *_said(skipped)))
+    notes = (*found.notes, *_said(skipped))
+    return own.declared(found.name, train, test, len(found.class_names), found.class_names, notes)
 
 
 def find(

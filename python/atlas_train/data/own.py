@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +19,43 @@ from .images import Images, stratified
 TEST_SHARE, SPLIT_SEED = 0.2, 0
 
 
+def _nothing(data_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Images, Images]:
+    raise ValueError("no images are known here")
+
+
+#: What is declared of them: the recipe of CIFAR-10, which is a choice of ours. Mean and std are measured.
+USUAL = Dataset(
+    name="own",
+    load=_nothing,
+    num_classes=1,
+    like="cifar10",
+    eps=8 / 255,
+    model="preact_resnet18",
+    epochs=15,
+    batch_size=128,
+    lr=0.2,
+    weight_decay=5e-4,
+)
+
+
 def declared(
-    name: str, train: Images, test: Images, class_names: Sequence[str], notes: Sequence[str] = ()
+    name: str,
+    train: Images,
+    test: Images,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+    **defaults: Any,
 ) -> DataSplits:
-    """The images with the defaults of CIFAR-10, which are a choice of ours; grey ones are neither cropped nor flipped.
-    Their mean and std are measured (`config.resolved`)."""
-    made = Dataset(
+    """The images with what is ``USUAL``, or these ``defaults``; grey ones are neither cropped nor flipped."""
+    made = replace(
+        USUAL,
         name=name,
         load=lambda data_dir, download: (train, test),
-        num_classes=len(class_names),
-        class_names=tuple(class_names),
-        eps=8 / 255,
+        num_classes=num_classes,
+        class_names=class_names and tuple(class_names),
         augment=train.shape[0] == 3,
-        model="preact_resnet18",
-        epochs=15,
-        batch_size=128,
-        lr=0.2,
-        weight_decay=5e-4,
+        **defaults,
     )
     return replace(made(), notes=tuple(notes))
 

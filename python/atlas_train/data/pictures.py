@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,8 +199,7 @@ def require_pillow() -> Any:
 
 
 def in_threads(work: Callable[[int], None], count: int, what: str) -> None:
-    """``work`` of every number below ``count``, in as many threads as this process has CPU cores. After two seconds a
-    terminal shows how far it is."""
+    """``work`` of every number below ``count``, in as many threads as this process has CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def some(start: int) -> int:
@@ -208,15 +207,24 @@ def in_threads(work: Callable[[int], None], count: int, what: str) -> None:
             work(number)
         return min(start + _CHUNK, count)
 
-    began, shown = time.monotonic(), False
     pool = ThreadPoolExecutor(min(cores, 16))
     try:
-        for done in pool.map(some, range(0, count, _CHUNK)):
-            if sys.stderr.isatty() and time.monotonic() - began > 2:
-                print(f"\r{what}: {done:,} of {count:,}", end="", file=sys.stderr, flush=True)
-                shown = True
+        for _ in progress(pool.map(some, range(0, count, _CHUNK)), count, what):
+            pass
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def progress(done: Iterable[int], count: int, what: str) -> Iterator[int]:
+    """The numbers; a terminal shows from the third second on, and at most ten times a second, how far they are."""
+    next_time, shown = time.monotonic() + 2, False
+    try:
+        for number in done:
+            yield number
+            if time.monotonic() >= next_time and sys.stderr.isatty():
+                print(f"\r{what}: {number:,} of {count:,}", end="", file=sys.stderr, flush=True)
+                next_time, shown = time.monotonic() + 0.1, True
+    finally:
         if shown:
             print(file=sys.stderr)
 
