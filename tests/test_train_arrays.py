@@ -63,6 +63,18 @@ def test_a_fifth_is_held_out_where_there_is_no_test() -> None:
     assert "flowers has no test images of its own: 20% of each class, 4 in all" in made.notes[0]
 
 
+def test_images_that_lie_class_by_class_are_shuffled() -> None:
+    rows = np.argsort(LABELS, kind="stable")
+    made, again = (from_arrays((PIXELS[rows], LABELS[rows]), (PIXELS, LABELS)) for _ in range(2))
+    assert "has its images class by class: they are shuffled" in made.notes[0]
+    for part, other in ((made.train, again.train), (made.test, again.test)):
+        assert torch.equal(part.images, other.images) and len(set(part.labels[:6].tolist())) > 2
+        whole = {image.tobytes(): label for image, label in zip(WHOLE.numpy(), LABELS, strict=True)}
+        assert len(part) == 20
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            assert whole[image.numpy().tobytes()] == label
+
+
 def test_defaults_are_those_of_cifar10_or_given() -> None:
     pixels = np.concatenate([PIXELS] * 10)
     labels = np.concatenate([LABELS] * 10)

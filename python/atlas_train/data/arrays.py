@@ -130,6 +130,10 @@ def _splits(
     notes: Sequence[str] = (),
     **defaults: Any,
 ) -> DataSplits:
+    if any(_by_class(part.labels) for part in (train, test) if part):
+        train = train.take(own.shuffled(len(train)))
+        test = test and test.take(own.shuffled(len(test)))
+        notes = (*notes, f"{plain(name)} has its images class by class: they are shuffled, always the same way")
     if test is None:
         chosen, held, note = own.split(train.labels)
         train, test = train.take(chosen), train.take(held)
@@ -139,6 +143,11 @@ def _splits(
         if num_classes != len(class_names):
             raise ValueError(f"class_names must be {num_classes} names, as num_classes says, got {len(class_names)}")
     return own.declared(name, train, test, num_classes or _counted(train, test), class_names, notes, **defaults)
+
+
+def _by_class(labels: torch.Tensor) -> bool:
+    """Whether images of several classes lie class by class."""
+    return bool((labels.diff() >= 0).all() and labels[0] < labels[-1])
 
 
 def _counted(train: Images, test: Images) -> int:

@@ -144,8 +144,10 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _listed(folder: Path, names: Sequence[str], trained: Path | None = None) -> tuple[list[str], torch.Tensor]:
-    """The pictures of a folder, by class and path, and their classes. trained: the folder that has the classes, where
-    it is another: then one may have no pictures."""
+    """The pictures of a folder, in an order that only their names decide, and their classes.
+
+    trained: the folder that has the classes, where it is another: then one may have no pictures.
+    """
     if unknown := [name for name in _folders(folder) if name not in set(names)]:
         raise ValueError(
             f"{plain(folder)} has folders that {plain(trained)} lacks: {_some(unknown)}; give both the same classes"
@@ -154,16 +156,17 @@ def _listed(folder: Path, names: Sequence[str], trained: Path | None = None) -> 
     labels: list[int] = []
     for label, name in enumerate(names):
         others: Counter[str] = Counter()
-        own = sorted(_pictures(folder, name, others))
-        if not own and trained is None:
+        found = sorted(_pictures(folder, name, others))
+        if not found and trained is None:
             only = f"; it has files {', '.join(sorted(others))}" if others else ""
             raise ValueError(
                 f"the class {shown(name)} has no pictures: {plain(folder / name)} holds no file "
                 f"{', '.join(EXTENSIONS)}{only}. Delete the folder, or fill it"
             )
-        files += own
-        labels += [label] * len(own)
-    return files, torch.tensor(labels, dtype=torch.int64)
+        files += found
+        labels += [label] * len(found)
+    order = own.shuffled(len(files))
+    return [files[row] for row in order], torch.tensor(labels, dtype=torch.int64)[torch.from_numpy(order)]
 
 
 def _pictures(root: Path, name: str, others: Counter[str]) -> list[str]:

@@ -14,9 +14,9 @@ import torch
 from .dataset import Dataset, DataSplits
 from .images import Images, stratified
 
-#: Share of each class that is held out for the test where there is none, and the seed by which it is drawn: they are
-#: part of the data, as another draw is another test.
-TEST_SHARE, SPLIT_SEED = 0.2, 0
+#: Share of each class that is held out for the test where there is none, and the seed by which it is drawn and images
+#: are shuffled: they are part of the data, as another draw is another test.
+TEST_SHARE, SEED = 0.2, 0
 
 
 def _nothing(data_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Images, Images]:
@@ -53,7 +53,7 @@ def declared(
         name=name,
         load=lambda data_dir, download: (train, test),
         num_classes=num_classes,
-        class_names=class_names and tuple(class_names),
+        class_names=None if class_names is None else tuple(class_names),
         augment=train.shape[0] == 3,
         **defaults,
     )
@@ -67,9 +67,15 @@ def name_of(path: Path) -> str:
     return name.replace(":", "_") or "folder"  # with a colon it would be an import path
 
 
+def shuffled(count: int) -> np.ndarray:
+    """The rows of images that lie class by class, in an order of which the first ones stand for all: evaluations and
+    the probe look at the first. It is always the same (see `images.stratified`)."""
+    return np.random.RandomState(SEED).permutation(count)
+
+
 def split(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows to train on and rows for the test, by classes, and how that is said."""
     count = round(TEST_SHARE * len(labels))
-    held = stratified(labels.numpy(), count, SPLIT_SEED)
+    held = stratified(labels.numpy(), count, SEED)
     note = f"{TEST_SHARE:.0%} of each class, {count:,} in all, are held out for it, always the same ones"
     return np.setdiff1d(np.arange(len(labels)), held), held, note

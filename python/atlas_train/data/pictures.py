@@ -6,7 +6,6 @@ import hashlib
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -117,15 +116,15 @@ class Pictures:
     def files(self) -> dict[str, str]:
         """What tells these files from others: of each folder in ``root``, how many there are and the sha256 of their
         paths (below ``root``), classes and sizes in bytes."""
-        digests: dict[str, Any] = {}
-        counts: Counter[str] = Counter()
+        lines: dict[str, list[str]] = {}
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            place = Path(path).as_posix()
-            folder = place.partition("/")[0]
-            counts[folder] += 1
-            size = os.path.getsize(os.path.join(self.root, path))
-            digests.setdefault(folder, hashlib.sha256()).update(f"{place}\0{label}\0{size}\n".encode())
-        return {folder: f"{counts[folder]} {digest.hexdigest()[:16]}" for folder, digest in digests.items()}
+            place, size = Path(path).as_posix(), os.path.getsize(os.path.join(self.root, path))
+            lines.setdefault(place.partition("/")[0], []).append(f"{place}\0{label}\0{size}\n")
+        digests = {
+            folder: hashlib.sha256("".join(sorted(own)).encode("utf-8", "surrogateescape"))
+            for folder, own in lines.items()
+        }
+        return {folder: f"{len(lines[folder])} {digests[folder].hexdigest()[:16]}" for folder in sorted(lines)}
 
 
 def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int = 3) -> torch.Tensor:
