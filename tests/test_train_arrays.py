@@ -125,6 +125,14 @@ def test_a_class_may_lack_images_where_the_number_of_classes_is_given() -> None:
         from_arrays((PIXELS, LABELS), (PIXELS, LABELS + 2))
 
 
+def test_the_example_of_the_documentation_trains() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n") if "from_arrays" in part).split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["run"].epoch == 1 and names["own"].class_names == ("dark", "bright")
+
+
 # ---- map-style data sets --------------------------------------------------------------------------------------------
 
 

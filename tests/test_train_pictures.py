@@ -143,7 +143,8 @@ def test_class_folders_alone_are_split_the_same_way_every_time(root: Path) -> No
     assert made.train.labels.bincount().tolist() == [4, 16, 8] and made.test.labels.bincount().tolist() == [1, 4, 2]
     for part in (made.train, made.test):  # the first stand for all, whatever the order of the folders
         assert len(set(part.labels[:6].tolist())) > 1
-    (note,) = made.notes
+    others, note = made.notes
+    assert others == f"{root}: files that are no pictures by their names are passed over: 3 .txt"
     assert "no test pictures of their own: 20% of each class, 7 in all" in note
     again, other = data.load("folder", root), folder.find(root, image_size=4)
     assert torch.equal(again.test.images, made.test.images)
@@ -316,7 +317,7 @@ def test_a_folder_is_trained_resumed_and_evaluated(
     quick = ("--model", "digits_net", "--width", "2", "--batch-size", "16", "--probe-size", "0", "--image-size", "8")
     where = ("--data-dir", str(root))
     out = atlas("train", "--dataset", "folder", *where, *quick, "--epochs", "1", "--method", "standard")
-    assert out.count("are held out for it") == 1
+    assert out.count("are held out for it") == 1 and "settings that you did not give are those of cifar10" in out
     state = checkpoint.load("runs/flowers-1/standard")
     assert state["data"]["loader"] == "folder" and state["config"]["image_size"] == 8
     assert len(state["config"]["mean"]) == 3

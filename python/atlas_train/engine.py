@@ -203,7 +203,10 @@ def _beginnings(run: Run) -> list[str]:
     share = f"{config.extra_share:.0%} of every batch from {0 if extra is None else len(extra):,} extra images"
     init = f"begins with the weights of {plain(config.init)}"
     kept = require_room(run.method, (run.samples, *run.splits.train.shape), run.device)
-    return [text for text, said in ((init, config.init), (share, extra is not None), (kept, kept)) if said]
+    recipe = f"settings that you did not give are those of {data.declared(run.splits).like}"
+    own = run.splits.loader in data.FORMS
+    pairs = ((recipe, own), (init, config.init), (share, extra is not None), (kept, kept))
+    return [text for text, said in pairs if said]
 
 
 def load_splits(

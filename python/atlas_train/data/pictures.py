@@ -102,7 +102,7 @@ class Pictures:
 
     def readable(self, faults: Mapping[int, str], skipped: list[str] | None) -> np.ndarray:
         """The rows that have no fault; see `resident` for ``skipped``."""
-        errors = [faults[row] for row in sorted(faults)]
+        errors = sorted(faults.values())
         if errors and skipped is None:
             few = "; ".join(errors[:3]) + (f"; and {len(errors) - 3:,} more" if len(errors) > 3 else "")
             raise Unreadable(
