@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.server
 import io
+import itertools
 import os
 import pickle
 import re
@@ -12,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -439,7 +443,7 @@ def test_their_downloads(tmp_path: Path, nowhere: Path, monkeypatch: pytest.Monk
     pooch = pytest.importorskip("pooch")
     asked = []
 
-    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> None:
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
         asked.append((url, known_hash))
         target = Path(path) / fname
         target.write_bytes(archive.read_bytes() if fname.endswith(".tar.gz") else b"")
@@ -551,7 +555,7 @@ def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypa
     pooch = pytest.importorskip("pooch")
     asked = []
 
-    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> None:
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
         asked.append((url, known_hash))
         if url.startswith(mnist.MIRRORS[0]):
             raise OSError("this mirror is down")
@@ -565,7 +569,7 @@ def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypa
 
     cifar_archive(tmp_path / "archive")
 
-    def retrieve_archive(url: str, known_hash: str, fname: str, path: Path) -> None:
+    def retrieve_archive(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
         assert (url, known_hash) == (cifar10.URLS[0], "md5:c58f30108f718f92721af3b95e74349a")
         (Path(path) / fname).write_bytes((tmp_path / "archive").read_bytes())
 
@@ -589,6 +593,27 @@ def test_download_failures_say_what_was_tried(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'atlas-kernels\[train\]'"):
         files.fetch(["u1"], "0", tmp_path / "f")
+
+
+def test_a_download_over_http_arrives_and_a_terminal_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("pooch")
+    content = bytes(3 * files._CHUNK + 5)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "set.bin").write_bytes(content)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("time.monotonic", itertools.count(0, 3).__next__)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("missing.bin", "set.bin")]
+        files.fetch(urls, md5(content), tmp_path / "set.bin")
+        server.shutdown()
+    assert (tmp_path / "set.bin").read_bytes() == content
+    shown = capsys.readouterr().err
+    assert "\rset.bin: 256 of 768 KiB\rset.bin: 512 of 768 KiB" in shown and "768 of 768 KiB\n" in shown
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -296,6 +296,7 @@ def test_defaults_that_cannot_be_are_the_data_sets_fault() -> None:
         ({"methods": {"trade": {"beta": 1}}}, "no method 'trade'; the nearest is 'trades'"),
         ({"methods": {"trades": {"betta": 1}}}, "trades has no hyper-parameter 'betta'; the nearest is 'beta'"),
         ({"methods": {"mart": {"steps": -3}}}, "mart: steps must be an integer >= 1"),
+        ({"like": "cifra10"}, "data set coloured bars: like: no data set 'cifra10'; the nearest is 'cifar10'"),
         ({"methods": [("adv", {"steps": 2})]}, "methods must be hyper-parameters by method and name, got"),
         ({"methods": {"adv": 2}}, "methods must be hyper-parameters by method and name, got"),
         ({"mean": 0.5, "std": 0.5}, "data set coloured bars: mean must be a list of numbers, got 0.5"),

@@ -593,6 +593,9 @@ def _require_valid(dataset: Dataset) -> None:
         TrainConfig(**dataset.settings)
         for norm, eps in dataset.radii.items():
             TrainConfig(method="standard", norm=cast(Norm, norm), eps=eps)
+        known = {*data.names(), *(key for name in methods.names() for key in methods.get(name).defaults)}
+        if dataset.like not in (None, *known):
+            raise ValueError(f"like: no data set {shown(dataset.like)}{suggestion(dataset.like, known)}")
         own = dataset.methods
         if not isinstance(own, Mapping) or not all(isinstance(hyper, Mapping) for hyper in own.values()):
             raise ValueError(f"methods must be hyper-parameters by method and name, got {shown(own)}")

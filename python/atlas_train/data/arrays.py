@@ -14,7 +14,7 @@ from ..options import one_line, plain, shown
 from . import own
 from .dataset import DataSplits
 from .images import Images
-from .pictures import pixels, progress
+from .pictures import counted, pixels
 
 #: The names under which a file has its images and labels: ours, those of Keras' files and those of MedMNIST's.
 TRAIN = (("train_image", "train_label"), ("x_train", "y_train"), ("train_images", "train_labels"), ("image", "label"))
@@ -233,7 +233,7 @@ def _read(dataset: Any, what: str) -> Images:
         raise ValueError(f"{what} holds no images")
     labels = torch.empty(count, dtype=torch.int64)
     images = torch.empty(0, dtype=torch.uint8)
-    for row in progress(range(count), count, f"reading {what}"):
+    for row in counted(range(count), count, f"reading {what}"):
         image, labels[row] = _item(dataset, row, f"{what}[{row}]")
         if not row:
             images = torch.empty(count, *image.shape, dtype=torch.uint8)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from ..options import plain
+from ..progress import Line
 from .images import Images, drawn
 
 #: From this side on evaluation resizes pictures to 8/7 of the side before it cuts out their middle: to 256 for 224, as
@@ -208,24 +207,21 @@ def in_threads(work: Callable[[int], None], count: int, what: str) -> None:
 
     pool = ThreadPoolExecutor(min(cores, 16))
     try:
-        for _ in progress(pool.map(some, range(0, count, _CHUNK)), count, what):
+        for _ in counted(pool.map(some, range(0, count, _CHUNK)), count, what):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def progress(done: Iterable[int], count: int, what: str) -> Iterator[int]:
-    """The numbers; a terminal shows from the third second on, and at most ten times a second, how far they are."""
-    next_time, shown = time.monotonic() + 2, False
+def counted(done: Iterable[int], count: int, what: str) -> Iterator[int]:
+    """The numbers, which a terminal shows."""
+    line = Line(what, count)
     try:
         for number in done:
             yield number
-            if time.monotonic() >= next_time and sys.stderr.isatty():
-                print(f"\r{what}: {number:,} of {count:,}", end="", file=sys.stderr, flush=True)
-                next_time, shown = time.monotonic() + 0.1, True
+            line.show(number)
     finally:
-        if shown:
-            print(file=sys.stderr)
+        line.end()
 
 
 def _converted(picture: Any, channels: int) -> Any:
