@@ -358,11 +358,21 @@ def list_methods(argv: Sequence[str]) -> int:
             default, range_ = default_text(field.default), allowed(field, hints(method)[key])
             print(f"    --{key.replace('_', '-')} {default}   ({range_})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
-        for dataset in map(data.get, data.names()):
-            if values := methods.defaults_on(dataset, name):
-                print(f"    on {dataset.name}: " + ", ".join(f"{key} {default_text(v)}" for key, v in values.items()))
+        for where, values in defaults_by_data_set(name):
+            print(f"    on {where}: {values}")
         print()
     return 0
+
+
+def defaults_by_data_set(name: str) -> list[tuple[str, str]]:
+    """The data sets on which a method has other defaults, and these; not those that are like another (`Dataset.like`)
+    and have the same."""
+    told = []
+    for dataset in map(data.get, data.names()):
+        values = methods.defaults_on(dataset, name)
+        if values and not (dataset.like and values == methods.defaults_on(data.get(dataset.like), name)):
+            told.append((dataset.name, ", ".join(f"{key} {default_text(value)}" for key, value in values.items())))
+    return told
 
 
 def default_text(value: Any) -> str:
