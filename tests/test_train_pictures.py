@@ -302,6 +302,10 @@ def test_the_fingerprint_is_that_of_paths_classes_and_sizes(root: Path, tmp_path
     assert "rose has 7 files instead of 8" in message and "daisy has 17 files instead of 16" in message
 
 
+def stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_folder_is_trained_resumed_and_evaluated(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,7 +325,12 @@ def test_a_folder_is_trained_resumed_and_evaluated(
     state = checkpoint.load("runs/flowers-1/standard")
     assert state["data"]["loader"] == "folder" and state["config"]["image_size"] == 8
     assert len(state["config"]["mean"]) == 3
-    assert "epoch 2/2" in atlas("train", "--resume", "runs/flowers-1/standard", *where, "--epochs", "2")
+    with monkeypatch.context() as patch:  # as by Ctrl-C
+        patch.setattr(data.Batches, "__iter__", stopped)
+        assert cli.main(["train", "--resume", "runs/flowers-1/standard", *where, "--epochs", "2"]) == 130
+    how = capsys.readouterr().out.split("to go on after the last whole epoch: atlas ")[1].split("\n")[0]
+    assert how.split() == ["train", "--resume", "runs/flowers-1/standard", *where]
+    assert "epoch 2/2" in atlas(*how.split(), "--epochs", "2")
     assert "7 test images" in atlas("evaluate", "runs/flowers-1/standard", *where)
     (root / "rose" / "1.PNG").unlink()
     assert cli.main(["train", "--resume", "runs/flowers-1/standard", *where, "--epochs", "3"]) == 2

@@ -289,9 +289,10 @@ def explained(
 
 
 def _code(config: TrainConfig, splits: DataSplits) -> str:
-    """The flags that name code of the user's own, which must be given again."""
+    """The flags that name code and places of the user's own, which must be given again."""
     own = {"dataset": splits.loader, "model": config.model}
-    return "".join(f" --{kind} {plain(path)}" for kind, path in own.items() if is_import_path(path))
+    flags = {kind: path for kind, path in own.items() if is_import_path(path)} | {"data-dir": config.data_dir}
+    return "".join(f" --{flag} {shlex.quote(plain(path))}" for flag, path in flags.items() if path)
 
 
 def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
