@@ -18,6 +18,7 @@ from torch import nn
 from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
+from atlas_train.flags import declared, parse
 from atlas_train.robustness import signs
 from atlas_train.robustness.export import export_state_dict
 from atlas_train.robustness.named import named
@@ -146,6 +147,15 @@ def test_a_normalisation_is_given_apart_or_the_files_own(colours: dict[str, Any]
     ):
         with pytest.raises(ValueError, match=text):
             targets.opened(target, splits=splits(channels=3), **how)
+
+
+def test_that_nothing_is_normalised_can_be_said_in_flags() -> None:
+    pytest.importorskip("tyro")
+    wanted = declared(cli.EvaluateConfig, {})
+    said = parse(wanted, "evaluate", "", ["--mean", "none", "--std", "none"])
+    assert said.mean == said.std == ()
+    left = parse(wanted, "evaluate", "", [])
+    assert left.mean is left.std is None
 
 
 def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ class EvaluateConfig:
         "mean by which images are normalised before a state dict's or a factory's network, a number for each channel; "
         "none, and std too: images go in as they are. Default: the file's own, or the network normalises itself",
     )
-    std: tuple[float, ...] | None = option(None, "standard deviation, beside mean", above=0)
+    std: tuple[float, ...] | None = option(None, "standard deviation, beside mean; default: the same", above=0)
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
