@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Attacks in bf16 against fp32: the same noise, paired by image.")
     add = parser.add_argument
-    add("--dataset", default="digits", choices=data.names(), help="default: digits")
+    add("--dataset", default="digits", choices=tuple(TRAINING), help="default: digits")
     add("--data-dir", help="folder with the data's files")
     add("--checkpoint", help="run folder or weights of the trainer, in place of a training here; rules the data set")
     add("--train-size", type=int, help="training images; default: by data set")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atlas_train import data, methods, models
-from atlas_train.cli import default_text
+from atlas_train.cli import default_text, defaults_by_data_set
 from atlas_train.options import allowed, hints
 from atlas_train.passes import count_passes
 from atlas_train.writing import write_text
@@ -114,10 +114,7 @@ def methods_reference(results: Path) -> str:
             )
             settings.append([cell.replace("|", r"\|") for cell in cells])
         parts = [f"### {name}", f"```text\n{inspect.getdoc(method)}\n```", *([markdown(settings)] if known else [])]
-        for dataset in map(data.get, data.names()):
-            if values := methods.defaults_on(dataset, name):
-                given = ", ".join(f"{key} {default_text(value)}" for key, value in values.items())
-                parts.append(f"On {dataset.name}: {given}.")
+        parts += [f"On {where}: {values}." for where, values in defaults_by_data_set(name)]
         sections.append("\n\n".join(parts))
     return "\n\n".join(sections)
 

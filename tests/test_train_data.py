@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.server
 import io
+import itertools
 import os
 import pickle
 import re
@@ -12,15 +15,18 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from atlas_train import data, writing
+from atlas_train import data, methods, writing
 from atlas_train.config import TrainConfig
-from atlas_train.data import Batches, Images, cifar10, files, mnist
+from atlas_train.data import Batches, Images, cifar10, cifar100, fashion_mnist, files, mnist, svhn
 
 
 def md5(content: bytes) -> str:
@@ -63,7 +69,7 @@ def test_a_data_set_is_known_in_capitals(name: str):
 def test_importing_needs_torch_and_numpy_only():
     code = (
         "import sys\n"
-        "for name in ('sklearn', 'pooch', 'torchvision'): sys.modules[name] = None\n"
+        "for name in ('sklearn', 'scipy', 'PIL', 'pooch', 'torchvision'): sys.modules[name] = None\n"
         "import atlas_train.data, atlas_train.models\n"
         "atlas_train.models.build('digits_net', num_classes=10, in_channels=1)\n"
     )
@@ -341,6 +347,127 @@ def test_malicious_pickles_are_refused_and_not_run(tmp_path: Path):
     assert not mark.exists()
 
 
+# ---- Fashion-MNIST, CIFAR-100, SVHN: files of the same form, whose checksums stand for the real ones -----------------
+
+
+def known(folder: Path, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """The checksums of the module's files become those of the files in the folder."""
+    for name in module.MD5:
+        patch.setitem(module.MD5, name, md5((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("layout", ["fashion_mnist", "FashionMNIST/raw", "."])
+def test_fashion_mnist(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch, layout: str):
+    made = write_mnist(tmp_path / layout)
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz .*md5 found .*expected 8d4fb7e6"):
+        data.load("fashion_mnist", tmp_path)
+    known(tmp_path / layout, fashion_mnist, monkeypatch)
+    read = data.load("Fashion_MNIST", tmp_path)
+    for part in (read.train, read.test):
+        assert torch.equal(part.images, made.images) and torch.equal(part.labels, made.labels)
+    assert (read.class_names[9], read.eps, read.augment) == ("Ankle boot", 0.1, False)
+
+
+def test_mnist_in_the_place_of_fashion_mnist_is_named(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    write_mnist(tmp_path)
+    monkeypatch.setitem(files.OTHERS, "MNIST", {md5((tmp_path / "train-images-idx3-ubyte.gz").read_bytes())})
+    with pytest.raises(ValueError, match="belongs to MNIST, whose files have the same names"):
+        data.load("fashion_mnist", tmp_path)
+
+
+def write_cifar100(folder: Path) -> Images:
+    made = images(6, channels=3, size=32, classes=100)
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        batch = {
+            b"data": made.images.reshape(6, -1).numpy(),
+            b"fine_labels": made.labels.tolist(),
+            b"coarse_labels": [],
+        }
+        (folder / name).write_bytes(pickle.dumps(batch))
+    return made
+
+
+def test_cifar100(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    made = write_cifar100(tmp_path / "cifar-100-python")
+    with pytest.raises(ValueError, match="cifar-100-python/train .*md5 found .*expected 16019d7e"):
+        data.load("cifar100", tmp_path)
+    known(tmp_path / "cifar-100-python", cifar100, monkeypatch)
+    read = data.load("cifar100", tmp_path)
+    for part in (read.train, read.test):
+        assert torch.equal(part.images, made.images) and torch.equal(part.labels, made.labels)
+    names = read.class_names
+    assert len(set(names)) == read.num_classes == 100 and list(names) == sorted(names)
+
+
+def write_svhn(folder: Path) -> Images:
+    io_of_scipy = pytest.importorskip("scipy.io")
+    made = images(12, channels=3, size=32, classes=10)
+    labels = np.where(made.labels == 0, 10, made.labels).astype(np.uint8)[:, None]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in svhn.MD5:
+        arrays = {"X": made.images.permute(2, 3, 1, 0).numpy(), "y": labels}
+        io_of_scipy.savemat(folder / name, arrays, do_compression=True)
+    return made
+
+
+def test_svhn(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    made = write_svhn(tmp_path / "svhn")
+    assert (made.labels == 0).any()
+    with pytest.raises(ValueError, match="svhn/train_32x32.mat .*md5 found .*expected e26dedcc"):
+        data.load("svhn", tmp_path)
+    known(tmp_path / "svhn", svhn, monkeypatch)
+    read = data.load("svhn", tmp_path)
+    for part in (read.train, read.test):
+        assert torch.equal(part.images, made.images) and torch.equal(part.labels, made.labels)
+    assert not read.augment
+    path = tmp_path / "svhn" / "test_32x32.mat"
+    for content in (path.read_bytes()[:-100], b"", pickle.dumps(1)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="test_32x32.mat is no file of SVHN"):
+            svhn.read(path, None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"needs SciPy: pip install 'atlas-kernels\[train\]'"):
+        svhn.read(path, None)
+
+
+def test_the_checksums_are_those_that_are_published():
+    """By torchvision (datasets/cifar.py, mnist.py, svhn.py), and on Fashion-MNIST's own page."""
+    sums = {**fashion_mnist.MD5, **cifar100.MD5, **svhn.MD5, "archive": cifar100.ARCHIVE_MD5}
+    assert all(re.fullmatch("[0-9a-f]{32}", value) for value in sums.values()) and len(set(sums.values())) == 9
+    assert set(fashion_mnist.MD5.values()) == files.OTHERS["Fashion-MNIST"]
+    assert {mnist.MD5[name] for name in fashion_mnist.MD5} == files.OTHERS["MNIST"]
+
+
+def test_their_downloads(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    pooch = pytest.importorskip("pooch")
+    asked = []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
+        asked.append((url, known_hash))
+        target = Path(path) / fname
+        target.write_bytes(archive.read_bytes() if fname.endswith(".tar.gz") else b"")
+
+    archive = tmp_path / "archive"
+    cifar_archive(archive, "cifar-100-python", ("train", "test", "meta"))
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    for name, first in (("fashion_mnist", "train-images-idx3-ubyte.gz"), ("svhn", "train_32x32.mat")):
+        with pytest.raises(ValueError, match=f"^{nowhere}/{name}/{first} .*md5"):
+            data.load(name, download=True)
+    with pytest.raises(ValueError, match=f"^{nowhere}/cifar-100-python/train .*md5"):
+        data.load("cifar100", download=True)
+    assert sorted(path.name for path in (nowhere / "cifar-100-python").iterdir()) == ["test", "train"]
+    assert len(asked) == 4 + 2 + 1 and asked[-1][1] == "md5:eb9058c3a382ffc7106e4002c42a8d85"
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar100", "svhn"])
+def test_methods_take_what_they_have_for_the_set_that_it_is_like(name: str):
+    like = data.get(data.get(name).like or "")
+    assert methods.defaults_on(data.get(name), "atlas") == methods.defaults_on(like, "atlas") != {}
+    assert methods.defaults_on(data.get("cifar100"), "liet") == methods.get("liet").defaults["cifar100"]
+    assert methods.defaults_on(data.get(name), "gairat") == methods.defaults_on(like, "gairat")
+
+
 # ---- where files are looked for -------------------------------------------------------------------------------------
 
 
@@ -407,11 +534,11 @@ def test_missing_files_say_where_and_how(tmp_path: Path, nowhere: Path, monkeypa
 # ---- download -------------------------------------------------------------------------------------------------------
 
 
-def cifar_archive(path: Path) -> None:
+def cifar_archive(path: Path, inside: str = "cifar-10-batches-py", names: Iterable[str] = cifar10.MD5) -> None:
     """An archive as published, in which each file holds its name."""
     with tarfile.open(path, "w:gz") as tar:
-        for name in (*cifar10.MD5, "readme.html"):
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+        for name in (*names, "readme.html"):
+            member = tarfile.TarInfo(f"{inside}/{name}")
             member.size = len(name)
             tar.addfile(member, io.BytesIO(name.encode()))
 
@@ -419,7 +546,7 @@ def cifar_archive(path: Path) -> None:
 def test_unpack_takes_the_known_members_only(tmp_path: Path):
     archive, folder = tmp_path / "a.tar.gz", tmp_path / "in" / "folder"
     cifar_archive(archive)
-    cifar10.unpack(archive, folder)
+    cifar10.unpack(archive, folder, "cifar-10-batches-py", cifar10.MD5)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in cifar10.MD5}
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*cifar10.MD5, "a.tar.gz"])
 
@@ -428,7 +555,7 @@ def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypa
     pooch = pytest.importorskip("pooch")
     asked = []
 
-    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> None:
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
         asked.append((url, known_hash))
         if url.startswith(mnist.MIRRORS[0]):
             raise OSError("this mirror is down")
@@ -442,7 +569,7 @@ def test_download_goes_to_the_first_root(tmp_path: Path, nowhere: Path, monkeypa
 
     cifar_archive(tmp_path / "archive")
 
-    def retrieve_archive(url: str, known_hash: str, fname: str, path: Path) -> None:
+    def retrieve_archive(url: str, known_hash: str, fname: str, path: Path, downloader: object) -> None:
         assert (url, known_hash) == (cifar10.URLS[0], "md5:c58f30108f718f92721af3b95e74349a")
         (Path(path) / fname).write_bytes((tmp_path / "archive").read_bytes())
 
@@ -466,6 +593,27 @@ def test_download_failures_say_what_was_tried(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'atlas-kernels\[train\]'"):
         files.fetch(["u1"], "0", tmp_path / "f")
+
+
+def test_a_download_over_http_arrives_and_a_terminal_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("pooch")
+    content = bytes(3 * files._CHUNK + 5)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "set.bin").write_bytes(content)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("time.monotonic", itertools.count(0, 3).__next__)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("missing.bin", "set.bin")]
+        files.fetch(urls, md5(content), tmp_path / "set.bin")
+        server.shutdown()
+    assert (tmp_path / "set.bin").read_bytes() == content
+    shown = capsys.readouterr().err
+    assert "\rset.bin: 256 of 768 KiB\rset.bin: 512 of 768 KiB" in shown and "768 of 768 KiB\n" in shown
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

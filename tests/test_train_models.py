@@ -27,7 +27,8 @@ SIZES = {
     "wide_resnet34_10": (3, 32),
 }
 WIDE = {"wide_resnet28_10": 4, "wide_resnet34_10": 5}  # blocks a stage
-DATASETS = {"digits": "digits_net", "mnist": "small_cnn", "cifar10": "preact_resnet18"}
+DATASETS = {"digits": "digits_net", **dict.fromkeys(("mnist", "fashion_mnist"), "small_cnn")}
+DATASETS |= dict.fromkeys(("cifar10", "cifar100", "svhn"), "preact_resnet18")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # of CIFAR-10
 
 
@@ -306,7 +307,8 @@ def test_every_activation_of_a_network_is_the_one_asked_for(name: str):
 
 
 #: Channels, height and width of the images of each data set.
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"digits": (1, 8, 8), **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28))}
+SHAPES |= dict.fromkeys(("cifar10", "cifar100", "svhn"), (3, 32, 32))
 
 
 @pytest.mark.parametrize("name", data.names())
@@ -316,6 +318,8 @@ def test_declared_networks_take_the_images_of_their_data_set(name: str):
     if name == "digits":
         assert data.load(name).train.shape == shape
     normalize = (declared.mean, declared.std) if declared.mean else None
+    if name in ("cifar100", "svhn"):  # measured (`config.resolved`)
+        normalize = (0.5,) * 3, (0.25,) * 3
     model = models.build(declared.model, num_classes=declared.num_classes, in_channels=shape[0], normalize=normalize)
     assert declared.model == DATASETS[name]
     assert (normalize is not None) == (shape[0] == models.COLOUR)

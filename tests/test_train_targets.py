@@ -19,6 +19,7 @@ from atlas_kernels.attacks import ensemble
 from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
+from atlas_train.flags import declared, parse
 from atlas_train.robustness import signs
 from atlas_train.robustness.export import export_state_dict
 from atlas_train.robustness.named import named
@@ -180,6 +181,15 @@ def test_a_stop_says_how_to_go_on(
     calls[0] = 0
     assert cli.main(command) == 130
     assert "nothing is kept of it; with --state FILE the same command would go on" in capsys.readouterr().err
+
+
+def test_that_nothing_is_normalised_can_be_said_in_flags() -> None:
+    pytest.importorskip("tyro")
+    wanted = declared(cli.EvaluateConfig, {})
+    said = parse(wanted, "evaluate", "", ["--mean", "none", "--std", "none"])
+    assert said.mean == said.std == ()
+    left = parse(wanted, "evaluate", "", [])
+    assert left.mean is left.std is None
 
 
 def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,11 +76,16 @@ class EvaluateConfig:
         "mean by which images are normalised before a state dict's or a factory's network, a number for each channel; "
         "none, and std too: images go in as they are. Default: the file's own, or the network normalises itself",
     )
-    std: tuple[float, ...] | None = option(None, "standard deviation, beside mean", above=0)
+    std: tuple[float, ...] | None = option(None, "standard deviation, beside mean; default: the same", above=0)
     trust: bool = option(False, "the network's code that the folder, or hf:org/name, names may be run")
     dataset: str | None = option(None, "data set, by name or import path; default: the run's, if it is one of ours")
     data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
     download: bool = option(False, "download the data if they are found nowhere")
+    image_size: int | None = option(
+        None, "of the pictures of dataset folder, as for training; default: the run's", low=1
+    )
+    grey: bool = option(False, "the same")
+    skip_unreadable: bool = option(False, "the same")
     other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: tuple[float, ...] | None = option(
         None,
@@ -308,9 +313,10 @@ def _accuracies(args: Any, place: dict[str, Any]) -> list[str]:
     from .results import table
     from .stored import evaluate_checkpoint
 
-    own = {"json", "trust", "attacks", "width", "activation", "mean", "std", "eps", *_REPORTED}
-    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own}
-    results = evaluate_checkpoint(args.checkpoint, eps=args.eps[0] if args.eps else None, **asked | place, dealt=True)
+    own = {"json", "trust", "attacks", "width", "activation", "mean", "std", "eps", *data.READING, *_REPORTED}
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own} | place
+    eps = args.eps[0] if args.eps else None
+    results = evaluate_checkpoint(args.checkpoint, eps=eps, reading=_reading(args), **asked, dealt=True)
     if rank():
         return []
     print(table(results))
@@ -360,6 +366,10 @@ def _require_used(args: Any, argv: Sequence[str]) -> None:
         )
 
 
+def _reading(args: Any) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in data.READING}
+
+
 @contextmanager
 def _told_how_to_go_on(args: Any) -> Iterator[None]:
     """After a stop that is no fault of the evaluation."""
@@ -393,7 +403,7 @@ def _report(args: Any, place: dict[str, Any]) -> list[str]:
     asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
     how = {name: getattr(args, name) for name in asked} | {"dealt": True}
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")
-    where = {name: getattr(args, name) for name in names}
+    where = {name: getattr(args, name) for name in names} | {"reading": _reading(args)}
     report, found = evaluate_target(
         args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, how=how, **where, **place
     )
@@ -429,11 +439,21 @@ def list_methods(argv: Sequence[str]) -> int:
             default, range_ = default_text(field.default), allowed(field, hints(method)[key])
             print(f"    --{key.replace('_', '-')} {default}   ({range_})")
             print(textwrap.fill(field.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
-        for dataset in map(data.get, data.names()):
-            if values := methods.defaults_on(dataset, name):
-                print(f"    on {dataset.name}: " + ", ".join(f"{key} {default_text(v)}" for key, v in values.items()))
+        for where, values in defaults_by_data_set(name):
+            print(f"    on {where}: {values}")
         print()
     return 0
+
+
+def defaults_by_data_set(name: str) -> list[tuple[str, str]]:
+    """The data sets on which a method has other defaults, and these; not those that are like another (`Dataset.like`)
+    and have the same."""
+    told = []
+    for dataset in map(data.get, data.names()):
+        values = methods.defaults_on(dataset, name)
+        if values and not (dataset.like and values == methods.defaults_on(data.get(dataset.like), name)):
+            told.append((dataset.name, ", ".join(f"{key} {default_text(value)}" for key, value in values.items())))
+    return told
 
 
 def default_text(value: Any) -> str:

@@ -84,7 +84,7 @@ def compare_once(
 ) -> Results:
     """``compare``; ``stopped`` takes the line that says how a run goes on."""
     config, folders = _resumed(config) if config.resume else (config, {})
-    splits = with_extra(splits or load_for(config, folders), config.extra_data)
+    splits = with_extra(splits or load_for(config, folders), config.extra_data).told(say)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
     config = resolved(config, splits)
@@ -294,9 +294,10 @@ def explained(
 
 
 def _code(config: TrainConfig, splits: DataSplits) -> str:
-    """The flags that name code of the user's own, which must be given again."""
+    """The flags that name code and places of the user's own, which must be given again."""
     own = {"dataset": splits.loader, "model": config.model}
-    return "".join(f" --{kind} {plain(path)}" for kind, path in own.items() if is_import_path(path))
+    flags = {kind: path for kind, path in own.items() if is_import_path(path)} | {"data-dir": config.data_dir}
+    return "".join(f" --{flag} {shlex.quote(plain(path))}" for flag, path in flags.items() if path)
 
 
 def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:

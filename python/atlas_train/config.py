@@ -148,9 +148,12 @@ class TrainConfig(metaclass=_Lenient):
     dataset: str = option(
         "digits",
         f"one of {', '.join(data.names())} (digits is embedded); folder: pictures of your own in --data-dir, a folder "
-        "for each class; or code of your own: package.module:factory or path/to/file.py:factory",
+        "for each class; npz: arrays in the file --data-dir; or code of your own: package.module:factory or "
+        "path/to/file.py:factory",
     )
-    data_dir: str | None = option(None, "folder with the data's files; default: $ATLAS_DATA, then the cache folder")
+    data_dir: str | None = option(
+        None, "folder with the data's files, or the .npz file; default: $ATLAS_DATA, then the cache folder"
+    )
     download: bool = option(False, "download the data if they are found nowhere")
     image_size: int | None = option(
         None,
@@ -222,9 +225,10 @@ class TrainConfig(metaclass=_Lenient):
     mean: tuple[float, ...] = option(
         None,
         "mean of the training images in [0, 1], a number for each channel, by which the networks listed under --model "
-        "normalise; none, and std too: images go in as they are; " + _AUTO,
+        "normalise; none, and std too: images go in as they are; default: by data set, or measured where they are in "
+        "colour",
     )
-    std: tuple[float, ...] = option(None, "standard deviation, beside mean; " + _AUTO, above=0)
+    std: tuple[float, ...] = option(None, "standard deviation, beside mean; default: the same", above=0)
 
     epochs: int = option(None, "passes over the training images; " + _AUTO, low=1)
     batch_size: int = option(
@@ -446,9 +450,10 @@ class TrainConfig(metaclass=_Lenient):
         """``hyper_of``, with the form of the named data set where the values need that form. Without it they must still
         be valid too: records of earlier versions were made with other defaults."""
         own, eps = self.hyper_of(name), self.eps or 0.5
-        if not methods.get(name).form_options or self.dataset not in data.names():
+        usual = data.usual(self.dataset)
+        if not methods.get(name).form_options or usual is None:
             return own
-        defaults = methods.defaults_on(data.get(self.dataset), name)
+        defaults = methods.defaults_on(usual, name)
         if _is_of_another_form(self, name, defaults):
             return own
         form = {key: value for key, value in defaults.items() if not isinstance(value, (data.OfEps, data.UpTo))}
@@ -563,6 +568,9 @@ def resolved(config: TrainConfig, splits: DataSplits, own_model: bool = False) -
         defaults |= {"mean": None, "std": None}
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     missing |= {"dataset": splits.name} | ({"model": None} if own_model else {})
+    normalised = not own and splits.train.shape[0] == models.COLOUR
+    if normalised and not config.resume and {**vars(config), **missing}["mean"] is None:  # else the checkpoint has them
+        missing |= _measured(splits.train)
     if config.val_size is None:
         missing["val_size"] = held_out.default_size(len(splits.train), config.train_size)
     config = _precise(dataclasses.replace(config, **missing))
@@ -585,6 +593,9 @@ def _require_valid(dataset: Dataset) -> None:
         TrainConfig(**dataset.settings)
         for norm, eps in dataset.radii.items():
             TrainConfig(method="standard", norm=cast(Norm, norm), eps=eps)
+        known = {*data.names(), *(key for name in methods.names() for key in methods.get(name).defaults)}
+        if dataset.like not in (None, *known):
+            raise ValueError(f"like: no data set {shown(dataset.like)}{suggestion(dataset.like, known)}")
         own = dataset.methods
         if not isinstance(own, Mapping) or not all(isinstance(hyper, Mapping) for hyper in own.values()):
             raise ValueError(f"methods must be hyper-parameters by method and name, got {shown(own)}")
@@ -622,22 +633,19 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
             f"config: eps must be less than {widest:.4g} in {NORMS[config.norm]}, as no two images in [0, 1] are "
             f"further apart, got {config.eps:.4g}: write 128/255 instead of 128"
         )
-    needed = ["epochs", "batch_size", "lr"]
-    if not own and not config.resume and splits.train.shape[0] == models.COLOUR:  # else the checkpoint has mean and std
-        needed += ["mean", "std"]
-    unknown = [name for name in needed if getattr(config, name) is None]
+    unknown = [name for name in ("epochs", "batch_size", "lr") if getattr(config, name) is None]
     if unknown:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise ValueError(
             f"config: the data set {splits.name!r} has no {', '.join(unknown)} of its own: set them ({flags}), or "
-            f"declare them with it (atlas_train.data.Dataset){_measured(splits.train) if 'mean' in unknown else ''}"
+            "declare them with it (atlas_train.data.Dataset)"
         )
 
 
-def _measured(images: Images) -> str:
-    """Mean and std of the images as flags."""
-    mean, std = (" ".join(f"{value:.4f}" for value in values) for values in images.mean_std())
-    return f"; its training images have --mean {mean} --std {std}"
+def _measured(images: Images) -> dict[str, tuple[float, ...]]:
+    """Mean and std of the images as everyone writes them; a channel that is the same everywhere is divided by 1."""
+    mean, std = (tuple(round(value, 4) for value in values) for values in images.mean_std())
+    return {"mean": mean, "std": tuple(value or 1.0 for value in std)}
 
 
 def alone(config: TrainConfig) -> TrainConfig:

@@ -193,7 +193,7 @@ def start(
         run = prepare(config, splits, model, folder)
         rescue.require_possible(run.config, folder is not None)
         run.data = identity.record(splits) if folder else {}
-        return run, _beginnings(run)
+        return run, [*splits.notes, *_beginnings(run)]
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
     require_network(state, model, config.model, source)
@@ -205,7 +205,7 @@ def start(
     run = prepare(config, splits, model, folder)
     rescue.require_possible(run.config, folder is not None)
     run.data = images
-    return run, notes + restore(run, state, source)
+    return run, [*splits.notes, *notes, *restore(run, state, source)]
 
 
 def _beginnings(run: Run) -> list[str]:
@@ -214,7 +214,10 @@ def _beginnings(run: Run) -> list[str]:
     share = f"{config.extra_share:.0%} of every batch from {0 if extra is None else len(extra):,} extra images"
     init = f"begins with the weights of {plain(config.init)}"
     kept = require_room(run.method, (run.samples, *run.splits.train.shape), run.device)
-    return [text for text, said in ((init, config.init), (share, extra is not None), (kept, kept)) if said]
+    recipe = f"settings that you did not give are those of {data.declared(run.splits).like}"
+    own = run.splits.loader in data.FORMS
+    pairs = ((recipe, own), (init, config.init), (share, extra is not None), (kept, kept))
+    return [text for text, said in pairs if said]
 
 
 def load_splits(

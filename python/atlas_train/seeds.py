@@ -61,6 +61,7 @@ def compare_seeds(
     """
     config, root = _resumed(config) if config.resume else (config, None)
     splits = splits or load_for(config, _folders(config, root) if root else {}, "resume_seeds")
+    splits = splits.told(say)
     settings = resolved(config, with_extra(splits, config.extra_data))
     results: dict[int, Results] = {}
     failed: dict[int, str] = {}

@@ -106,6 +106,7 @@ def evaluate_checkpoint(
     dataset: str | None = None,
     data_dir: Path | None = None,
     download: bool = False,
+    reading: Mapping[str, Any] | None = None,
     other_data: bool = False,
     eps: float | None = None,
     norm: Norm | None = None,
@@ -133,6 +134,7 @@ def evaluate_checkpoint(
             weights, or a name or an import path.
         dataset: a data set to evaluate on instead of the run's. If the run's is code of your own, its import path: then
             it must give the test images of the run. data_dir, download: as for ``data.load``.
+        reading: image_size, grey and skip_unreadable of ``data.load``, where they are not those of the run.
         other_data: True allows ``splits``, or what ``dataset`` gives, to be other data than the run's.
         eps, norm, size, threads: as for ``evaluate``; default: the run's, and in another norm the data set's eps.
         device: default: cuda where there is one.
@@ -154,6 +156,7 @@ def evaluate_checkpoint(
         dataset=dataset,
         data_dir=data_dir,
         download=download,
+        reading=reading,
         other_data=other_data,
         say=say,
     )
@@ -202,6 +205,7 @@ def opened(
     dataset: str | None = None,
     data_dir: Path | None = None,
     download: bool = False,
+    reading: Mapping[str, Any] | None = None,
     other_data: bool = False,
     say: Say = print,
 ) -> tuple[nn.Module, dict[str, Any], DataSplits, dict[str, Any]]:
@@ -212,7 +216,10 @@ def opened(
     network, description = checkpoint.load_network(path, model)
     if splits is None:
         name = dataset or identity.loader(description, path, "evaluate_checkpoint")
-        splits = data.load(name, data_dir or description["config"].get("data_dir"), download)
+        known = description["config"]
+        own = {} if name in data.names() else {key: known[key] for key in data.READING if known.get(key)}
+        given = {key: value for key, value in (reading or {}).items() if value}
+        splits = data.load(name, data_dir or known.get("data_dir"), download, **own | given).told(say)
     images = identity.record(splits, ("test",))
     other = dataset is not None and not same_code(dataset, description.get("data", {}).get("loader"))
     for note in _notes(description, images, path, other_data or other):

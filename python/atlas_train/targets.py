@@ -61,6 +61,7 @@ def opened(
     dataset: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     download: bool = False,
+    reading: Mapping[str, Any] | None = None,
     other_data: bool = False,
     say: Say = print,
 ) -> Target:
@@ -79,12 +80,12 @@ def opened(
             raise ValueError(f"{plain(target)} is a run and says its mean, std and width itself: leave these out")
         network, description, splits, images = stored.opened(
             target, splits=splits, model=model, dataset=dataset, data_dir=data_dir, download=download,
-            other_data=other_data, say=say,
+            reading=reading, other_data=other_data, say=say,
         )  # fmt: skip
         return Target(network, splits, images, str(description["arch"]["name"]), settings=description["config"])
     _require_one_network(target, model, factory)
     if splits is None:
-        splits = data.load(_named(target, dataset), data_dir, download)
+        splits = data.load(_named(target, dataset), data_dir, download, **reading or {}).told(say)
     require_normalisation(mean, std, splits.test.shape[0])
     sizes: dict[str, Any] = {"num_classes": splits.num_classes, "in_channels": splits.test.shape[0], "width": width}
     name, apart = target if factory else str(model), (mean, std) if mean else (None, None)

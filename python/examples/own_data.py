@@ -5,7 +5,7 @@
     atlas train --dataset python/examples/own_data.py:images --model digits_net --epochs 10 --batch-size 128 --lr 0.005
 
 PHOTOS declares all that training takes from a data set. ``images`` gives the same images alone: what it does not say is
-asked for, here also their --mean and --std.
+asked for, but for mean and std, which are measured.
 """
 
 from __future__ import annotations

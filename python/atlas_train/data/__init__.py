@@ -8,15 +8,19 @@ from typing import Any
 
 from ..imported import called, find, is_import_path, refused
 from ..options import canonical, plain, shown, suggestion
-from . import folder
+from . import arrays, folder, own
+from .arrays import from_arrays, from_dataset
 from .cifar10 import CIFAR10
+from .cifar100 import CIFAR100
 from .dataset import Dataset, DataSplits, OfEps, UpTo
 from .digits import DIGITS
 from .extra import with_extra
+from .fashion_mnist import FASHION_MNIST
 from .images import Images
 from .loader import Batch, Batches
 from .mnist import MNIST
 from .pictures import Pictures
+from .svhn import SVHN
 
 __all__ = [
     "Batch",
@@ -28,15 +32,18 @@ __all__ = [
     "Pictures",
     "UpTo",
     "declared",
+    "from_arrays",
+    "from_dataset",
     "get",
     "load",
     "names",
+    "usual",
     "with_extra",
 ]
 
-_DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, CIFAR10)}
+_DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100, SVHN)}
 #: What `load` knows beside them: data of the user's own, in a form that is known.
-FORMS = ("folder",)
+FORMS = ("folder", "npz")
 #: Settings of how their pictures are read.
 READING = ("image_size", "grey", "skip_unreadable")
 
@@ -50,11 +57,18 @@ def get(name: str) -> Dataset:
     """What is declared of the data set of that name, in capitals or not. Raises ValueError that names the nearest."""
     name = canonical(name, _DATASETS)
     if name not in _DATASETS:
-        near = suggestion(str(name).replace("-", ""), _DATASETS)
+        known = *_DATASETS, *FORMS
+        near = suggestion(str(name).replace("-", ""), known)
         code = f"{plain(name)}:factory" if str(name).endswith(".py") else "package.module:factory"
-        known = ", ".join((*_DATASETS, *FORMS))
-        raise ValueError(f"name: no data set {shown(name)}{near} (known: {known}; for data of your own write {code})")
+        raise ValueError(
+            f"name: no data set {shown(name)}{near} (known: {', '.join(known)}; for data of your own write {code})"
+        )
     return _DATASETS[name]
+
+
+def usual(name: str) -> Dataset | None:
+    """What is declared of a data set before it is read, if it is known by its name or its form."""
+    return own.USUAL if name in FORMS else _DATASETS.get(name)
 
 
 def declared(splits: DataSplits) -> Dataset:
@@ -80,20 +94,23 @@ def load(
     grey: bool = False,
     skip_unreadable: bool = False,
 ) -> DataSplits:
-    """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" (28x28), "cifar10" (32x32, RGB), or your own.
+    """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" and "fashion_mnist" (28x28), "cifar10", "cifar100"
+    and "svhn" (32x32, RGB), or your own.
 
     Files are looked for in `data_dir`, then in the folder named by the environment variable ATLAS_DATA, then in the
     cache folder ($XDG_CACHE_HOME or ~/.cache, /atlas_kernels). There, mnist may lie in mnist/, MNIST/raw/ or the folder
-    itself, cifar10 in cifar-10-batches-py/ or the folder itself. Every file's md5 is checked on every load.
+    itself, fashion_mnist in fashion_mnist/, FashionMNIST/raw/ or the folder itself, cifar10 in cifar-10-batches-py/,
+    cifar100 in cifar-100-python/, svhn in svhn/ or the folder itself. Every file's md5 is checked on every load.
     With `download`, files found nowhere are downloaded into the first of these folders that is set.
 
     Your own: "folder", the pictures in `data_dir`, which may be read by image_size, grey and skip_unreadable (see
-    `folder.find`); or "package.module:factory" or "path/to/file.py:factory", where the factory is a `Dataset`, or a
-    function that gives `DataSplits`. It is called with the arguments that are given.
+    `folder.find`); "npz", the arrays in the file `data_dir` (`arrays.load`); or "package.module:factory" or
+    "path/to/file.py:factory", where the factory is a `Dataset`, or a function that gives `DataSplits`. It is called
+    with the arguments that are given.
 
     Raises ValueError for an unknown name, a path that leads nowhere, a factory that gives anything else or a damaged
-    file, FileNotFoundError for missing files, ImportError when scikit-learn (digits), pooch (download) or Pillow
-    (folder) is missing, OSError when a download fails.
+    file, FileNotFoundError for missing files, ImportError when scikit-learn (digits), SciPy (svhn), pooch
+    (download) or Pillow (folder) is missing, OSError when a download fails.
     """
     reading: dict[str, Any] = dict(zip(READING, (image_size, grey, skip_unreadable), strict=True))
     pictures = {key: value for key, value in reading.items() if value}
@@ -101,13 +118,23 @@ def load(
     if is_import_path(name):
         given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
         splits = _imported(name, **given, **({"download": True} if download else {}), **pictures)
-    elif name == "folder":
-        splits = folder.load(data_dir, **pictures)
-    elif pictures:
-        raise ValueError(f"{next(iter(pictures))} is for pictures in files, --dataset folder: leave it out for {name}")
+    elif pictures and name != "folder":
+        raise ValueError(
+            f"{next(iter(pictures))} is for pictures in files, --dataset folder: leave it out for {plain(name)}"
+        )
+    elif name in FORMS:
+        splits = _renamed(folder.load(data_dir, **pictures) if name == "folder" else arrays.load(data_dir), name)
     else:
         splits = get(name)(data_dir, download)
     return dataclasses.replace(splits, loader=name)
+
+
+def _renamed(splits: DataSplits, form: str) -> DataSplits:
+    """The same under a name that is none of ours, whose defaults would otherwise be meant."""
+    if splits.name not in (*_DATASETS, *FORMS):
+        return splits
+    name, declared = f"{splits.name}-{form}", splits.declared
+    return dataclasses.replace(splits, name=name, declared=declared and dataclasses.replace(declared, name=name))
 
 
 def _imported(path: str, **given: Any) -> DataSplits:

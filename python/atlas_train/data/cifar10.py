@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,37 +41,43 @@ def load(data_dir: str | os.PathLike[str] | None = None, download: bool = False)
     return read_batches(folder, TRAIN), read_batches(folder, TEST)
 
 
-def read_batches(folder: Path, names: tuple[str, ...], md5: Mapping[str, str] = MD5) -> Images:
-    """The images of some batch files, one after the other. md5: checksum per file name.
+def read_batches(
+    folder: Path, names: tuple[str, ...], md5: Mapping[str, str] = MD5, labels_in: bytes = b"labels"
+) -> Images:
+    """The images of some batch files, one after the other. md5: checksum per file name. labels_in: what the labels are
+    called in these files.
 
     Raises ValueError for a file that is another one.
     """
-    batches = [read_batch(folder / name, md5[name]) for name in names]
+    batches = [read_batch(folder / name, md5[name], labels_in) for name in names]
     pixels = np.concatenate([pixels for pixels, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
-def read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+def read_batch(path: Path, md5: str, labels_in: bytes) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, 32, 32] and int64 [n] of one batch file."""
     data = files.read_checked(path, md5)
     batch = pickle.loads(data, encoding="bytes")  # runs what it asks for: the checksum says that this is the known file
-    return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[b"labels"], dtype=np.int64)
+    return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[labels_in], dtype=np.int64)
 
 
 def fetch_all(folder: Path) -> None:
     """Downloads the archive and leaves its batch files in `folder`."""
     archive = folder / ARCHIVE
     files.fetch(URLS, ARCHIVE_MD5, archive)
-    unpack(archive, folder)
+    unpack(archive, folder, SUBFOLDERS[0], MD5)
     archive.unlink()
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Takes the batch files, and nothing else, out of the archive, whose checksum is known to be right."""
+def unpack(archive: Path, folder: Path, inside: str, names: Iterable[str]) -> None:
+    """Takes the batch files of these names, and nothing else, out of the archive, whose checksum is known to be right.
+
+    inside: the folder in which the archive has them.
+    """
     with tarfile.open(archive) as tar:
-        for name in MD5:
-            content = tar.extractfile(f"cifar-10-batches-py/{name}")
+        for name in names:
+            content = tar.extractfile(f"{inside}/{name}")
             assert content is not None
             write_bytes(folder / name, content.read())
 

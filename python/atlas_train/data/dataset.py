@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,9 +42,11 @@ class Dataset:
 
     load: gives training and test images; see `atlas_train.data.load` for its arguments, (data_dir, download).
     eps, model and all after it but ``methods``: the defaults of the settings of ``TrainConfig`` with these names. None
-    means that there is none: what training needs (model, epochs, batch_size, lr; mean and std for our networks on
-    colour images) then has to be set.
+    means that there is none: what training needs (model, epochs, batch_size, lr) then has to be set, and mean and std
+    of colour images are measured.
     radii: the usual radii in l2 and l1: {"l2": 128 / 255}; that in l_inf is ``eps``.
+    like: the data set whose hyper-parameters methods take here, where they have none for this one
+    (``Method.defaults``).
     methods: hyper-parameters of methods on this data set, by name: {"trades": {"steps": 40}}; lengths may be shares of
     eps, ``OfEps(1 / 4)``, and a number may be another above a radius, ``UpTo(8 / 255, 20, 10)``. They win over those
     that the method has for this data set (``Method.defaults``), and these over the method's own; what the user sets
@@ -55,6 +57,7 @@ class Dataset:
     load: Load
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    like: str | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     radii: Mapping[str, float] = field(default_factory=dict)
 
@@ -75,7 +78,7 @@ class Dataset:
     @property
     def settings(self) -> dict[str, Any]:
         """The defaults of ``TrainConfig``, by name."""
-        own = ("name", "load", "num_classes", "class_names", "methods", "radii")
+        own = ("name", "load", "num_classes", "class_names", "like", "methods", "radii")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     def radius(self, norm: str) -> float | None:
@@ -155,6 +158,12 @@ class DataSplits:
                     f"{self.name}: labels of the {split} split must be in 0..{self.num_classes - 1}, got "
                     f"{int(images.labels.min())}..{int(images.labels.max())}; check num_classes and the files"
                 )
+
+    def told(self, say: Callable[[str], Any]) -> DataSplits:
+        """The same after its notes were said, without them."""
+        for note in self.notes:
+            say(note)
+        return replace(self, notes=())
 
     def __repr__(self) -> str:
         parts = f"train={self.train!r}, test={self.test!r}, num_classes={self.num_classes}, eps={fraction(self.eps)}"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..options import one_line, plain
+from ..options import plain
+from .arrays import read_npz
 from .dataset import DataSplits
 from .images import Images
 
@@ -33,7 +34,11 @@ def read(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Images:
             f"extra_data: there is no file {plain(path)}; say where it lies (--extra-data), also to resume "
             "a run, for a checkpoint holds its name without the folder"
         )
-    pixels, labels = _arrays(path)
+    arrays, names = read_npz(path, "extra_data", KEYS)
+    if len(arrays) < len(KEYS):
+        has = f"the arrays {', '.join(map(plain, names))}" if names else "no arrays by name"
+        raise ValueError(f"extra_data {plain(path)} must hold image and label, images with their classes; it has {has}")
+    pixels, labels = (arrays[key] for key in KEYS)
     channels, height, width = shape
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (height, width, channels):
         raise ValueError(
@@ -48,16 +53,3 @@ def read(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Images:
     if not len(pixels):
         raise ValueError(f"extra_data {plain(path)} holds no images")
     return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _arrays(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        file = np.load(path, mmap_mode="r", allow_pickle=False)
-        names = getattr(file, "files", ())  # a lone array has none
-        if set(KEYS) <= set(names):
-            with file:
-                return file[KEYS[0]], file[KEYS[1]]
-    except Exception as error:  # no archive, objects in it, or damaged, which raises nearly anything
-        raise ValueError(f"extra_data {plain(path)} cannot be read as .npz: {one_line(error)}") from error
-    has = f"the arrays {', '.join(map(plain, names))}" if names else "no arrays by name"
-    raise ValueError(f"extra_data {plain(path)} must hold image and label, images with their classes; it has {has}")

@@ -8,13 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..options import plain, shown
+from ..progress import Line
 
 REMEDY = (
     "get it anew, with --download (download=True) and a folder without it, or, if it is another data set's, point "
     "--data-dir (data_dir) elsewhere"
 )
+_CHUNK = 2**18  # bytes of a download that are written at a time
 #: The md5 of files of other data sets that bear the names of ours.
 OTHERS = {
+    "MNIST": {
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    },
     "Fashion-MNIST": {
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "25c81989df183df01b3e8a0aad5dffbe",
@@ -119,7 +127,8 @@ def fetch(urls: Sequence[str], md5: str, path: Path) -> None:
     for url in urls:
         try:
             # pooch checks the md5 of a temporary file and renames it only then
-            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=path.name, path=path.parent)
+            load = pooch.HTTPDownloader(progressbar=_Progress(path.name), chunk_size=_CHUNK)
+            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=path.name, path=path.parent, downloader=load)
             return
         except (OSError, ValueError) as error:  # no connection; wrong bytes
             failures.append(f"  {url}: {error}")
@@ -127,6 +136,26 @@ def fetch(urls: Sequence[str], md5: str, path: Path) -> None:
     raise OSError(
         f"could not download {path.name}:\n{tried}\nTry again later, or put the files in {plain(path.parent)}."
     )
+
+
+class _Progress:
+    """What pooch tells of a download, for a terminal."""
+
+    total = 0
+
+    def __init__(self, name: str) -> None:
+        self._line, self._done = Line(name, 0, " KiB"), 0
+
+    def update(self, size: int) -> None:
+        self._done += size
+        self._line.total = self.total // 1024
+        self._line.show(min(self._done, self.total) // 1024)
+
+    def reset(self) -> None:
+        self._done = 0
+
+    def close(self) -> None:
+        self._line.end()
 
 
 def absent(folder: Path, alternatives: Mapping[str, Sequence[str]]) -> list[str]:

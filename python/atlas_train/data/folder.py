@@ -55,7 +55,8 @@ def load(
     skipped: list[str] | None = [] if skip_unreadable else None
     train, test = found.train.resident(skipped), found.test.resident(skipped)
     require_every_class(train.labels, found.class_names, found.train.root)
-    return own.declared(found.name, train, test, found.class_names, (*found.notes, *_said(skipped)))
+    notes = (*found.notes, *_said(skipped))
+    return own.declared(found.name, train, test, len(found.class_names), found.class_names, notes)
 
 
 def find(
@@ -75,36 +76,47 @@ def find(
     grey: in one channel instead of RGB. skip_unreadable: files that are no whole pictures are left out.
     """
     root = _root(data_dir)
-    trained = root / TRAIN if (root / TRAIN).is_dir() else root
+    trained = root / TRAIN if _folders(root / TRAIN) else root  # a class may be called train
     tests = [root / name for name in TESTS if trained != root and _folders(root / name)]
-    names = _classes(trained)
-    files, labels = _listed(trained, names)
+    names, others = _classes(trained), Counter[str]()
     size, channels = (image_size, image_size) if image_size else (1, 1), 1 if grey else 3
-    train = Pictures(files, labels, size, channels, str(trained))
+    parts = []
+    for folder in (trained, *tests[:1]):
+        files, labels = _listed(folder, names, others, trained)
+        parts.append(Pictures(files, labels, size, channels, str(folder)))
+    notes = _notes(root, tests, names, parts, others)
     skipped: list[str] | None = [] if skip_unreadable else None
-    notes = []
-    if tests:
-        files, labels = _listed(tests[0], names, trained)
-        parts = [train, Pictures(files, labels, size, channels, str(tests[0]))]
-        notes += [f"{plain(other)} is not used: the test is that of {tests[0].name}" for other in tests[1:]]
-        missing = [name for name, n in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True) if not n]
-        notes += [f"{plain(tests[0])} has no picture of {_some(missing)}"] if missing else []
-    else:
-        parts = [train]
     if image_size is None:
         parts = _of_one_size(parts, skipped)
     if not tests:
         chosen, held, note = own.split(parts[0].labels)
         parts = [parts[0].take(chosen), parts[0].take(held)]
         notes.append(f"{plain(trained)} has no test pictures of their own: {note}")
-    training, testing = parts
-    return Found(_name(root), training, testing, names, (*notes, *_said(skipped)))
+    train, test = parts
+    return Found(own.name_of(root), train, test, names, (*notes, *_said(skipped)))
+
+
+def _notes(
+    root: Path, tests: Sequence[Path], names: Sequence[str], parts: Sequence[Pictures], others: Counter[str]
+) -> list[str]:
+    """What the user should know of the files that were found."""
+    notes = [f"{plain(other)} is not used: the test is that of {tests[0].name}" for other in tests[1:]]
+    if tests and (missing := _empty(parts[1].labels, names)):
+        notes.append(f"{plain(tests[0])} has no picture of {_some(missing)}")
+    if others:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        notes.append(f"{plain(root)}: files that are no pictures by their names are passed over: {counts}")
+    return notes
+
+
+def _empty(labels: torch.Tensor, names: Sequence[str]) -> list[str]:
+    """The classes that no label is of."""
+    return [name for name, n in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True) if not n]
 
 
 def require_every_class(labels: torch.Tensor, names: Sequence[str], source: object) -> None:
     """Raises ValueError for classes without a training picture that could be read."""
-    empty = [name for name, n in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True) if not n]
-    if empty:
+    if empty := _empty(labels, names):
         raise ValueError(
             f"{plain(source)}: no picture of the class {_some(empty)} can be read: delete it, or mend some"
         )
@@ -121,10 +133,6 @@ def _root(data_dir: str | os.PathLike[str] | None) -> Path:
         what = "is a file" if root.exists() else "is not there"
         raise FileNotFoundError(f"data_dir: {plain(root)} {what}: give the folder of the pictures")
     return root
-
-
-def _name(root: Path) -> str:
-    return root.resolve().name or "folder"
 
 
 def _folders(folder: Path) -> list[str]:
@@ -146,9 +154,12 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _listed(folder: Path, names: Sequence[str], trained: Path | None = None) -> tuple[list[str], torch.Tensor]:
-    """The pictures of a folder, by class and path, and their classes. trained: the folder that has the classes, where
-    it is another: then one may have no pictures."""
+def _listed(folder: Path, names: Sequence[str], others: Counter[str], trained: Path) -> tuple[list[str], torch.Tensor]:
+    """The pictures of a folder, in an order that only their names decide, and their classes.
+
+    others: counts other files by their extensions. trained: the folder that has the classes; in another one a class may
+    have no pictures.
+    """
     if unknown := [name for name in _folders(folder) if name not in set(names)]:
         raise ValueError(
             f"{plain(folder)} has folders that {plain(trained)} lacks: {_some(unknown)}; give both the same classes"
@@ -156,17 +167,19 @@ def _listed(folder: Path, names: Sequence[str], trained: Path | None = None) -> 
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        others: Counter[str] = Counter()
-        own = sorted(_pictures(folder, name, others))
-        if not own and trained is None:
-            only = f"; it has files {', '.join(sorted(others))}" if others else ""
+        passed: Counter[str] = Counter()
+        found = sorted(_pictures(folder, name, passed))
+        if not found and folder == trained:
+            only = f"; it has files {', '.join(sorted(passed))}" if passed else ""
             raise ValueError(
                 f"the class {shown(name)} has no pictures: {plain(folder / name)} holds no file "
                 f"{', '.join(EXTENSIONS)}{only}. Delete the folder, or fill it"
             )
-        files += own
-        labels += [label] * len(own)
-    return files, torch.tensor(labels, dtype=torch.int64)
+        others += passed
+        files += found
+        labels += [label] * len(found)
+    order = own.shuffled(len(files))
+    return [files[row] for row in order], torch.tensor(labels, dtype=torch.int64)[torch.from_numpy(order)]
 
 
 def _pictures(root: Path, name: str, others: Counter[str]) -> list[str]:
@@ -202,7 +215,7 @@ def _of_one_size(parts: Sequence[Pictures], skipped: list[str] | None) -> list[P
         if first is None and len(rows):
             first = part.path(rows[0]), (int(sizes[rows[0]][0]), int(sizes[rows[0]][1]))
         if first is None:
-            continue
+            raise Unreadable(f"{plain(part.root)}: none of {len(part):,} pictures can be read: {faults[0]}")
         if len(other := rows[(sizes[rows] != first[1]).any(1)]):
             height, width = sizes[other[0]]
             raise ValueError(
@@ -215,7 +228,11 @@ def _of_one_size(parts: Sequence[Pictures], skipped: list[str] | None) -> list[P
 
 
 def _said(skipped: Sequence[str] | None) -> list[str]:
-    return [f"WARNING: {len(skipped):,} pictures cannot be read and are left out: {_some(skipped)}"] if skipped else []
+    return (
+        [f"WARNING: pictures left out because they cannot be read: {len(skipped):,} ({_some(skipped)})"]
+        if skipped
+        else []
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -103,6 +103,8 @@ def require_same(state: Mapping[str, Any], given: Mapping[str, Any], source: obj
             remedy = f"put the code at {plain(own)} back as it was, or {remedy}"
         elif own and own != given["loader"]:
             remedy = f"leave out the data set, or say {plain(own)}"
+        elif "files" in given["test"]:
+            remedy = f"put the files back as they were, or {remedy}"
         raise ValueError(
             f"{plain(source)} was made on other data. It has {describe(recorded)}; you gave {describe(given)}{which}. "
             f"Give those it was made on: {remedy}"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 
 from ..options import plain
+from ..progress import Line
 from .images import Images, drawn
 
 #: From this side on evaluation resizes pictures to 8/7 of the side before it cuts out their middle: to 256 for 224, as
@@ -103,7 +101,7 @@ class Pictures:
 
     def readable(self, faults: Mapping[int, str], skipped: list[str] | None) -> np.ndarray:
         """The rows that have no fault; see `resident` for ``skipped``."""
-        errors = [faults[row] for row in sorted(faults)]
+        errors = sorted(faults.values())
         if errors and skipped is None:
             few = "; ".join(errors[:3]) + (f"; and {len(errors) - 3:,} more" if len(errors) > 3 else "")
             raise Unreadable(
@@ -117,15 +115,15 @@ class Pictures:
     def files(self) -> dict[str, str]:
         """What tells these files from others: of each folder in ``root``, how many there are and the sha256 of their
         paths (below ``root``), classes and sizes in bytes."""
-        digests: dict[str, Any] = {}
-        counts: Counter[str] = Counter()
+        lines: dict[str, list[str]] = {}
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            place = Path(path).as_posix()
-            folder = place.partition("/")[0]
-            counts[folder] += 1
-            size = os.path.getsize(os.path.join(self.root, path))
-            digests.setdefault(folder, hashlib.sha256()).update(f"{place}\0{label}\0{size}\n".encode())
-        return {folder: f"{counts[folder]} {digest.hexdigest()[:16]}" for folder, digest in digests.items()}
+            place, size = Path(path).as_posix(), os.path.getsize(os.path.join(self.root, path))
+            lines.setdefault(place.partition("/")[0], []).append(f"{place}\0{label}\0{size}\n")
+        digests = {
+            folder: hashlib.sha256("".join(sorted(own)).encode("utf-8", "surrogateescape"))
+            for folder, own in lines.items()
+        }
+        return {folder: f"{len(lines[folder])} {digests[folder].hexdigest()[:16]}" for folder in sorted(lines)}
 
 
 def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int = 3) -> torch.Tensor:
@@ -199,8 +197,7 @@ def require_pillow() -> Any:
 
 
 def in_threads(work: Callable[[int], None], count: int, what: str) -> None:
-    """``work`` of every number below ``count``, in as many threads as this process has CPU cores. After two seconds a
-    terminal shows how far it is."""
+    """``work`` of every number below ``count``, in as many threads as this process has CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def some(start: int) -> int:
@@ -208,17 +205,23 @@ def in_threads(work: Callable[[int], None], count: int, what: str) -> None:
             work(number)
         return min(start + _CHUNK, count)
 
-    began, shown = time.monotonic(), False
     pool = ThreadPoolExecutor(min(cores, 16))
     try:
-        for done in pool.map(some, range(0, count, _CHUNK)):
-            if sys.stderr.isatty() and time.monotonic() - began > 2:
-                print(f"\r{what}: {done:,} of {count:,}", end="", file=sys.stderr, flush=True)
-                shown = True
+        for _ in counted(pool.map(some, range(0, count, _CHUNK)), count, what):
+            pass
     finally:
         pool.shutdown(cancel_futures=True)
-        if shown:
-            print(file=sys.stderr)
+
+
+def counted(done: Iterable[int], count: int, what: str) -> Iterator[int]:
+    """The numbers, which a terminal shows."""
+    line = Line(what, count)
+    try:
+        for number in done:
+            yield number
+            line.show(number)
+    finally:
+        line.end()
 
 
 def _converted(picture: Any, channels: int) -> Any:

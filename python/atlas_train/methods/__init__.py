@@ -103,13 +103,15 @@ def hyper_parameters(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def defaults_on(dataset: Dataset, name: str) -> dict[str, Any]:
-    """The hyper-parameters that differ on a data set: those of the published method, and over them the data set's.
+    """The hyper-parameters that differ on a data set: those of the method for it or for the data set that it is like,
+    and over them those that it declares.
 
     Raises ValueError if the data set declares them for a method that there is not.
     """
     declared = {get(key).name: values for key, values in dataset.methods.items()}
     method = get(name)
-    return {**method.defaults.get(dataset.name, {}), **declared.get(method.name, {})}
+    own = method.defaults.get(dataset.name) or method.defaults.get(dataset.like or "", {})
+    return {**own, **declared.get(method.name, {})}
 
 
 def build(
