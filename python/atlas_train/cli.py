@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated as stop:
         return _complain("\natlas: told to end", int(str(stop.code)), processes.is_first())
     except processes.LostProcess as error:
-        return _complain(f"atlas: {error}", said=processes.is_first())
+        return _complain(f"atlas: {error}", said=processes.is_first() or processes.last_word(str(error)))
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
