@@ -141,16 +141,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _complain("\natlas: stopped", 130, processes.is_first())
+        return _complain("\natlas: stopped", 130, not rank())
     except Terminated as stop:
-        return _complain("\natlas: told to end", int(str(stop.code)), processes.is_first())
+        return _complain("\natlas: told to end", int(str(stop.code)), not rank())
     except processes.LostProcess as error:
         return _complain(f"atlas: {error}", said=processes.is_first() or processes.last_word(str(error)))
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
         text = _explained(error)
-        return _complain(_prefixed(text), said=processes.last_word(text))
+        return _complain(_prefixed(f"process {rank()}: " * bool(rank()) + text), said=processes.last_word(text))
 
 
 def _complain(text: str, status: int = 2, said: bool = True) -> int:

@@ -22,7 +22,7 @@ from .compiled import require_compilable
 from .config import PLACES, TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, identity, with_extra
 from .engine import load_splits, train
-from .evaluate import Say, evaluate, unsaid
+from .evaluate import Say, evaluate
 from .folders import locked, made, numbered
 from .imported import is_import_path, without_place
 from .interrupts import Terminated, terminable
@@ -84,7 +84,7 @@ def compare_once(
     config: TrainConfig, splits: DataSplits | None, show: str, say: Say, command: Sequence[str] | None, stopped: Say
 ) -> Results:
     """``compare``; ``stopped`` takes the line that says how a run goes on."""
-    say = say if processes.is_first() else unsaid
+    say = say if processes.is_first() else processes.unsaid
     config, folders = processes.of_first(lambda: _resumed(config) if config.resume else (config, {}))
     splits = with_extra(splits or load_for(config, folders), config.extra_data)
     if not len(splits.test):

@@ -50,6 +50,10 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
+def unsaid(text: str) -> None:
+    """Says nothing, in place of what the first process says."""
+
+
 def of_first(make: Callable[[], Value]) -> Value:
     """What ``make`` gives in the first process, in all of them; an exception that it raises there is raised in all."""
     if count() == 1:

@@ -27,7 +27,7 @@ from .compare import (
 )
 from .config import TrainConfig, added, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, with_extra
-from .evaluate import Say, unsaid
+from .evaluate import Say
 from .folders import locked, made
 from .interrupts import terminable
 from .machine import usable_device
@@ -60,7 +60,7 @@ def compare_seeds(
     Raises SeedsFailed at the end where training with some seed met a loss or weights that are not finite: the others
     are trained nevertheless, and the table is theirs. Any other error ends the command at once. Else as ``compare``.
     """
-    say = say if processes.is_first() else unsaid
+    say = say if processes.is_first() else processes.unsaid
     config, root = processes.of_first(lambda: _resumed(config) if config.resume else (config, None))
     splits = splits or load_for(config, _folders(config, root) if root else {}, "resume_seeds")
     settings = resolved(config, with_extra(splits, config.extra_data))
