@@ -15,7 +15,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import torch
 import atlas_kernels
 from atlas_kernels.attacks import LostProcesses
 
-from . import commands, data, flags, methods, protocols
+from . import commands, data, flags, methods, processes, protocols
 from .config import (
     AUTOATTACK_VERSION,
     RETIRED,
@@ -145,25 +145,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in known:
         return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, known)!r}\n\n{USAGE}")
     try:
-        with terminable(), warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings(), processes.joined() if name == "train" else nullcontext():
             warnings.showwarning = _warn
             return known[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 130 if rank() else _complain("\natlas: stopped", 130)
+        return _complain("\natlas: stopped", 130, not rank())
     except Terminated as stop:
-        status = int(str(stop.code))
-        return status if rank() else _complain("\natlas: told to end", status)
+        return _complain("\natlas: told to end", int(str(stop.code)), not rank())
+    except processes.LostProcess as error:
+        return _complain(f"atlas: {error}", said=processes.is_first() or processes.last_word(str(error)))
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
-        return _complain(_prefixed(f"process {rank()}: " * bool(rank()) + _explained(error)))
+        text = _explained(error)
+        return _complain(_prefixed(f"process {rank()}: " * bool(rank()) + text), said=processes.last_word(text))
 
 
-def _complain(text: str, status: int = 2) -> int:
-    """``text`` on stderr, where a name with escapes in it cannot move the cursor."""
+def _complain(text: str, status: int = 2, said: bool = True) -> int:
+    """``text`` on stderr, where a name with escapes in it cannot move the cursor, unless another process says it."""
+    if not said:
+        return status
     print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr)
     return status
 
@@ -178,7 +182,8 @@ def _warn(
 ) -> None:
     """A warning in one line; where it comes from, unless from us."""
     ours = Path(filename).parent == Path(__file__).parent
-    _complain(_prefixed(str(message)) if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}")
+    text = _prefixed(str(message)) if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}"
+    _complain(text, said=processes.is_first())
 
 
 def _explained(error: Exception) -> str:
