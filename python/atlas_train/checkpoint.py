@@ -270,7 +270,7 @@ def load_network(
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
     state = _read_safetensors(file) if file.suffix == ".safetensors" else load(file, ("arch", "config"))
-    kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw")
+    kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw", "within")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
     arch, weights = state["arch"], final_weights(state)

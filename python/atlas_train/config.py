@@ -396,6 +396,13 @@ class TrainConfig(metaclass=_Lenient):
         "folder of a run or of a comparison, or last.pt, to go on with (best.pt: from the best epoch again); its "
         "settings are then the defaults, but for data_dir, which no file holds",
     )
+    save_every: float = option(
+        10.0,
+        "minutes of training after which last.pt is written within an epoch too, so that a run that is killed loses no "
+        "more; Ctrl-C then loses nothing. 0: only at the ends of epochs",
+        low=0,
+        hint="0: only at the ends of epochs",
+    )
     tensorboard: bool = option(False, "also log for TensorBoard")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from .options import plain
 from .recompute import Recomputed, blocks
 from .remembered import require_room
 from .step_graph import require_recordable
+from .within import Within
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Run:
     validation: training images held out. best: the epoch that best.pt holds, 0 before there is one; best_raw: whether
     it means the weights in training, though there is an average. rescues: where a collapse was taken back, from which
     epoch to which and with what. ended: why training ended early, if it did. peak_memory: the most bytes that
-    torch held at once in an epoch on CUDA.
+    torch held at once in an epoch on CUDA. within: the epoch under way. masks: names of weights and buffers that were
+    not finite from the start.
     """
 
     config: TrainConfig
@@ -66,6 +68,8 @@ class Run:
     rescues: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
     peak_memory: int = 0
+    within: Within = field(default_factory=Within)
+    masks: set[str] = field(default_factory=set)
 
     @property
     def final_model(self) -> nn.Module:

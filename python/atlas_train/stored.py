@@ -182,8 +182,9 @@ def evaluate_checkpoint(
 
     with on_host(run.get("threads") if threads is None else threads):
         epoch, best, raw = (description.get(name) for name in ("epoch", "best", "best_raw"))
+        last = best == epoch and "within" not in description
         result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
-        if best and (best != epoch or raw) and os.path.isdir(path) and kept.exists():
+        if best and (raw or not last) and os.path.isdir(path) and kept.exists():
             say(best_told(best, bool(raw)))
             chosen = rule(run["method"], run["val_size"], chooses(run["averaging"], run["best_of"]))
             with checkpoint.weights_of(kept, network):

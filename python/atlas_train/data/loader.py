@@ -106,10 +106,14 @@ class Batches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.starting(0)
+
+    def starting(self, first: int) -> Iterator[Batch]:
+        """The epoch's batches from number ``first`` (from 0) on. Those before it cost nothing."""
         epoch = self.epoch  # fixed, should set_epoch come while this iteration lasts
         order = self._order(epoch)
         more = None if self._extra is None else self._extra_order(len(self._extra), epoch)
-        for batch in range(len(self)):
+        for batch in range(first, len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
             yield self._batch(ids, epoch) if more is None else self._joint(ids, more[start : start + len(ids)], epoch)
