@@ -1,4 +1,4 @@
-"""A run that is killed again and again (kill -9) and resumed, beside one that is not: `python tests/killed.py --help`."""
+"""A run that is killed again and again (kill -9) and resumed, beside one that is not: `python tests/killed.py -h`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")
         within, found = beside(TrainConfig(o.method, averaging=o.averaging, **SETTINGS), whole, cut, o.times, o.seed)
-    print(f"{o.method}: killed {o.times} times, {within} times within an epoch; differs: {', '.join(found) or 'nothing'}")
+    print(
+        f"{o.method}: killed {o.times} times, {within} times within an epoch; differs: {', '.join(found) or 'nothing'}"
+    )
     raise SystemExit(bool(found))
 
 

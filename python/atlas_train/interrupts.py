@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -73,7 +74,7 @@ def unbroken() -> Iterator[Unbroken]:
         found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING)}
         handlers = {number: handler for number, handler in found.items() if callable(handler)}
     for number, handler in handlers.items():
-        signal.signal(number, lambda number, frame, handler=handler: made.handle(handler, number, frame))
+        signal.signal(number, partial(made.handle, handler))
     try:
         yield made
     finally:
