@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atlas_kernels.attacks import AutoAttack, AutoAttackResult
 
-from .data import Images
+from .data import Split
 from .inference import device_of, eval_mode
 from .options import Norm, radius
 from .robustness.named import AUTOATTACK, PARTS, Named
@@ -44,7 +44,7 @@ class AutoAttacked:
 
 def autoattack(
     model: nn.Module,
-    images: Images,
+    images: Split,
     eps: float,
     size: int,
     *,
@@ -78,7 +78,7 @@ def autoattack(
 
 def verdicts(
     model: nn.Module,
-    images: Images,
+    images: Split,
     eps: float,
     *,
     norm: Norm = "linf",

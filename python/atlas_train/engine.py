@@ -92,7 +92,7 @@ def train(
             if folder and empty and run.epoch == 0 and not (run.within.saved or isinstance(error, NonFiniteLoss)):
                 discard(folder)
             if run.step == 0 and not isinstance(error, NonFiniteLoss):  # say so if it is the network that cannot run
-                few = run.splits.train.images[:2].to(run.device).float() / 255
+                few = run.splits.train.first(2).to(run.device).float() / 255
                 models.require_usable(run.model, run.arch["name"], few, run.splits.num_classes)
             raise
     return run
@@ -140,6 +140,7 @@ def _train(
         if run.skipped:
             display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
     finally:
+        run.batches.close()
         display.stop()
         if board:
             board.close()
@@ -164,6 +165,8 @@ def _without_effect(run: Run) -> list[str]:
     for field in fields(run.config):
         switch, off = _SWITCHES.get(field.name, ("", ()))
         value = getattr(run.config, field.name)
+        if field.name == "workers" and value is not None and not run.batches.streams:
+            notes.append(f"WARNING: workers={value} changes nothing, as the images are kept in memory")
         if switch and value != field.default and (state := getattr(run.config, switch)) in off:
             notes.append(f"WARNING: {field.name}={value} changes nothing, as {switch} is {state or 'not given'}")
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
@@ -314,6 +317,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     """
     within = run.within
     run.batches.set_epoch(run.epoch)
+    run.batches.take_wait()  # of others
     run.model.train()
     keys = noise_keys(run.config.seed, run.step, len(run.batches) - within.batches).to(run.device)
     losses = Losses(run)
@@ -322,6 +326,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     with midway.ending() as whole:
         for batch, key in zip(run.batches.starting(within.batches), keys, strict=True):
             with whole:
+                within.waited += run.batches.take_wait()
                 segment.look(batch, key)
                 _train_batch(run, train_step, batch, key, losses)
                 if rescue.goes_back(run) and (sign := collapse({"segment": segment.inverted}, ())):
@@ -380,6 +385,7 @@ def _row(run: Run, epoch: int, steps: Sequence[dict[str, Tensor]], seconds: floa
         **({"eps": run.config.eps * share} if (share := eps_share(epoch, run.config.eps_warmup)) < 1 else {}),
         **({"skipped": run.within.skipped} if run.config.on_nonfinite == "skip" else {}),
         "images_per_s": run.within.images / seconds,
+        **({"data_wait": run.within.waited / seconds} if run.batches.streams else {}),
         "seconds": total,
         "eta": total / run.step * (run.total_steps - run.step),
     }

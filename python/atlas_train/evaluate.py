@@ -23,7 +23,7 @@ from atlas_kernels.outputs import logits_of, require_rows_of_logits
 from atlas_kernels.schema import NORMS
 
 from . import autoattack as ensembles
-from .data import Images
+from .data import Split
 from .inference import device_of
 from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
@@ -140,10 +140,10 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     require_choice("norm", norm, NORMS)
     where = torch.device(device) if device is not None else device_of(model)
     size = None if size is None else whole("size", size, 1)
-    if size is None and isinstance(data, Images) and where.type == "cpu":
+    if size is None and isinstance(data, Split) and where.type == "cpu":
         size = CPU_SIZE
     samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
-    model = _normalising(model, mean, std, where, samples.x.shape[1])
+    model = _normalising(model, mean, std, where, samples.channels)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
     if attacks is not None:
@@ -161,7 +161,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
     started = time.perf_counter()
     with evaluating(model):
-        if not isinstance(data, Images):  # whose labels are the trainer's
+        if not isinstance(data, Split):  # whose labels are the trainer's
             _require_labels(samples.y, _classes(model, at), num_classes)
         found = _attacked(model, at, runs)
     return Evaluation(

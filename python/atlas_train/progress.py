@@ -137,6 +137,8 @@ def describe(row: Mapping[str, Any]) -> tuple[str, str]:
     names = {"clean": "clean", "adv": "adv", "probe": "PGD-5", "probe_10": "PGD-10"}
     names |= {"val_clean": "val", "val_pgd": "val PGD-10"}
     parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
+    if row.get("data_wait") is not None:
+        parts.append(f"data wait {100 * row['data_wait']:.0f} %")
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
     return f"epoch {row['epoch']}/{row['epochs']}  step {row['step']}  {time_left}", "  ".join(parts)

@@ -92,6 +92,10 @@ def _number(value: Any) -> bool:
     return (_integer(value) or isinstance(value, float)) and not abs(value) > 1e300
 
 
+def _duration(value: Any) -> bool:
+    return _number(value) and 0 <= value < _LARGE
+
+
 def _row(value: Any) -> bool:
     """The numbers of an epoch."""
     return (
@@ -209,7 +213,7 @@ CHECKPOINT = {
     "arch": Entry("the network's name and sizes", parts=ARCH),
     "epoch": Entry("an integer >= 0", _count),
     "step": Entry("an integer >= 0", _count),
-    "seconds": Entry("a number >= 0", lambda value: _number(value) and 0 <= value < _LARGE),
+    "seconds": Entry("a number >= 0", _duration),
     "history": Entry("a list of epochs", _list, each=Entry("the numbers of an epoch", _row)),
     "model": _WEIGHTS,
     "optimizer": Entry("an optimiser's state", parts={"state": Entry("tensors by parameter", _numbered, each=_KEPT)}),
@@ -229,7 +233,7 @@ CHECKPOINT = {
         parts={
             "batches": Entry("an integer >= 1", _size),
             **dict.fromkeys(("images", "skipped"), Entry("an integer >= 0", _count)),
-            "seconds": Entry("a number >= 0", lambda value: _number(value) and 0 <= value < _LARGE),
+            **dict.fromkeys(("seconds", "waited"), Entry("a number >= 0", _duration)),
             "segment": Entry("None or a number", lambda value: value is None or _number(value)),
             "metrics": Entry("tensors by name", _named, each=_TENSOR),
         },

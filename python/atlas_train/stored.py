@@ -158,7 +158,7 @@ def evaluate_checkpoint(
     where = usable_device(device)
     network = network.to(where)
     if not isinstance(model, nn.Module):
-        few = splits.test.images[:2].to(where).float() / 255
+        few = splits.test.first(2).to(where).float() / 255
         models.require_usable(network, model or type(network).__name__, few, splits.num_classes)
     channels_last = bool(run.get("channels_last"))
     if channels_last:

@@ -10,7 +10,7 @@ import torch
 from atlas_kernels import Execution
 
 from . import progress
-from .data import Batches
+from .data import in_order
 from .evaluate import evaluating
 from .machine import autocast
 from .noise import noise_keys
@@ -160,15 +160,8 @@ def probe(run: Run) -> dict[str, float]:
     """Accuracies under the halves of PGD-10 on a fixed slice of the training images, with the same noise every time."""
     images = run.splits.train
     count = min(run.config.probe_size, len(images))
-    few = Batches(
-        images.subset(count),
-        count,
-        shuffle=False,
-        seed=0,
-        device=run.device,
-        channels_last=run.config.channels_last,
-    )
-    x, y, ids = next(iter(few))
+    few = in_order(images.subset(count), count, device=run.device, channels_last=run.config.channels_last)
+    x, y, ids = next(few)
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
     model, precision = run.model, run.execution.precision
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: half the rows drop out

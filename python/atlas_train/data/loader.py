@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from atlas_kernels.core import advise_huge_pages
 
 from ..noise import noise_keys
 from .images import Images
+from .pictures import Pictures
 
 PADDING = 4  # of augmented images, on every side
 
@@ -46,9 +47,12 @@ class Batches:
     float64), then cast. channels_last: memory format of x. drop_last: leave out a last, smaller batch.
     """
 
+    #: Whether images are read when they are needed.
+    streams: ClassVar[bool] = False
+
     def __init__(
         self,
-        images: Images,
+        images: Images | Pictures,
         batch_size: int,
         *,
         shuffle: bool,
@@ -79,8 +83,8 @@ class Batches:
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._images = images.images.to(device).contiguous(memory_format=layout)
         self._labels = images.labels.to(device)
+        self._hold(images, layout)
         self._extra, self._share = None, extra_share
         if extra is not None:
             least = min(batch_size, len(images))
@@ -94,6 +98,17 @@ class Batches:
             more = more if as_it_lies else more.contiguous(memory_format=layout)
             self._extra = Images(more, extra.labels.to(device))
         self._key = noise_keys(seed, 0, 1)[0].to(device)
+
+    def _hold(self, images: Any, layout: torch.memory_format) -> None:
+        """Keeps on the device what batches are made of."""
+        self._images = images.images.to(self._labels.device).contiguous(memory_format=layout)
+
+    def close(self) -> None:
+        """Ends what makes batches ahead of time; the next iteration begins it again."""
+
+    def take_wait(self) -> float:
+        """The seconds since the last call in which the loop waited for data, of which a set on the device has none."""
+        return 0.0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._labels), self.batch_size)
