@@ -32,7 +32,7 @@ _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "
 _ENDING = ("epochs", "on_collapse", "early_stop")
 _KEPT = (torch.float32, torch.bfloat16)  # floats of a method's memory; images in training are float32
 #: Settings that are never told as changed: checked, or without a say in the numbers.
-_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "save_every", "tensorboard"}
+_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "save_every", "tensorboard", "workers"}
 
 
 def save(run: Run) -> None:
@@ -247,7 +247,7 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
             raise ValueError(
                 f"{plain(source)} cannot be resumed with {other} {name}: it has {shown(then)}, you gave {shown(now)}"
             )
-    if state.get("validation") and run.validation and state["validation"] != identity.facts(run.validation):
+    if run.validation and not identity.agree(state.get("validation"), identity.facts(run.validation)):
         raise ValueError(f"{plain(source)} holds out other images for validation: edited, damaged, or of other data")
     begun = state["epoch"] + ("within" in state)
     if begun > new.epochs:

@@ -34,6 +34,11 @@ def facts(images: Images | Pictures) -> dict[str, Any]:
     return known | {"sha256": of_files(files, images.shape), "files": dict(files)}
 
 
+def agree(recorded: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:
+    """Whether nothing shows that two records are of other images: one by files and one by pixels cannot."""
+    return not recorded or ("files" in recorded) != ("files" in given) or recorded == given
+
+
 def of_files(files: Mapping[str, str], shape: Sequence[int]) -> str:
     """The sha256 of what tells some files from others, and of the shape in which they are read."""
     return hashlib.sha256(repr((list(shape), sorted(files.items()))).encode()).hexdigest()
