@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from atlas_train.config import TrainConfig
 from atlas_train.data import Pictures, Streamed, folder
 from harness import environment
 
-SIDE, QUALITY, BATCH = 64, 90, 128
+SIDE, QUALITY, BATCH, WIDTH = 64, 90, 128, 16
 #: Methods whose wait is measured: the cheapest step that there is, and a usual one.
 METHODS = ("standard", "one_step_adv")
 
@@ -66,7 +67,7 @@ def waits(root: Path, method: str, batches: int) -> tuple[float, float]:
     """The share of a training that waits for data, and its pictures a second."""
     config = TrainConfig(
         method, dataset="folder", data_dir=str(root), stream=True, workers=1, train_size=batches * BATCH, epochs=1,
-        batch_size=BATCH, val_size=0, probe_size=0, threads=1, device="cpu", beside=(),
+        batch_size=BATCH, width=WIDTH, val_size=0, probe_size=0, threads=1, device="cpu", beside=(),
     )  # fmt: skip
     (row,) = engine.train(config).history
     return row["data_wait"], row["images_per_s"]
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="where CIFAR-10 is")
     parser.add_argument("--pictures", type=int, default=20_000)
-    parser.add_argument("--batches", type=int, default=40, help="of 128 pictures, for each number")
+    parser.add_argument("--batches", type=int, default=40, help=f"of {BATCH} pictures, for each number")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="write the numbers to FILE (JSON), and the table beside it"
     )
@@ -102,13 +103,13 @@ def main() -> None:
         "",
         tables.aligned(loading),
         "",
-        "PreActResNet-18, width 16, one thread and one worker",
+        f"PreActResNet-18, width {WIDTH}, one thread and one worker",
         tables.aligned(training),
         sep="\n",
     )
     if o.results:
         values = {"rates": [[*key, *value] for key, value in rates.items()], "waits": waited}
-        command = tables.command_line(__file__, [])
+        command = tables.command_line(__file__, sys.argv[1:])
         tables.write(o.results, title, command, values, [tables.markdown(loading), tables.markdown(training)])
 
 

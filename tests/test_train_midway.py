@@ -33,8 +33,10 @@ def stopped(config: TrainConfig, folder: Path, number: int = signal.SIGINT, time
         for _ in range(times):
             signal.raise_signal(number)
 
+    lines = Lines()
     with in_step(STEP, signals), pytest.raises((KeyboardInterrupt, SystemExit)) as stop:
-        engine.train(config, splits=splits(80), folder=folder)
+        engine.train(config, splits=splits(80), folder=folder, display=lines)
+    assert ("stopping after this batch" in lines.said[-1]) == (config.save_every > 0)
     assert number == signal.SIGINT or stop.value.code == 128 + number  # type: ignore[union-attr]
 
 

@@ -322,7 +322,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     keys = noise_keys(run.config.seed, run.step, len(run.batches) - within.batches).to(run.device)
     losses = Losses(run)
     losses.segment = segment = Segment(run)
-    midway = Midway(run, losses, segment)
+    midway = Midway(run, losses, segment, display.say)
     with midway.ending() as whole:
         for batch, key in zip(run.batches.starting(within.batches), keys, strict=True):
             with whole:

@@ -39,10 +39,11 @@ def terminable() -> Iterator[None]:
 
 
 class Unbroken:
-    """A context in which the first signal waits for its end. broken: an exception ended it, a second signal say."""
+    """A context in which the first signal waits for its end, which is told. broken: an exception ended it, a second
+    signal say."""
 
-    def __init__(self) -> None:
-        self.broken = False
+    def __init__(self, tell: Callable[[], object]) -> None:
+        self.broken, self._tell = False, tell
         self._waiting: Callable[[], Any] | None = None
         self._inside = False
 
@@ -62,14 +63,15 @@ class Unbroken:
         """Calls the handler of a signal, now or at the end of the context."""
         if self._inside and self._waiting is None:
             self._waiting = lambda: handler(number, None)
+            self._tell()
         else:
             handler(number, frame)
 
 
 @contextmanager
-def unbroken() -> Iterator[Unbroken]:
+def unbroken(tell: Callable[[], object]) -> Iterator[Unbroken]:
     """Gives an ``Unbroken`` for what SIGINT, SIGTERM and SIGHUP must not break off, where Python handles them."""
-    made, handlers = Unbroken(), {}
+    made, handlers = Unbroken(tell), {}
     if threading.current_thread() is threading.main_thread():
         found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING)}
         handlers = {number: handler for number, handler in found.items() if callable(handler)}

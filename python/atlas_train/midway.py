@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from . import checkpoint
-from .interrupts import Terminated, Unbroken, unbroken
+from .interrupts import Terminated, unbroken
 from .nonfinite import Losses
 from .peak_memory import note
 from .run import Run
@@ -21,8 +21,8 @@ class Midway:
     What is saved has only losses that were seen to be finite, and weights that are.
     """
 
-    def __init__(self, run: Run, losses: Losses, segment: Segment) -> None:
-        self._run, self._losses, self._segment = run, losses, segment
+    def __init__(self, run: Run, losses: Losses, segment: Segment, say: Callable[[str], object]) -> None:
+        self._run, self._losses, self._segment, self._say = run, losses, segment, say
         self._every = 60 * run.config.save_every if run.folder else 0.0
         segment.inverted = run.within.segment
         self._begun = time.perf_counter() - run.within.seconds
@@ -50,13 +50,20 @@ class Midway:
         run.within.saved, self._saved = True, time.perf_counter()
 
     @contextmanager
-    def ending(self) -> Iterator[Unbroken]:
+    def ending(self) -> Iterator[AbstractContextManager[None]]:
         """A batch within the context that this gives is not broken off by a signal that is to end the process; when
         such a signal comes, the run is saved."""
-        with unbroken() as whole:
+        if not self._every:
+            yield nullcontext()
+            return
+        with unbroken(self._tell) as whole:
             try:
                 yield whole
             except (KeyboardInterrupt, Terminated):
-                if self._every and not whole.broken and self._run.within.batches:
+                if not whole.broken and self._run.within.batches:
                     self.save()
                 raise
+
+    def _tell(self) -> None:
+        with suppress(RuntimeError):  # the signal came while something was printed
+            self._say("stopping after this batch, to save it; a second Ctrl-C does not wait")
