@@ -45,17 +45,18 @@ def rate(pictures: Pictures, crop: str, workers: int, batches: int) -> tuple[flo
     """Pictures a second, and milliseconds of a core for each."""
     loader = Streamed(pictures, BATCH, crop=crop, workers=workers, shuffle=True, seed=0, device="cpu", augment=True)  # type: ignore[arg-type]
     found = iter(loader)
-    for _ in range(2 * workers + 1):  # what is ready when the clock starts
+    ready = 2 * workers  # when the clock starts, and when it stops
+    for _ in range(ready + 1):
         next(found)
     own, others, clock = time.process_time(), _of_children(), time.perf_counter()
     for _ in range(batches):
         next(found)
     seconds = time.perf_counter() - clock
     own = time.process_time() - own
-    made = batches + 2 * workers * bool(workers)  # those that wait when the clock stops
     found.close()  # type: ignore[attr-defined]
     loader.close()
-    return batches * BATCH / seconds, 1000 * (own + _of_children() - others) / (made * BATCH)
+    core = own / batches + (_of_children() - others) / (ready + 1 + batches + ready)
+    return batches * BATCH / seconds, 1000 * core / BATCH
 
 
 def _of_children() -> float:
