@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import atlas_kernels as ak
-from atlas_train import checkpoint, engine
+from atlas_train import checkpoint, engine, segment
 from atlas_train.config import TrainConfig
 from atlas_train.data import Batches
 from atlas_train.nonfinite import Losses
@@ -60,12 +60,14 @@ def test_ten_kills_change_no_bit(tmp_path: Path) -> None:
     ],
     ids=lambda settings: settings["method"],
 )
-def test_ctrl_c_loses_no_batch(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_ctrl_c_loses_no_batch(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "EVERY", 3)  # the second look is in the second epoch, before the stop
     config = TrainConfig(**SETTINGS | settings)
     engine.train(config, splits=splits(80), folder=tmp_path / "whole")
     stopped(config, tmp_path / "cut")
     state = checkpoint.load(tmp_path / "cut")
     assert (state["epoch"], state["step"], state["within"]["batches"]) == (1, STEP + 1, STEP + 1 - 4)
+    assert state["within"]["segment"] is not None
     torch.manual_seed(123)
     lines = Lines()
     resumed(config, tmp_path / "cut", display=lines)

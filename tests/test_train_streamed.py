@@ -191,11 +191,12 @@ def test_evaluation_is_that_of_pictures_in_memory(root: Path, size: int | None) 
 
 
 def test_a_run_has_the_bits_of_one_in_memory_wherever_it_is_stopped(root: Path, tmp_path: Path) -> None:
-    config = TrainConfig(**SETTINGS, data_dir=str(root), stream=True)
+    config = TrainConfig(**SETTINGS | {"workers": 1}, data_dir=str(root), stream=True)
     resident = engine.train(dataclasses.replace(config, stream=False, workers=None), folder=tmp_path / "resident")
-    with in_step(5, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+    with in_step(5, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt) as stop:
         engine.train(config, folder=tmp_path / "streamed")
-    run = engine.train(dataclasses.replace(config, resume=str(tmp_path / "streamed"), workers=1))
+    assert stop.tb and not multiprocessing.active_children()
+    run = engine.train(dataclasses.replace(config, resume=str(tmp_path / "streamed"), workers=0))
     assert isinstance(run.splits.train, Pictures) and isinstance(resident.splits.train, Images)
     assert all(0 < row.pop("data_wait") < 1 for row in run.history)
     assert "data_wait" in (tmp_path / "streamed" / saving.LOG).read_text()
@@ -204,7 +205,6 @@ def test_a_run_has_the_bits_of_one_in_memory_wherever_it_is_stopped(root: Path, 
     drop = {"seconds", "images_per_s"}
     rows = [[{key: v for key, v in row.items() if key not in drop} for row in each.history] for each in (run, resident)]
     assert rows[0] == rows[1]
-    assert not multiprocessing.active_children()
     lines = Lines()
     again = dataclasses.replace(config, resume=str(tmp_path / "streamed"), stream=False, workers=None, epochs=3)
     engine.train(again, display=lines)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -26,6 +28,10 @@ Crop = Literal["shift", "resized"]
 SCALE, RATIO, DRAWS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 #: Batches that each worker process has ready, and workers where nobody says how many.
 AHEAD, MOST = 2, 16
+
+
+#: What may have workers. They ignore signals, so they have to be told when the process ends.
+_OPEN: weakref.WeakSet[Streamed] = weakref.WeakSet()
 
 
 class Asked(NamedTuple):
@@ -63,9 +69,12 @@ class Streamed(Batches):
         self._plan = Plan()
         self._loader: DataLoader[Any] | None = None
         self._waited = 0.0
+        _OPEN.add(self)
 
     def close(self) -> None:
-        self._loader = None
+        loader, self._loader = self._loader, None
+        if loader is not None and (found := getattr(loader, "_iterator", None)) is not None:
+            found._shutdown_workers()  # also of an iteration that a traceback holds
 
     def take_wait(self) -> float:
         waited, self._waited = self._waited, 0.0
@@ -203,6 +212,13 @@ def usual_workers() -> int:
     """One less than this process has CPU cores, but 1 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores - 1, MOST))
+
+
+@atexit.register  # after multiprocessing's own, so it is called before that waits for the workers
+def close_all() -> None:
+    """Ends the workers of all."""
+    for batches in list(_OPEN):
+        batches.close()
 
 
 def _begin(worker: int) -> None:
