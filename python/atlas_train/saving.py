@@ -283,7 +283,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
 
 def _told(run: Run, changed: Mapping[str, list[Any]]) -> str:
     words = ", ".join(f"{plain(name)} {plain(now)} (before: {plain(then)})" for name, (then, now) in changed.items())
-    return f"resumed {_where(run)} with {words}"
+    where = _where(run) if run.within.batches else f"after epoch {run.epoch}"
+    return f"resumed {where} with {words}"
 
 
 def _where(run: Run) -> str:

@@ -212,8 +212,8 @@ def opened(
     if splits is None:
         name = dataset or identity.loader(description, path, "evaluate_checkpoint")
         known = description["config"]
-        own = {} if name in data.names() else {key: known[key] for key in data.READING if known.get(key)}
-        given = {key: value for key, value in (reading or {}).items() if value}
+        own = {} if name in data.names() else data.asked({key: known.get(key) for key in data.READING})
+        given = data.asked(reading or {})
         splits = data.load(name, data_dir or known.get("data_dir"), download, **own | given).told(say)
     images = identity.record(splits, ("test",))
     other = dataset is not None and not same_code(dataset, description.get("data", {}).get("loader"))

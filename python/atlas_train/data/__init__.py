@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ..imported import called, find, is_import_path, refused
@@ -34,6 +35,7 @@ __all__ = [
     "Split",
     "Streamed",
     "UpTo",
+    "asked",
     "declared",
     "from_arrays",
     "from_dataset",
@@ -118,7 +120,7 @@ def load(
     (download) or Pillow (folder) is missing, OSError when a download fails.
     """
     reading: dict[str, Any] = dict(zip(READING, (image_size, grey, skip_unreadable, stream), strict=True))
-    pictures = {key: value for key, value in reading.items() if value or (key == "stream" and value is not None)}
+    pictures = asked(reading)
     name = canonical(name, (*_DATASETS, *FORMS))
     if is_import_path(name):
         given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
@@ -140,6 +142,11 @@ def _renamed(splits: DataSplits, form: str) -> DataSplits:
         return splits
     name, declared = f"{splits.name}-{form}", splits.declared
     return dataclasses.replace(splits, name=name, declared=declared and dataclasses.replace(declared, name=name))
+
+
+def asked(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings ``READING`` those that say something."""
+    return {key: value for key, value in reading.items() if value or (key == "stream" and value is not None)}
 
 
 def _imported(path: str, **given: Any) -> DataSplits:
