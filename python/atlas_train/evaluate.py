@@ -117,8 +117,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
 
     Args:
         model: any module that gives logits, alone or in an object (``.logits``), a dict or a tuple.
-        data: ``Images`` or ``Pictures``, usually the test split; a pair (images, labels) of tensors or arrays, images uint8
-            or float in [0, 1]; or a loader of such batches.
+        data: ``Images`` or ``Pictures``, usually the test split; a pair (images, labels) of tensors or arrays, images
+            uint8 or float in [0, 1]; or a loader of such batches.
         eps, norm: radius of the ball for images in [0, 1].
         attacks: names; ``robustness.named.ABOUT`` says which there are.
         size: so many of the images: of a loader the first, else a stratified draw, always the same. Default: of
