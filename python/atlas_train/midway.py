@@ -45,6 +45,8 @@ class Midway:
         if checkpoint.not_finite(run.model) - run.masks:
             return  # the next batch says so, and the checkpoint from before is of use
         run.within.seconds, run.within.segment = self.seconds, self._segment.inverted
+        last = run.optimizer.param_groups[0]
+        run.within.lr, run.within.momentum = last["lr"], last.get("momentum", 0.0)
         note(run)
         save(run)
         run.within.saved, self._saved = True, time.perf_counter()

@@ -193,6 +193,9 @@ def put(run: Run, state: Mapping[str, Any], source: Path) -> None:
     checkpoint.restore_rng(state["rng"], source)
     run.epoch, run.step = state["epoch"], state["step"]
     run.within = within.restored(state, len(run.batches), run.device, source)
+    if run.within.batches:  # of which there may be no further one, and the log has the last rate of an epoch
+        optimizers.set_rate(run.optimizer, run.within.lr)
+        optimizers.set_momentum(run.optimizer, None if run.momentum is None else run.within.momentum)
     run.best, run.best_raw = state.get("best", 0), state.get("best_raw", False)
     run.history = state["history"]
     run.memory.clear()

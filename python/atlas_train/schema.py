@@ -234,6 +234,7 @@ CHECKPOINT = {
             "batches": Entry("an integer >= 1", _size),
             **dict.fromkeys(("images", "skipped"), Entry("an integer >= 0", _count)),
             **dict.fromkeys(("seconds", "waited"), Entry("a number >= 0", _duration)),
+            **dict.fromkeys(("lr", "momentum"), Entry("a number >= 0", _duration)),
             "segment": Entry("None or a number", lambda value: value is None or _number(value)),
             "metrics": Entry("tensors by name", _named, each=_TENSOR),
         },

@@ -17,8 +17,9 @@ class Within:
     """What is done of an epoch, in whole batches; a checkpoint within the epoch keeps it.
 
     batches, images: so many were trained on, ``skipped`` of the batches left out. seconds: that they took, in all
-    sessions of the run; waited: those without data. segment: as in ``segment.Segment``. saved: whether a checkpoint is
-    of this epoch. steps: loss and metrics of each batch that counts.
+    sessions of the run; waited: those without data. segment: as in ``segment.Segment``. lr, momentum: of the last
+    step, where it was saved. saved: whether a checkpoint is of this epoch. steps: loss and metrics of each batch that
+    counts.
     """
 
     batches: int = 0
@@ -27,6 +28,8 @@ class Within:
     seconds: float = 0.0
     waited: float = 0.0
     segment: float | None = None
+    lr: float = 0.0
+    momentum: float = 0.0
     saved: bool = False
     steps: list[dict[str, Tensor]] = field(default_factory=list)
 
