@@ -1,7 +1,7 @@
 """Builds the native kernels: writes one ninja file and runs it. No torch is needed, nor any GPU.
 
-Environment: CXX, CXXFLAGS; ATLAS_CUDA=auto|0|1 (auto: if nvcc is found); ATLAS_CUDA_ARCHS=80,90 (default: the GPUs
-present, else 80 and 90); CUDA_HOME. Everything else about the project is in pyproject.toml.
+Environment: CXX, CXXFLAGS, NVCCFLAGS; ATLAS_CUDA=auto|0|1 (auto: if nvcc is found); ATLAS_CUDA_ARCHS=80,90 (default:
+the GPUs present, else 80 and 90); CUDA_HOME. Everything else about the project is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def write_ninja(folder: Path, core: str) -> list[str]:
     lines.append(f"build {core}: link {' '.join(f'{s.stem}.o' for s in sources)}")
     if nvcc:
         lines.append(
-            f"rule nvcc\n  command = {nvcc} {NVCC_FLAGS} {' '.join(targets)} -MMD -MF $out.d -c $in -o $out\n"
+            f"rule nvcc\n  command = {nvcc} {NVCC_FLAGS} {' '.join(targets)} {os.environ.get('NVCCFLAGS', '')} "
+            "-MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in"
         )
         lines.append(f"rule cudalink\n  command = {nvcc} -shared -cudart static $in -o $out\n  description = link $out")

@@ -22,7 +22,8 @@ from failures import pytest_addoption, pytest_configure  # noqa: F401 (pytest lo
 from order import pytest_collection_modifyitems, pytest_sessionstart  # noqa: F401 (the same)
 
 # The same draws in every run, so that a change is judged and not the dice; `--hypothesis-profile default` rolls them.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# No deadline: the machine may be busy.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 

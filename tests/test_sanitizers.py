@@ -13,7 +13,8 @@ import pytest
 from test_build import ROOT, build, pytestmark  # noqa: F401  # skipped where nothing can be built
 from test_cuda_on_host import runtime_libraries
 
-FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+FLAGS = "-Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+FLAGS += " --param=asan-instrumentation-with-call-threshold=0"  # calls of checks compile faster than checks in line
 
 
 @pytest.fixture(scope="module")

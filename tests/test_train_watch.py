@@ -52,6 +52,27 @@ def test_a_recorded_collapse_to_its_own_attack_is_named_so() -> None:
     )
 
 
+def test_where_five_steps_are_few_a_network_that_learns_does_not_hide() -> None:
+    """On MNIST at eps 0.3; a third and more of what is right after five steps is lost to ten, in epochs 3 and 4."""
+    history = recorded("mnist-few-steps.csv")
+    assert [row["epoch"] for row in history if row["probe_10"] < (1 - watch.HIDDEN) * row["probe"]] == [3, 4]
+    assert len(history) == 8 and not list(watch.collapses(history))
+    hides = (
+        "the network hides from short attacks: on training images its accuracy is 85 % after 5 steps of PGD, 5 % after"
+    )
+    assert list(watch.collapses(recorded("mnist-adv-2-hides.csv"))) == [(4, f"{hides} 10")]
+
+
+@pytest.mark.parametrize(
+    ("after_ten", "sign"),
+    [([0.4, 0.31], False), ([0.31, 0.31], False), ([0.46, 0.31], False), ([0.48, 0.31], True), ([0.2, 0.24], True)],
+)
+def test_many_lost_are_no_sign_while_accuracy_holds(after_ten: list[float], sign: bool) -> None:
+    """Of 50 % after five steps 31 % are left, a little less than two thirds, or 24 %, less than half."""
+    before, now = ({**ROBUST, "val_pgd_5": 0.5, "val_pgd": value} for value in after_ten)
+    assert (watch.collapse(now, [before]) is not None) == sign
+
+
 def test_a_recorded_run_that_stays_robust_gives_no_alarm() -> None:
     history = recorded("atlas-stays-robust.csv")
     assert len(history) == 12 and not list(watch.collapses(history))

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=("list", "run", "add", "report", "diagnose"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="of run, add and diagnose")
     parser.add_argument("--judge", choices=plan.JUDGES, default="screen", help="default: %(default)s")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="how many runs share the machine, for the row of run"
+    )
     parser.add_argument("--data-dir", help="folder with the data's files")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="rows and verdicts")
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{'done ' if is_done(each, o.results) else 'to do'} {each.judge:6} {each.name}")
     elif o.command == "run":
         for each in planned:
-            finish(each, places)
+            finish(each, places, parallel=o.parallel)
     elif o.command == "add":
         for folder in map(Path, o.names):
             print(f"{folder}: {rows.merge(folder, o.results)} new rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from atlas_train.options import number
 from atlas_train.writing import write_text
+from speedrun import RECORDS
 from studies import judged, plan, rows
 from studies.bootstrap import Interval, Verdicts, accuracy, difference
 from studies.plan import BEDS, RECIPES
@@ -23,12 +25,15 @@ from tables import Table, aligned, markdown
 PAGE = ROOT / "docs" / "atlas_study.md"
 BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HOLDS, FAILS, OPEN, GPU, NOT_RUN = "holds", "does not hold", "undecided", "waits for a GPU", "not run yet"
+GPUS = "one H100 or H200"
 #: With fewer seeds nothing is decided.
 SEEDS = 3
 #: The last epoch's weights have less than this share of the robustness of the best ones: a collapse that no sign told.
 LOST = 0.5
 EPS = ("4/255", "6/255", "8/255", "10/255", "12/255", "14/255", "16/255")
-EPS_RECIPES = ("start", "atlas", "adv-1", "n_fgsm", "liet", "adv-2")
+#: The form of ATLAS that is the default on CIFAR-10, at 5 passes.
+DEFAULT = "start-constant-w0.1"
+EPS_RECIPES = ("start", DEFAULT, "atlas", "adv-1", "n_fgsm", "liet", "adv-2")
 
 
 @dataclass(frozen=True, order=True)
@@ -270,11 +275,15 @@ def _missing(setting: Setting) -> str:
 
 def figures() -> Iterator[Figure]:
     """What the study is asked, on a CPU and at full scale."""
-    old = ("atlas", "adv-1")
-    lasting = [("cpu", n, "16/255") for n in (15, 30)] + [("half", 30, eps) for eps in ("8/255", "12/255")]
-    lasting += [("full", n, eps) for n in (30, 60) for eps in ("8/255", "12/255")]
-    for where in lasting:
-        yield Survives("does not collapse where the old default or one-step ADV does", Setting(*where), "start", old)
+    others = Setting("mnist", 10, "0.3"), Setting("digits", 40, "0.2")
+    for one, shortest in (("start", 15), (DEFAULT, 21)):
+        lasting = [("cpu", n, "16/255") for n in (shortest, 30, 60)]
+        lasting += [
+            (bed, n, eps) for bed, n in (("half", 30), ("full", 30), ("full", 60)) for eps in ("8/255", "12/255")
+        ]
+        for setting in (*(Setting(*where) for where in lasting), *others):
+            words = "does not collapse where the old default or one-step ADV does"
+            yield Survives(words, setting, one, ("atlas", "adv-1"))
     for setting in (Setting("cpu", 15, "16/255"), Setting("full", 30, "8/255")):
         yield AtLeast("at least as robust as ADV-2 (7 passes)", setting, "start", "adv-2")
         yield AtLeast("at least as robust as LIET (7 passes)", setting, "start", "liet")
@@ -282,20 +291,28 @@ def figures() -> Iterator[Figure]:
         yield AtLeast("at least 2 points above one-step ADV", setting, "start", "adv-1", 0.02)
         yield AtLeast("at least as accurate as ADV-2 on clean images", setting, "start", "adv-2", measure="clean")
     # A tie to a constant, or none, takes the 5 passes of one-step ADV: as many passes in all, so more epochs.
-    for bed, epochs, eps, others in (("cpu", 21, "16/255", 15), ("full", 42, "8/255", 30)):
-        setting, beside = Setting(bed, epochs, eps), f"with as many passes in all ({others} epochs)"
-        for one in ("start-constant-w0", "start-constant-w0.1", "start-constant"):
-            yield AtLeast(f"at least as robust as ADV-2 {beside}", setting, one, "adv-2", epochs=others)
+    for bed, epochs, eps, shorter in (("cpu", 21, "16/255", 15), ("full", 42, "8/255", 30)):
+        setting, beside = Setting(bed, epochs, eps), f"with as many passes in all ({shorter} epochs)"
+        for one in ("start-constant-w0", "start-constant-w0.1", "start-constant-w0.3", "start-constant"):
+            yield AtLeast(f"at least as robust as ADV-2 {beside}", setting, one, "adv-2", epochs=shorter)
             words = f"at least 2 points more accurate than ADV-2 on clean images {beside}"
-            yield AtLeast(words, setting, one, "adv-2", 0.02, measure="clean", epochs=others)
+            yield AtLeast(words, setting, one, "adv-2", 0.02, measure="clean", epochs=shorter)
+        yield AtLeast(f"at least as robust as LIET {beside}", setting, DEFAULT, "liet", epochs=shorter)
+        within = f"within 1 point of ADV-10 (23 passes, {shorter} epochs)"
+        yield AtLeast(within, setting, DEFAULT, "adv-10", -0.01, epochs=shorter)
+        yield AtLeast("at least 2 points above one-step ADV", setting, DEFAULT, "adv-1", 0.02)
     equal = (("adv-1", "ADV-1", 42), ("n_fgsm", "N-FGSM", 42), ("adv-3", "ADV-3", 23), ("adv-4", "ADV-4", 19))
-    for other, called, epochs in (*equal, ("adv-10", "ADV-10", 9)):
-        words = f"at least as robust as {called} with as many passes in all ({epochs} epochs)"
-        yield AtLeast(words, Setting("full", 30, "8/255"), "start", other, epochs=epochs)
-    for setting in (Setting("mnist", 10, "0.3"), Setting("digits", 40, "0.2")):
-        yield AtLeast("at least as robust as ADV-2", setting, "start", "adv-2")
-        yield AtLeast("at least as robust as LIET", setting, "start", "liet")
+    for one, length in (("start", 30), (DEFAULT, 42)):
+        for other, called, epochs in (*equal, ("adv-10", "ADV-10", 9)):
+            words = f"at least as robust as {called} with as many passes in all ({epochs} epochs)"
+            yield AtLeast(words, Setting("full", length, "8/255"), one, other, epochs=epochs)
+    for setting in others:
+        for one in ("start", DEFAULT):
+            yield AtLeast("at least as robust as ADV-2", setting, one, "adv-2")
+            yield AtLeast("at least as robust as LIET", setting, one, "liet")
     for setting in (Setting("cpu", 15, "16/255"), Setting("full", 30, "8/255")):
+        yield AtLeast("(9 passes) at least as robust as ADV-3 (9)", setting, "start-2-steps", "adv-3")
+        yield AtLeast("(10 passes) at least as robust as ADV-4 (11)", setting, "start-segment", "adv-4")
         yield AtLeast("ATLAS with 10 steps at least as robust as TRADES-10", setting, "atlas-10-steps", "trades-10")
         yield AtLeast(
             "Backward Smoothing within 1 point of TRADES-10, in at most 40 % of its time",
@@ -310,7 +327,22 @@ def verdicts_table(study: Study) -> Table:
     for figure in figures():
         words = f"`{figure.one}`: {figure.words}" if figure.one.startswith("start") else figure.words
         lines.append([words, figure.setting.words, *figure.verdict(study)])
+    for budget, record in RECORDS.items():
+        lines.append(
+            [f"speedrun: AutoAttack {record.target:g} % in {budget} s", GPUS, *speedrun_verdict(study, budget)]
+        )
     return lines
+
+
+def speedrun_verdict(study: Study, budget: int) -> tuple[str, str]:
+    """What the files of ``speedrun.py`` beside the study's folder say; of several GPUs the best."""
+    paths = sorted(study.folder.parent.glob(f"NVIDIA*-speedrun-{budget}.json"))
+    found = [json.loads(path.read_text(encoding="utf-8"))["verdict"] for path in paths]
+    ends = {": reached": HOLDS, ": missed": FAILS, "exceeded": FAILS}
+    told = [
+        (next((v for end, v in ends.items() if text.endswith(end)), OPEN), text.partition("; ")[2]) for text in found
+    ]
+    return min(told, key=lambda each: (HOLDS, OPEN, FAILS).index(each[0]), default=(GPU, "-"))
 
 
 # --- the page

@@ -693,28 +693,41 @@ def _beside(names: tuple[str, ...] | None, method: str) -> tuple[str, ...]:
 
 
 def _published(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The methods' defaults on the data set, where nothing else was set. A step size applies only in l_inf, and if
-    ``steps`` was not set; where a method has forms, the rest only in l_inf, and if no form was chosen."""
+    """The methods' defaults on the data set, where nothing else was set, and where they change something. A step size
+    applies only in l_inf, and if neither ``steps`` nor a form with a step of its own was set; where a method has
+    forms, the rest only in l_inf, and if no form was chosen."""
     filled: dict[str, Any] = {}
     for name in (config.method, *config.beside):
         given = config.hyper_of(name)
         defaults = {**methods.defaults_on(dataset, name), **protocols.hyper(config.protocol, name)}
-        other = _is_of_another_form(config, name, defaults)
+        other, own = _is_of_another_form(config, name, defaults), dict[str, Any]()
+        steps = _chosen(methods.get(name), given, defaults, methods.get(name).step_options)
         for key, value in defaults.items():
             if isinstance(value, data.OfEps):
-                if key not in given and "steps" not in given and config.norm == "linf":
-                    filled[f"{name}.{key}"] = value * config.eps
+                free = key not in given and "steps" not in given and not (key == "step_size" and steps)
+                if free and config.norm == "linf":
+                    own[key] = value * config.eps
             elif key not in given and not other:
-                filled[f"{name}.{key}"] = value.at(config.eps) if isinstance(value, data.UpTo) else value
+                own[key] = value.at(config.eps) if isinstance(value, data.UpTo) else value
+        method = methods.build(name, config.eps, {**given, **own}, norm=config.norm)
+        unused = method.without_effect()
+        filled |= {f"{name}.{key}": value for key, value in own.items() if key not in unused}
     return filled
 
 
 def _is_of_another_form(config: TrainConfig, name: str, defaults: Mapping[str, Any]) -> bool:
     """Whether the method has forms, and another than that of the data set's defaults was chosen."""
-    given, form = config.hyper_of(name), methods.get(name).form_options
-    return bool(form) and (
-        config.norm != "linf" or any(key in given and given[key] != defaults.get(key) for key in form)
-    )
+    method = methods.get(name)
+    form = method.form_options
+    return bool(form) and (config.norm != "linf" or _chosen(method, config.hyper_of(name), defaults, form))
+
+
+def _chosen(
+    method: type[methods.Method], given: Mapping[str, Any], defaults: Mapping[str, Any], names: tuple[str, ...]
+) -> bool:
+    """Whether one of these hyper-parameters is given, and is not the data set's default or else the method's."""
+    known = methods.hyper_parameters(method)
+    return any(name in given and given[name] != defaults.get(name, known[name].default) for name in names)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, models, optimizers, progress, rescue
+from . import average_bn, checkpoint, data, methods, models, optimizers, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
 from .config import TrainConfig
 from .data import Batch, DataSplits, identity
@@ -24,7 +24,7 @@ from .machine import cudnn_benchmark, on_host
 from .midway import Midway
 from .noise import noise_keys
 from .nonfinite import LeftOut, Losses, NonFiniteLoss, NonFiniteWeights
-from .options import plain, radius, shown
+from .options import Switches, in_words, plain, radius, shown, switched_off
 from .peak_memory import watched
 from .remembered import require_room
 from .report import TensorBoard
@@ -148,27 +148,36 @@ def _train(
         export(run)
 
 
-#: Settings that change nothing where another setting has one of these values.
-_SWITCHES: dict[str, tuple[str, tuple[str | None, ...]]] = {
-    "extra_share": ("extra_data", (None,)),
-    "ema_decay": ("averaging", ("none", "swa")),
-    "swa_start": ("averaging", ("none", "ema")),
-    "average_bn": ("averaging", ("none",)),
-    "best_of": ("averaging", ("none",)),
-    "momentum_low": ("optimizer", ("adam",)),
+#: Of the configuration; those of hyper-parameters are ``Method.switches``.
+_SWITCHES: Switches = {
+    "extra_share": [("extra_data", (None,))],
+    "ema_decay": [("averaging", ("none", "swa"))],
+    "swa_start": [("averaging", ("none", "ema"))],
+    "average_bn": [("averaging", ("none",))],
+    "best_of": [("averaging", ("none",))],
+    "momentum": [("optimizer", ("adam",))],
+    "momentum_low": [("optimizer", ("adam",))],
+    "decay_norms": [("weight_decay", (0,))],
+    "schedule_step": [("schedule", ("constant",))],
+    "mix_steps": [("mix_share", (0,))],
+    "crop": [("augment", (False,))],
+    "awp_warmup": [("awp", (0,))],
+    "autoattack_version": [("autoattack", (0,))],
+    "on_compile_error": [("compile", (False,))],
 }
 
 
 def _without_effect(run: Run) -> list[str]:
     """What was asked for and will change little or nothing."""
     notes = run.average.notes(run.total_steps) if run.average else []
-    for field in fields(run.config):
-        switch, off = _SWITCHES.get(field.name, ("", ()))
-        value = getattr(run.config, field.name)
-        if field.name == "workers" and value is not None and not run.batches.streams:
-            notes.append(f"WARNING: workers={value} changes nothing, as the images are kept in memory")
-        if switch and value != field.default and (state := getattr(run.config, switch)) in off:
-            notes.append(f"WARNING: {field.name}={value} changes nothing, as {switch} is {state or 'not given'}")
+    c, hyper = run.config, run.config.hyper_of(run.config.method)
+    method = methods.build(c.method, c.eps, hyper, norm=c.norm)
+    given = vars(c) | {name: getattr(method, name) for name in hyper}
+    default = {field.name: field.default for field in (*fields(method), *fields(c))}
+    resident = {} if run.batches.streams else {"workers": "the images are kept in memory"}
+    for name, why in (switched_off(_SWITCHES, vars(c)) | method.without_effect() | resident).items():
+        if name in given and given[name] not in (None, default[name]):
+            notes.append(f"WARNING: {name}={in_words(given[name])} changes nothing, as {why}")
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
         notes.append(
             f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, "

@@ -13,7 +13,7 @@ import functools
 import reprlib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 #: Fields of a method that are not hyper-parameters of its own: they are the whole run's.
@@ -21,6 +21,8 @@ OF_RUN = ("eps", "norm", "label_smoothing")
 #: What the norms of the ball of adversaries are called in text.
 NORMS = {"linf": "l_inf", "l2": "l2", "l1": "l1"}
 Norm = Literal["linf", "l2", "l1"]
+#: Settings that change nothing where another one has one of these values: {"beta": [("form", ("adv",))]}.
+Switches = Mapping[str, Sequence[tuple[str, tuple[Any, ...]]]]
 
 
 def option(
@@ -130,7 +132,18 @@ def plain(name: object) -> str:
 
 def in_words(value: object) -> str:
     """The value of a setting in few characters."""
-    return f"{value:.4g}" if isinstance(value, (int, float)) else plain(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.4g}" if number else plain(value)
+
+
+def switched_off(switches: Switches, values: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that change nothing beside these values, each with the reason: "form is adv"."""
+    return {
+        name: f"{switch} is {'not given' if values[switch] is None else in_words(values[switch])}"
+        for name, by in switches.items()
+        for switch, off in by[::-1]  # of several reasons the first stays
+        if values[switch] in off
+    }
 
 
 @functools.cache
@@ -150,7 +163,8 @@ def check(instance: Any, owner: str) -> None:
 
     Raises ValueError that names the setting, the value received and what is allowed.
     """
-    kinds = hints(type(instance))
+    cls: type = type(instance)
+    kinds = hints(cls)
     for field in dataclasses.fields(instance):
         if "help" in field.metadata:
             field = field if getattr(instance, "norm", "linf") == "linf" else in_any_norm(field)

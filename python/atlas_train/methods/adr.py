@@ -15,7 +15,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import Parts, accuracy, near_start, split, wide
 
@@ -58,6 +58,12 @@ class ADR(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"steps": 40, "step_size": OfEps(1 / 30), "beta": 1.0},
         "cifar10": {"steps": 10, "step_size": OfEps(1 / 4)},
+    }
+
+    switches: ClassVar[Switches] = {
+        "beta": [("form", ("adv",))],
+        "alpha_nat": [("form", ("trades",))],
+        "alpha_adv": [("form", ("trades",))],
     }
 
     steps: int = option(10, "attack steps", low=1)

@@ -26,7 +26,7 @@ from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
 from ..noise import uniform
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from . import atlas_local, kept
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
@@ -136,6 +136,7 @@ class ATLAS(kept.KeptForward):
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     lengths: ClassVar[tuple[str, ...]] = ("step_size", "radius")
     form_options: ClassVar[tuple[str, ...]] = ("local", "start_noise", "wide_start")
+    step_options: ClassVar[tuple[str, ...]] = ("start_noise", "wide_start")
     # Ours, found on 12,000 images: at 1.25 eps the one step ends in corners, and the network learns those alone.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mnist": {"step_size": OfEps(2 / 3), "radius": OfEps(1.0)},
@@ -148,6 +149,19 @@ class ATLAS(kept.KeptForward):
             "local_weight": 0.1,
             "keep": "none",
         },
+    }
+
+    switches: ClassVar[Switches] = {
+        **{name: [("local", ("none",))] for name in _ONLY if name != "attack_mode"},
+        **dict.fromkeys(
+            ("local_objective", "local_ramp", "local_ramp_start", "local_ramp_low"),
+            [("local", ("none",)), ("local_weight", (0,))],
+        ),
+        "local_weight": [("local", ("none",))],
+        "radius": [("local", ("segment", "jacobian", "start", "none"))],
+        "iterates": [("local", ("none",)), ("steps", (1,)), ("local_weight", (0,))],
+        "segment_objective": [("segment_weight", (0,))],
+        "global_weight": [("global_term", ("none",))],
     }
 
     steps: int = option(1, "attack steps; 1 is the weak adversary of one-step ADV", low=1)
@@ -257,6 +271,12 @@ class ATLAS(kept.KeptForward):
                 "atlas: bn='joint' has no meaning with local='start', whose second forward needs the gradient of the "
                 "first: leave it out"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        own = {"keep": "iterates is first"} if self.keep == "all" and not self._keeps_all else {}
+        if self.local != "start" and self._parts == 1:
+            own["bn"] = "the adversaries are the whole batch"
+        return own | super().without_effect()
 
     def _made_origin(self) -> kept.KeptForward:
         """The method whose start it is. Raises ValueError where that cannot be."""

@@ -15,7 +15,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.schema import L1
 
 from ..data import Batch
-from ..options import OF_RUN, Norm, check, option
+from ..options import OF_RUN, Norm, Switches, check, option, switched_off
 from .terms import smoothing
 
 Metrics = dict[str, Tensor]
@@ -88,8 +88,12 @@ class Method(ABC):
     #: Hyper-parameters that choose a form of the method. Where one is set, or in l2 and l1, ``defaults`` apply no more,
     #: but for lengths.
     form_options: ClassVar[tuple[str, ...]] = ()
+    #: Of these, the ones that bring a step of their own: where one is set, that of ``defaults`` applies no more either.
+    step_options: ClassVar[tuple[str, ...]] = ()
     #: Hyper-parameters that are lengths of perturbations of images, as eps is.
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
+    #: Hyper-parameters that another one switches off.
+    switches: ClassVar[Switches] = {}
 
     eps: float = option(
         help="radius of the ball, in the unit of images in [0, 1]",
@@ -110,6 +114,10 @@ class Method(ABC):
         """All hyper-parameters with the values in use: for one that is None, say ``name``, the property ``_name``."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in OF_RUN}
         return {name: getattr(self, f"_{name}", None) if value is None else value for name, value in given.items()}
+
+    def without_effect(self) -> dict[str, str]:
+        """The settings, of the method or of the run, that change nothing beside the others, each with the reason."""
+        return switched_off(self.switches, self.in_use())
 
     @property
     def _step_size(self) -> Any:

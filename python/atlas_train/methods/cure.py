@@ -13,7 +13,7 @@ from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
 from ..evaluate import eval_mode
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from .base import EVERY_NORM, Method, Metrics, State
 from .double_backward import loss_gradient
 from .terms import accuracy, uncompiled
@@ -43,6 +43,8 @@ class CURE(Method):
     no_compile: ClassVar[str] = "cure, which differentiates a gradient at the input once more"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
+
+    switches: ClassVar[Switches] = dict.fromkeys(("h", "grow", "form"), [("weight", (0,))])
 
     weight: float = option(0.8, "weight of the penalty; 4 where the published code divides images by 0.2", low=0)
     h: float = option(0.6, "l2 length of z for images in [0, 1]; 3 where the published code divides them", above=0)

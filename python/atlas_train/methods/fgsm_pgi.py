@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atlas_kernels import consistency_loss
 
 from ..data import Batch
-from ..options import option
+from ..options import Switches, option
 from .base import Metrics, State
 from .kept import Given, KeptForward
 from .stored_noise import StoredNoise, StoreType
@@ -43,6 +43,8 @@ class FGSMPGI(KeptForward):
     stores: ClassVar[tuple[str, ...]] = StoredNoise.stores
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar100": _OFTEN, "tiny_imagenet": _OFTEN}
 
+    switches: ClassVar[Switches] = {"authors_reset": [("code", ("fastat",))]}
+
     weight: float = option(10.0, "weight of the squared distance of the logits; lambda in the paper", low=0)
     decay: float = option(0.3, "share of the momentum that each step keeps", low=0)
     code: Literal["authors", "fastat"] = option(
@@ -57,6 +59,10 @@ class FGSMPGI(KeptForward):
         40 / 110, "reset with code=authors: 40 of their 110 epochs; on CIFAR-100 and Tiny-ImageNet 10", above=0, high=1
     )
     store: StoreType = option("float32", "type of what is kept for each image; bfloat16 takes half the memory")
+
+    def without_effect(self) -> dict[str, str]:
+        given = {} if self.reset is None else {"authors_reset": f"reset is {self.reset:g}"}
+        return super().without_effect() | given
 
     @property
     def _reset(self) -> float:

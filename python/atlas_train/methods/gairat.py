@@ -16,7 +16,7 @@ from atlas_kernels.layout import compute_dtype
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch, OfEps
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import accuracy, near_start
 
@@ -59,6 +59,8 @@ class GAIRAT(Method):
     name: ClassVar[str] = "gairat"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10": {"steps": 10, "step_size": OfEps(0.007 / 0.031)}}
+
+    switches: ClassVar[Switches] = {"beta": [("base", ("adv",))], "lam": [("weighting", ("discrete",))]}
 
     steps: int = option(10, "attack steps", low=2)
     step_size: float | None = option(None, "step of the attack; default: 2.5 eps / steps", above=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from atlas_kernels import consistency_loss
 
 from ..data import Batch
-from ..options import option
+from ..options import Switches, option
 from .base import Metrics, State
 from .clean_kept import CleanKept
 from .terms import accuracy
@@ -39,6 +39,12 @@ class GAT(CleanKept):
         },
         "imagenet100": {"weight": 20.0, "growth": 7.0, "growth_start": 0.75},
     }  # fmt: skip
+
+    switches: ClassVar[Switches] = {
+        "growth": [("weight", (0,)), ("growth_start", (1,))],
+        "growth_start": [("weight", (0,)), ("growth", (1,))],
+        "growth_period": [("weight", (0,)), ("growth", (1,)), ("growth_start", (1,))],
+    }
 
     weight: float = option(10.0, "weight of the squared distance between the predictions at image and adversary", low=0)
     growth: float = option(4.0, "factor by which the weight grows", low=0)

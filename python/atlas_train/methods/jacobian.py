@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import Norm, option
+from ..options import Norm, Switches, option
 from .base import EVERY_NORM, Method, Metrics, State
 from .double_backward import jacobian_penalty, twice_differentiable, unit_vectors
 from .terms import accuracy, uncompiled
@@ -35,6 +35,8 @@ class Jacobian(Method):
     no_compile: ClassVar[str] = "jacobian, which differentiates a gradient at the input once more"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
     adversarial: ClassVar[bool] = False
+
+    switches: ClassVar[Switches] = {"projections": [("weight", (0,))]}
 
     weight: float = option(0.01, "weight of R", low=0)
     projections: int = option(1, "random projections n; -1: the C basis vectors, which is exact", low=-1)

@@ -91,6 +91,10 @@ class LIET(KeptForward):
                 "not above the high one"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        own = {"label_smoothing": f"liet has a smoothing of its own, {self._smoothing:g}"} if self._smoothing else {}
+        return super().without_effect() | own
+
     @property
     def one_label(self) -> str:
         return "liet, which starts from the noise of an image's label"

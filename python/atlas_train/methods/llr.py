@@ -20,7 +20,7 @@ from atlas_kernels.outputs import logits_of
 from ..data import Batch
 from ..evaluate import eval_mode
 from ..noise import uniform
-from ..options import option
+from ..options import Switches, option
 from .base import Method, Metrics, State
 from .batchnorm import Statistics, constant, held, recorded
 from .double_backward import loss_gradient
@@ -57,6 +57,10 @@ class LLR(Method):
     name: ClassVar[str] = "llr"
     no_compile: ClassVar[str] = "llr, which differentiates a gradient at the input once more"
     lengths: ClassVar[tuple[str, ...]] = ()  # the steps of Adam are longer than the ball is wide
+
+    switches: ClassVar[Switches] = dict.fromkeys(
+        ("steps", "step_size", "mu_ratio", "ascent", "ramp"), [("weight", (0,))]
+    )
 
     steps: int = option(10, "K, steps of the inner Adam", low=1)
     step_size: float = option(0.1, "learning rate of the inner Adam, in the unit of images in [0, 1]", above=0)

@@ -12,7 +12,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import option
+from ..options import Switches, option
 from .base import AttackMode, Method, Metrics, State
 from .terms import NO_BALL, accuracy, from_wide_noise
 
@@ -27,6 +27,8 @@ class NFGSM(Method):
     """
 
     name: ClassVar[str] = "n_fgsm"
+
+    switches: ClassVar[Switches] = {"bn_compat": [("attack_mode", ("eval",))]}
 
     noise_magnitude: float = option(
         2.0,

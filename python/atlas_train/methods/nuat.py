@@ -10,7 +10,7 @@ from torch import Tensor
 from atlas_kernels import nuclear_norm
 
 from ..data import Batch
-from ..options import option
+from ..options import Switches, option
 from .base import AttackMode, Metrics, State
 from .clean_kept import CleanKept
 from .terms import accuracy, wide
@@ -32,6 +32,8 @@ class NuAT(CleanKept):
     """
 
     name: ClassVar[str] = "nuat"
+
+    switches: ClassVar[Switches] = dict.fromkeys(("growth_share", "divisor"), [("weight", (0,))])
 
     weight: float | None = option(
         None, "weight R of the nuclear norm, once it has grown; default: 4.5, with code=fastat 4", low=0

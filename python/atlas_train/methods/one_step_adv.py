@@ -12,7 +12,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import OF_RUN, Norm, option
+from ..options import OF_RUN, Norm, Switches, option
 from .adv import ADV
 from .base import EVERY_NORM, AttackMode, Method, Metrics, State
 from .terms import NO_BALL, WIDE_START, accuracy, attacked, from_wide_noise, require_wide
@@ -28,6 +28,8 @@ class OneStepADV(Method):
 
     name: ClassVar[str] = "one_step_adv"
     norms: ClassVar[tuple[Norm, ...]] = EVERY_NORM
+
+    switches: ClassVar[Switches] = {"bn_compat": [("attack_mode", ("eval",))]}
 
     step_size: float | None = option(None, "step of the attack; default: 1.25 eps", above=0)
     wide_start: float = option(0.0, WIDE_START, low=0)

@@ -14,7 +14,7 @@ from atlas_kernels import consistency_loss
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
-from ..options import option
+from ..options import Switches, option
 from .base import Descent, Method, Metrics, State
 from .stored_noise import StoredNoise, StoreType, first_places
 from .terms import accuracy, wide
@@ -57,6 +57,8 @@ class StoredADV(Method):
     name: ClassVar[str] = "stored_adv"
     augments: ClassVar[bool] = True
     stores: ClassVar[tuple[str, ...]] = (*StoredNoise.stores, "logits")
+
+    switches: ClassVar[Switches] = {"local_objective": [("local_weight", (0,))]}
 
     step_size: float | None = option(None, "step of the perturbations; default: eps", above=0)
     decay: float = option(0.3, "share of the momentum that each step keeps", low=0)
