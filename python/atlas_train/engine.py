@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, methods, models, optimizers, progress, rescue
+from . import average_bn, checkpoint, data, methods, models, optimizers, processes, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
-from .config import TrainConfig
+from .config import PLACES, TrainConfig, recorded
 from .data import DataSplits, identity
 from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
@@ -72,18 +72,17 @@ def train(
     process without one.
     """
     _require_arguments(config, splits, model)
-    display = display or progress.Silent()
+    display = display if display and processes.is_first() else progress.Silent()
     resumed = checkpoint.locate(config.resume).parent if config.resume else None
     folder = resumed if folder is None else Path(folder)
     with ExitStack() as stack:
         stack.enter_context(terminable())
+        stack.enter_context(processes.losses_said())
         stack.enter_context(torch.inference_mode(False))  # also of a notebook in which gradients are off
         stack.enter_context(torch.enable_grad())
         if folder:
-            stack.enter_context(made(folder))
-            stack.enter_context(locked(folder))
-            _require_free(folder, resumed)
-        empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
+            processes.of_first(partial(_enter, stack, folder, resumed))
+        empty = folder is not None and processes.is_first() and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
             _train(run, notes, display, on_epoch, on_start)
@@ -108,6 +107,13 @@ def _require_arguments(config: object, splits: object, model: object) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {shown(model)}{remedy}")
 
 
+def _enter(stack: ExitStack, folder: Path, resumed: Path | None) -> None:
+    """Makes the folder this run's until the stack ends."""
+    stack.enter_context(made(folder))
+    stack.enter_context(locked(folder))
+    _require_free(folder, resumed)
+
+
 def _require_free(folder: Path, resumed: Path | None) -> None:
     """Raises FileExistsError if another run's checkpoint is there."""
     if (folder / checkpoint.LAST).exists() and not (resumed and resumed.resolve() == folder.resolve()):
@@ -123,10 +129,11 @@ def _train(
     left_out = checkpoint.require_exportable(run.model) if run.folder else None
     if not c.resume and run.folder:
         save(run)  # so that there is a state from before, whatever happens
-    board = TensorBoard(run.folder) if c.tensorboard else None
+    board = TensorBoard(run.folder) if c.tensorboard and processes.is_first() else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
     where = c.device if c.train_precision == "fp32" else f"{c.device} in {c.train_precision}"
+    where += f", {many} processes" if (many := processes.count()) > 1 else ""
     title = progress.headline(c.label, run.splits.name, size, network, parameters, radius(c.eps, c.norm), where)
     display.start(title, run.total_steps)
     try:
@@ -142,7 +149,7 @@ def _train(
         display.stop()
         if board:
             board.close()
-    if run.folder:
+    if run.folder and processes.is_first():
         export(run)
 
 
@@ -174,6 +181,8 @@ def _without_effect(run: Run) -> list[str]:
     for name, why in (switched_off(_SWITCHES, vars(c)) | method.without_effect()).items():
         if name in given and given[name] not in (None, default[name]):
             notes.append(f"WARNING: {name}={in_words(given[name])} changes nothing, as {why}")
+    if run.config.sync_batchnorm and processes.count() == 1:
+        notes.append("WARNING: sync_batchnorm changes nothing, as there is one process: start several by torchrun")
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
         notes.append(
             f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, "
@@ -190,7 +199,9 @@ def start(
         splits = data.with_extra(splits or load_splits(config), config.extra_data)
         run = prepare(config, splits, model, folder)
         rescue.require_possible(run.config, folder is not None)
-        run.data = identity.record(splits) if folder else {}
+        run.data = identity.record(splits) if folder or processes.count() > 1 else {}
+        _require_alike(run)
+        processes.make_alike(run.model)
         return run, _beginnings(run)
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
@@ -203,7 +214,22 @@ def start(
     run = prepare(config, splits, model, folder)
     rescue.require_possible(run.config, folder is not None)
     run.data = images
-    return run, notes + restore(run, state, source)
+    _require_alike(run)
+    notes += restore(run, state, source)
+    if processes.count() > 1:
+        where = {"epoch": run.epoch, "step": run.step, "weights": checkpoint.fingerprint(run.model)}
+        processes.require_same("checkpoint", where)
+    return run, notes
+
+
+def _require_alike(run: Run) -> None:
+    """Raises ValueError where another process has other settings, data or another network."""
+    if processes.count() == 1:
+        return
+    processes.require_same("settings", {k: v for k, v in recorded(run.config).items() if k not in PLACES})
+    processes.require_same("data", run.data)
+    shapes = {name: list(value.shape) for name, value in run.model.named_parameters()}
+    processes.require_same("weights in its network", shapes)
 
 
 def _beginnings(run: Run) -> list[str]:
@@ -229,6 +255,8 @@ def load_splits(
     if state and name == state.get("data", {}).get("name"):
         name = identity.loader(state, source, function)
     pictures = {key: getattr(config, key) for key in data.READING}
+    if config.download and processes.count() > 1:  # by one of them
+        processes.of_first(lambda: data.load(name, config.data_dir, True, **pictures).name)
     return data.load(name, config.data_dir, config.download, **pictures)
 
 
@@ -244,11 +272,15 @@ def fit(
     step = make_train_step(run, display)
     if on_start:
         on_start(run, step)
+
+    def told(row: dict[str, Any]) -> bool:
+        return bool(on_epoch and on_epoch(row))
+
     masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs and not run.ended:
         epoch = run.epoch + 1
         try:
-            row, sign = watched_epoch(run, display, step, masks)
+            row, sign = processes.agreed(watched_epoch(run, display, step, masks))
         except (Collapsed, NonFiniteLoss) as error:
             if not rescue.goes_back(run):
                 raise
@@ -267,7 +299,7 @@ def fit(
             save(run)
         if board:
             board.write(row)
-        if on_epoch and on_epoch(row):
+        if processes.of_first(partial(told, row)):
             return
 
 
@@ -323,6 +355,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     config, device = run.config, run.device
     run.batches.set_epoch(run.epoch)
     run.model.train()
+    processes.seed_others(config.seed, run.step)
     keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
     steps: list[dict[str, Tensor]] = []
     losses, skipped = Losses(run), 0
@@ -330,12 +363,13 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     started, images = time.perf_counter(), 0
     for batch, key in zip(run.batches, keys, strict=True):
         buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
-        descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
+        descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids), batch.deal)
         optimizers.set_momentum(run.optimizer, run.momentum)
         segment.look(batch, key)
         try:
             with run.training():
                 loss, metrics = train_step(run.network, batch, key, run.state, descent)
+            loss, metrics = batch.deal.settled(loss, metrics, run.model)
             steps.append({"loss": loss, **metrics})
             if run.average:
                 run.average.after_batch(run.model)
@@ -350,7 +384,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
             run.seconds += time.perf_counter() - started
             raise Collapsed(sign)
         run.step += 1
-        images += len(batch.y)
+        images += batch.deal.total(batch.y)
         if display.wants_step() and steps:
             seconds = time.perf_counter() - started
             display.step(_row(run, run.epoch + 1, steps[-1:], skipped, images / seconds, run.seconds + seconds))
