@@ -101,9 +101,9 @@ def main(argv: list[str]) -> None:
             shown = [f"{1000 * each:,.1f} ms" for each in (one, many)]
             rows.append([name, *shown, f"{one / many:.2f}", f"{100 * exchange / many:.1f} % of a step"])
         if processes.is_first():
-            where = f"{device.type}, {torch.get_num_threads()} thread(s) a process, torch {torch.__version__}"
-            print(f"PreActResNet-18 of width {args.width}, batches of {args.batch_size}, {where}; the shortest of ", end="")
-            print(f"{args.rounds}\n\n{aligned(rows)}")
+            print(f"PreActResNet-18 of width {args.width}, batches of {args.batch_size}; the shortest of {args.rounds}")
+            print(f"{device.type}, {torch.get_num_threads()} threads a process, torch {torch.__version__}\n")
+            print(aligned(rows))
 
 
 if __name__ == "__main__":

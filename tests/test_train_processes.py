@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_train import checkpoint, cli, engine, methods, stored
+from atlas_train.autoattack import autoattack
 from atlas_train.config import TrainConfig
 from atlas_train.data import DataSplits
+from atlas_train.evaluate import evaluate
 from atlas_train.nonfinite import NonFiniteLoss
 from atlas_train.run import Run, require_shareable
 from forked import in_processes
+from test_train_rescue import ROLLBACK, SERIES
+from test_train_validation import script
 from tiny_runs import TINY, same, splits
 
 
@@ -128,6 +133,38 @@ def test_batchnorm_is_alike_and_a_loss_that_is_not_finite_is_everybodys(tmp_path
     assert first["stop"] == second["stop"] < 8
 
 
+def test_a_rollback_is_everybodys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(monkeypatch, SERIES)
+
+    def body(rank: int) -> None:
+        run = engine.train(TrainConfig(**ROLLBACK | {"epochs": 5}), splits=splits(), folder=tmp_path / "run")
+        torch.save(of(run) | {"rescues": run.rescues, "steps": run.method.in_use()["steps"]}, tmp_path / f"{rank}.pt")
+
+    assert in_processes(2, tmp_path, body) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert [rescue["back_to"] for rescue in first["rescues"]] == [2] and first["steps"] == second["steps"] == 2
+    assert same(first["weights"], second["weights"]) and first["history"] == second["history"]
+    assert checkpoint.load(tmp_path / "run")["rescues"] == first["rescues"]
+
+
+def test_an_evaluation_is_that_of_one_process(tmp_path: Path) -> None:
+    """Of batches whose last has fewer images than there are processes; and AutoAttack."""
+
+    def evaluated() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model, images = Plain(), splits().test
+        found = evaluate(model, images, 0.01, size=17, batch_size=8, dealt=True)
+        attacked = autoattack(model, images, 0.01, 5, version="apgd", dealt=True)
+        return asdict(found) | asdict(attacked) | {"seconds": 0}
+
+    def body(rank: int) -> None:
+        torch.save(evaluated(), tmp_path / f"{rank}.pt")
+
+    assert in_processes(2, tmp_path, body) == [0, 0]
+    whole = evaluated()
+    assert 0 < whole["pgd"] < 1 and [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [whole] * 2
+
+
 def test_what_cannot_be_is_refused_in_every_process(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         other, told = splits(), []
@@ -173,6 +210,8 @@ def test_what_cannot_be_is_refused_in_every_process(tmp_path: Path) -> None:
 
 DATA = """
 import os
+from test_train_rescue import ROLLBACK, SERIES
+from test_train_validation import script
 from tiny_runs import splits
 
 def load():
