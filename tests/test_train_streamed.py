@@ -73,6 +73,16 @@ def test_batches_are_those_of_pictures_in_memory(few: Pictures, workers: int) ->
     assert not multiprocessing.active_children()
 
 
+def test_processes_share_each_batch(few: Pictures) -> None:
+    how = HOW | {"augment": True, "crop": "resized", "workers": 0}
+    whole = Streamed(few, 9, **how)
+    parts = [Streamed(few, 9, place=(rank, 2), **how) for rank in range(2)]
+    for batch, *dealt in zip(whole, *parts, strict=True):
+        assert [len(part.y) for part in dealt] == [len(batch.y) // 2, len(batch.y) - len(batch.y) // 2]
+        assert all(torch.equal(torch.cat(rows), all_rows) for *rows, all_rows in zip(*dealt, batch, strict=True))
+        assert dealt[0].deal.total(dealt[0].y) == len(batch.y)
+
+
 def test_a_resized_crop_goes_by_seed_epoch_and_picture(few: Pictures) -> None:
     def epoch(number: int, seed: int = 3, **how: Any) -> dict[int, torch.Tensor]:
         batches = Streamed(few, **HOW | {"augment": True, "crop": "resized", "seed": seed, "workers": 0} | how)

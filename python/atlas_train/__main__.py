@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 
 from .cli import main
+from .processes import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave(status)
+    sys.exit(status)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from atlas_kernels.attacks import AutoAttack, AutoAttackResult
+from atlas_kernels.attacks import AutoAttack, AutoAttackResult, run_sharded
 
+from . import processes
 from .data import Split
 from .inference import device_of, eval_mode
 from .options import Norm, radius
@@ -55,13 +56,14 @@ def autoattack(
     search_precision: Precision = "fp32",
     state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
+    dealt: bool = False,
 ) -> AutoAttacked:
     """AutoAttack in the ball of ``norm`` (arXiv 2003.01690, l1: 2103.01208) on ``size`` images, the model in eval mode.
 
     version: standard (APGD-CE, APGD-T, FAB-T, Square), apgd, the first two alone in a fraction of the time, plus or
     rand. size: a stratified draw of so many images, the one that ``evaluate`` makes of that size. search_precision,
-    state: as ``search_precision`` and ``state_path`` of ``AutoAttack.run``. All of the model, and the random state, are
-    as before afterwards.
+    state: as ``search_precision`` and ``state_path`` of ``AutoAttack.run``. dealt: all processes make this call and
+    share the images (``run_sharded``). All of the model, and the random state, are as before afterwards.
 
     The targeted DLR loss of APGD-T takes four classes: for three the untargeted one is run instead, for two neither;
     a warning says so. Raises ValueError for a model of one class.
@@ -71,7 +73,7 @@ def autoattack(
         say(f"AutoAttack ({version}) on {len(images):,} images at eps {radius(eps, norm)}")
     attack = AutoAttack(eps, norm=norm, version=version, seed=seed)
     how = {"batch_size": batch_size, "search_precision": search_precision, "state_path": state}
-    result = _run(attack, model, gathered(images), say=say, **how)
+    result = _run(attack, model, gathered(images), dealt, say=say, **how)
     record = result.record
     return AutoAttacked(result.accuracy, len(images), version, record.seconds, seed, _joined(record.instead))
 
@@ -126,9 +128,13 @@ def outcome(
     )  # fmt: skip
 
 
-def _run(attack: AutoAttack, model: nn.Module, samples: Samples, **how: Any) -> AutoAttackResult:
+def _run(attack: AutoAttack, model: nn.Module, samples: Samples, dealt: bool = False, **how: Any) -> AutoAttackResult:
     x, y, ids = samples.everything(model, device_of(model))
     with eval_mode(model):  # a note that it was in train mode would be one about the trainer
+        if dealt and processes.count() > 1:
+            found = processes.agreed(run_sharded(attack, model, x, y, ids=ids, **how))
+            assert found is not None  # the first process has that of all
+            return found
         return attack.run(model, x, y, ids=ids, **how)
 
 

@@ -50,11 +50,12 @@ def _forwards(run: Run, network: nn.Module, attack: bool) -> None:
     for number, (batch, key) in enumerate(zip(run.batches, keys, strict=True)):
         if attack:
             state = replace(run.state, step=first + number, epoch=run.epoch - 1)
-            with unchanged(run.method, run.memory, batch.ids):
+            with unchanged(run.method, run.memory, batch.deal.gathered(batch.ids)):
                 run.method.loss(network, batch, key, state)
         else:
             with torch.no_grad():
                 network(batch.x)
+    batch.deal.settled(batch.x.new_zeros(()), {}, network)  # the means of the processes' means
 
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:

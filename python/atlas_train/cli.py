@@ -15,6 +15,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import torch
 
 import atlas_kernels
 
-from . import data, flags, methods, protocols
+from . import data, flags, methods, processes, protocols
 from .config import (
     AUTOATTACK,
     AUTOATTACK_VERSION,
@@ -129,24 +130,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in commands:
         return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, commands)!r}\n\n{USAGE}")
     try:
-        with terminable(), warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings(), processes.joined() if name == "train" else nullcontext():
             warnings.showwarning = _warn
             return commands[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _complain("\natlas: stopped", 130)
+        return _complain("\natlas: stopped", 130, processes.is_first())
     except Terminated as stop:
-        return _complain("\natlas: told to end", int(str(stop.code)))
+        return _complain("\natlas: told to end", int(str(stop.code)), processes.is_first())
+    except processes.LostProcess as error:
+        return _complain(f"atlas: {error}", said=processes.is_first())
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
-        return _complain(_prefixed(_explained(error)))
+        text = _explained(error)
+        return _complain(_prefixed(text), said=processes.last_word(text))
 
 
-def _complain(text: str, status: int = 2) -> int:
-    """``text`` on stderr, where a name with escapes in it cannot move the cursor."""
+def _complain(text: str, status: int = 2, said: bool = True) -> int:
+    """``text`` on stderr, where a name with escapes in it cannot move the cursor, unless another process says it."""
+    if not said:
+        return status
     print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr)
     return status
 
@@ -161,7 +167,8 @@ def _warn(
 ) -> None:
     """A warning in one line; where it comes from, unless from us."""
     ours = Path(filename).parent == Path(__file__).parent
-    _complain(_prefixed(str(message)) if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}")
+    text = _prefixed(str(message)) if ours else f"{plain(filename)}:{lineno}: {category.__name__}: {message}"
+    _complain(text, said=processes.is_first())
 
 
 def _explained(error: Exception) -> str:

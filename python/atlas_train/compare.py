@@ -9,19 +9,20 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import checkpoint, methods, peak_memory, progress, protocols, schema
+from . import checkpoint, methods, peak_memory, processes, progress, protocols, schema
 from .autoattack import autoattack
 from .compiled import require_compilable
 from .config import PLACES, TrainConfig, added, alone, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, identity, with_extra
 from .engine import load_splits, train
-from .evaluate import Say, evaluate
+from .evaluate import Say, evaluate, unsaid
 from .folders import locked, made, numbered
 from .imported import is_import_path, without_place
 from .interrupts import Terminated, terminable
@@ -83,7 +84,8 @@ def compare_once(
     config: TrainConfig, splits: DataSplits | None, show: str, say: Say, command: Sequence[str] | None, stopped: Say
 ) -> Results:
     """``compare``; ``stopped`` takes the line that says how a run goes on."""
-    config, folders = _resumed(config) if config.resume else (config, {})
+    say = say if processes.is_first() else unsaid
+    config, folders = processes.of_first(lambda: _resumed(config) if config.resume else (config, {}))
     splits = with_extra(splits or load_for(config, folders), config.extra_data).told(say)
     if not len(splits.test):
         raise ValueError(f"{plain(splits.name)} has no test images, so that nothing can be compared: give some")
@@ -92,25 +94,34 @@ def compare_once(
         require_compilable(methods.get(name))
     with ExitStack() as stack:
         stack.enter_context(terminable())
-        if not folders:
-            root = stack.enter_context(new_folder(config))
-            folders = {name: root / name for name in methods_of(config)}
-        folder = folders[config.method].parent if config.beside else folders[config.method]
-        stack.enter_context(made(folder))
-        for path in (folder, *(own for own in folders.values() if own.exists())):
-            stack.enter_context(locked(path))
-        if not config.resume:
-            _require_free(config, folders)
-        with explained(config, folder, folders, splits, stopped):
+        folder, folders = processes.of_first(partial(_enter, stack, config, folders))
+        if processes.is_first():
+            stack.enter_context(explained(config, folder, folders, splits, stopped))
             if config.beside:
                 write_json(folder / CONFIG, recorded(config))
-            runs, results = _train_all(config, folders, splits, show, say)
-            drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
-            title = _write(folder, config, runs, results, command)
+        runs, results = _train_all(config, folders, splits, show, say)
+        if not processes.is_first():
+            return results
+        drawn = write_curves(folder / CURVES, {name: runs[name].history for name in results})
+        title = _write(folder, config, runs, results, command)
     say(f"\n{title}\n")
     say(table(results))
     say(f"files: {plain(folder)}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return results
+
+
+def _enter(stack: ExitStack, config: TrainConfig, folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
+    """Makes the folder this comparison's until the stack ends; gives it and those of the runs."""
+    if not folders:
+        root = stack.enter_context(new_folder(config))
+        folders = {name: root / name for name in methods_of(config)}
+    folder = folders[config.method].parent if config.beside else folders[config.method]
+    stack.enter_context(made(folder))
+    for path in (folder, *(own for own in folders.values() if own.exists())):
+        stack.enter_context(locked(path))
+    if not config.resume:
+        _require_free(config, folders)
+    return folder, folders
 
 
 def is_comparison(path: str | Path) -> bool:
@@ -221,7 +232,7 @@ def _train_all(
     config: TrainConfig, folders: Mapping[str, Path], splits: DataSplits, show: str, say: Say
 ) -> tuple[dict[str, Run], Results]:
     """The runs, and what they came to in the order of the table. Those that are there already go first."""
-    owns = {name: _own(config, name, folder) for name, folder in folders.items()}
+    owns = processes.of_first(lambda: {name: _own(config, name, folder) for name, folder in folders.items()})
     _require_all(config, owns, splits)
     runs: dict[str, Run] = {}
     results: Results = {}
@@ -301,13 +312,14 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
     of = {name: getattr(c, name) for name in settings} | {"data": run.data["test"], "device": str(run.device)}
     of |= {"weights": checkpoint.fingerprint(model), "versions": checkpoint.versions() | {"commit": commit()}}
     of["epochs"] = [run.epoch, run.best] + ([True] if run.best_raw else [])
-    if kept := _kept(folder / EVALUATION, of):
+    if kept := processes.of_first(lambda: _kept(folder / EVALUATION, of)):
         say(f"{c.label}: evaluated before, in {folder / EVALUATION}")
         return kept
     with on_host(c.threads):
         last = _attacked(c, model, run.epoch, splits, folder, say)
         with best_weights(run) as better:
             if better:
+                processes.make_alike(better)  # another machine may still see the file that was there before
                 say(best_told(run.best, run.best_raw))
             best = _attacked(c, better, run.best, splits, folder, say) if better else last if run.best else None
             best = best and replace(best, raw=run.best_raw or None)
@@ -326,22 +338,23 @@ def _result(run: Run, splits: DataSplits, folder: Path, say: Say) -> Result:
         rescues=run.rescues,
         ended=run.ended or None,
     )
-    write_json(folder / EVALUATION, result.to_dict() | {"of": of})
-    for state in folder.glob(STATES.format("*")):
-        state.unlink()
+    if processes.is_first():
+        write_json(folder / EVALUATION, result.to_dict() | {"of": of})
+        for state in folder.glob(f"{STATES.format('*')}*"):
+            state.unlink()
     return result
 
 
 def _attacked(c: TrainConfig, model: nn.Module, epoch: int, splits: DataSplits, folder: Path, say: Say) -> Result:
     """The accuracies of the network as it was after that epoch; an AutoAttack that was stopped goes on."""
     ball: dict[str, Any] = {"eps": c.eps, "norm": c.norm}
-    how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say}
+    how: dict[str, Any] = {"size": c.eval_size, "channels_last": c.channels_last, "say": say, "dealt": True}
     result = Result(evaluate(model, splits.test, **ball, **how), epoch=epoch)
     if not c.autoattack:
         return result
     ball |= {"version": c.autoattack_version, "size": c.autoattack}
     of = hashlib.sha256(f"{checkpoint.fingerprint(model)} {ball}".encode()).hexdigest()[:16]
-    attacked = autoattack(model, splits.test, state=folder / STATES.format(of), say=say, **ball)
+    attacked = autoattack(model, splits.test, state=folder / STATES.format(of), say=say, dealt=True, **ball)
     return replace(result, autoattack=attacked)
 
 

@@ -37,7 +37,7 @@ class CompiledStep:
 
         run = self._run
         retried = self._first and run.config.on_compile_error == "eager"
-        begin_anew = put_back_later(run, batch.ids) if retried else None
+        begin_anew = put_back_later(run, batch.deal.gathered(batch.ids)) if retried else None
         before, started = graphs(), time.perf_counter()
         try:
             with config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):

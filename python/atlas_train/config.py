@@ -233,6 +233,11 @@ class TrainConfig(metaclass=_Lenient):
     activation: Literal["relu", "silu", "gelu"] = option(
         "relu", "of the networks listed under --model; silu (Swish) and gelu are smooth (Gowal et al. 2020)"
     )
+    sync_batchnorm: bool = option(
+        False,
+        "with several processes (torchrun): BatchNorm takes its statistics of the rows of all, not of each process's "
+        "own. On GPUs alone, and not with mma, yopo and methods that differentiate twice",
+    )
     init: str | None = option(
         None,
         "weights to start from, for fine-tuning: a run's folder, a checkpoint, or a .safetensors or .pt file of "

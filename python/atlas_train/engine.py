@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import average_bn, checkpoint, data, methods, models, optimizers, progress, rescue
+from . import average_bn, checkpoint, data, methods, models, optimizers, processes, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
-from .config import TrainConfig
+from .config import PLACES, TrainConfig, recorded
 from .data import Batch, DataSplits, identity
 from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
@@ -73,18 +73,17 @@ def train(
     process without one.
     """
     _require_arguments(config, splits, model)
-    display = display or progress.Silent()
+    display = display if display and processes.is_first() else progress.Silent()
     resumed = checkpoint.locate(config.resume).parent if config.resume else None
     folder = resumed if folder is None else Path(folder)
     with ExitStack() as stack:
         stack.enter_context(terminable())
+        stack.enter_context(processes.losses_said())
         stack.enter_context(torch.inference_mode(False))  # also of a notebook in which gradients are off
         stack.enter_context(torch.enable_grad())
         if folder:
-            stack.enter_context(made(folder))
-            stack.enter_context(locked(folder))
-            _require_free(folder, resumed)
-        empty = folder is not None and {path.name for path in folder.iterdir()} == {LOCK}
+            processes.of_first(partial(_enter, stack, folder, resumed))
+        empty = folder is not None and processes.is_first() and {path.name for path in folder.iterdir()} == {LOCK}
         run, notes = start(config, splits, model, folder)
         try:
             _train(run, notes, display, on_epoch, on_start)
@@ -109,6 +108,13 @@ def _require_arguments(config: object, splits: object, model: object) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {shown(model)}{remedy}")
 
 
+def _enter(stack: ExitStack, folder: Path, resumed: Path | None) -> None:
+    """Makes the folder this run's until the stack ends."""
+    stack.enter_context(made(folder))
+    stack.enter_context(locked(folder))
+    _require_free(folder, resumed)
+
+
 def _require_free(folder: Path, resumed: Path | None) -> None:
     """Raises FileExistsError if another run's checkpoint is there."""
     if (folder / checkpoint.LAST).exists() and not (resumed and resumed.resolve() == folder.resolve()):
@@ -124,10 +130,11 @@ def _train(
     left_out = checkpoint.require_exportable(run.model) if run.folder else None
     if not c.resume and run.folder:
         save(run)  # so that there is a state from before, whatever happens
-    board = TensorBoard(run.folder) if c.tensorboard else None
+    board = TensorBoard(run.folder) if c.tensorboard and processes.is_first() else None
     parameters = sum(p.numel() for p in run.model.parameters())
     size, network = len(run.splits.train), run.arch["name"]
     where = c.device if c.train_precision == "fp32" else f"{c.device} in {c.train_precision}"
+    where += f", {many} processes" if (many := processes.count()) > 1 else ""
     title = progress.headline(c.label, run.splits.name, size, network, parameters, radius(c.eps, c.norm), where)
     display.start(title, run.total_steps)
     try:
@@ -144,7 +151,7 @@ def _train(
         display.stop()
         if board:
             board.close()
-    if run.folder:
+    if run.folder and processes.is_first():
         export(run)
 
 
@@ -178,6 +185,8 @@ def _without_effect(run: Run) -> list[str]:
     for name, why in (switched_off(_SWITCHES, vars(c)) | method.without_effect() | resident).items():
         if name in given and given[name] not in (None, default[name]):
             notes.append(f"WARNING: {name}={in_words(given[name])} changes nothing, as {why}")
+    if run.config.sync_batchnorm and processes.count() == 1:
+        notes.append("WARNING: sync_batchnorm changes nothing, as there is one process: start several by torchrun")
     if run.config.mix_share and run.method.in_use().get("steps", 1) == run.config.mix_steps:
         notes.append(
             f"WARNING: mix_steps={run.config.mix_steps} is the number of attack steps of {run.config.method} anyway, "
@@ -194,7 +203,9 @@ def start(
         splits = data.with_extra(splits or load_splits(config), config.extra_data)
         run = prepare(config, splits, model, folder)
         rescue.require_possible(run.config, folder is not None)
-        run.data = identity.record(splits) if folder else {}
+        run.data = identity.record(splits) if folder or processes.count() > 1 else {}
+        _require_alike(run)
+        processes.make_alike(run.model)
         return run, [*splits.notes, *_beginnings(run)]
     source = checkpoint.locate(config.resume)
     state = checkpoint.load(source, ("arch", "config"))
@@ -207,7 +218,22 @@ def start(
     run = prepare(config, splits, model, folder)
     rescue.require_possible(run.config, folder is not None)
     run.data = images
-    return run, [*splits.notes, *notes, *restore(run, state, source)]
+    _require_alike(run)
+    notes = [*splits.notes, *notes, *restore(run, state, source)]
+    if processes.count() > 1:
+        where = {"epoch": run.epoch, "step": run.step, "weights": checkpoint.fingerprint(run.model)}
+        processes.require_same("checkpoint", where)
+    return run, notes
+
+
+def _require_alike(run: Run) -> None:
+    """Raises ValueError where another process has other settings, data or another network."""
+    if processes.count() == 1:
+        return
+    processes.require_same("settings", {k: v for k, v in recorded(run.config).items() if k not in PLACES})
+    processes.require_same("data", run.data)
+    shapes = {name: list(value.shape) for name, value in run.model.named_parameters()}
+    processes.require_same("weights in its network", shapes)
 
 
 def _beginnings(run: Run) -> list[str]:
@@ -236,6 +262,8 @@ def load_splits(
     if state and name == state.get("data", {}).get("name"):
         name = identity.loader(state, source, function)
     pictures = {key: getattr(config, key) for key in data.READING}
+    if config.download and processes.count() > 1:  # by one of them
+        processes.of_first(lambda: data.load(name, config.data_dir, True, **pictures).name)
     return data.load(name, config.data_dir, config.download, **pictures)
 
 
@@ -251,11 +279,15 @@ def fit(
     step = make_train_step(run, display)
     if on_start:
         on_start(run, step)
+
+    def told(row: dict[str, Any]) -> bool:
+        return bool(on_epoch and on_epoch(row))
+
     run.masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs and not run.ended:
         epoch = run.epoch + 1
         try:
-            row, sign = watched_epoch(run, display, step)
+            row, sign = processes.agreed(watched_epoch(run, display, step))
         except (Collapsed, NonFiniteLoss) as error:
             if not rescue.goes_back(run):
                 raise
@@ -274,7 +306,7 @@ def fit(
             save(run)
         if board:
             board.write(row)
-        if on_epoch and on_epoch(row):
+        if processes.of_first(partial(told, row)):
             return
 
 
@@ -328,6 +360,7 @@ def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> d
     run.batches.set_epoch(run.epoch)
     run.batches.take_wait()  # of others
     run.model.train()
+    processes.seed_others(run.config.seed, run.step)
     keys = noise_keys(run.config.seed, run.step, len(run.batches) - within.batches).to(run.device)
     losses = Losses(run)
     losses.segment = segment = Segment(run)
@@ -356,11 +389,12 @@ def _train_batch(run: Run, train_step: TrainStep, batch: Batch, key: Tensor, los
     """Trains on a batch and counts it; one whose loss is not finite is left out, if the settings say so."""
     within, skips = run.within, run.config.on_nonfinite == "skip"
     buffers = [buffer.clone() for buffer in run.model.buffers()] if skips else []
-    descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids))
+    descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids), batch.deal)
     optimizers.set_momentum(run.optimizer, run.momentum)
     try:
         with run.training():
             loss, metrics = train_step(run.network, batch, key, run.state, descent)
+        loss, metrics = batch.deal.settled(loss, metrics, run.model)
         within.steps.append({"loss": loss, **metrics})
         if run.average:
             run.average.after_batch(run.model)
@@ -373,7 +407,7 @@ def _train_batch(run: Run, train_step: TrainStep, batch: Batch, key: Tensor, los
                 buffer.copy_(before)
     run.step += 1
     within.batches += 1
-    within.images += len(batch.y)
+    within.images += batch.deal.total(batch.y)
 
 
 def _row(run: Run, epoch: int, steps: Sequence[dict[str, Tensor]], seconds: float) -> dict[str, Any]:

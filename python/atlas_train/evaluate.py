@@ -24,12 +24,15 @@ from atlas_kernels.schema import NORMS
 
 from . import autoattack as ensembles
 from .data import Split
+from .deal import WHOLE
+from .deal import dealt as deal_of
 from .inference import device_of
 from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
 from .inference import predict as predict
 from .models.classifier import Normalize
 from .options import Norm, fraction, radius
+from .processes import gathered as of_all
 from .robustness import signs
 from .robustness.named import CLEAN, Named, default_step, named
 from .robustness.outcome import Outcome
@@ -104,6 +107,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     search_precision: ensembles.Precision = "fp32",
     state: str | os.PathLike[str] | None = None,
     say: Say | None = None,
+    dealt: bool = False,
 ) -> Evaluation | Report:
     """Accuracy of ``model`` in eval mode, clean and under attacks; it, and the random state, are as before afterwards.
 
@@ -134,6 +138,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         state: a file from which an AutoAttack that was stopped goes on, in the middle of an attack; it is refused for
             another model, other data or settings. With several, each has a file of its own beside it.
         say: told what is evaluated, and how far it is.
+        dealt: all processes of ``torch.distributed`` make this call, each attacks its rows of every batch, and each
+            gets the result of all. Without ``attacks`` alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}: put what it does into one")
@@ -145,7 +151,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
     model = _normalising(model, mean, std, where, samples.channels)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
-    at = _Place(samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or _silent)
+    place = samples, where, whole("batch_size", batch_size, 1), channels_last, norm, key, seed, say or unsaid, dealt
+    at = _Place(*place)
     if attacks is not None:
         balls = _radii(eps)
         path = None if state is None else Path(state)
@@ -183,6 +190,7 @@ class _Place:
     key: Tensor
     seed: int
     say: Say
+    dealt: bool
 
     def batches(self, model: nn.Module, size: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self.samples.batches(model, size or self.batch_size, self.device, self.channels_last)
@@ -239,11 +247,15 @@ def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Atta
     tallies = {CLEAN: Tally(), **{name: Tally() for name in runs}}
     attacks = {name: attack for name, (_, attack) in runs.items()}
     progress = Progress(len(at.samples), at.device.type == "cpu", at.say)
-    for x, y, ids in at.batches(model):
+    for batch in at.batches(model):
+        deal = deal_of(len(batch[1])) if at.dealt else WHOLE
+        x, y, ids = map(deal.own, batch)
         before = time.perf_counter()
         for name, verdict in judged(model, attacks, x, y, ids, at.key, at.norm):
             tallies[name].add(verdict, -before + (before := time.perf_counter()))
-        progress.after(len(y), {how.label: tallies[name].share for name, (how, _) in runs.items()})
+        progress.after(len(batch[1]), {how.label: tallies[name].share for name, (how, _) in runs.items()})
+    if at.dealt:
+        tallies = {name: Tally.joined(of_all(tally)) for name, tally in tallies.items()}
     found = {CLEAN: tallies[CLEAN].outcome(named(CLEAN)[0], None, at.norm, {})}
     for name, (how, attack) in runs.items():
         found[name] = tallies[name].outcome(how, float(attack.eps), at.norm, _settings(attack))
@@ -254,7 +266,7 @@ def judged(
     model: nn.Module, attacks: Mapping[Any, Attack], x: Tensor, y: Tensor, ids: Tensor, key: Tensor, norm: Norm
 ) -> Iterator[tuple[Any, Verdict]]:
     """The verdict on each row: clean, and then under each attack, for rows that are right clean."""
-    clean = predict(model, x)
+    clean = predict(model, x) if len(x) else y
     yield CLEAN, Verdict.of(clean, y, x, x, norm)
     rows = (clean == y).nonzero().squeeze(1)
     for name, attack in attacks.items():
@@ -328,5 +340,5 @@ def _settings(attack: Attack) -> dict[str, Any]:
     return known | {"objective": attack.objective}
 
 
-def _silent(text: str) -> None:
-    pass
+def unsaid(text: str) -> None:
+    """Says nothing."""

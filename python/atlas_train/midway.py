@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from . import checkpoint
+from . import checkpoint, processes
 from .interrupts import Terminated, unbroken
 from .nonfinite import Losses
 from .peak_memory import note
 from .run import Run
 from .saving import save
 from .segment import Segment
+
+#: Batches between two looks at the clock where several processes train: telling each other takes its time.
+TOGETHER = 10
 
 
 class Midway:
@@ -34,8 +37,10 @@ class Midway:
         return time.perf_counter() - self._begun
 
     def after_batch(self) -> None:
-        """Saves, if that is due."""
-        if self._every and time.perf_counter() - self._saved >= self._every:
+        """Saves, if that is due: by the clock of the first process, at which several look at every ``TOGETHER``."""
+        if not self._every or (processes.count() > 1 and self._run.within.batches % TOGETHER):
+            return
+        if processes.agreed(time.perf_counter() - self._saved >= self._every):
             self.save()
 
     def save(self) -> None:
@@ -55,7 +60,7 @@ class Midway:
     def ending(self) -> Iterator[AbstractContextManager[None]]:
         """A batch within the context that this gives is not broken off by a signal that is to end the process; when
         such a signal comes, the run is saved."""
-        if not self._every:
+        if not self._every or processes.count() > 1:  # which are not at the same batch when a signal comes
             yield nullcontext()
             return
         with unbroken(self._tell) as whole:

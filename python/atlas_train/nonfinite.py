@@ -59,7 +59,7 @@ class LeftOut:
         self, model: nn.Module, batch: Batch, key: Tensor, state: State, descent: Descent
     ) -> tuple[Tensor, Metrics]:
         self._method.before_step(model, batch, key, state)
-        put_back = put_back_later(self._method, state.memory, batch.ids)
+        put_back = put_back_later(self._method, state.memory, batch.deal.gathered(batch.ids))
         try:
             return self._method.train_step(model, batch, key, state, descent)
         except NonFiniteLoss:

@@ -122,7 +122,7 @@ def step_on_copies(run: Run) -> Iterator[Copied | None]:
         yield None
         return
     last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0))
-    last, batch = set_apart(run.method, last, next(iter(run.batches)))
+    last, batch = set_apart(run.method, last, Batch(*next(iter(run.batches))))  # of this process alone
     run.batches.close()
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), run.recomputed(network):

@@ -54,7 +54,7 @@ def set_apart(method: Method, state: State, batch: Batch) -> tuple[State, Batch]
         name: value[batch.ids] if name in method.stores else value.clone() for name, value in state.memory.items()
     }
     numbers = torch.arange(len(batch.ids), device=batch.ids.device)
-    return replace(state, memory=memory, size=len(numbers)), batch._replace(ids=numbers)
+    return replace(state, memory=memory, size=len(numbers)), Batch(batch.x, batch.y, numbers)
 
 
 def without_stores(method: Method, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

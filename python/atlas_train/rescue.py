@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from . import checkpoint, saving
+from . import checkpoint, processes, saving
 from .config import TrainConfig, from_record
 from .options import in_words
 from .remembered import begins_anew
@@ -52,7 +52,7 @@ def take_back(run: Run, epoch: int, sign: str, *, stronger: bool) -> str:
     changed = _stronger(run) if stronger else {}
     run.config = with_attack(run.config, changed)
     run.method = run.config.build_method()
-    saving.put(run, checkpoint.load(source, ("arch", "config")), source)
+    saving.put(run, processes.of_first(lambda: checkpoint.load(source, ("arch", "config"))), source)
     run.rescues.append({"epoch": epoch, "back_to": run.epoch, "sign": sign, "changed": changed})
     why = "" if changed else _why_no_further(run, stronger)
     run.ended = why and f"training collapsed in epoch {epoch}, and {why}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atlas_kernels import Execution
 from atlas_kernels.precision import warn_if_slow
 
-from . import averaging, methods, models, optimizers, schedules
+from . import averaging, methods, models, optimizers, processes, schedules
 from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
 from .data import Batches, DataSplits, Pictures, Split, Streamed, held_out
@@ -144,7 +144,7 @@ class Run:
 def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, folder: Path | None) -> Run:
     """Network, optimiser and method as the configuration says, before the first step."""
     config = resolved(config, splits, own_model=model is not None)
-    device = usable_device(config.device)
+    device = processes.own_device(usable_device(config.device))
     train, validation = held_out.split(splits.train, config.train_size, config.val_size, config.seed)
     splits = replace(splits, train=train)
     arch: dict[str, Any] = {
@@ -167,6 +167,9 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         few = splits.train.first(2).to(device).float() / 255
         models.require_usable(model, arch["name"], few, splits.num_classes)
     method, optimizer = require_trainable(config, model)
+    require_shareable(config, method, device)
+    if config.sync_batchnorm and processes.count() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # which keeps the weights that the optimiser has
     require_room(method, (run_samples(splits), *splits.train.shape), device)
     network = compiled_network(model, method) if config.compile else model
     precision = config.attack_precision or config.train_precision
@@ -200,6 +203,7 @@ def batches_of(config: TrainConfig, splits: DataSplits, device: torch.device) ->
         "device": device,
         "channels_last": config.channels_last,
         "drop_last": len(splits.train) >= config.batch_size,
+        "place": processes.place(),
     }
     if isinstance(splits.train, Pictures):
         crop = require_streamable(config, splits)
@@ -262,6 +266,27 @@ def require_trainable(config: TrainConfig, model: nn.Module) -> tuple[Method, to
     if config.cuda_graphs == "step":
         require_recordable(method, optimizer, config.on_nonfinite)
     return method, optimizer
+
+
+def require_shareable(config: TrainConfig, method: Method, device: torch.device) -> None:
+    """Raises ValueError where several processes cannot train together so."""
+    if processes.count() == 1:
+        return
+    if config.cuda_graphs == "step":
+        raise ValueError(
+            "cuda_graphs='step' cannot be had with several processes, whose steps wait for each other: set "
+            "cuda_graphs='attack'"
+        )
+    if not config.sync_batchnorm:
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            "sync_batchnorm needs GPUs: torch's SyncBatchNorm has no form for CPUs, whose processes meet by gloo; set "
+            "sync_batchnorm=False, and each process normalises by its own rows"
+        )
+    graphs = "cuda_graphs='attack', whose graphs would wait for other processes"
+    if why := method.no_sync or (graphs if config.cuda_graphs == "attack" else ""):
+        raise ValueError(f"sync_batchnorm cannot be had with {why}: set sync_batchnorm=False")
 
 
 def require_recomputable(method: Method, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import answers, checkpoint, models, optimizers, within
+from . import answers, checkpoint, models, optimizers, processes, within
 from .config import PLACES, TrainConfig, from_record, recorded
 from .data import identity
 from .imported import without_place
@@ -38,12 +38,14 @@ _UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "save_every", "ten
 def save(run: Run) -> None:
     """last.pt in the run's folder, and after an epoch log.csv, and best.pt if it was the best."""
     assert run.folder
+    if not processes.is_first():
+        return
     state = {
         "config": recorded(run.config),
         "data": run.data,
         "hyper": run.method.in_use(),
         "changes": run.changes,
-        "versions": checkpoint.versions(),
+        "versions": checkpoint.versions() | ({"processes": str(many)} if (many := processes.count()) > 1 else {}),
         "arch": run.arch,
         "answers": _answers(run),
         "epoch": run.epoch,
@@ -162,7 +164,9 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
     put(run, state, source)
     run.seconds, run.changes = state["seconds"], list(state.get("changes", []))
     run.rescues, run.peak_memory = list(state.get("rescues", [])), state.get("peak_memory", 0)
-    notes = [] if not run.folder else _restore_best(run, state, source)
+    notes: list[str] = []
+    if run.folder:
+        notes, run.best = processes.of_first(lambda: (_restore_best(run, state, source), run.best))
     if (ended := state.get("ended")) and all(getattr(old, name) == getattr(run.config, name) for name in _ENDING):
         run.ended = ended
         notes.append(f"nothing to train: {ended}; another value of {', '.join(_ENDING)} lets the run go on")
@@ -172,6 +176,8 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
         for name, now in checkpoint.versions().items()
         if (then := state.get("versions", {}).get(name, now)) != now
     }
+    if (then := state.get("versions", {}).get("processes", "1")) != (now := str(processes.count())):
+        changed["processes"] = [then, now]
     if changed:
         run.changes.append({"epoch": run.epoch, "changed": changed})
         notes += [text for text in (_told(run, changed), _stretched(run, old)) if text]

@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, protocols
+from . import checkpoint, processes, protocols
 from .compare import (
     CONFIG,
     MARKDOWN,
@@ -26,7 +27,7 @@ from .compare import (
 )
 from .config import TrainConfig, added, from_file, from_record, methods_of, recorded, resolved
 from .data import DataSplits, with_extra
-from .evaluate import Say
+from .evaluate import Say, unsaid
 from .folders import locked, made
 from .interrupts import terminable
 from .machine import usable_device
@@ -59,7 +60,8 @@ def compare_seeds(
     Raises SeedsFailed at the end where training with some seed met a loss or weights that are not finite: the others
     are trained nevertheless, and the table is theirs. Any other error ends the command at once. Else as ``compare``.
     """
-    config, root = _resumed(config) if config.resume else (config, None)
+    say = say if processes.is_first() else unsaid
+    config, root = processes.of_first(lambda: _resumed(config) if config.resume else (config, None))
     splits = splits or load_for(config, _folders(config, root) if root else {}, "resume_seeds")
     splits = splits.told(say)
     settings = resolved(config, with_extra(splits, config.extra_data))
@@ -67,24 +69,20 @@ def compare_seeds(
     failed: dict[int, str] = {}
     with ExitStack() as stack:
         stack.enter_context(terminable())
-        root = root or stack.enter_context(new_folder(settings))
-        stack.enter_context(made(root))
-        stack.enter_context(locked(root))
-        if not config.resume and (root / CONFIG).exists():
-            raise FileExistsError(f"out_dir {plain(root)} holds runs already: go on with them (resume {plain(root)})")
-        folders = _folders(settings, root)
-        with explained(settings, root, folders, splits, say, "resume_seeds"):
+        root = processes.of_first(partial(_enter, stack, settings, root))
+        if processes.is_first():
+            stack.enter_context(explained(settings, root, _folders(settings, root), splits, say, "resume_seeds"))
             write_json(root / CONFIG, recorded(settings))
-            for seed in settings.seeds:
-                say(f"\nseed {seed}")
-                own = _of_seed(settings, seed, root)
-                try:
-                    results[seed] = compare_once(own, splits, show, say, None, stopped=lambda line: None)
-                except NonFiniteLoss as error:
-                    failed[seed] = str(error)
-                    say(f"seed {seed} failed, and the others go on: {error}")
-            if results:
-                _write(root, settings, splits, results, failed, command)
+        for seed in settings.seeds:
+            say(f"\nseed {seed}")
+            own = processes.of_first(partial(_of_seed, settings, seed, root))
+            try:
+                results[seed] = compare_once(own, splits, show, say, None, stopped=lambda line: None)
+            except NonFiniteLoss as error:
+                failed[seed] = str(error)
+                say(f"seed {seed} failed, and the others go on: {error}")
+        if results and processes.is_first():
+            _write(root, settings, splits, results, failed, command)
     if results:
         say(f"\n{_title(settings, splits)}\n")
         say(table_of_seeds(results))
@@ -94,6 +92,16 @@ def compare_seeds(
         left = f"the table is that of {', '.join(map(str, results))}" if results else "there is no table"
         raise SeedsFailed(f"{len(failed)} of {len(settings.seeds)} seeds failed, {left}. {reasons}")
     return results
+
+
+def _enter(stack: ExitStack, config: TrainConfig, root: Path | None) -> Path:
+    """Makes the folder these runs' until the stack ends."""
+    root = root or stack.enter_context(new_folder(config))
+    stack.enter_context(made(root))
+    stack.enter_context(locked(root))
+    if not config.resume and (root / CONFIG).exists():
+        raise FileExistsError(f"out_dir {plain(root)} holds runs already: go on with them (resume {plain(root)})")
+    return root
 
 
 def _resumed(config: TrainConfig) -> tuple[TrainConfig, Path]:

@@ -39,7 +39,7 @@ class Segment:
         if self._watched and (self._run.step + 1) % EVERY == 0:
             near, far = (predicted == batch.y for predicted in self._predict(batch, key))
             counts = [(far & ~near).sum(), (near & ~far).sum(), far.new_full((), len(far), dtype=torch.int64)]
-            self._unread.append(torch.stack(counts))
+            self._unread.append(batch.deal.summed(torch.stack(counts)))
 
     def unread(self) -> list[Tensor]:
         """Whole numbers [3] on the device of each look that was not read yet, for ``read``."""

@@ -13,6 +13,7 @@ from atlas_kernels.attacks import PGD
 
 from . import methods
 from .data import in_order
+from .deal import dealt
 from .evaluate import evaluating, predict
 from .machine import autocast
 from .noise import noise_keys
@@ -70,12 +71,14 @@ def _accuracies(run: Run, model: nn.Module) -> dict[str, float]:
     precision = run.execution.precision
     counts = []
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: every batch is a size
-        for x, y, ids in batches:
-            rights = [predict(model, x) == y]
+        for batch in batches:
+            x, y, ids = map(dealt(len(batch.y)).own, batch)
+            rights = [(predict(model, x) if len(x) else y) == y]  # fewer images than processes
             if run.method.adversarial:
                 rights += withstood(run, model, rights[0], x, y, ids, key, run.config.val_step_size)
             counts.append(torch.stack([right.sum() for right in rights]))
-    shares = (torch.stack(counts).sum(0).double() / len(run.validation)).tolist()
+    rights_of_all = dealt(len(run.validation)).summed(torch.stack(counts).sum(0))
+    shares = (rights_of_all.double() / len(run.validation)).tolist()
     return dict(zip(("val_clean", "val_pgd_5", "val_pgd"), shares, strict=False))
 
 

@@ -34,7 +34,7 @@ def warm_up(run: Run, train_step: TrainStep) -> None:
         run.model.train()
         keys = noise_keys(run.config.seed, run.step, STEPS).to(run.device)
         for number, (batch, key) in enumerate(zip(_random_batches(run), keys, strict=True)):
-            descent = OptimizerDescent(run.optimizer, run.rate)
+            descent = OptimizerDescent(run.optimizer, run.rate, deal=batch.deal)
             optimizers.set_momentum(run.optimizer, run.momentum)
             with run.training():
                 train_step(run.network, batch, key, replace(run.state, step=run.step + number), descent)

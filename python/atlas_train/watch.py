@@ -11,6 +11,7 @@ from atlas_kernels import Execution
 
 from . import progress
 from .data import in_order
+from .deal import dealt
 from .evaluate import evaluating
 from .machine import autocast
 from .noise import noise_keys
@@ -168,9 +169,13 @@ def probe(run: Run) -> dict[str, float]:
     images = run.splits.train
     count = min(run.config.probe_size, len(images))
     few = in_order(images.subset(count), count, device=run.device, channels_last=run.config.channels_last)
-    x, y, ids = next(few)
+    deal = dealt(count)
+    x, y, ids = map(deal.own, next(few))
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
     model, precision = run.model, run.execution.precision
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: half the rows drop out
         rights = withstood(run, model, torch.ones_like(y, dtype=torch.bool), x, y, ids, key)
-        return dict(zip(("probe", "probe_10"), [right.float().mean().item() for right in rights], strict=True))
+        return {
+            name: deal.gathered(right.float()).mean().item()
+            for name, right in zip(("probe", "probe_10"), rights, strict=True)
+        }

@@ -11,6 +11,7 @@ import torch
 import atlas_kernels as ak
 from atlas_kernels.core import advise_huge_pages
 
+from ..deal import WHOLE, Part, Whole
 from ..noise import noise_keys
 from .images import Images
 from .pictures import Pictures
@@ -29,6 +30,27 @@ class Batch(NamedTuple):
         """What ``value`` makes of the labels; for images with two labels (``methods.Mixing``) the mean by shares."""
         return value(self.y)
 
+    @property
+    def deal(self) -> Whole:
+        """How other processes, which have other rows of the batch, are asked for theirs."""
+        return WHOLE
+
+
+class DealtBatch(Batch):
+    """The rows of one process of a batch that is dealt out to several."""
+
+    _deal: Whole
+
+    @property
+    def deal(self) -> Whole:
+        return self._deal
+
+    @classmethod
+    def dealt(cls, batch: Batch, deal: Whole) -> DealtBatch:
+        made = cls(*batch)
+        made._deal = deal
+        return made
+
 
 class Batches:
     """Iterates over `Batch`es of `images`; one iteration is one epoch.
@@ -41,6 +63,9 @@ class Batches:
     With ``extra`` images every batch takes ``extra_share`` of its samples from them, after its own: drawn anew each
     epoch by (seed, epoch), with replacement; an epoch has as many batches as without, so it sees less of its own. They
     are numbered on from the set's. (Carmon et al. 2019, arXiv 1905.13736, whose share is a half.)
+
+    With ``place`` = (r, W), W processes share each batch, and this one, number r, gets its rows of it (``deal.Part``):
+    a ``DealtBatch``. Order, crops and flips are those of one process.
 
     batch_size: samples per batch. shuffle: a new order per epoch, else the set's own.
     augment: crop (padding 4) and horizontal flip. dtype: of x; u/255 is rounded once, to float32 (float64 for
@@ -64,6 +89,7 @@ class Batches:
         drop_last: bool = False,
         extra: Images | None = None,
         extra_share: float = 0.5,
+        place: tuple[int, int] = (0, 1),
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}; images are in [0, 1]")
@@ -78,7 +104,13 @@ class Batches:
                 f"batch_size {batch_size} exceeds the set's {len(images)} images, so drop_last leaves no batch; "
                 "choose a smaller batch_size or drop_last=False"
             )
+        if (least := min(batch_size, len(images))) < place[1]:
+            raise ValueError(
+                f"batch_size: a batch of {least} images cannot be dealt out to {place[1]} processes: start fewer "
+                "processes (--nproc-per-node), or take a larger batch_size"
+            )
         self.batch_size, self.shuffle, self.seed, self.augment = batch_size, shuffle, seed, augment
+        self._place = place
         self.dtype, self.drop_last = dtype, drop_last
         self.epoch = 0
         self.channels_last = channels_last
@@ -131,17 +163,24 @@ class Batches:
         for batch in range(first, len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
-            yield self._batch(ids, epoch) if more is None else self._joint(ids, more[start : start + len(ids)], epoch)
+            deal = self._deal(ids)
+            made = self._batch(deal.own(ids), epoch) if more is None else self._joint(ids, more[start:], epoch, deal)
+            yield made if deal is WHOLE else DealtBatch.dealt(made, deal)
+
+    def _deal(self, ids: torch.Tensor) -> Whole:
+        """Which of the rows of a batch this process has."""
+        return Part.of(len(ids), *self._place) if self._place[1] > 1 else WHOLE
 
     def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
         x = self._augmented(self._images, ids, epoch, channels_last=self.channels_last)
         return Batch(x, self._labels[ids], ids)
 
-    def _joint(self, ids: torch.Tensor, rows: torch.Tensor, epoch: int) -> Batch:
+    def _joint(self, ids: torch.Tensor, rows: torch.Tensor, epoch: int, deal: Whole) -> Batch:
         """A batch of as many samples, of which the last ``extra_share`` are the first of these extra rows."""
         assert self._extra is not None
         count = round(len(ids) * self._share)
-        own, rows = ids[count:], rows[:count]
+        first, mine = len(ids) - count, deal.places(len(ids))
+        own, rows = ids[count:][mine], rows[max(mine.start - first, 0) : max(mine.stop - first, 0)]
         ids = torch.cat([own, rows + len(self._labels)])
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         shape = (len(ids), *self._images.shape[1:])

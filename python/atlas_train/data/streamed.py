@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import atlas_kernels as ak
 
+from ..deal import WHOLE
 from .dataset import Split
 from .images import Images
-from .loader import PADDING, Batch, Batches
+from .loader import PADDING, Batch, Batches, DealtBatch
 from .pictures import Pictures, Unreadable, centred, decoded, require_pillow
 
 Crop = Literal["shift", "resized"]
@@ -84,8 +85,8 @@ class Streamed(Batches):
         epoch, order = self.epoch, self._order(self.epoch)
         parts = order.split(self.batch_size)[first : len(self)]
         begun = time.perf_counter()
-        asked = order.cpu().split(self.batch_size)[first : len(self)]
-        self._plan.asked = [Asked(epoch, rows.tolist()) for rows in asked]
+        rows = order.cpu().split(self.batch_size)[first : len(self)]
+        self._plan.asked = [Asked(epoch, self._deal(part).own(part).tolist()) for part in rows]
         self._loader = self._loader or self._started()
         found = iter(self._loader)
         for ids in parts:
@@ -94,7 +95,9 @@ class Streamed(Batches):
             if isinstance(pixels, str):
                 remedy = "Mend or delete it, or leave such files out with --skip-unreadable (skip_unreadable=True)"
                 raise Unreadable(f"{pixels}. {remedy}")
-            yield self._made(pixels, ids, epoch)
+            deal = self._deal(ids)
+            made = self._made(pixels, deal.own(ids), epoch)
+            yield made if deal is WHOLE else DealtBatch.dealt(made, deal)
             begun = time.perf_counter()
 
     def _hold(self, images: Any, layout: torch.memory_format) -> None:
@@ -209,9 +212,10 @@ def part_of(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, 
 
 
 def usual_workers() -> int:
-    """One less than this process has CPU cores, but 1 to 16."""
+    """One less than this process has CPU cores, but 1 to 16. Processes that torchrun has started on one machine share
+    its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores - 1, MOST))
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, MOST))
 
 
 @atexit.register  # after multiprocessing's own, so it is called before that waits for the workers

@@ -122,7 +122,7 @@ class ADR(Method):
         logits, adv_logits = head(h), head(h_adv)
         terms = {
             **self._base(logits, adv_logits, batch),
-            **self._regularisers(h.detach().flatten(1), h_adv.flatten(1), logits.detach(), adv_logits, batch.y),
+            **self._regularisers(h.detach().flatten(1), h_adv.flatten(1), logits.detach(), adv_logits, batch),
         }
         values = {name: term() for name, (weight, term) in terms.items() if weight}
         loss = torch.stack([terms[name][0] * value for name, value in values.items()]).sum()
@@ -143,14 +143,15 @@ class ADR(Method):
             "ce_adv": (self.alpha_adv, lambda: self.ce(adv_logits, batch)),
         }
 
-    def _regularisers(self, h: Tensor, h_adv: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Terms:
+    def _regularisers(self, h: Tensor, h_adv: Tensor, logits: Tensor, adv_logits: Tensor, batch: Batch) -> Terms:
         """The terms that move the adversaries alone, each with its weight."""
+        of_all = batch.deal.gathered
         return {
             "lc": (self.lc, lambda: F.l1_loss(wide(h_adv), wide(h))),
-            "gc": (self.gc, lambda: compactness(h, h_adv, y, scale=SCALE)),
+            "gc": (self.gc, lambda: compactness(of_all(h), of_all(h_adv), of_all(batch.y), scale=SCALE)),
             "conf": (self.conf, lambda: entropy(adv_logits)),
             "vat": (self.vat, lambda: kl_div(logits, adv_logits) + entropy(logits)),
-            "gs": (self.gs, lambda: global_smoothness(logits, adv_logits, y)),
+            "gs": (self.gs, lambda: global_smoothness(of_all(logits), of_all(adv_logits), of_all(batch.y))),
         }
 
 

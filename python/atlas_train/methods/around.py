@@ -41,6 +41,10 @@ class Around(Method):
     def one_label(self) -> str:
         return self.method.one_label
 
+    @property
+    def no_sync(self) -> str:
+        return self.method.no_sync
+
     def in_use(self) -> dict[str, Any]:
         return self.method.in_use()
 

@@ -313,6 +313,11 @@ class ATLAS(kept.KeptForward):
         return f"atlas with local={self.local!r}, a margin of one class" if self.local in ("margin", "radius") else ""
 
     @property
+    def no_sync(self) -> str:
+        twice = f"atlas with local={self.local!r}, which differentiates a gradient at the input once more"
+        return twice if self.local in _SECOND_ORDER else ""
+
+    @property
     def _attack(self) -> PGD:
         return PGD(self.eps, self._step_size, self.steps, norm=self.norm, attack_mode=self.attack_mode)
 

@@ -65,7 +65,7 @@ class AWP(Around):
             loss, _ = self.objective(model, batch, given)
             with torch.autocast(loss.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss, [weight for _, weight in named], allow_unused=True)
-        return weight_directions(named, gradients)
+        return weight_directions(named, batch.deal.averaged(gradients, [weight for _, weight in named]))
 
 
 @contextmanager

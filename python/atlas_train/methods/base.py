@@ -169,6 +169,12 @@ class Method(ABC):
         """Why an image must have one label, where it must: "name, which counts ..."."""
         return ""
 
+    @property
+    def no_sync(self) -> str:
+        """Why BatchNorm cannot take its statistics of all processes' rows, where it cannot: "name, which ..."."""
+        varies = f"{self.name}, whose forwards differ from process to process" if self.sizes_vary else ""
+        return self.no_compile or varies
+
     def phase(self, state: State) -> Hashable:
         """What a step takes from ``state``, its memory's tensors apart, or from elsewhere on the host.
 

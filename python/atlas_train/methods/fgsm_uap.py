@@ -93,16 +93,17 @@ class FGSMUAP(KeptForward):
         return project(batch.x + common, batch.x, self.eps), None
 
     def adversary(self, batch: Batch, start: Tensor, known: Any, grad: Tensor, key: Tensor, state: State) -> Tensor:
-        self._keep(grad, batch, *(self.remembered(state, name) for name in ("perturbation", "momentum")))
+        all_rows = batch.deal.gathered(grad), batch.deal.gathered(batch.y)
+        self._keep(*all_rows, *(self.remembered(state, name) for name in ("perturbation", "momentum")))
         return pgd_step(start, grad, batch.x, self.eps, self._step_size)
 
     @torch.no_grad()
-    def _keep(self, grad: Tensor, batch: Batch, common: Tensor, momentum: Tensor) -> None:
+    def _keep(self, grad: Tensor, y: Tensor, common: Tensor, momentum: Tensor) -> None:
         norm = grad.abs().sum()
         moves = (norm > 0) & norm.isfinite()
         if self.per_class:
             # One product adds up all classes in a fixed order, which index_add does not.
-            members = batch.y == torch.arange(len(common), device=batch.y.device)[:, None]
+            members = y == torch.arange(len(common), device=y.device)[:, None]
             counts = members.sum(1).view(-1, 1, 1, 1)
             with torch.autocast(grad.device.type, enabled=False):
                 mean = (members.to(grad.dtype) @ grad.flatten(1)).view_as(common) / counts

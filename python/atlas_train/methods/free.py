@@ -81,7 +81,8 @@ class Free(Method):
             moving = pgd_step(leaf.detach(), leaf.grad, centre, self.eps, step_size, clip_min=low)
             descent.step()
             losses.append(loss.detach())
-        self._delta(batch, state).copy_(moving - centre)
+        delta = batch.deal.gathered(moving - centre)  # all rows, for the next batch may be dealt out otherwise
+        state.memory["delta"][: len(delta)] = delta
         return torch.stack(losses).mean(), metrics
 
     def _centre(self, batch: Batch) -> Tensor:
@@ -89,9 +90,9 @@ class Free(Method):
 
     def _delta(self, batch: Batch, state: State) -> Tensor:
         """The rows of delta that belong to this batch; a batch larger than all before gets new ones."""
-        kept = state.memory.get("delta", batch.x[:0])
-        if len(kept) < len(batch.x):
-            delta = torch.zeros_like(batch.x)
+        total, kept = batch.deal.total(batch.x), state.memory.get("delta", batch.x[:0])
+        if len(kept) < total:
+            delta = torch.zeros_like(batch.deal.gathered(batch.x))
             delta[: len(kept)] = kept
             kept = state.memory["delta"] = delta
-        return kept[: len(batch.x)]
+        return batch.deal.own(kept[:total])

@@ -87,8 +87,10 @@ class GAIRAT(Method):
         start = near_start(batch, key) if trades else None
         attacked = attack.run(model, batch.x, batch.y, start=start, key=key, ids=batch.ids)
         assert attacked.kappa is not None
-        weights = self.weights(attacked.kappa, compute_dtype(batch.x.dtype)) if self._burnt_in(state) else None
-        return Given(attacked.adv, weights)
+        if not self._burnt_in(state):
+            return Given(attacked.adv, None)
+        weights = self.weights(batch.deal.gathered(attacked.kappa), compute_dtype(batch.x.dtype))
+        return Given(attacked.adv, batch.deal.own(weights))
 
     def _burnt_in(self, state: State) -> bool:
         return (state.epoch + 1) / state.epochs >= self.burn_in

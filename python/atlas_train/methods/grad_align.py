@@ -13,6 +13,7 @@ from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
 from ..data import Batch
+from ..deal import WHOLE, Whole
 from ..noise import uniform
 from ..options import option
 from .base import Method, Metrics, State
@@ -82,19 +83,19 @@ class GradAlign(Method):
     def objective(self, model: nn.Module, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         logits = logits_of(model(given.adv))
         _, _, grad = loss_gradient(model, given.point, batch)
-        penalty = misalignment(given.grad, grad)
+        penalty = misalignment(given.grad, grad, batch.deal)
         loss = self.ce(logits, batch) + self.effective_weight * penalty
         return loss, {"adv": accuracy(logits, batch), "misalignment": penalty.detach()}
 
 
-def misalignment(a: Tensor, b: Tensor) -> Tensor:
+def misalignment(a: Tensor, b: Tensor, deal: Whole = WHOLE) -> Tensor:
     """1 - cos(a_i, b_i), the mean over the rows where neither is zero; 0 where there is no such row."""
     a, b = (_sized(t.flatten(1)) for t in (a, b))
     norms = [torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (a, b)]
     kept = (norms[0] != 0) & (norms[1] != 0)
     unit_a, unit_b = (t / torch.where(kept, norm, 1.0) for t, norm in zip((a, b), norms, strict=True))
-    gaps = torch.where(kept[:, 0], 1 - (unit_a * unit_b).sum(1), 0.0)
-    return gaps.sum() / kept.sum().clamp(min=1)
+    gaps = deal.gathered(torch.where(kept[:, 0], 1 - (unit_a * unit_b).sum(1), 0.0))
+    return gaps.sum() / deal.gathered(kept.long()).sum().clamp(min=1)
 
 
 def _sized(t: Tensor) -> Tensor:

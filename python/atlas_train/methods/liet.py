@@ -152,12 +152,13 @@ class LIET(KeptForward):
             raise ValueError("memory label_noise must be perturbations within eps")
 
     def before_step(self, model: nn.Module, batch: Batch, key: Tensor, state: State) -> None:
-        noise = state.memory.get("label_noise")
+        noise, agreed = state.memory.get("label_noise"), batch.deal.agreed  # a sign can be another on another GPU
         batches = max(state.total_steps // state.epochs, 1)
         if noise is None:
-            state.memory["label_noise"] = self._label_noise(model, batch, key, classes_of(model, batch, key))
+            made = self._label_noise(model, batch, key, classes_of(model, batch, key))
+            state.memory["label_noise"] = agreed(made)
         elif state.step % batches % self.every == 0:
-            noise.copy_(self._label_noise(model, batch, key, len(noise)))
+            noise.copy_(agreed(self._label_noise(model, batch, key, len(noise))))
 
     def _label_noise(self, model: nn.Module, batch: Batch, key: Tensor, classes: int) -> Tensor:
         """As many gray images at once as a batch has images."""

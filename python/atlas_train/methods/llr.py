@@ -137,7 +137,7 @@ class LLR(Method):
                 mean = BETAS[0] * mean + (1 - BETAS[0]) * up
                 square = BETAS[1] * square + (1 - BETAS[1]) * up.square()
                 # The published mean over the batch divides the gradient by B; here B multiplies epsilon.
-                scale = (square / (1 - BETAS[1] ** step)).sqrt() + EPSILON * len(x)
+                scale = (square / (1 - BETAS[1] ** step)).sqrt() + EPSILON * batch.deal.total(x)
                 d = _project(d + self.step_size * mean / (1 - BETAS[0] ** step) / scale, x, radius)
         return d
 

@@ -11,10 +11,10 @@ from atlas_kernels.attacks import Attack
 from atlas_kernels.attacks import Batch as Samples
 from atlas_kernels.attacks.objective import Objective
 
-from ..data import Batch
+from ..data.loader import Batch, DealtBatch
 
 
-class MixedBatch(Batch):
+class MixedBatch(DealtBatch):
     """Images of which each is made of two: ``share`` (0-dim) of the one labelled y, the rest of that labelled
     ``second``."""
 
@@ -24,7 +24,7 @@ class MixedBatch(Batch):
     @classmethod
     def of(cls, batch: Batch, x: Tensor, second: Tensor, share: Tensor) -> MixedBatch:
         mixed = cls(x, batch.y, batch.ids)
-        mixed.second, mixed.share = second, share
+        mixed.second, mixed.share, mixed._deal = second, share, batch.deal
         return mixed
 
     def over_labels(self, value: Callable[[Tensor], Tensor]) -> Tensor:

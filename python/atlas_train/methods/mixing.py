@@ -56,17 +56,18 @@ class Mixing(Around):
 
     def mixed(self, batch: Batch, key: Tensor) -> MixedBatch:
         """The batch with its images mixed, those that ``key`` says."""
-        places = uniform(torch.zeros(len(batch.x), 1, device=key.device), key, batch.ids, _PAIRS)
-        partner = places[:, 0].argsort(stable=True)
+        images, labels, ids = map(batch.deal.gathered, batch)
+        places = uniform(torch.zeros(len(images), 1, device=key.device), key, ids, _PAIRS)
+        partner = batch.deal.own(places[:, 0].argsort(stable=True))
         share = beta(self.alpha, key)
-        other = batch.x.index_select(0, partner)
+        other = images.index_select(0, partner)
         if self.kind == "mixup":
             x = torch.lerp(other, batch.x, share.to(batch.x.dtype)).clamp(0, 1)
         else:
             box = _box(1 - share, key, *batch.x.shape[-2:])
             x, share = torch.where(box, other, batch.x), 1 - box.double().mean()
         x = torch.empty_like(batch.x).copy_(x)  # in the layout of the batch
-        return MixedBatch.of(batch, x, batch.y.index_select(0, partner), share.to(compute_dtype(x.dtype)))
+        return MixedBatch.of(batch, x, labels.index_select(0, partner), share.to(compute_dtype(x.dtype)))
 
 
 def require_mixable(method: Method, kind: str) -> None:

@@ -140,7 +140,7 @@ class MMA(Method):
             network = never_alone(model, batch.x) if len(rows) == 1 else model
             adv, reached = self._attack(network, sure, table[sure.ids].clamp(min=self._min_eps), key)
             images, margins = images.index_copy(0, rows, adv), margins.index_copy(0, rows, reached)
-        table[batch.ids] = margins
+        table[batch.deal.gathered(batch.ids)] = batch.deal.gathered(margins)
         return Boundary(images, (margins < self._d_max).to(margins.dtype), margins)
 
     def _attack(self, model: Model, batch: Batch, eps: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

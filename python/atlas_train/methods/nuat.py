@@ -79,5 +79,6 @@ class NuAT(CleanKept):
 
     def _tied(self, judged: Tensor, a: Tensor, b: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         """The cross-entropy of ``judged``, and the norm of a - b; in float32, of which 16 bits would leave little."""
-        norm = nuclear_norm(wide(a) - wide(b))
-        return self.ce(judged, batch) + numbers[0] * norm / (self.divisor or max(len(a), 1))
+        differences = batch.deal.gathered(wide(a) - wide(b))
+        norm = nuclear_norm(differences)
+        return self.ce(judged, batch) + numbers[0] * norm / (self.divisor or max(len(differences), 1))

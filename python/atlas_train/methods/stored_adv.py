@@ -120,7 +120,8 @@ class StoredADV(Method):
             loss, metrics = self._tied(logits, batch, given)
             descent.backward(loss, metrics)
             assert leaf.grad is not None
-            self._noise.step(batch, given.views.back(leaf.grad) if given.views else leaf.grad, state)
+            grad = given.views.back(leaf.grad) if given.views else leaf.grad
+            self._noise.step(batch, grad, state, of_mean=True)
             self._keep(logits.detach(), batch, state)
             descent.step()
             losses.append(loss.detach())
@@ -130,7 +131,8 @@ class StoredADV(Method):
         if "logits" not in state.memory:
             size = len(state.memory["perturbations"])
             state.memory["logits"] = logits.new_full((size, logits.shape[1]), torch.nan)  # not seen yet
-        state.memory["logits"][batch.ids] = logits[first_places(batch.ids)] if state.repeats else logits
+        logits, ids = batch.deal.gathered(logits), batch.deal.gathered(batch.ids)
+        state.memory["logits"][ids] = logits[first_places(ids)] if state.repeats else logits
 
     def _tied(self, logits: Tensor, batch: Batch, given: Given) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {"adv": accuracy(logits, batch)}

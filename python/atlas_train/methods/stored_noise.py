@@ -66,18 +66,22 @@ class StoredNoise:
         low, high = (0.0, 1.0) if self.clip_start else (-math.inf, math.inf)
         return stored_start(batch.x, state.memory[self.stores[0]], batch.ids, clip_min=low, clip_max=high)
 
-    def step(self, batch: Batch, grad: Tensor, state: State) -> Tensor:
+    def step(self, batch: Batch, grad: Tensor, state: State, *, of_mean: bool = False) -> Tensor:
         """The adversaries by the gradient at the start; then what is kept of these images is moved on.
 
         An image that a batch holds twice is kept as its first place there leaves it.
+
+        Processes that share a batch all take this step on all of it: the store of each holds what every image has, and
+        the next epoch deals the images out otherwise. of_mean: ``grad`` is that of a mean over the images.
         """
         kept, momentum = (state.memory[name] for name in self.stores)
         how: dict[str, Any] = {"step_size": self.step_size, "decay": self.decay}
+        (x, _, ids), grad = map(batch.deal.gathered, batch), batch.deal.gathered(grad, of_mean=of_mean)
         if not state.repeats:
-            return stored_step(batch.x, grad, kept, momentum, batch.ids, self.eps, **how)
-        ids, numbers = batch.ids, torch.arange(len(batch.ids), device=batch.ids.device)
+            return batch.deal.own(stored_step(x, grad, kept, momentum, ids, self.eps, **how))
+        numbers = torch.arange(len(ids), device=ids.device)
         rows = kept[ids], momentum[ids]
-        adv = stored_step(batch.x, grad, *rows, numbers, self.eps, **how)
+        adv = batch.deal.own(stored_step(x, grad, *rows, numbers, self.eps, **how))
         first = first_places(ids)
         for values, moved in zip((kept, momentum), rows, strict=True):
             values[ids] = moved[first]  # in whatever order, for equal ids have equal rows

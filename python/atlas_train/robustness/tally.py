@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +45,12 @@ class Tally:
     def add(self, verdict: Verdict, seconds: float) -> None:
         self.verdicts.append(Verdict(*(part.cpu() for part in verdict)))  # which waits for the device
         self.seconds += seconds
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tally]) -> Tally:
+        """Of processes that each had their rows of the same batches."""
+        batches = zip(*(part.verdicts for part in parts), strict=True)
+        return cls([verdict for batch in batches for verdict in batch], max(part.seconds for part in parts))
 
     @property
     def share(self) -> float:
