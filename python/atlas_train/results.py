@@ -19,6 +19,7 @@ from .autoattack import AutoAttacked
 from .checkpoint import versions
 from .evaluate import ACCURACIES, Evaluation
 from .options import fraction, in_words, radius
+from .processes import count
 
 #: The results of several methods, by seed.
 BySeed = Mapping[int, Mapping[str, "Result"]]
@@ -128,6 +129,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "threads": threads,
+        **({"processes": many} if (many := count()) > 1 else {}),
     }
 
 
