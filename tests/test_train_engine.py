@@ -582,7 +582,7 @@ def test_defaults_are_filled_in_and_never_override(name: str) -> None:
     data = dataclasses.replace(splits(channels=3 if get(name).mean else 1), name=name, eps=0.17)
     config = resolved(TrainConfig(dataset=name, epochs=77), data)
     may_be_none = {"attack_precision", "data_dir", "train_size", "width", "threads", "eval_size", "out_dir", "resume"}
-    may_be_none |= {"init", "extra_data", "protocol", "val_step_size"}
+    may_be_none |= {"init", "extra_data", "protocol", "val_step_size", "image_size", "stream", "crop", "workers"}
     may_be_none |= set() if get(name).mean else {"mean", "std"}  # grey digits are used as they are
     assert {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None} <= may_be_none
     assert config.epochs == 77 and config.eps == 0.17 and config.lr == get(name).lr

@@ -178,7 +178,7 @@ def test_the_command_line_takes_seeds(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(several, "compare_once", lambda *how, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["train", "--resume", "runs/digits-1"]) == 130
     captured = capsys.readouterr()
-    assert "to go on after the last whole epoch: atlas train --resume runs/digits-1" in captured.out
+    assert "to go on from the last checkpoint: atlas train --resume runs/digits-1" in captured.out
 
 
 def test_a_best_epoch_of_some_seeds_is_a_line_of_all() -> None:

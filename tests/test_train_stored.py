@@ -424,9 +424,7 @@ def test_a_comparison_goes_on_as_a_whole(tmp_path: Path) -> None:
         patch.setattr(engine.Run, "rate", stopped)
         quiet(config(str(root)), say=said.append)
     call = (
-        said[-1]
-        .split("to go on after the last whole epoch: atlas_train.stored.")[1]
-        .removesuffix(", with the same data")
+        said[-1].split("to go on from the last checkpoint: atlas_train.stored.")[1].removesuffix(", with the same data")
     )
     assert call == f"resume_compare('{root}', splits=...)"
     assert sorted(p.name for p in root.iterdir()) == ["atlas", "config.json", "standard"]
@@ -510,7 +508,7 @@ def test_the_command_line_goes_on_with_a_comparison(
         patch.setattr(engine, "save", stopped)
         assert cli.main(["train", *QUICK]) == 130
     out, error = capsys.readouterr()
-    assert "stopped; to go on after the last whole epoch: atlas train --resume runs/digits-1\n" in out
+    assert "stopped; to go on from the last checkpoint: atlas train --resume runs/digits-1\n" in out
     assert error == "\natlas: stopped\n" and "FOLDER" not in out
     assert cli.main(["train", "--resume", "runs/digits-1"]) == 0
     rows = capsys.readouterr().out.split("method ")[1].splitlines()
@@ -568,7 +566,7 @@ def test_a_signal_in_the_middle_of_a_write_leaves_the_file_from_before(
     monkeypatch.setattr(torch, "save", half)
     assert cli.main(["train", *QUICK, "--method", "standard", "--beside", "none"]) == status
     assert signal.getsignal(sent) is before
-    assert "to go on after the last whole epoch: atlas train --resume runs/digits-1/standard" in capsys.readouterr().out
+    assert "to go on from the last checkpoint: atlas train --resume runs/digits-1/standard" in capsys.readouterr().out
     assert sorted(p.name for p in Path("runs/digits-1/standard").iterdir()) == ["last.pt", "log.csv"]
     assert checkpoint.load("runs/digits-1")["epoch"] == 0
 

@@ -14,7 +14,7 @@ from atlas_kernels.attacks import AutoAttack, AutoAttackRecord, run_sharded
 from atlas_kernels.attacks.processes import alone, together
 from atlas_kernels.attacks.progress import counted
 
-from .data import Images
+from .data import Split
 from .inference import device_of, eval_mode
 from .options import Norm, radius
 from .robustness.named import AUTOATTACK, PARTS, Named
@@ -46,7 +46,7 @@ class AutoAttacked:
 
 def autoattack(
     model: nn.Module,
-    images: Images,
+    images: Split,
     eps: float,
     size: int,
     *,
@@ -85,7 +85,7 @@ def autoattack(
 
 def verdicts(
     model: nn.Module,
-    images: Images,
+    images: Split,
     eps: float,
     *,
     norm: Norm = "linf",

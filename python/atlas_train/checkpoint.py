@@ -308,7 +308,7 @@ def load_network(
     """``load_model``, with all that says what the network is: arch, config and, of newer versions, data and epochs."""
     file = locate(path)
     weights, state = bare(file)
-    kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw")
+    kept = ("arch", "config", "data", "answers", "epoch", "best", "best_raw", "within")
     description: dict[str, Any] = {key: state[key] for key in kept if key in state}
     description["config"] = to_dict(from_record(state["config"], plain(file)))
     arch = state["arch"]

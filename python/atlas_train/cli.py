@@ -86,6 +86,7 @@ class EvaluateConfig:
     )
     grey: bool = option(False, "the same")
     skip_unreadable: bool = option(False, "the same")
+    stream: bool = option(None, "the same; default: those of the run, or where they take more than 2 GB")
     other_data: bool = option(False, "the data of your own may be others than the run's")
     eps: tuple[float, ...] | None = option(
         None,

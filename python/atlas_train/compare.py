@@ -300,7 +300,7 @@ def explained(
                 if splits.loader
                 else f"atlas_train.stored.{function}({str(folder)!r}, splits=...), with the same data"
             )
-            say(f"\nstopped; to go on after the last whole epoch: {how}")
+            say(f"\nstopped; to go on from the last checkpoint: {how}")
         raise
 
 

@@ -18,7 +18,7 @@ import torch
 from atlas_kernels.precision import taken
 
 from . import data, methods, models, protocols
-from .data import Dataset, DataSplits, Images, held_out
+from .data import Dataset, DataSplits, Split, held_out
 from .imported import is_import_path, without_place
 from .machine import MOST_THREADS, usable_device
 from .methods.awp import require_wrappable
@@ -163,6 +163,17 @@ class TrainConfig(metaclass=_Lenient):
     )
     grey: bool = option(False, "pictures of dataset folder in grey, as one channel, instead of RGB")
     skip_unreadable: bool = option(False, "leave out pictures of dataset folder that cannot be read")
+    stream: bool = option(
+        None,
+        "read the pictures of dataset folder anew in each epoch, while the network trains, instead of keeping them in "
+        "memory; default: where they take more than 2 GB there",
+    )
+    workers: int = option(
+        None,
+        "processes that decode pictures that stream; 0: the training process does; default: one less than there are "
+        "CPU cores, 1 to 16. The result is the same",
+        low=0,
+    )
     train_size: int | None = option(
         None,
         "train on this many images, with the same share of each class; default: all but those of validation",
@@ -181,6 +192,11 @@ class TrainConfig(metaclass=_Lenient):
         above=0,
     )
     augment: bool = option(None, "random crop and flip; " + _AUTO)
+    crop: Literal["shift", "resized"] = option(
+        None,
+        "how augment crops. shift: by up to 4 pixels; resized: a part of random size and shape, resized, of pictures "
+        "that stream (as is usual for ImageNet); default: resized where they stream in 128 pixels or more",
+    )
     extra_data: str | None = option(
         None,
         "more training images, real or generated: an .npz file with image (uint8 [N, H, W, C]) and label (integers "
@@ -400,6 +416,13 @@ class TrainConfig(metaclass=_Lenient):
         None,
         "folder of a run or of a comparison, or last.pt, to go on with (best.pt: from the best epoch again); its "
         "settings are then the defaults, but for data_dir, which no file holds",
+    )
+    save_every: float = option(
+        10.0,
+        "minutes of training after which last.pt is written within an epoch too, so that a run that is killed loses no "
+        "more; Ctrl-C then loses nothing. 0: only at the ends of epochs",
+        low=0,
+        hint="0: only at the ends of epochs",
     )
     tensorboard: bool = option(False, "also log for TensorBoard")
 
@@ -647,7 +670,7 @@ def _require_known(config: TrainConfig, splits: DataSplits, own: bool, own_model
         )
 
 
-def _measured(images: Images) -> dict[str, tuple[float, ...]]:
+def _measured(images: Split) -> dict[str, tuple[float, ...]]:
     """Mean and std of the images as everyone writes them; a channel that is the same everywhere is divided by 1."""
     mean, std = (tuple(round(value, 4) for value in values) for values in images.mean_std())
     return {"mean": mean, "std": tuple(value or 1.0 for value in std)}

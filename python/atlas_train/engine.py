@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 from . import average_bn, checkpoint, data, methods, models, optimizers, processes, progress, rescue
 from .compiled_step import CompiledStep, TrainStep
 from .config import PLACES, TrainConfig, recorded
-from .data import DataSplits, identity
+from .data import Batch, DataSplits, identity
 from .descent import OptimizerDescent
 from .folders import LOCK, locked, made
 from .interrupts import terminable
 from .machine import cudnn_benchmark, on_host
+from .midway import Midway
 from .noise import noise_keys
 from .nonfinite import LeftOut, Losses, NonFiniteLoss, NonFiniteWeights
 from .options import Switches, in_words, plain, radius, shown, switched_off
@@ -36,6 +36,7 @@ from .segment import Segment
 from .step_graph import StepGraph
 from .validation import better
 from .watch import ADVICE, collapse, watch
+from .within import Within
 
 OnEpoch = Callable[[dict[str, Any]], bool | None]
 OnStart = Callable[[Run, TrainStep], object]
@@ -87,10 +88,10 @@ def train(
         try:
             _train(run, notes, display, on_epoch, on_start)
         except Exception as error:
-            if folder and empty and run.epoch == 0 and not isinstance(error, NonFiniteLoss):
+            if folder and empty and run.epoch == 0 and not (run.within.saved or isinstance(error, NonFiniteLoss)):
                 discard(folder)
             if run.step == 0 and not isinstance(error, NonFiniteLoss):  # say so if it is the network that cannot run
-                few = run.splits.train.images[:2].to(run.device).float() / 255
+                few = run.splits.train.first(2).to(run.device).float() / 255
                 models.require_usable(run.model, run.arch["name"], few, run.splits.num_classes)
             raise
     return run
@@ -148,6 +149,7 @@ def _train(
         if run.skipped:
             display.say(f"{run.skipped} of {run.step} batches were skipped: their loss was not finite")
     finally:
+        run.batches.close()
         display.stop()
         if board:
             board.close()
@@ -167,6 +169,7 @@ _SWITCHES: Switches = {
     "decay_norms": [("weight_decay", (0,))],
     "schedule_step": [("schedule", ("constant",))],
     "mix_steps": [("mix_share", (0,))],
+    "crop": [("augment", (False,))],
     "awp_warmup": [("awp", (0,))],
     "autoattack_version": [("autoattack", (0,))],
     "on_compile_error": [("compile", (False,))],
@@ -180,7 +183,8 @@ def _without_effect(run: Run) -> list[str]:
     method = methods.build(c.method, c.eps, hyper, norm=c.norm)
     given = vars(c) | {name: getattr(method, name) for name in hyper}
     default = {field.name: field.default for field in (*fields(method), *fields(c))}
-    for name, why in (switched_off(_SWITCHES, vars(c)) | method.without_effect()).items():
+    resident = {} if run.batches.streams else {"workers": "the images are kept in memory"}
+    for name, why in (switched_off(_SWITCHES, vars(c)) | method.without_effect() | resident).items():
         if name in given and given[name] not in (None, default[name]):
             notes.append(f"WARNING: {name}={in_words(given[name])} changes nothing, as {why}")
     if run.config.sync_batchnorm and processes.count() == 1:
@@ -217,7 +221,7 @@ def start(
     rescue.require_possible(run.config, folder is not None)
     run.data = images
     _require_alike(run)
-    notes += restore(run, state, source)
+    notes = [*splits.notes, *notes, *restore(run, state, source)]
     if processes.count() > 1:
         where = {"epoch": run.epoch, "step": run.step, "weights": checkpoint.fingerprint(run.model)}
         processes.require_same("checkpoint", where)
@@ -281,11 +285,11 @@ def fit(
     def told(row: dict[str, Any]) -> bool:
         return bool(on_epoch and on_epoch(row))
 
-    masks = checkpoint.not_finite(run.model)
+    run.masks = checkpoint.not_finite(run.model)
     while run.epoch < run.config.epochs and not run.ended:
         epoch = run.epoch + 1
         try:
-            row, sign = processes.agreed(watched_epoch(run, display, step, masks))
+            row, sign = processes.agreed(watched_epoch(run, display, step))
         except (Collapsed, NonFiniteLoss) as error:
             if not rescue.goes_back(run):
                 raise
@@ -308,17 +312,14 @@ def fit(
             return
 
 
-def watched_epoch(
-    run: Run, display: progress.Display, step: TrainStep, masks: set[str]
-) -> tuple[dict[str, Any], str | None]:
+def watched_epoch(run: Run, display: progress.Display, step: TrainStep) -> tuple[dict[str, Any], str | None]:
     """An epoch and what is looked at after it: its numbers, and the sign of a collapse.
 
-    masks: what of the network was not finite from the start. Raises NonFiniteWeights for anything else that is not, and
-    Collapsed for a collapse if the run can go back.
+    Raises NonFiniteWeights for weights that are no longer finite, and Collapsed for a collapse if the run can go back.
     """
     with watched(run):
         row = train_epoch(run, display, step)
-    if broken := checkpoint.not_finite(run.model) - masks:
+    if broken := checkpoint.not_finite(run.model) - run.masks:
         raise NonFiniteWeights(run, sorted(broken))
     if run.average:
         run.average.after_epoch(run.model, run.epoch)
@@ -353,65 +354,72 @@ def make_train_step(run: Run, display: progress.Display) -> TrainStep:
 
 
 def train_epoch(run: Run, display: progress.Display, train_step: TrainStep) -> dict[str, Any]:
-    """One pass over the data; returns the epoch's numbers (means over its steps).
+    """One pass over the data, or what is left of it; returns the epoch's numbers (means over its steps).
 
     Raises Collapsed as soon as that shows, if the run can go back.
     """
-    config, device = run.config, run.device
+    within = run.within
     run.batches.set_epoch(run.epoch)
+    run.batches.take_wait()  # of others
     run.model.train()
-    processes.seed_others(config.seed, run.step)
-    keys = noise_keys(config.seed, run.step, len(run.batches)).to(device)
-    steps: list[dict[str, Tensor]] = []
-    losses, skipped = Losses(run), 0
+    processes.seed_others(run.config.seed, run.step)
+    keys = noise_keys(run.config.seed, run.step, len(run.batches) - within.batches).to(run.device)
+    losses = Losses(run)
     losses.segment = segment = Segment(run)
-    started, images = time.perf_counter(), 0
-    for batch, key in zip(run.batches, keys, strict=True):
-        buffers = [buffer.clone() for buffer in run.model.buffers()] if config.on_nonfinite == "skip" else []
-        descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids), batch.deal)
-        optimizers.set_momentum(run.optimizer, run.momentum)
-        segment.look(batch, key)
-        try:
-            with run.training():
-                loss, metrics = train_step(run.network, batch, key, run.state, descent)
-            loss, metrics = batch.deal.settled(loss, metrics, run.model)
-            steps.append({"loss": loss, **metrics})
-            if run.average:
-                run.average.after_batch(run.model)
-        except NonFiniteLoss:
-            skipped += 1
-            if config.on_nonfinite == "stop" or skipped == len(keys):
-                raise
-            with torch.no_grad():
-                for buffer, before in zip(run.model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-        if rescue.goes_back(run) and (sign := collapse({"segment": segment.inverted}, ())):
-            run.seconds += time.perf_counter() - started
-            raise Collapsed(sign)
-        run.step += 1
-        images += batch.deal.total(batch.y)
-        if display.wants_step() and steps:
-            seconds = time.perf_counter() - started
-            display.step(_row(run, run.epoch + 1, steps[-1:], skipped, images / seconds, run.seconds + seconds))
-    losses.read()
-    seconds = time.perf_counter() - started
+    midway = Midway(run, losses, segment, display.say)
+    with midway.ending() as whole:
+        for batch, key in zip(run.batches.starting(within.batches), keys, strict=True):
+            with whole:
+                within.waited += run.batches.take_wait()
+                segment.look(batch, key)
+                _train_batch(run, train_step, batch, key, losses)
+                if rescue.goes_back(run) and (sign := collapse({"segment": segment.inverted}, ())):
+                    run.seconds += midway.seconds
+                    raise Collapsed(sign)
+                if display.wants_step() and within.steps:
+                    display.step(_row(run, run.epoch + 1, within.steps[-1:], midway.seconds))
+                midway.after_batch()
+        losses.read()
     run.epoch += 1
+    row = _row(run, run.epoch, within.steps, seconds := midway.seconds)
     run.seconds += seconds
-    looked = {} if segment.inverted is None else {"segment": segment.inverted}
-    return _row(run, run.epoch, steps, skipped, images / seconds, run.seconds) | looked
+    run.within = Within()
+    return row | ({} if segment.inverted is None else {"segment": segment.inverted})
 
 
-def _row(
-    run: Run,
-    epoch: int,
-    steps: Sequence[dict[str, Tensor]],
-    skipped: int,
-    images_per_s: float,
-    seconds: float,
-) -> dict[str, Any]:
-    """The numbers of a step or an epoch; waits for the device, as only a look at the losses does besides."""
+def _train_batch(run: Run, train_step: TrainStep, batch: Batch, key: Tensor, losses: Losses) -> None:
+    """Trains on a batch and counts it; one whose loss is not finite is left out, if the settings say so."""
+    within, skips = run.within, run.config.on_nonfinite == "skip"
+    buffers = [buffer.clone() for buffer in run.model.buffers()] if skips else []
+    descent = OptimizerDescent(run.optimizer, run.rate, partial(losses.add, batch.ids), batch.deal)
+    optimizers.set_momentum(run.optimizer, run.momentum)
+    try:
+        with run.training():
+            loss, metrics = train_step(run.network, batch, key, run.state, descent)
+        loss, metrics = batch.deal.settled(loss, metrics, run.model)
+        within.steps.append({"loss": loss, **metrics})
+        if run.average:
+            run.average.after_batch(run.model)
+    except NonFiniteLoss:
+        within.skipped += 1
+        if not skips or within.skipped == len(run.batches):
+            raise
+        with torch.no_grad():
+            for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+    run.step += 1
+    within.batches += 1
+    within.images += batch.deal.total(batch.y)
+
+
+def _row(run: Run, epoch: int, steps: Sequence[dict[str, Tensor]], seconds: float) -> dict[str, Any]:
+    """The numbers of a step or an epoch; waits for the device, as only a look at the losses does besides.
+
+    seconds: that the epoch has taken so far.
+    """
     names = list(steps[0])
     means = torch.stack([torch.stack([step[name].float() for step in steps]).mean() for name in names]).tolist()
+    total = run.seconds + seconds
     return {
         "epoch": epoch,
         "epochs": run.config.epochs,
@@ -420,8 +428,9 @@ def _row(
         **({"momentum": run.optimizer.param_groups[0]["momentum"]} if run.momentum is not None else {}),
         **dict(zip(names, means, strict=True)),
         **({"eps": run.config.eps * share} if (share := eps_share(epoch, run.config.eps_warmup)) < 1 else {}),
-        **({"skipped": skipped} if run.config.on_nonfinite == "skip" else {}),
-        "images_per_s": images_per_s,
-        "seconds": seconds,
-        "eta": seconds / run.step * (run.total_steps - run.step),
+        **({"skipped": run.within.skipped} if run.config.on_nonfinite == "skip" else {}),
+        "images_per_s": run.within.images / seconds,
+        **({"data_wait": run.within.waited / seconds} if run.batches.streams else {}),
+        "seconds": total,
+        "eta": total / run.step * (run.total_steps - run.step),
     }

@@ -20,13 +20,13 @@ from atlas_kernels.attacks import FGSM, PGD, Attack
 from atlas_kernels.attacks.arguments import require_choice
 from atlas_kernels.attacks.processes import LostProcesses, Processes, alone, together
 from atlas_kernels.attacks.progress import counted
-from atlas_kernels.attacks.saved import digest, require_writable, weights_of
+from atlas_kernels.attacks.saved import require_writable, weights_of
 from atlas_kernels.checks import kind_of, whole
 from atlas_kernels.outputs import logits_of, require_rows_of_logits
 from atlas_kernels.schema import NORMS
 
 from . import autoattack as ensembles
-from .data import Images
+from .data import Split
 from .inference import device_of
 from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
@@ -121,8 +121,8 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
 
     Args:
         model: any module that gives logits, alone or in an object (``.logits``), a dict or a tuple.
-        data: ``Images``, usually the test split; a pair (images, labels) of tensors or arrays, images uint8 or float in
-            [0, 1]; or a loader of such batches.
+        data: ``Images`` or ``Pictures``, usually the test split; a pair (images, labels) of tensors or arrays, images
+            uint8 or float in [0, 1]; or a loader of such batches.
         eps, norm: radius of the ball for images in [0, 1].
         attacks: names; ``robustness.named.ABOUT`` says which there are.
         size: so many of the images: of a loader the first, else a stratified draw, always the same. Default: of
@@ -147,10 +147,10 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
     require_choice("norm", norm, NORMS)
     where = torch.device(device) if device is not None else device_of(model)
     size = None if size is None else whole("size", size, 1)
-    if size is None and isinstance(data, Images) and where.type == "cpu":
+    if size is None and isinstance(data, Split) and where.type == "cpu":
         size = CPU_SIZE
     samples, seed = gathered(data, size), whole("seed", seed, 0, 2**63 - 1)
-    model = _normalising(model, mean, std, where, samples.x.shape[1])
+    model = _normalising(model, mean, std, where, samples.channels)
     key = noise_key(where, generator=torch.Generator(where).manual_seed(seed))
     batch_size = whole("batch_size", batch_size, 1)
     chosen = None if attacks is None else named(attacks)
@@ -164,7 +164,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         require_writable(path)
     with together() if dealt else alone() as processes:
         if processes.count > 1:
-            same = {"images or labels": digest([samples.x, samples.y]), "weights": weights_of(model)}
+            same = {"images or labels": samples.digest(), "weights": weights_of(model)}
             processes.require_same(same)
         told = say if say and not processes.rank else _silent
         at = _Place(samples, where, batch_size, channels_last, norm, key, seed, told, processes)
@@ -182,7 +182,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         runs = {"fgsm": fgsm, "pgd": (Named("pgd", f"PGD-{steps}", "iterative", steps, restarts), pgd)}
         started = time.perf_counter()
         with evaluating(model):
-            if not isinstance(data, Images):  # whose labels are the trainer's
+            if not isinstance(data, Split):  # whose labels are the trainer's
                 _require_labels(samples.y, _classes(model, at), num_classes)
             found = _attacked(model, at, runs)
     return Evaluation(

@@ -37,6 +37,12 @@ def make(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate until the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def set_momentum(optimizer: torch.optim.Optimizer, momentum: float | None) -> None:
     """From the next step on; None: as it is."""
     for group in optimizer.param_groups if momentum is not None else ():

@@ -123,6 +123,7 @@ def step_on_copies(run: Run) -> Iterator[Copied | None]:
         return
     last = replace(run.state, step=max(run.step - 1, 0), epoch=max(run.epoch - 1, 0))
     last, batch = set_apart(run.method, last, Batch(*next(iter(run.batches))))  # of this process alone
+    run.batches.close()
     key = noise_keys(run.config.seed, last.step, 1)[0].to(run.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), run.recomputed(network):
         descent = OptimizerDescent(torch.optim.SGD(network.parameters(), 0.0), lambda update: 0.0)

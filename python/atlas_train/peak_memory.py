@@ -39,7 +39,13 @@ def watched(run: Run) -> Iterator[None]:
         return
     torch.cuda.reset_peak_memory_stats(run.device)
     yield
-    run.peak_memory = max(run.peak_memory, torch.cuda.max_memory_allocated(run.device))
+    note(run)
+
+
+def note(run: Run) -> None:
+    """Notes the peak so far, on CUDA."""
+    if run.device.type == "cuda":
+        run.peak_memory = max(run.peak_memory, torch.cuda.max_memory_allocated(run.device))
 
 
 def of_training(run: Run) -> int | None:

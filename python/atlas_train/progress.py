@@ -152,6 +152,8 @@ def describe(row: Mapping[str, Any]) -> tuple[str, str]:
     parts += [f"{text} {100 * row[key]:.1f} %" for key, text in names.items() if row.get(key) is not None]
     if row.get("attack") is not None:
         parts.append(f"attack {100 * row['attack']:.0f} % of the step")
+    if row.get("data_wait") is not None:
+        parts.append(f"data wait {100 * row['data_wait']:.0f} %")
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
     return f"epoch {row['epoch']}/{row['epochs']}  step {row['step']}  {time_left}", "  ".join(parts)

@@ -17,7 +17,8 @@ from atlas_kernels.precision import warn_if_slow
 from . import averaging, methods, models, optimizers, processes, schedules
 from .compiled import compiled_network, require_compilable
 from .config import TrainConfig, resolved
-from .data import Batches, DataSplits, Images, held_out
+from .data import Batches, DataSplits, Pictures, Split, Streamed, held_out
+from .data.streamed import Crop
 from .fine_tuning import begin_with
 from .imported import without_place
 from .machine import autocast, usable_device
@@ -26,6 +27,10 @@ from .options import plain
 from .recompute import Recomputed, blocks
 from .remembered import require_room
 from .step_graph import require_recordable
+from .within import Within
+
+#: From so many pixels on each side on, a crop of pictures that stream is usually resized.
+RESIZED = 128
 
 
 @dataclass
@@ -37,7 +42,8 @@ class Run:
     validation: training images held out. best: the epoch that best.pt holds, 0 before there is one; best_raw: whether
     it means the weights in training, though there is an average. rescues: where a collapse was taken back, from which
     epoch to which and with what. ended: why training ended early, if it did. peak_memory: the most bytes that
-    torch held at once in an epoch on CUDA.
+    torch held at once in an epoch on CUDA. within: the epoch under way. masks: names of weights and buffers that were
+    not finite from the start.
     """
 
     config: TrainConfig
@@ -60,12 +66,14 @@ class Run:
     average: averaging.Averaging | None = None
     data: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
-    validation: Images | None = None
+    validation: Split | None = None
     best: int = 0
     best_raw: bool = False
     rescues: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
     peak_memory: int = 0
+    within: Within = field(default_factory=Within)
+    masks: set[str] = field(default_factory=set)
 
     @property
     def final_model(self) -> nn.Module:
@@ -156,7 +164,7 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = batches_of(config, splits, device)
     if arch["by_name"]:
-        few = splits.train.images[:2].to(device).float() / 255
+        few = splits.train.first(2).to(device).float() / 255
         models.require_usable(model, arch["name"], few, splits.num_classes)
     method, optimizer = require_trainable(config, model)
     require_shareable(config, method, device)
@@ -188,19 +196,39 @@ def prepare(config: TrainConfig, splits: DataSplits, model: nn.Module | None, fo
 
 def batches_of(config: TrainConfig, splits: DataSplits, device: torch.device) -> Batches:
     """What is trained on. A smaller last batch is left out, unless there is no other."""
-    return Batches(
-        splits.train,
-        config.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        augment=config.augment and not methods.get(config.method).augments,
-        device=device,
-        channels_last=config.channels_last,
-        drop_last=len(splits.train) >= config.batch_size,
-        extra=splits.extra,
-        extra_share=config.extra_share,
-        place=processes.place(),
-    )
+    how: dict[str, Any] = {
+        "shuffle": True,
+        "seed": config.seed,
+        "augment": config.augment and not methods.get(config.method).augments,
+        "device": device,
+        "channels_last": config.channels_last,
+        "drop_last": len(splits.train) >= config.batch_size,
+        "place": processes.place(),
+    }
+    if isinstance(splits.train, Pictures):
+        crop = require_streamable(config, splits)
+        return Streamed(splits.train, config.batch_size, crop=crop, workers=config.workers, **how)
+    if config.crop == "resized":
+        raise ValueError(
+            "crop: 'resized' cuts pictures as they lie in their files, which only those do that stream: set "
+            "stream=True (dataset folder), or crop='shift'"
+        )
+    return Batches(splits.train, config.batch_size, extra=splits.extra, extra_share=config.extra_share, **how)
+
+
+def require_streamable(config: TrainConfig, splits: DataSplits) -> Crop:
+    """How pictures that stream are cropped. Raises ValueError for what cannot be had with them."""
+    if splits.extra is not None:
+        raise ValueError(
+            "extra_data: extra images are for data sets that are kept in memory: leave them out, or set stream=False"
+        )
+    crop = config.crop or ("resized" if min(splits.train.shape[1:]) >= RESIZED else "shift")
+    if config.augment and crop == "resized" and methods.get(config.method).augments:
+        raise ValueError(
+            f"crop: {config.method} shifts the images itself, with what it keeps of them: set crop='shift', or "
+            "augment=False"
+        )
+    return crop
 
 
 def run_samples(splits: DataSplits) -> int:

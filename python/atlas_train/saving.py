@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import answers, checkpoint, models, optimizers, processes
+from . import answers, checkpoint, models, optimizers, processes, within
 from .config import PLACES, TrainConfig, from_record, recorded
 from .data import identity
 from .imported import without_place
@@ -33,11 +33,11 @@ _CHECKED = (*FIXED, "dataset", "model", "init", "extra_data", "width", "mean", "
 _ENDING = ("epochs", "on_collapse", "early_stop")
 _KEPT = (torch.float32, torch.bfloat16)  # floats of a method's memory; images in training are float32
 #: Settings that are never told as changed: checked, or without a say in the numbers.
-_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "tensorboard"}
+_UNTOLD = {*_CHECKED, *PLACES, "beside", "seeds", "download", "save_every", "tensorboard", "workers"}
 
 
 def save(run: Run) -> None:
-    """last.pt and log.csv in the run's folder, and best.pt if this epoch is the best."""
+    """last.pt in the run's folder, and after an epoch log.csv, and best.pt if it was the best."""
     assert run.folder
     if not processes.is_first():
         return
@@ -64,8 +64,11 @@ def save(run: Run) -> None:
         "ended": run.ended,
         "peak_memory": run.peak_memory,
         "rng": checkpoint.rng_state(),
+        **({"within": run.within.state_dict()} if run.within.batches else {}),
     }
     checkpoint.save(run.folder / checkpoint.LAST, state)
+    if run.within.batches:
+        return
     if run.best and run.best == run.epoch:
         _save_best(run, run.folder / checkpoint.LAST, state)
     write_csv(run.folder / LOG, run.history)
@@ -194,8 +197,8 @@ def restore(run: Run, state: Mapping[str, Any], source: Path) -> list[str]:
         run.changes.append({"epoch": run.epoch, "changed": changed})
         notes += [text for text in (_told(run, changed), _stretched(run, old)) if text]
     elif not run.ended:
-        notes.append(f"resumed after epoch {run.epoch} of {run.config.epochs}")
-    if run.epoch and not run.ended and (anew := begins_anew(run.method, run.memory)):
+        notes.append(f"resumed {_where(run)}")
+    if run.step and not run.ended and (anew := begins_anew(run.method, run.memory)):
         notes.append(anew)
     return notes
 
@@ -210,6 +213,10 @@ def put(run: Run, state: Mapping[str, Any], source: Path) -> None:
     answers.require_same(meant, state.get("answers"), run.splits.train.shape, source)
     checkpoint.restore_rng(state["rng"], source)
     run.epoch, run.step = state["epoch"], state["step"]
+    run.within = within.restored(state, len(run.batches), run.device, source)
+    if run.within.batches:  # of which there may be no further one, and the log has the last rate of an epoch
+        optimizers.set_rate(run.optimizer, run.within.lr)
+        optimizers.set_momentum(run.optimizer, None if run.momentum is None else run.within.momentum)
     run.best, run.best_raw = state.get("best", 0), state.get("best_raw", False)
     run.history = state["history"]
     run.memory.clear()
@@ -221,7 +228,7 @@ def _restore_best(run: Run, state: Mapping[str, Any], source: Path) -> list[str]
     run was stopped before it was written. Returns what to tell the user if it is lost."""
     assert run.folder
     kept, own = source.parent / checkpoint.BEST, run.folder / checkpoint.BEST
-    if run.best and run.best == run.epoch:
+    if run.best and run.best == run.epoch and not run.within.batches:
         kept = source
     if kept is source and _of_best(run, state):
         _save_best(run, source, state)
@@ -234,9 +241,7 @@ def _restore_best(run: Run, state: Mapping[str, Any], source: Path) -> list[str]
 
 
 def _memory(run: Run, state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
-    """What the method remembers. Raises ValueError for what it cannot have left after so many steps."""
-    if run.step != run.epoch * len(run.batches):
-        raise ValueError(f"{plain(source)}: step {run.step} is not the end of epoch {run.epoch}: edited or damaged")
+    """What the method remembers. Raises ValueError for what it cannot have left."""
     memory = state.get("memory", {})
     for name, value in memory.items():
         if value.is_floating_point() and value.dtype not in _KEPT:
@@ -267,13 +272,13 @@ def require_same(run: Run, old: TrainConfig, state: Mapping[str, Any], source: P
     ]
     if differ:
         raise ValueError(f"{plain(source)} cannot be resumed with {'; '.join(differ)}")
-    if state.get("validation") and run.validation and state["validation"] != identity.facts(run.validation):
+    if run.validation and not identity.agree(state.get("validation"), identity.facts(run.validation)):
         raise ValueError(f"{plain(source)} holds out other images for validation: edited, damaged, or of other data")
-    if state["epoch"] > new.epochs:
-        raise ValueError(
-            f"{plain(source)} has done {state['epoch']} epochs already, you gave epochs={new.epochs}: give "
-            f"epochs={state['epoch'] + 1} or more, or {state['epoch']} to train no further"
-        )
+    begun = state["epoch"] + ("within" in state)
+    if begun > new.epochs:
+        least = f"{begun} or more" if "within" in state else f"{begun + 1} or more, or {begun} to train no further"
+        done = f"is in epoch {begun}" if "within" in state else f"has done {begun} epochs"
+        raise ValueError(f"{plain(source)} {done} already, you gave epochs={new.epochs}: give epochs={least}")
 
 
 def _networks(run: Run, arch: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -303,7 +308,15 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
 
 def _told(run: Run, changed: Mapping[str, list[Any]]) -> str:
     words = ", ".join(f"{plain(name)} {plain(now)} (before: {plain(then)})" for name, (then, now) in changed.items())
-    return f"resumed after epoch {run.epoch} with {words}"
+    where = _where(run) if run.within.batches else f"after epoch {run.epoch}"
+    return f"resumed {where} with {words}"
+
+
+def _where(run: Run) -> str:
+    """Where a run goes on."""
+    if not run.within.batches:
+        return f"after epoch {run.epoch} of {run.config.epochs}"
+    return f"in epoch {run.epoch + 1} of {run.config.epochs}, after {run.within.batches} of {len(run.batches)} batches"
 
 
 def _stretched(run: Run, old: TrainConfig) -> str | None:

@@ -92,6 +92,10 @@ def _number(value: Any) -> bool:
     return (_integer(value) or isinstance(value, float)) and not abs(value) > 1e300
 
 
+def _duration(value: Any) -> bool:
+    return _number(value) and 0 <= value < _LARGE
+
+
 def _row(value: Any) -> bool:
     """The numbers of an epoch."""
     return (
@@ -209,7 +213,7 @@ CHECKPOINT = {
     "arch": Entry("the network's name and sizes", parts=ARCH),
     "epoch": Entry("an integer >= 0", _count),
     "step": Entry("an integer >= 0", _count),
-    "seconds": Entry("a number >= 0", lambda value: _number(value) and 0 <= value < _LARGE),
+    "seconds": Entry("a number >= 0", _duration),
     "history": Entry("a list of epochs", _list, each=Entry("the numbers of an epoch", _row)),
     "model": _WEIGHTS,
     "optimizer": Entry("an optimiser's state", parts={"state": Entry("tensors by parameter", _numbered, each=_KEPT)}),
@@ -224,6 +228,17 @@ CHECKPOINT = {
     **dict.fromkeys(("best_raw", "raw"), Entry("true or false", _flag)),
     "rescues": Entry("a list", _list, each=Entry("a collapse that was taken back", _rescue)),
     "ended": Entry("a text", _text),
+    "within": Entry(
+        "an epoch under way",
+        parts={
+            "batches": Entry("an integer >= 1", _size),
+            **dict.fromkeys(("images", "skipped"), Entry("an integer >= 0", _count)),
+            **dict.fromkeys(("seconds", "waited"), Entry("a number >= 0", _duration)),
+            **dict.fromkeys(("lr", "momentum"), Entry("a number >= 0", _duration)),
+            "segment": Entry("None or a number", lambda value: value is None or _number(value)),
+            "metrics": Entry("tensors by name", _named, each=_TENSOR),
+        },
+    ),
     "rng": Entry(
         "states of random generators",
         parts={
@@ -316,6 +331,7 @@ def require_checkpoint(state: Mapping[str, Any], source: str, needed: Iterable[s
     if {"epoch", "step", "history"} <= state.keys():
         epoch, step, epochs = state["epoch"], state["step"], [row["epoch"] for row in state["history"]]
         whole = len(epochs) == epoch >= state.get("best", 0) and all(n == seen for n, seen in enumerate(epochs, 1))
+        step -= state["within"]["batches"] if "within" in state else 0
         if not whole or (step % epoch if epoch else step):
             raise ValueError(
                 f"{source}: epoch {epoch}, step {step} and a history of epochs {shown(epochs)} contradict each other: "

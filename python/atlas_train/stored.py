@@ -164,7 +164,7 @@ def evaluate_checkpoint(
     where = usable_device(device)
     network = network.to(where)
     if not isinstance(model, nn.Module):
-        few = splits.test.images[:2].to(where).float() / 255
+        few = splits.test.first(2).to(where).float() / 255
         models.require_usable(network, model or type(network).__name__, few, splits.num_classes)
     channels_last = bool(run.get("channels_last"))
     if channels_last:
@@ -188,8 +188,9 @@ def evaluate_checkpoint(
 
     with on_host(run.get("threads") if threads is None else threads):
         epoch, best, raw = (description.get(name) for name in ("epoch", "best", "best_raw"))
+        last = best == epoch and "within" not in description
         result, kept = attacked(epoch), checkpoint.locate(path).with_name(checkpoint.BEST)
-        if best and (best != epoch or raw) and os.path.isdir(path) and kept.exists():
+        if best and (raw or not last) and os.path.isdir(path) and kept.exists():
             say(best_told(best, bool(raw)))
             chosen = rule(run["method"], run["val_size"], chooses(run["averaging"], run["best_of"]))
             with checkpoint.weights_of(kept, network):
@@ -217,8 +218,8 @@ def opened(
     if splits is None:
         name = dataset or identity.loader(description, path, "evaluate_checkpoint")
         known = description["config"]
-        own = {} if name in data.names() else {key: known[key] for key in data.READING if known.get(key)}
-        given = {key: value for key, value in (reading or {}).items() if value}
+        own = {} if name in data.names() else data.asked({key: known.get(key) for key in data.READING})
+        given = data.asked(reading or {})
         splits = data.load(name, data_dir or known.get("data_dir"), download, **own | given).told(say)
     images = identity.record(splits, ("test",))
     other = dataset is not None and not same_code(dataset, description.get("data", {}).get("loader"))

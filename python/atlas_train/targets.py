@@ -166,7 +166,7 @@ def evaluate_target(
     run, splits, place = found.settings, found.splits, usable_device(device)
     norm = norm or run.get("norm") or "linf"
     network = found.network.to(place)
-    few = splits.test.images[:2].to(place).float() / 255
+    few = splits.test.first(2).to(place).float() / 255
     models.require_usable(network, found.architecture, few, splits.num_classes)
     channels_last = bool(run.get("channels_last"))
     if channels_last:

@@ -12,7 +12,7 @@ from atlas_kernels import Execution
 from atlas_kernels.attacks import PGD
 
 from . import methods
-from .data import Batches
+from .data import in_order
 from .deal import dealt
 from .evaluate import evaluating, predict
 from .machine import autocast
@@ -66,8 +66,7 @@ def validate(run: Run) -> dict[str, float]:
 def _accuracies(run: Run, model: nn.Module) -> dict[str, float]:
     """The network runs in the precision of attacks: float32 would cost a GPU several times as much."""
     assert run.validation
-    settings: dict[str, Any] = {"device": run.device, "channels_last": run.config.channels_last}
-    batches = Batches(run.validation, BATCH_SIZE, shuffle=False, seed=0, **settings)
+    batches = in_order(run.validation, BATCH_SIZE, device=run.device, channels_last=run.config.channels_last)
     key = noise_keys(run.config.seed, -2, 1)[0].to(run.device)
     precision = run.execution.precision
     counts = []

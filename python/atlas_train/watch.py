@@ -10,7 +10,7 @@ import torch
 from atlas_kernels import Execution
 
 from . import progress
-from .data import Batches
+from .data import in_order
 from .deal import dealt
 from .evaluate import evaluating
 from .machine import autocast
@@ -170,16 +170,9 @@ def probe(run: Run) -> dict[str, float]:
     """Accuracies under the halves of PGD-10 on a fixed slice of the training images, with the same noise every time."""
     images = run.splits.train
     count = min(run.config.probe_size, len(images))
-    few = Batches(
-        images.subset(count),
-        count,
-        shuffle=False,
-        seed=0,
-        device=run.device,
-        channels_last=run.config.channels_last,
-    )
+    few = in_order(images.subset(count), count, device=run.device, channels_last=run.config.channels_last)
     deal = dealt(count)
-    x, y, ids = map(deal.own, next(iter(few)))
+    x, y, ids = map(deal.own, next(few))
     key = noise_keys(run.config.seed, -1, 1)[0].to(run.device)
     model, precision = run.model, run.execution.precision
     with evaluating(model), Execution(precision), autocast(precision, run.device):  # no graphs: half the rows drop out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ..imported import called, find, is_import_path, refused
@@ -12,7 +13,7 @@ from . import arrays, folder, own
 from .arrays import from_arrays, from_dataset
 from .cifar10 import CIFAR10
 from .cifar100 import CIFAR100
-from .dataset import Dataset, DataSplits, OfEps, UpTo
+from .dataset import Dataset, DataSplits, OfEps, Split, UpTo
 from .digits import DIGITS
 from .extra import with_extra
 from .fashion_mnist import FASHION_MNIST
@@ -20,6 +21,7 @@ from .images import Images
 from .loader import Batch, Batches
 from .mnist import MNIST
 from .pictures import Pictures
+from .streamed import Streamed, in_order
 from .svhn import SVHN
 
 __all__ = [
@@ -30,11 +32,15 @@ __all__ = [
     "Images",
     "OfEps",
     "Pictures",
+    "Split",
+    "Streamed",
     "UpTo",
+    "asked",
     "declared",
     "from_arrays",
     "from_dataset",
     "get",
+    "in_order",
     "load",
     "names",
     "usual",
@@ -45,7 +51,7 @@ _DATASETS = {dataset.name: dataset for dataset in (DIGITS, MNIST, FASHION_MNIST,
 #: What `load` knows beside them: data of the user's own, in a form that is known.
 FORMS = ("folder", "npz")
 #: Settings of how their pictures are read.
-READING = ("image_size", "grey", "skip_unreadable")
+READING = ("image_size", "grey", "skip_unreadable", "stream")
 
 
 def names() -> tuple[str, ...]:
@@ -93,6 +99,7 @@ def load(
     image_size: int | None = None,
     grey: bool = False,
     skip_unreadable: bool = False,
+    stream: bool | None = None,
 ) -> DataSplits:
     """A data set: "digits" (8x8, embedded in scikit-learn), "mnist" and "fashion_mnist" (28x28), "cifar10", "cifar100"
     and "svhn" (32x32, RGB), or your own.
@@ -103,8 +110,8 @@ def load(
     cifar100 in cifar-100-python/, svhn in svhn/ or the folder itself. Every file's md5 is checked on every load.
     With `download`, files found nowhere are downloaded into the first of these folders that is set.
 
-    Your own: "folder", the pictures in `data_dir`, which may be read by image_size, grey and skip_unreadable (see
-    `folder.find`); "npz", the arrays in the file `data_dir` (`arrays.load`); or "package.module:factory" or
+    Your own: "folder", the pictures in `data_dir`, which may be read by image_size, grey, skip_unreadable and stream
+    (see `folder.load`); "npz", the arrays in the file `data_dir` (`arrays.load`); or "package.module:factory" or
     "path/to/file.py:factory", where the factory is a `Dataset`, or a function that gives `DataSplits`. It is called
     with the arguments that are given.
 
@@ -112,8 +119,8 @@ def load(
     file, FileNotFoundError for missing files, ImportError when scikit-learn (digits), SciPy (svhn), pooch
     (download) or Pillow (folder) is missing, OSError when a download fails.
     """
-    reading: dict[str, Any] = dict(zip(READING, (image_size, grey, skip_unreadable), strict=True))
-    pictures = {key: value for key, value in reading.items() if value}
+    reading: dict[str, Any] = dict(zip(READING, (image_size, grey, skip_unreadable, stream), strict=True))
+    pictures = asked(reading)
     name = canonical(name, (*_DATASETS, *FORMS))
     if is_import_path(name):
         given: dict[str, Any] = {"data_dir": data_dir} if data_dir is not None else {}
@@ -135,6 +142,11 @@ def _renamed(splits: DataSplits, form: str) -> DataSplits:
         return splits
     name, declared = f"{splits.name}-{form}", splits.declared
     return dataclasses.replace(splits, name=name, declared=declared and dataclasses.replace(declared, name=name))
+
+
+def asked(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings ``READING`` those that say something."""
+    return {key: value for key, value in reading.items() if value or (key == "stream" and value is not None)}
 
 
 def _imported(path: str, **given: Any) -> DataSplits:

@@ -11,8 +11,10 @@ import numpy as np
 
 from ..options import fraction, number, plain, shown
 from .images import Images
+from .pictures import Pictures
 
-Load = Callable[[str | os.PathLike[str] | None, bool], tuple[Images, Images]]
+Split = Images | Pictures
+Load = Callable[[str | os.PathLike[str] | None, bool], tuple[Split, Split]]
 
 
 class OfEps(float):
@@ -118,8 +120,8 @@ class DataSplits:
     """
 
     name: str
-    train: Images
-    test: Images
+    train: Split
+    test: Split
     num_classes: int
     eps: float
     augment: bool = False
@@ -132,7 +134,7 @@ class DataSplits:
     def __post_init__(self) -> None:
         parts = ("train", "test", *(["extra"] if self.extra is not None else []))
         for split in parts:
-            if not isinstance(images := getattr(self, split), Images):
+            if not isinstance(images := getattr(self, split), Images if split == "extra" else Split):
                 raise ValueError(f"{split} must be Images(images, labels), got {type(images).__name__}")
         if not isinstance(self.name, str):
             raise ValueError(f"name must be a text, got {shown(self.name)}")

@@ -13,7 +13,7 @@ import torch
 
 from ..options import plain, shown
 from . import own
-from .dataset import DataSplits
+from .dataset import DataSplits, Split
 from .pictures import Pictures, Unreadable, header, in_threads
 
 #: Those of torchvision's ImageFolder, in capitals or not.
@@ -40,20 +40,24 @@ def load(
     image_size: int | None = None,
     grey: bool = False,
     skip_unreadable: bool = False,
+    stream: bool | None = None,
 ) -> DataSplits:
-    """The pictures of a folder, in memory; see `find` for the arguments.
+    """The pictures of a folder; see `find` for the arguments.
+
+    stream: they are read anew in each epoch, instead of kept in memory. None: where they take more than ``RESIDENT``.
+    With ``skip_unreadable`` all are read once to find those that cannot be.
 
     Raises ValueError, FileNotFoundError, ImportError (Pillow is missing).
     """
     found = find(data_dir, image_size=image_size, grey=grey, skip_unreadable=skip_unreadable)
     size = sum(len(part) * int(np.prod(part.shape)) for part in (found.train, found.test))
-    if size > RESIDENT:
-        raise ValueError(
-            f"the pictures of {plain(data_dir)} take {size / 2**30:.1f} GiB of memory, more than {RESIDENT / 2**30:g}: "
-            "give a smaller --image-size (image_size), or fewer pictures"
-        )
     skipped: list[str] | None = [] if skip_unreadable else None
-    train, test = found.train.resident(skipped), found.test.resident(skipped)
+    train: Split
+    test: Split
+    if size > RESIDENT if stream is None else stream:
+        train, test = (part if skipped is None else part.sound(skipped) for part in (found.train, found.test))
+    else:
+        train, test = found.train.resident(skipped), found.test.resident(skipped)
     require_every_class(train.labels, found.class_names, found.train.root)
     notes = (*found.notes, *_said(skipped))
     return own.declared(found.name, train, test, len(found.class_names), found.class_names, notes)

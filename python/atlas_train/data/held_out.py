@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .images import Images, stratified
+from .dataset import Split
+from .images import stratified
 
 LEAST, MOST, SHARE, OF_SMALL = 500, 1000, 50, 10
 
@@ -31,7 +32,7 @@ def require_room(images: int, train_size: int | None, val_size: int) -> None:
         )
 
 
-def split(images: Images, train_size: int | None, val_size: int, seed: int) -> tuple[Images, Images | None]:
+def split(images: Split, train_size: int | None, val_size: int, seed: int) -> tuple[Split, Split | None]:
     """Images to train on and others to validate on, each a stratified draw by the seed (``Images.subset``).
 
     With ``train_size`` the first are those of a run without validation. Without it they are all that validation leaves.

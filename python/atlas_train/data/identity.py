@@ -10,6 +10,7 @@ from ..imported import is_import_path, require_trusted, without_place
 from ..options import plain
 from .dataset import DataSplits
 from .images import Images
+from .pictures import Pictures
 
 SPLITS = ("train", "test", "extra")  # the last where there is one
 _CHUNK = 2**24  # bytes that are hashed at a time, so that a set on a GPU or in another layout is never copied whole
@@ -22,13 +23,20 @@ def record(splits: DataSplits, parts: Sequence[str] = SPLITS) -> dict[str, Any]:
     return own | {part: facts(images) for part in parts if (images := getattr(splits, part)) is not None}
 
 
-def facts(images: Images) -> dict[str, Any]:
+def facts(images: Images | Pictures) -> dict[str, Any]:
     """Number, shape and fingerprint: of images that were read from files, that of these files (`Pictures.files`), which
     is there by classes too."""
     known = {"images": len(images), "shape": list(images.shape)}
-    if images.files is None:
+    files = images.files() if isinstance(images, Pictures) else images.files
+    if isinstance(images, Images) and files is None:
         return known | {"sha256": fingerprint(images)}
-    return known | {"sha256": of_files(images.files, images.shape), "files": dict(images.files)}
+    assert files is not None
+    return known | {"sha256": of_files(files, images.shape), "files": dict(files)}
+
+
+def agree(recorded: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:
+    """Whether nothing shows that two records are of other images: one by files and one by pixels cannot."""
+    return not recorded or ("files" in recorded) != ("files" in given) or recorded == given
 
 
 def of_files(files: Mapping[str, str], shape: Sequence[int]) -> str:

@@ -75,6 +75,10 @@ class Images:
         std = (share * (value - mean[:, None]).square()).sum(1).sqrt()
         return tuple(mean.tolist()), tuple(std.tolist())
 
+    def first(self, n: int) -> torch.Tensor:
+        """The pixels of the first `n` images."""
+        return self.images[:n]
+
     def subset(self, n: int, seed: int | None = None) -> Images:
         """`n` of the images, in their original order: the first `n`, or, with a seed, a stratified draw.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from atlas_kernels.core import advise_huge_pages
 from ..deal import WHOLE, Part, Whole
 from ..noise import noise_keys
 from .images import Images
+from .pictures import Pictures
 
 PADDING = 4  # of augmented images, on every side
 
@@ -71,9 +72,12 @@ class Batches:
     float64), then cast. channels_last: memory format of x. drop_last: leave out a last, smaller batch.
     """
 
+    #: Whether images are read when they are needed.
+    streams: ClassVar[bool] = False
+
     def __init__(
         self,
-        images: Images,
+        images: Images | Pictures,
         batch_size: int,
         *,
         shuffle: bool,
@@ -111,8 +115,8 @@ class Batches:
         self.epoch = 0
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._images = images.images.to(device).contiguous(memory_format=layout)
         self._labels = images.labels.to(device)
+        self._hold(images, layout)
         self._extra, self._share = None, extra_share
         if extra is not None:
             least = min(batch_size, len(images))
@@ -127,6 +131,17 @@ class Batches:
             self._extra = Images(more, extra.labels.to(device))
         self._key = noise_keys(seed, 0, 1)[0].to(device)
 
+    def _hold(self, images: Any, layout: torch.memory_format) -> None:
+        """Keeps on the device what batches are made of."""
+        self._images = images.images.to(self._labels.device).contiguous(memory_format=layout)
+
+    def close(self) -> None:
+        """Ends what makes batches ahead of time; the next iteration begins it again."""
+
+    def take_wait(self) -> float:
+        """The seconds since the last call in which the loop waited for data, of which a set on the device has none."""
+        return 0.0
+
     def __len__(self) -> int:
         full, rest = divmod(len(self._labels), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
@@ -138,15 +153,23 @@ class Batches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.starting(0)
+
+    def starting(self, first: int) -> Iterator[Batch]:
+        """The epoch's batches from number ``first`` (from 0) on. Those before it cost nothing."""
         epoch = self.epoch  # fixed, should set_epoch come while this iteration lasts
         order = self._order(epoch)
         more = None if self._extra is None else self._extra_order(len(self._extra), epoch)
-        for batch in range(len(self)):
+        for batch in range(first, len(self)):
             start = batch * self.batch_size
             ids = order[start : start + self.batch_size]
-            deal = Part.of(len(ids), *self._place) if self._place[1] > 1 else WHOLE
+            deal = self._deal(ids)
             made = self._batch(deal.own(ids), epoch) if more is None else self._joint(ids, more[start:], epoch, deal)
             yield made if deal is WHOLE else DealtBatch.dealt(made, deal)
+
+    def _deal(self, ids: torch.Tensor) -> Whole:
+        """Which of the rows of a batch this process has."""
+        return Part.of(len(ids), *self._place) if self._place[1] > 1 else WHOLE
 
     def _batch(self, ids: torch.Tensor, epoch: int) -> Batch:
         x = self._augmented(self._images, ids, epoch, channels_last=self.channels_last)

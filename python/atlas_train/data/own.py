@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .dataset import Dataset, DataSplits
-from .images import Images, stratified
+from .dataset import Dataset, DataSplits, Split
+from .images import stratified
 
 #: Share of each class that is held out for the test where there is none, and the seed by which it is drawn and images
 #: are shuffled: they are part of the data, as another draw is another test.
 TEST_SHARE, SEED = 0.2, 0
 
 
-def _nothing(data_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Images, Images]:
+def _nothing(data_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Split, Split]:
     raise ValueError("no images are known here")
 
 
@@ -40,8 +40,8 @@ USUAL = Dataset(
 
 def declared(
     name: str,
-    train: Images,
-    test: Images,
+    train: Split,
+    test: Split,
     num_classes: int,
     class_names: Sequence[str] | None = None,
     notes: Sequence[str] = (),

@@ -20,6 +20,8 @@ from .images import Images, drawn
 #: From this side on evaluation resizes pictures to 8/7 of the side before it cuts out their middle: to 256 for 224, as
 #: is usual for ImageNet.
 LARGE, MARGIN = 224, 8 / 7
+#: Pictures by which mean and std are measured.
+MEASURED = 4000
 #: Pictures that one thread reads before it takes more.
 _CHUNK = 32
 
@@ -70,6 +72,15 @@ class Pictures:
         """A picture, uint8 [C, H, W], as it is evaluated. Raises Unreadable."""
         return read(self.path(row), self.size, self.channels)
 
+    def first(self, n: int) -> torch.Tensor:
+        """The pixels of the first `n` pictures, read as `read` does."""
+        return torch.stack([self.read(row) for row in range(min(n, len(self)))])
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """`Images.mean_std`, of at most ``MEASURED`` of the pictures, always the same ones."""
+        few = self if len(self) <= MEASURED else self.subset(MEASURED, seed=0)
+        return few.resident().mean_std()
+
     def subset(self, n: int, seed: int | None = None) -> Pictures:
         """`n` of the pictures; see `Images.subset`."""
         return self.take(drawn(self.labels, n, seed))
@@ -98,6 +109,19 @@ class Pictures:
             return Images(pixels, self.labels, self.files())
         own = self.take(kept)
         return Images(pixels[torch.from_numpy(kept)], own.labels, own.files())
+
+    def sound(self, skipped: list[str]) -> Pictures:
+        """The pictures that can be read, each of which is read for that; ``skipped`` as for `resident`."""
+        faults: dict[int, str] = {}
+
+        def look(row: int) -> None:
+            try:
+                self.read(row)
+            except Unreadable as error:
+                faults[row] = str(error)
+
+        in_threads(look, len(self), "looking at pictures")
+        return self.take(self.readable(faults, skipped))
 
     def readable(self, faults: Mapping[int, str], skipped: list[str] | None) -> np.ndarray:
         """The rows that have no fault; see `resident` for ``skipped``."""

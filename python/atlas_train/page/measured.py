@@ -13,6 +13,7 @@ from atlas_kernels import noise_key
 from atlas_kernels.attacks import PGD
 from atlas_kernels.outputs import logits_of
 
+from ..data import Pictures
 from ..evaluate import Say, evaluate
 from ..inference import evaluating
 from ..machine import on_host, usable_device
@@ -79,7 +80,8 @@ def _gallery(found: Target, count: int, seed: int, eps: float, norm: Norm, place
     """Adversaries of images that the seed draws."""
     test, network = found.splits.test, found.network
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    x, y = test.images[rows].to(place).float() / 255, test.labels[rows].to(place)
+    few = [test.read(row) for row in rows.tolist()] if isinstance(test, Pictures) else test.images[rows].unbind()
+    x, y = torch.stack([*few]).to(place).float() / 255, test.labels[rows].to(place)
     key = noise_key(place, generator=torch.Generator(place).manual_seed(seed))
     with evaluating(network):
         attack = PGD(eps, default_step(eps, STEPS, norm), STEPS, norm=norm)

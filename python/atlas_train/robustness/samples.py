@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import Batches, Images
+from atlas_kernels.attacks.saved import digest
+
+from ..data import Images, Pictures, Split, in_order
+from ..data.identity import of_files
 from ..data.images import stratified
 from ..options import shown
 
@@ -20,12 +23,13 @@ _FORMS = "Images, a pair (images, labels) of tensors or arrays, or a loader of b
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Labelled images, uint8 [N, C, H, W] or float [N, ...] in [0, 1], and where they stand in the set they are of.
+    """Labelled images, uint8 [N, C, H, W] or float [N, ...] in [0, 1], or pictures in files, which are read in parts;
+    and where they stand in the set they are of.
 
     ids: their numbers in the noise; default: 0 to N - 1.
     """
 
-    x: Tensor
+    x: Tensor | Pictures
     y: Tensor
     numbers: Tensor
     ids: Tensor | None = None
@@ -36,12 +40,29 @@ class Samples:
     def part(self, number: int, parts: int) -> Samples:
         """One of so many parts of all; its noise is that of the whole."""
         rows = torch.arange(number, len(self), parts)
-        x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
-        return Samples(x, y, self.numbers[rows], rows if self.ids is None else self.ids[rows])
+        return self.take(rows, rows if self.ids is None else self.ids[rows])
 
-    def images(self) -> Images | None:
+    def take(self, rows: Tensor, ids: Tensor | None = None) -> Samples:
+        """The samples of these rows, with these ids."""
+        x = self.x.take(rows.numpy()) if isinstance(self.x, Pictures) else self.x[rows.to(self.x.device)]
+        return Samples(x, self.y[rows.to(self.y.device)], self.numbers[rows], ids)
+
+    def digest(self) -> str:
+        """Tells these images and labels from others; pictures by the names and sizes of their files."""
+        if isinstance(self.x, Pictures):
+            return f"{of_files(self.x.files(), self.x.shape)} {digest([self.y])}"
+        return digest([self.x, self.y])
+
+    def images(self) -> Split | None:
         """As the trainer has them, if they are of whole numbers."""
+        if isinstance(self.x, Pictures):
+            return self.x
         return Images(self.x, self.y) if self.x.dtype == torch.uint8 else None
+
+    @property
+    def channels(self) -> int:
+        """What is normalised one by one."""
+        return self.x.channels if isinstance(self.x, Pictures) else self.x.shape[1]
 
     def batches(
         self, model: nn.Module, size: int, device: torch.device, channels_last: bool = False
@@ -57,10 +78,9 @@ class Samples:
         """The same, with the rows of both."""
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         if (images := self.images()) is not None:
-            yield from Batches(
-                images, size, shuffle=False, seed=0, device=device, dtype=dtype, channels_last=channels_last
-            )
+            yield from in_order(images, size, device=device, dtype=dtype, channels_last=channels_last)
             return
+        assert isinstance(self.x, Tensor)
         layout = torch.channels_last if channels_last and self.x.dim() == 4 else torch.contiguous_format
         for rows in torch.arange(len(self)).split(size):
             x = self.x[rows.to(self.x.device)].to(device, dtype).contiguous(memory_format=layout)
@@ -76,20 +96,25 @@ def gathered(data: Any, size: int | None = None) -> Samples:
 
     Raises TypeError or ValueError for what is none, for pixels that are not in [0, 1] and labels that are no integers.
     """
+    x: Tensor | Pictures
     if isinstance(data, Samples):
         x, y = data.x, data.y
+    elif isinstance(data, Pictures):
+        x, y = data, data.labels
     elif isinstance(data, Images):
         x, y = data.images, data.labels
     elif _is_pair(data):
         x, y = _tensor("images", data[0]), _tensor("labels", data[1])
     else:
         x, y = _of_loader(data, size)
-    x, y = _checked(x, y)
+    if isinstance(x, Tensor):
+        x, y = _checked(x, y)
     numbers = data.numbers if isinstance(data, Samples) else torch.arange(len(y))
     if size is None or size >= len(y):
         return Samples(x, y, numbers)
-    rows = torch.from_numpy(stratified(y.cpu().numpy(), size, SUBSET_SEED))
-    return Samples(x[rows.to(x.device)], y[rows.to(y.device)], numbers[rows])
+    chosen = stratified(y.cpu().numpy(), size, SUBSET_SEED)
+    rows = torch.from_numpy(chosen)
+    return Samples(x, y, numbers).take(rows)
 
 
 def _is_pair(data: Any) -> bool:
