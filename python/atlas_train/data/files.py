@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..options import plain, shown
-from ..progress import Line
+from ..terminal_line import Line
 
 REMEDY = (
     "get it anew, with --download (download=True) and a folder without it, or, if it is another data set's, point "

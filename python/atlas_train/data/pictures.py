@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..options import plain
-from ..progress import Line
+from ..terminal_line import Line
 from .images import Images, drawn
 
 #: From this side on evaluation resizes pictures to 8/7 of the side before it cuts out their middle: to 256 for 224, as
