@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from atlas_kernels.attacks import AutoAttackResult, saved
 from atlas_kernels.attacks.processes import alone, together
 from atlas_kernels.attacks.sharded import LostProcesses, run_sharded
+from forked import in_processes
 from test_attack_autoattack import plan
 from test_attacks import CLASSES, Rowwise, images
 
@@ -27,25 +27,6 @@ def case() -> tuple[nn.Module, Tensor, Tensor]:
     y = model(x).argmax(1)
     y[3] = (y[3] + 1) % CLASSES
     return model, x, y
-
-
-def in_processes(count: int, folder: Path, body: Callable[[int], None]) -> list[int]:
-    """``body(rank)`` in so many processes of one group; their exit codes."""
-    meeting, children = folder / "meeting", []
-    meeting.unlink(missing_ok=True)
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-                body(rank)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def same(result: AutoAttackResult, whole: AutoAttackResult) -> None:

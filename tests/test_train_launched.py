@@ -19,7 +19,7 @@ from atlas_train.autoattack import autoattack
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
 from atlas_train.robustness.samples import gathered
-from test_attack_sharded import in_processes
+from forked import in_processes
 from test_robustness import linear
 from tiny_runs import TINY, splits
 
