@@ -27,7 +27,8 @@ from tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", DOCS / "methods.md", DOCS / "operators.md", DOCS / "performance.md", DOCS / "results.md")
+_FILLED = ("evaluation", "methods", "operators", "performance", "results")
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in _FILLED))
 BLOCK = re.compile(r"(<!-- begin: ([^\n:]+?)(?:: ([^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 #: Where the table of methods takes their defaults from.
 DATASET = "cifar10"

@@ -327,7 +327,7 @@ def test_a_folder_is_trained_resumed_and_evaluated(
     with monkeypatch.context() as patch:  # as by Ctrl-C
         patch.setattr(data.Batches, "__iter__", stopped)
         assert cli.main(["train", "--resume", "runs/flowers-1/standard", *where, "--epochs", "2"]) == 130
-    how = capsys.readouterr().out.split("to go on after the last whole epoch: atlas ")[1].split("\n")[0]
+    how = capsys.readouterr().out.split("to go on from the last checkpoint: atlas ")[1].split("\n")[0]
     assert how.split() == ["train", "--resume", "runs/flowers-1/standard", *where]
     assert "epoch 2/2" in atlas(*how.split(), "--epochs", "2")
     assert "7 test images" in atlas("evaluate", "runs/flowers-1/standard", *where)
