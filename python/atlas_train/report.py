@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import NORMS, Norm
+from .options import NORMS, Norm, plain
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
@@ -68,21 +68,31 @@ def require_matplotlib() -> None:
         raise ImportError("a curve needs matplotlib: pip install 'atlas-kernels[train]'")
 
 
+def picture_form(path: Path) -> str:
+    """What a picture of that name holds. Raises ValueError for what is not drawn."""
+    form = path.suffix.lower().removeprefix(".") or "png"
+    if form not in ("png", "pdf", "svg"):
+        raise ValueError(f"curve {plain(path)}: a .{plain(form)} is not drawn: name it .png, .pdf or .svg")
+    return form
+
+
 def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> None:
-    """A PNG of accuracy over eps, a line for each attack."""
+    """Draws accuracy over eps, a line for each attack; those on top are broken, so that what is below shows."""
     require_matplotlib()
+    form = picture_form(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     scale, unit = (1.0, "") if norm == "l1" else (255.0, " / 255")
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         radii, shares = zip(*points, strict=True)
-        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], marker="o", label=name)
+        style = ("-", "--", "-.", ":")[number % 4]
+        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], style, marker="o", label=name)
     axes.set(xlabel=f"eps{unit} ({NORMS[norm]})", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=form, dpi=120))
 
 
 class TensorBoard:
