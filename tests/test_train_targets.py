@@ -206,6 +206,13 @@ def test_a_stop_says_how_to_go_on(
     assert cli.main(command) == 130
     assert "nothing is kept of it; with --state FILE the same command would go on" in capsys.readouterr().err
 
+    def at_once(*args: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(targets, "evaluate_target", at_once)
+    assert cli.main([*command, "--state", "new.state"]) == 130
+    assert "nothing is kept of it: it was stopped before AutoAttack wrote new.state\n" in capsys.readouterr().err
+
 
 def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tyro")

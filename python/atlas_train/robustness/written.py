@@ -38,6 +38,8 @@ def how_to_go_on(state: str | None, searched: bool) -> str:
     """After a stop. searched: whether AutoAttack, or a part of it, was to run."""
     if state and states(state):
         return f"where AutoAttack stands is in {_named(state)}: the same command goes on from there"
+    if state and searched:
+        return f"nothing is kept of it: it was stopped before AutoAttack wrote {plain(state)}"
     return "nothing is kept of it; with --state FILE the same command would go on where it was stopped" * searched
 
 
