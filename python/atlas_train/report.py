@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import NORMS, Norm, plain
+from .robustness.report import ALL
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
@@ -77,7 +78,8 @@ def picture_form(path: Path) -> str:
 
 
 def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> None:
-    """Draws accuracy over eps, a line for each attack; those on top are broken, so that what is below shows."""
+    """Draws accuracy over eps, a line for each attack, so that none hides another: later ones are broken, and that of
+    all attacks is a grey band."""
     require_matplotlib()
     form = picture_form(path)
     from matplotlib.figure import Figure
@@ -87,8 +89,10 @@ def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, floa
     scale, unit = (1.0, "") if norm == "l1" else (255.0, " / 255")
     for number, (name, points) in enumerate(curves.items()):
         radii, shares = zip(*points, strict=True)
-        style = ("-", "--", "-.", ":")[number % 4]
-        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], style, marker="o", label=name)
+        style: dict[str, Any] = {"linestyle": ("-", "--", "-.", ":")[number % 4], "marker": "o"}
+        if name == ALL:
+            style = {"color": "black", "alpha": 0.2, "linewidth": 7, "zorder": 1}
+        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], label=name, clip_on=False, **style)
     axes.set(xlabel=f"eps{unit} ({NORMS[norm]})", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
