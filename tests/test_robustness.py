@@ -297,7 +297,7 @@ def test_tables_and_records() -> None:
     assert "without autoattack these figures are upper bounds" in report.table()
     assert report.table("markdown").startswith("| eps | clean | FGSM | PGD-2 | all |\n| --- | ---: |")
     latex = report.table("latex")
-    assert r"\begin{tabular}{lrrrr}" in latex and r"51/255 (l\_inf) & 100.0 \% &" in latex
+    assert r"\begin{tabular}{lrrrr}" in latex and r"51/255 ($\ell_\infty$) & 100.0 \% &" in latex
     assert all(line.startswith("%") for line in latex.splitlines()[latex.splitlines().index(r"\end{tabular}") + 1 :])
     classes = report.class_table().splitlines()
     assert len(classes) == 6 and classes[2].split()[:4] == ["0", "10", "100.0", "%"]
@@ -312,6 +312,23 @@ def test_tables_and_records() -> None:
     assert [(a["attack"], a["eps"]) for a in attacks][:3] == [("clean", None), ("fgsm", 0.2), ("pgd-2", 0.2)]
     assert attacks[1]["per_class"]["0"] == report.outcome("fgsm", 0.2).right[images.labels == 0].double().mean().item()
     assert report.curves()["PGD-2"] == [(0.0, 1.0), *((eps, report.accuracy("pgd-2", eps)) for eps in (0.2, 0.35))]
+    assert repr(report) == report.table()
+
+
+def test_what_was_not_run_has_no_figure() -> None:
+    report = evaluate(linear(), splits().test, (0.2, 0.35), attacks="fgsm")
+    with pytest.raises(KeyError, match="no attack was run at eps 0.3: there are clean, fgsm, at eps 0.2, 0.35"):
+        report.accuracy("all", 0.3)
+    with pytest.raises(KeyError, match="fgsm was not run at eps 0.3: there are clean, fgsm, at eps 0.2, 0.35"):
+        report.accuracy("fgsm", 0.3)
+    with pytest.raises(KeyError, match="pgd was not run: there are clean, fgsm, at"):
+        report.accuracy("pgd")
+
+
+def test_a_record_has_the_radius_as_robustbench_writes_it() -> None:
+    assert evaluate(linear(), splits().test, 8 / 255, attacks="fgsm").record()["eps"] == "8/255"
+    assert evaluate(linear(), splits().test, 0.5, attacks="fgsm", norm="l2").record()["eps"] == "0.5"
+    assert evaluate(linear(), splits().test, 12, attacks="fgsm", norm="l1").record()["eps"] == "12"
 
 
 def test_clean_accuracy_alone() -> None:
@@ -363,7 +380,9 @@ def test_time_is_told_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"state": "s", "attacks": None}, ValueError, "or leave state out"),
         ({"eps": None}, ValueError, "eps must be a number > 0 or several, got None"),
         ({"eps": (0.1, -0.1)}, ValueError, "eps must be a number > 0"),
-        ({"eps": 8.0}, ValueError, "eps"),
+        ({"eps": (0.1, 8.0)}, ValueError, "eps must be < 1 in l_inf, got 8, .* write 8/255 for 8 grey levels$"),
+        ({"eps": 8.0, "attacks": None}, ValueError, "eps must be < 1 in l_inf, got 8, .* write 8/255"),
+        ({"eps": None, "attacks": None}, ValueError, "eps must be a number, got None: write 8 / 255, say"),
         ({"num_classes": 5}, ValueError, "the model gives 4 logits, and the data have 5 classes"),
         ({"data": (torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 4]))}, ValueError,
          r"labels must be in 0..3, for the model gives 4 logits, got labels from 0 to 4"),

@@ -166,7 +166,7 @@ def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
     report = evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=8)
     again = evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=8)
     assert torch.equal(report.outcome("apgd").right, again.outcome("apgd").right)
-    with pytest.raises(ValueError, match="images are not the ones given"):
+    with pytest.raises(ValueError, match="is of another evaluation: it is of 8 images, here are 9. Name another file"):
         evaluate(run.model, splits().test, 0.9, attacks="apgd", state=state, size=9)
     with torch.no_grad():
         next(run.model.parameters()).mul_(2)

@@ -356,7 +356,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
 
 
 def test_unusable_checkpoints_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*nowhere: name the folder of a run"):
         checkpoint.load(tmp_path / "nowhere")
     path = tmp_path / "last.pt"
     path.write_bytes(b"PK\x03\x04 not really")

@@ -20,6 +20,7 @@ from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
 from atlas_train.flags import declared, parse
+from atlas_train.report import write_robustness
 from atlas_train.robustness import signs
 from atlas_train.robustness.export import export_state_dict
 from atlas_train.robustness.named import named
@@ -82,6 +83,28 @@ def test_a_run_at_several_radii_and_every_file(run_folder: Path, capsys: pytest.
     assert Path("e.csv").read_text() == report.samples_csv()
     assert Path("e.png").read_bytes().startswith(b"\x89PNG")
     assert same(torch.load("e.pt")["state_dict"], weights(network))
+    write_robustness(Path("e.pdf"), report.curves(), "linf")
+    assert Path("e.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_folder_means_its_last_epoch(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro")
+    opened = stored.opened
+
+    def with_a_best(*args: Any, **how: Any) -> Any:
+        network, description, *rest = opened(*args, **how)
+        return network, description | {"epoch": 2, "best": 1}, *rest
+
+    monkeypatch.setattr(stored, "opened", with_a_best)
+    (run_folder / "best.pt").touch()
+    told = f"evaluating the last epoch, 2; the best one, 1, is in {run_folder}/best.pt\n"
+    for target, expected in ((run_folder, True), (run_folder / "last.pt", False)):
+        assert cli.main(["evaluate", str(target), *BARS, *QUICK, "--json", "e.json"]) == 0
+        assert (told in capsys.readouterr().out) is expected
+        assert json.loads(Path("e.json").read_text())["evaluation"]["epoch"] == 2
+    (run_folder / "best.pt").unlink()
 
 
 def test_without_attacks_it_is_what_it_was(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +130,9 @@ def test_a_state_dict_says_neither_network_nor_images(run_folder: Path, capsys: 
 
     assert "dataset: w.pth does not say which images it is for: name them" in said("--model", "digits_net")
     assert "model: w.pth is a state dict, which does not say of which network: name it" in said(*BARS)
-    assert "holds the weights of another network than DigitsNet" in said(*BARS, "--model", "digits_net", "--width", "5")
+    other = said(*BARS, "--model", "digits_net", "--width", "5")
+    assert "holds the weights of another network than DigitsNet" in other and "another width" not in other
+    assert "; 5 more shapes differ. If it is of another width, say it (--width)" in said(*BARS, "--model", "digits_net")
     out = said(*BARS, "--model", "digits_net", "--width", "4", "--json", "e.json")
     assert f"{wanted.outcome('pgd-2').percent}" in out
     assert json.loads(Path("e.json").read_text())["evaluation"]["attacks"][2]["accuracy"] == wanted.accuracy("pgd-2")
@@ -182,6 +207,13 @@ def test_a_stop_says_how_to_go_on(
     assert cli.main(command) == 130
     assert "nothing is kept of it; with --state FILE the same command would go on" in capsys.readouterr().err
 
+    def at_once(*args: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(targets, "evaluate_target", at_once)
+    assert cli.main([*command, "--state", "new.state"]) == 130
+    assert "nothing is kept of it: it was stopped before AutoAttack wrote new.state\n" in capsys.readouterr().err
+
 
 def test_that_nothing_is_normalised_can_be_said_in_flags() -> None:
     pytest.importorskip("tyro")
@@ -207,6 +239,7 @@ def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.Capt
         (["--attacks", "fgsm", "mifgsm-2", "--step-size", "0.1"], "--step-size is looked at by pgd-20, cw-20 alone"),
         (["--autoattack", "5", "--eps", "0.1", "0.2"], "write --attacks fgsm pgd-20 autoattack --size 5 instead"),
         (["--curve", "."], "--curve . is a folder: name a file"),
+        (["--attacks", "fgsm", "--curve", "e.jpg"], "curve e.jpg: a .jpg is not drawn: name it .png, .pdf or .svg"),
         (["--attacks", "clean", "--curve", "e.png"], "--curve is looked at by attacks alone, and none of them is run"),
         (["--attacks", "fgsm", "--json", "own.py/e.json"], "--json own.py/e.json cannot be written, as no file can be"),
         (["--attacks", "fgsm", "--per-sample", "/proc/e.csv"], "--per-sample /proc/e.csv cannot be written"),

@@ -211,7 +211,7 @@ class Evaluation:
         for change in self.instead:
             warnings.warn(f"AutoAttack: {change}", stacklevel=6)
         self.whose = self._whose() if self.path else {}
-        held = saved.load(self.path, self.whose) if self.path else None
+        held = saved.load(self.path, self.whose, len(self.x)) if self.path else None
         if held is None:
             clean = self._predict(self.x)
             self.at = _Standing(clean, torch.where(predicted(clean) == self.y, STANDS, CLEAN))

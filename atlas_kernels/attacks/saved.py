@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..environment import is_stream
+from .progress import counted
 
 FORMAT = 1
+OF_IMAGES = ("images", "labels", "ids")  # which differ where there are more or fewer
 
 #: What an evaluation is of: settings by name, digests of tensors.
 Whose = Mapping[str, Any]
@@ -48,8 +50,11 @@ def save(path: Path, whose: Whose, state: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, whose: Whose) -> dict[str, Any] | None:
-    """The state in the file; None if there is no file. Raises ValueError where it is of another evaluation."""
+def load(path: Path, whose: Whose, samples: int) -> dict[str, Any] | None:
+    """The state in the file; None if there is no file. Raises ValueError where it is of another evaluation.
+
+    samples: of how many images it must be.
+    """
     if not path.exists():
         return None
     try:
@@ -57,6 +62,7 @@ def load(path: Path, whose: Whose) -> dict[str, Any] | None:
             warnings.simplefilter("ignore")
             held = torch.load(path, map_location="cpu", weights_only=True)
         form, theirs, state = held["format"], held["whose"], held["state"]
+        count = len(state["fooled_by"])
     except Exception as error:
         raise ValueError(
             f"state_path {path} holds no state of an evaluation ({type(error).__name__}): name another file, or remove "
@@ -64,8 +70,12 @@ def load(path: Path, whose: Whose) -> dict[str, Any] | None:
         ) from error
     if form != FORMAT:
         raise ValueError(f"state_path {path} has format {form}, this version writes {FORMAT}: remove it to begin anew")
-    differences = [_difference(name, theirs.get(name), whose.get(name)) for name in {**theirs, **whose}
-                   if theirs.get(name) != whose.get(name)]  # fmt: skip
+    differing = [name for name in {**theirs, **whose} if theirs.get(name) != whose.get(name)]
+    if count != samples:
+        differing = [name for name in differing if name not in OF_IMAGES]
+    differences = [_difference(name, theirs.get(name), whose.get(name)) for name in differing]
+    if count != samples:
+        differences.append(f"it is of {counted(count, 'image')}, here {'is' if samples == 1 else 'are'} {samples:,}")
     if differences:
         raise ValueError(
             f"state_path {path} is of another evaluation: {'; '.join(differences)}. Name another file, or remove it to "
@@ -75,7 +85,7 @@ def load(path: Path, whose: Whose) -> dict[str, Any] | None:
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:
-    if name in ("weights", "images", "labels", "ids"):
+    if name in ("weights", *OF_IMAGES):
         return f"its {name} are not the ones given"
     if name == "attacks" and theirs and theirs.keys() == ours.keys():
         return f"its {', '.join(part for part in ours if theirs[part] != ours[part])} has other settings"

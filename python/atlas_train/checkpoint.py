@@ -56,7 +56,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
         runs = sorted(str(p.parent) for p in given.glob(f"*/{LAST}")) if given.is_dir() else []
         if len(runs) == 1:
             return Path(runs[0], LAST)
-        hint = f"; it holds the runs {', '.join(map(plain, runs))}: name one of them" if runs else ""
+        many = f"it holds the runs {', '.join(map(plain, runs))}: name one of them"
+        hint = f"; {many}" if runs else ": name the folder of a run, or one of its files"
         raise FileNotFoundError(f"no checkpoint {plain(file)}{hint}")
     return file
 

@@ -126,7 +126,9 @@ class EvaluateConfig:
     table: Literal["text", "markdown", "latex"] = option("text", "form of the table of --attacks")
     per_class: bool = option(False, "also a table of the accuracies of each class")
     per_sample: str | None = option(None, "also write which image is right under which attack to this CSV file")
-    curve: str | None = option(None, "also draw accuracy over eps, a PNG, which needs matplotlib")
+    curve: str | None = option(
+        None, "also draw accuracy over eps into this file, a .png, .pdf or .svg; needs matplotlib"
+    )
     export_state_dict: str | None = option(
         None, "also write the weights to this file, as RobustBench's loader reads them (mean and std as mu and sigma)"
     )
@@ -390,7 +392,7 @@ def _told_how_to_go_on(args: Any) -> Iterator[None]:
 
 def _report(args: Any, place: dict[str, Any]) -> list[str]:
     """The report of ``--attacks``, and the files that were asked for; what to say at the end."""
-    from .report import require_matplotlib, write_robustness
+    from .report import picture_form, require_matplotlib, write_robustness
     from .robustness.export import export_state_dict
     from .targets import evaluate_target
 
@@ -406,6 +408,7 @@ def _report(args: Any, place: dict[str, Any]) -> list[str]:
         attacks = (CLEAN, "fgsm", f"pgd-{args.steps}{restarts}")
     if args.curve:
         require_matplotlib()
+        picture_form(Path(args.curve))
     asked = ("batch_size", "step_size", "seed", "autoattack_version", "search_precision", "state")
     how = {name: getattr(args, name) for name in asked} | {"dealt": True}
     names = ("model", "width", "activation", "mean", "std", "dataset", "data_dir", "download", "other_data")

@@ -169,11 +169,13 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         told = say if say and not processes.rank else _silent
         at = _Place(samples, where, batch_size, channels_last, norm, key, seed, told, processes)
         if chosen is not None:
-            balls = _radii(eps)
+            balls = _radii(eps, norm)
             how = {"version": autoattack_version, "batch_size": batch_size, "search_precision": search_precision}
             return _reported(model, at, chosen, balls, step_size, num_classes, path, how)
         if not isinstance(eps, Real):
-            raise ValueError(f"eps must be a number, got {eps!r}: for several name the attacks too (attacks=...)")
+            remedy = "write 8 / 255, say" if eps is None else "for several name the attacks too (attacks=...)"
+            raise ValueError(f"eps must be a number, got {eps!r}: {remedy}")
+        _require_smaller_than_all(eps, norm)
         steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
         pgd = PGD(eps, default_step(eps, steps, norm, step_size), steps, norm=norm, restarts=restarts)
         names = ", ".join(ACCURACIES.values()).format(pgd_steps=steps)
@@ -314,13 +316,23 @@ def survivors(
     return {name: verdict.right for name, verdict in judged(model, attacks, x, y, ids, key, "linf")}
 
 
-def _radii(eps: float | Sequence[float] | None) -> tuple[float, ...]:
+def _radii(eps: float | Sequence[float] | None, norm: Norm) -> tuple[float, ...]:
     """Each radius once, in the order given. Raises ValueError for none, or what is no number."""
     given: Any = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
     radii: tuple[Any, ...] = (given,) if isinstance(given, Real) else tuple(given or ())
     if not radii or not all(isinstance(each, Real) and 0 < float(each) < math.inf for each in radii):
         raise ValueError(f"eps must be a number > 0 or several, got {eps!r}: write 8 / 255 for images in [0, 1]")
+    _require_smaller_than_all(max(radii), norm)
     return tuple(dict.fromkeys(float(each) for each in radii))
+
+
+def _require_smaller_than_all(eps: float, norm: Norm) -> None:
+    """Raises ValueError for an l_inf ball that holds all of [0, 1]: it is usually meant in grey levels."""
+    if norm == "linf" and eps >= 1:
+        raise ValueError(
+            f"eps must be < 1 in l_inf, got {eps:g}, which covers all of [0, 1]: it has the unit of the images, so "
+            "write 8/255 for 8 grey levels"
+        )
 
 
 def _normalising(

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import NORMS, Norm
+from .options import NORMS, Norm, plain
+from .robustness.report import ALL
 from .writing import write_atomically, write_text
 
 Row = Mapping[str, Any]
@@ -86,10 +87,21 @@ def require_matplotlib() -> None:
         raise ImportError("a curve needs matplotlib: pip install 'atlas-kernels[train]'")
 
 
+def picture_form(path: Path) -> str:
+    """What a picture of that name holds. Raises ValueError for what is not drawn."""
+    form = path.suffix.lower().removeprefix(".") or "png"
+    if form not in ("png", "pdf", "svg"):
+        raise ValueError(f"curve {plain(path)}: a .{plain(form)} is not drawn: name it .png, .pdf or .svg")
+    return form
+
+
 def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> None:
-    """A PNG of accuracy over eps, a line for each attack."""
+    """Draws accuracy over eps, a line for each attack, so that none hides another: later ones are broken, and that of
+    all attacks is a grey band."""
     require_matplotlib()
-    _save(path, robustness_figure(curves, norm))
+    form = picture_form(path)
+    figure = robustness_figure(curves, norm)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=form, dpi=120))
 
 
 def robustness_figure(curves: Mapping[str, Sequence[tuple[float, float]]], norm: Norm) -> Any:
@@ -99,9 +111,12 @@ def robustness_figure(curves: Mapping[str, Sequence[tuple[float, float]]], norm:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     scale, unit = (1.0, "") if norm == "l1" else (255.0, " / 255")
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         radii, shares = zip(*points, strict=True)
-        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], marker="o", label=name)
+        style: dict[str, Any] = {"linestyle": ("-", "--", "-.", ":")[number % 4], "marker": "o"}
+        if name == ALL:
+            style = {"color": "black", "alpha": 0.2, "linewidth": 7, "zorder": 1}
+        axes.plot([scale * eps for eps in radii], [100 * share for share in shares], label=name, clip_on=False, **style)
     axes.set(xlabel=f"eps{unit} ({NORMS[norm]})", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -45,6 +45,9 @@ def written(table: Table, form: Form = "text", remarks: Sequence[str] = ()) -> s
 
 
 def _escaped(cell: str) -> str:
-    """The characters that mean something to LaTeX, as themselves."""
+    """The characters that mean something to LaTeX, as themselves; norms as papers write them."""
     words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    return "".join(words.get(c, rf"\{c}" if c in "&%$#_{}" else c) for c in cell)
+    text = "".join(words.get(c, rf"\{c}" if c in "&%$#_{}" else c) for c in cell)
+    for norm, sign in {r"(l\_inf)": r"($\ell_\infty$)", "(l2)": r"($\ell_2$)", "(l1)": r"($\ell_1$)"}.items():
+        text = text.replace(norm, sign)
+    return text

@@ -29,7 +29,8 @@ _NORMALISATIONS = {"mu": "normalize.mean", "sigma": "normalize.std"}
 class Target:
     """A network, its test images, and what is known of both.
 
-    mean, std: by which the images are still to be normalised. settings: of the run, by their names in ``TrainConfig``.
+    mean, std: by which the images are still to be normalised. settings: of the run, by their names in ``TrainConfig``;
+    epoch: of its, after which the weights were kept.
     """
 
     network: nn.Module
@@ -39,6 +40,7 @@ class Target:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
 
     def radii(self, eps: Sequence[float], norm: Norm) -> tuple[float, ...]:
         """``eps``, or the usual one. Raises ValueError where there is none."""
@@ -82,7 +84,12 @@ def opened(
             target, splits=splits, model=model, dataset=dataset, data_dir=data_dir, download=download,
             reading=reading, other_data=other_data, say=say,
         )  # fmt: skip
-        return Target(network, splits, images, str(description["arch"]["name"]), settings=description["config"])
+        epoch, best = description.get("epoch"), description.get("best")
+        kept = checkpoint.locate(target).with_name(checkpoint.BEST)
+        if best and (best != epoch or description.get("best_raw")) and os.path.isdir(target) and kept.exists():
+            say(f"evaluating the last epoch, {epoch}; the best one, {best}, is in {plain(kept)}")
+        name = str(description["arch"]["name"])
+        return Target(network, splits, images, name, settings=description["config"], epoch=epoch)
     _require_one_network(target, model, factory)
     if splits is None:
         splits = data.load(_named(target, dataset), data_dir, download, **reading or {}).told(say)
@@ -139,7 +146,12 @@ def _of_ours(
             "as they were in training, or --mean none --std none for images that go in as they are"
         )
     network: Classifier = models.build(name, normalize=False, **sizes)
-    fine_tuning.begin_with(network, path, weights)
+    try:
+        fine_tuning.begin_with(network, path, weights)
+    except ValueError as error:
+        if sizes["width"] is None and weights.keys() == network.state_dict().keys():  # so that shapes alone differ
+            raise ValueError(f"{error}. If it is of another width, say it (--width)") from error
+        raise
     network.normalize = Normalize(mean, std) if mean and std else None
     return network
 
@@ -180,6 +192,7 @@ def evaluate_target(
         )  # fmt: skip
         facts = {
             "target": without_place(target),
+            "epoch": found.epoch,
             "architecture": found.architecture,
             "dataset": splits.name,
             "additional_data": bool(run.get("extra_data")) if run else None,

@@ -31,7 +31,7 @@ RECORD = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """Accuracies of one network under several attacks at several radii, and what stands against trusting them.
 
@@ -51,6 +51,9 @@ class Report:
     class_names: Sequence[str] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return self.table()
+
     @property
     def clean(self) -> float:
         """Accuracy on the images as they are."""
@@ -65,14 +68,17 @@ class Report:
         for outcome in self.outcomes:
             if outcome.attack.name == attack and (eps is None or outcome.eps in (None, eps)):
                 return outcome
-        raise KeyError(f"{attack} was not run at eps {eps}: there are {', '.join(self._names)}, at {self.radii}")
+        raise KeyError(self._not_run(attack, eps))
 
     def accuracy(self, attack: str, eps: float | None = None) -> float:
         """In [0, 1]; "all" is the share of the images that no attack moved."""
         return self.standing(eps).double().mean().item() if attack == ALL else self.outcome(attack, eps).accuracy
 
     def standing(self, eps: float | None = None) -> Tensor:
-        """Which images are right under every attack at that radius (default: the first): the most one may claim."""
+        """Which images are right under every attack at that radius (default: the first): the most one may claim. Raises
+        KeyError for a radius at which none was run."""
+        if eps is not None and eps not in self.radii:
+            raise KeyError(self._not_run("no attack", eps))
         at = eps if eps is not None or not self.radii else self.radii[0]
         return torch.stack([o.right for o in self.outcomes if o.eps in (None, at)]).all(0)
 
@@ -84,6 +90,10 @@ class Report:
     @property
     def _names(self) -> list[str]:
         return list(dict.fromkeys(outcome.attack.name for outcome in self.outcomes))
+
+    def _not_run(self, attack: str, eps: float | None) -> str:
+        said = f"{attack} was{'' if attack.startswith('no ') else ' not'} run{'' if eps is None else f' at eps {eps}'}"
+        return f"{said}: there are {', '.join(self._names)}, at eps {', '.join(map(str, self.radii)) or 'none'}"
 
     def table(self, form: Form = "text") -> str:
         """A row for each radius, a column for each attack, and what stands against the figures."""
@@ -175,7 +185,7 @@ class Report:
             "number_forward_passes": 1,
             "dataset": self.facts.get("dataset"),
             "architecture": self.facts.get("architecture"),
-            "eps": None if eps is None else f"{eps:.4g}" if self.norm == "l1" else fraction(eps),
+            "eps": None if eps is None else fraction(eps) if self.norm == "linf" else f"{eps:.4g}",
             "clean_acc": f"{100 * self.clean:.2f}",
             "autoattack_acc": standard and f"{100 * standard.accuracy:.2f}",
             "footnote": counted(len(self.labels), "image"),

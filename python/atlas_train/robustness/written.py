@@ -28,7 +28,10 @@ def next_steps(lines: Sequence[str], whole: bool, state: str | None) -> list[str
     if not lines:
         steps.append("nothing was written; --json FILE keeps the figures")
     if not whole:
-        steps.append("for a figure to publish: --attacks fgsm pgd-20 autoattack --state FILE (see docs/evaluation.md)")
+        steps.append(
+            "for a figure to publish: --attacks fgsm pgd-20 autoattack --state FILE, and --size for all test images "
+            "(see docs/evaluation.md)"
+        )
     if state and states(state):
         steps.append(f"{_named(state)} may be removed: AutoAttack is done, and the same command would only judge again")
     return [f"next: {step}" if not number else f"      {step}" for number, step in enumerate(steps)]
@@ -38,6 +41,8 @@ def how_to_go_on(state: str | None, searched: bool) -> str:
     """After a stop. searched: whether AutoAttack, or a part of it, was to run."""
     if state and states(state):
         return f"where AutoAttack stands is in {_named(state)}: the same command goes on from there"
+    if state and searched:
+        return f"nothing is kept of it: it was stopped before AutoAttack wrote {plain(state)}"
     return "nothing is kept of it; with --state FILE the same command would go on where it was stopped" * searched
 
 
