@@ -482,6 +482,13 @@ def test_a_file_of_something_else_is_refused(case, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="clean logits differ by 10.0%"):
         plan().run(Same(torch.float32).to(x.device).eval(), x, y, state_path=path)
+    held, whole = torch.load(path), path.read_bytes()
+    for name, value in (("fooled_by", held["state"]["fooled_by"].clamp(max=0)), ("done", 2), ("seconds", 0.5)):
+        torch.save({**held, "state": {**held["state"], name: value}}, path)
+        with pytest.raises(ValueError, match="is damaged, its contents are not those that were written"):
+            plan().run(model, x, y, state_path=path)
+    path.write_bytes(whole)
+    assert plan().run(model, x, y, state_path=path).accuracy < 0.95
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="holds no state of an evaluation"):
         plan().run(model, x, y, state_path=path)
