@@ -226,6 +226,20 @@ def test_stored_points_are_in_the_ball_for_certain(norm: str, device) -> None:
     assert exceeding  # so the projection alone would not do
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_no_way_of_adding_up_takes_a_stored_point_of_doubles_out_of_the_ball(norm: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = 0.4 + 0.2 * torch.rand(40, 3, 16, 16, generator=g, dtype=torch.float64)
+    for eps in (0.5, 3.0, 40.0):
+        points = x + eps * torch.randn(x.shape, generator=g, dtype=torch.float64)
+        batch = Climb(eps, norm=norm).batch(x, torch.zeros(40, dtype=torch.int64))
+        kept = within(batch, points)
+        for order in (torch.arange(768), torch.arange(768).flip(0), torch.randperm(768, generator=g)):
+            mixed = [t.flatten(1)[:, order] for t in (kept, x)]
+            assert (distances(*mixed, norm) <= eps).all()
+        assert eps > 1 or torch.allclose(distances(kept, x, norm), torch.tensor(eps).double(), rtol=1e-10, atol=0)
+
+
 # Versions
 
 
@@ -468,6 +482,13 @@ def test_a_file_of_something_else_is_refused(case, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="clean logits differ by 10.0%"):
         plan().run(Same(torch.float32).to(x.device).eval(), x, y, state_path=path)
+    held, whole = torch.load(path), path.read_bytes()
+    for name, value in (("fooled_by", held["state"]["fooled_by"].clamp(max=0)), ("done", 2), ("seconds", 0.5)):
+        torch.save({**held, "state": {**held["state"], name: value}}, path)
+        with pytest.raises(ValueError, match="is damaged, its contents are not those that were written"):
+            plan().run(model, x, y, state_path=path)
+    path.write_bytes(whole)
+    assert plan().run(model, x, y, state_path=path).accuracy < 0.95
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="holds no state of an evaluation"):
         plan().run(model, x, y, state_path=path)
@@ -536,6 +557,56 @@ def test_nan_logits_are_counted_and_never_robust(case) -> None:
     assert result.record.nan_adversaries == 0
 
 
+class Beside(nn.Module):
+    """A network whose logits depend on the other images of a batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) if len(x) == 40 else -self.model(x)
+
+
+class Holed(torch.autograd.Function):
+    """x, whose first pixel has NaN as gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[:, 0, 0, 0] = torch.nan
+        return grad
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0), ("l1", 9.0)])
+def test_pixels_without_a_finite_gradient_do_not_keep_the_others_from_moving(norm: str, eps: float, case) -> None:
+    model, x, y = case
+
+    class Hole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return model(Holed.apply(x))
+
+    for attack in (APGD(eps, 5, norm=norm), FAB(eps, 5, norm=norm), FAB(eps, 5, norm=norm, targeted=False)):
+        found = AutoAttack(eps, norm=norm, version="custom", parts={"only": attack})
+        whole = found.run(model, x, y)
+        with pytest.warns(UserWarning, match="the gradient of 40 of the first 40 images is 0, or not finite"):
+            result = found.run(Hole().eval(), x, y)
+        assert whole.accuracy < 0.5 and result.accuracy <= whole.accuracy + 0.1
+
+
+def test_inside_inference_mode(case) -> None:
+    model, x, y = case
+    whole = plan().run(model, x, y)
+    with torch.inference_mode():
+        inside = plan().run(model, x.clone(), y.clone())
+    assert torch.equal(inside.fooled_by, whole.fooled_by) and torch.equal(inside.adv, whole.adv)
+    assert not inside.adv.is_inference()
+
+
 def test_warnings(case) -> None:
     model, x, y = case
     noise = Changed(model, lambda logits: logits + 0.1 * torch.randn_like(logits))
@@ -546,6 +617,7 @@ def test_warnings(case) -> None:
         (softmax, "probabilities, not logits"),
         (model, "train mode"),
         (rounded, "the gradient of 40 of the first 40 images is 0"),
+        (Beside(model), "an adversary that the last check did not confirm, and count as robust"),
     ]
     for network, told in cases:
         with pytest.warns(UserWarning, match=told):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atlas_kernels import noise_key, pgd_step, random_start
 from atlas_kernels.attacks import FGSM, PGD
 from atlas_kernels.attacks.objective import Objective
+from atlas_kernels.outputs import predicted
 
 EPS, CLASSES = 8 / 255, 4
 
@@ -643,3 +644,19 @@ def test_where_the_logits_are_nan_a_sample_counts_as_fooled(options):
     result = PGD(0.01, steps=3, attack_mode="keep", **options).run(model, x, y)
     assert result.fooled.tolist()[::2] == [True] * 4
     assert torch.equal(result.fooled[1::2], linear(result.adv).argmax(1)[1::2] != y[1::2])
+
+
+@pytest.mark.parametrize("kind", ["ce", "margin", "dlr", "ce_targeted"])
+def test_who_is_fooled_is_what_is_predicted(kind: str) -> None:
+    """Also where logits are equal, infinite or NaN: an infinite one of the label is right, and nothing is weaker."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randint(3, (4000, CLASSES), generator=g).float()
+    y = torch.randint(CLASSES, (4000,), generator=g)
+    for share, number in ((0.05, torch.inf), (0.05, -torch.inf), (0.02, torch.nan)):
+        z[torch.rand(z.shape, generator=g) < share] = number
+    value, fooled = Objective(y, kind=kind, targets=(y + 1) % CLASSES if kind == "ce_targeted" else None).judge(z)
+    assert torch.equal(fooled, predicted(z) != y)
+    infinite = ~fooled & z.gather(1, y[:, None])[:, 0].isposinf()
+    assert infinite.any() and not value.isnan().any()
+    assert kind == "ce_targeted" or value[infinite].isneginf().all()
+    assert value[z.isnan().any(1)].isposinf().all()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atlas_kernels import noise_key
 from atlas_kernels.attacks import FGSM, MIFGSM
 from atlas_train.data import Images
-from atlas_train.evaluate import evaluate
+from atlas_train.evaluate import evaluate, evaluating
 from atlas_train.robustness import signs
 from atlas_train.robustness.named import named
 from atlas_train.robustness.outcome import Outcome
@@ -190,6 +191,36 @@ def test_a_network_without_gradients_is_told() -> None:
     assert "clean" not in [sign.attack for sign in report.signs] and "100.0 % !" in report.table()
 
 
+class Lets(torch.autograd.Function):
+    """x, through which there is no way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("no way back")
+
+
+@pytest.mark.parametrize("stop", [Tensor.detach, Lets.apply])
+def test_a_gradient_to_the_weights_is_none_to_the_image(stop: Callable[[Tensor], Tensor]) -> None:
+    x, y = flat()
+    for margin, able in ((stop, False), (torch.neg, True)):
+        network = Along(margin)
+        with evaluating(network):
+            probe = signs.probe(network, x, y, EPS, "linf", noise_key("cpu"), torch.arange(20))
+        assert probe.differentiable == able and network.scale.requires_grad
+
+
+def test_inside_inference_mode() -> None:
+    wanted = evaluate(linear(), splits().test, 0.3, attacks=("pgd-2", "apgd-ce"))
+    with torch.inference_mode():
+        report = evaluate(linear(), splits().test, 0.3, attacks=("pgd-2", "apgd-ce"))
+    assert [o.attack.name for o in report.outcomes] == ["clean", "pgd-2", "apgd-ce"] and not report.signs
+    assert torch.equal(report.standing(), wanted.standing())
+
+
 def test_probabilities_and_random_networks_are_told() -> None:
     soft = nn.Sequential(linear(), nn.Softmax(1))
     assert "probabilities" in found(evaluate(soft, splits().test, 0.3, attacks="fgsm"))
@@ -242,6 +273,7 @@ def shares(count: int, total: int = 1000) -> Tensor:
         ([outcome("pgd-20", shares(400), 0.1), outcome("pgd-20", shares(300), 0.2)], set()),
         ([outcome("pgd-20", shares(400), distance=0.2)], {("outside", "pgd-20")}),
         ([outcome("clean", shares(400), None, nan=2)], {("nan", "clean")}),
+        ([outcome("autoattack", shares(400), settings={"unconfirmed": 2})], {("unconfirmed", "autoattack")}),
         ([outcome("autoattack", shares(400), parts={"apgd-ce": 0.5, "fab-t": 0.45, "square": 0.4})],
          {("black box stronger than white box", "autoattack")}),
         ([outcome("square", shares(400), parts={"clean": 0.9, "square": 0.4})], set()),  # beside no other

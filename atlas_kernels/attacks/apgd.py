@@ -19,7 +19,7 @@ from . import row_noise
 from .arguments import require_choice, require_count
 from .batch import Batch
 from .objective import Model
-from .search import Search, State
+from .search import Search, State, finite
 
 #: By objective, how many classes it needs.
 _CLASSES = {"ce": 2, "dlr": 3, "ce_targeted": 2, "dlr_targeted": 4}
@@ -161,7 +161,7 @@ class APGD(Search):
             logits, more = goal.gradient(model, state["point"])
             grad = grad + more
         batch.goal.learn(goal)
-        return *goal.judge(logits), grad
+        return *goal.judge(logits), finite(grad)
 
     def _slower(self, found: State, now: _Point, value: Tensor) -> Tensor:
         """In l_inf and l2: halves the step where the objective rose too rarely since the last look, or where the last

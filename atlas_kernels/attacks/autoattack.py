@@ -122,8 +122,9 @@ class AutoAttack:
         path = None if state_path is None else Path(state_path)
         if path is not None:
             saved.require_writable(path)
-        ids = torch.arange(len(x), device=x.device) if ids is None else ids
-        return Evaluation(self, model, x, y, ids, batch_size, path, save_every, search_precision, say).run()
+        with torch.inference_mode(False):  # what is made here is written to later
+            ids = torch.arange(len(x), device=x.device) if ids is None else ids
+            return Evaluation(self, model, x, y, ids, batch_size, path, save_every, search_precision, say).run()
 
     def searches(self, classes: int) -> tuple[dict[str, Search], tuple[str, ...]]:
         """The attacks for a network of so many classes, by name, and what differs from the version as published."""

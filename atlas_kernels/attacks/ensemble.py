@@ -93,8 +93,10 @@ def merged(records: Sequence[AutoAttackRecord], fooled_by: Tensor) -> AutoAttack
         "accuracy": _accuracies(first.parts, fooled_by),
         "notes": tuple(dict.fromkeys(chain(*(record.notes for record in records)))),
     }
+    fooled = [record for record in records if record.accuracy["clean"] > min(record.accuracy.values())]
+    if fooled:  # of no adversaries there is no least pixel
+        changes["least"] = min(record.least for record in fooled)
     together: dict[Callable[..., Any], tuple[str, ...]] = {
-        min: ("least",),
         max: ("most", "largest_norm", "seconds"),
         sum: ("samples", "nan_adversaries", "nan_logits", "unconfirmed"),
         _added: ("forwards", "backwards"),
@@ -332,23 +334,34 @@ class Evaluation:
         self.at.fooled_by[denied] = STANDS
         if not self.randomised:  # else x is judged once, as its adversaries are
             self.at.fooled_by[~claimed & wrong] = CLEAN
+            self._note_denied(int(denied.sum()))
         self._count("checks")
-        correct, counted = self.at.fooled_by == STANDS, claimed & ~denied
+        correct, confirmed = self.at.fooled_by == STANDS, claimed & ~denied
         self.adv = torch.where(column(denied, self.adv), self.x, self.adv)
-        found = self.adv[counted]
+        found = self.adv[confirmed]
         least, most = found.aminmax() if len(found) else (torch.zeros(()), torch.zeros(()))
         record = AutoAttackRecord(
             version=self.plan.version, norm=self.plan.norm, eps=float(self.plan.eps), seed=self.plan.seed,
             samples=len(self.x), search_precision=self.search_precision, batch_size=self.batch_size,
             parts={name: str(part) for name, part in self.searches.items()},
             accuracy=_accuracies(self.searches, self.at.fooled_by),
-            instead=self.instead, notes=self.notes, largest_norm=float(norms[counted].max()) if len(found) else 0.0,
+            instead=self.instead, notes=self.notes, largest_norm=float(norms[confirmed].max()) if len(found) else 0.0,
             nan_adversaries=int(found.isnan().flatten(1).any(1).sum()), least=float(least), most=float(most),
             nan_logits=int((logits.isnan() | self.at.clean.isnan()).any(1).sum()), unconfirmed=int(denied.sum()),
             forwards=self.at.forwards, backwards=self.at.backwards, seconds=self._seconds(),
         )  # fmt: skip
         self.say(f"robust accuracy {self._standing():.2%} after {duration(record.seconds)}")
         return AutoAttackResult(correct, self.at.fooled_by, self.adv, record)
+
+    def _note_denied(self, count: int) -> None:
+        if not count:
+            return
+        note = (
+            f"{counted(count, 'image')} had an adversary that the last check did not confirm, and count as robust: the "
+            "figure may be too high by as many. The logits depend on the images beside or on the hardware"
+        )
+        warnings.warn(note, stacklevel=5)
+        self.notes += (note,)
 
     def _predict(self, x: Tensor) -> Tensor:
         """The logits of all, where x lies."""

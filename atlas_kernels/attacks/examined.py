@@ -62,8 +62,8 @@ def examine(model: Model, batch: Batch, labels: Tensor, training: bool, version:
         notes.append(f"the model has no gradient ({reason}): only attacks that need none are run, and it may be weaker")
     elif zero:
         notes.append(
-            f"the gradient of {zero} of the first {min(len(batch.x), _FEW)} images is 0: attacks that follow it fail "
-            "there, and the figures may be far too good"
+            f"the gradient of {zero} of the first {min(len(batch.x), _FEW)} images is 0, or not finite: attacks that "
+            "follow it may fail there, and the figures may be far too good"
         )
     for note in notes:
         warnings.warn(note, stacklevel=4)
@@ -83,11 +83,17 @@ def _differ(first: Tensor, second: Tensor) -> bool:
 
 
 def _gradients(model: Model, batch: Batch) -> tuple[str, int]:
-    """Why there is no gradient, and else for how many images it is 0."""
+    """Why there is no gradient, and else for how many images it is 0, or holds NaN or infinity."""
     try:
         _, grad = batch.goal.gradient(model, batch.x, sized=False)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the forward has run already
         return str(error).strip().split("\n")[0].split(":")[0], 0
-    return "", int((grad.flatten(1) == 0).all(1).sum())
+    return "", int(leads_nowhere(grad).sum())
+
+
+def leads_nowhere(grad: Tensor) -> Tensor:
+    """Which rows of a gradient are 0, or hold NaN or infinity; bool [B]."""
+    rows = grad.flatten(1)
+    return (rows == 0).all(1) | ~rows.isfinite().all(1)

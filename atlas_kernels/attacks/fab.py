@@ -18,7 +18,7 @@ from . import float16, row_noise
 from .arguments import require_count
 from .batch import Batch
 from .objective import Model, Objective
-from .search import Search, State
+from .search import Search, State, finite
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class FAB(Search):
         else:
             gap, grad = self._nearest(model, batch, state["at"])
         at = hyperplane_step(
-            state["at"], grad, batch.x, gap, norm=self.norm, alpha_max=self.alpha_max, overshoot=self.eta,
+            state["at"], finite(grad), batch.x, gap, norm=self.norm, alpha_max=self.alpha_max, overshoot=self.eta,
             clip_min=batch.clip_min, clip_max=batch.clip_max,
         )  # fmt: skip
         _, wrong = batch.goal.judge(batch.goal.predict(model, at))
@@ -125,6 +125,7 @@ class FAB(Search):
         least = torch.full_like(gap, torch.inf)
         grad = torch.zeros_like(at, dtype=compute_dtype(at.dtype))
         for value, slope in _planes(goals, model, at):
+            slope = finite(slope)
             distance = value.double().abs() / (_length(slope.double(), _DUAL[self.norm]) + 1e-12)
             nearer = distance < least
             gap, least = torch.where(nearer, value.double(), gap), torch.where(nearer, distance, least)

@@ -68,7 +68,8 @@ class Objective:
         """How strong a sample is: (objective float[B], larger is stronger, so negated if targeted; fooled bool[B]).
 
         fooled: the prediction differs from the label, or, if targeted, equals it; all False without labels. Where the
-        network says nothing, its objective being NaN, the sample is fooled (without a target) and none is stronger.
+        network says nothing, its logits being NaN, the sample is fooled (without a target) and none is stronger; none
+        is weaker where the logit of the label is infinite.
         """
         labelled = self.labels is not None
         _, correct, value = self._of(
@@ -76,10 +77,11 @@ class Objective:
         )
         assert value is not None
         nothing = value.isnan()
-        value = torch.where(nothing, torch.inf, value)
         if correct is None:
-            return value, torch.zeros_like(nothing)
-        return value, correct & ~nothing if self.targeted else ~correct | nothing
+            return torch.where(nothing, torch.inf, value), torch.zeros_like(nothing)
+        fooled = correct if self.targeted else ~correct
+        weakest = nothing & correct & (not self.targeted)
+        return torch.where(nothing, torch.where(weakest, -torch.inf, torch.inf), value), fooled
 
     def _of(self, logits: Tensor, **options: Any) -> Cotangent:
         reference = self.reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..environment import is_stream
 from .progress import counted
 
-FORMAT = 1
+FORMAT = 2
 OF_IMAGES = ("images", "labels", "ids")  # which differ where there are more or fewer
 
 #: What an evaluation is of: settings by name, digests of tensors.
@@ -39,10 +41,11 @@ def weights_of(model: nn.Module) -> str:
 
 def save(path: Path, whose: Whose, state: Mapping[str, Any]) -> None:
     """The file is the old or the new one, whole, whenever the process or the machine stops."""
+    held = {"format": FORMAT, "whose": dict(whose), "state": dict(state), "digest": _digest_of(state)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "whose": dict(whose), "state": dict(state)}, file)
+            torch.save(held, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -61,7 +64,7 @@ def load(path: Path, whose: Whose, samples: int) -> dict[str, Any] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             held = torch.load(path, map_location="cpu", weights_only=True)
-        form, theirs, state = held["format"], held["whose"], held["state"]
+        form, theirs, state, known = held["format"], held["whose"], held["state"], held.get("digest")
         count = len(state["fooled_by"])
     except Exception as error:
         raise ValueError(
@@ -70,6 +73,10 @@ def load(path: Path, whose: Whose, samples: int) -> dict[str, Any] | None:
         ) from error
     if form != FORMAT:
         raise ValueError(f"state_path {path} has format {form}, this version writes {FORMAT}: remove it to begin anew")
+    if known != _digest_of(state):
+        raise ValueError(
+            f"state_path {path} is damaged, its contents are not those that were written: remove it to begin anew"
+        )
     differing = [name for name in {**theirs, **whose} if theirs.get(name) != whose.get(name)]
     if count != samples:
         differing = [name for name in differing if name not in OF_IMAGES]
@@ -82,6 +89,13 @@ def load(path: Path, whose: Whose, samples: int) -> dict[str, Any] | None:
             "begin anew"
         )
     return dict(state)
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    """Of all that it holds: a bit that a disk has lost could make an image robust."""
+    leaves = tree_leaves(dict(state))
+    told = str([leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+    return f"{digest(leaf for leaf in leaves if isinstance(leaf, Tensor))} {zlib.crc32(told.encode()):08x}"
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:

@@ -158,3 +158,8 @@ class Search:
         batch.goal.learn(parts[0].goal)
         _, fooled = batch.goal.judge(clean)
         return Pool(self, replace(batch, clean=clean), size, fooled)
+
+
+def finite(grad: Tensor) -> Tensor:
+    """The gradient with 0 for NaN and infinity: one such entry must not keep all others from moving."""
+    return grad.nan_to_num(0.0, 0.0, 0.0)

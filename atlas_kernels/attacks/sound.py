@@ -10,6 +10,10 @@ from ..layout import column
 from ..schema import L1, LINF
 from .batch import Batch
 
+#: How far inside the ball a point must be, as a share of eps, for no sum of squares in double precision, however it is
+#: added up, to say that it is outside.
+_MARGIN = 2.0**-36
+
 
 def distances(points: Tensor, x: Tensor, norm: str) -> Tensor:
     """The norms of ``points - x`` per sample, float64[B]."""
@@ -34,7 +38,8 @@ def within(batch: Batch, points: Tensor) -> Tensor:
         away = away.clamp(-limit, limit)
     else:
         length = distances(points, x, batch.norm)
-        share = torch.where(length > eps, eps / length * (1 - 2.0**-50), 1.0)
+        most = eps * (1 - _MARGIN)
+        share = torch.where(length > most, most / length, 1.0)
         away = away * column(share, x)
     kept = (x.double() + away).to(x.dtype)
     return torch.where((kept.double() - x.double()).abs() > away.abs(), torch.nextafter(kept, x), kept)

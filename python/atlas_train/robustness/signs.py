@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atlas_kernels.attacks import PGD, Batch, Model
+from atlas_kernels.attacks.contract import leave_no_trace
+from atlas_kernels.attacks.examined import leads_nowhere
 from atlas_kernels.attacks.objective import Objective
 from atlas_kernels.attacks.progress import counted
 from atlas_kernels.outputs import logits_of, predicted, require_rows_of_logits
@@ -55,7 +57,8 @@ class Probe:
 
     images: of which those that are right. differs: the largest difference of two forwards, as a share of the logits'
     norm. probabilities: whether its outputs are such. classes: of the network. differentiable: whether its logits have
-    a gradient to the input; if not, nothing below is known. zero_gradients: how many images have none at all.
+    a gradient to the input; if not, nothing below is known. zero_gradients: how many images have none at all, or one
+    with NaN or infinity.
     losses: mean cross-entropy at the images, at a random start in the ball, and after each step of PGD. large_eps:
     a radius from which every image can become the same one, and left: the share that PGD leaves right there.
     """
@@ -78,6 +81,7 @@ def of_outcomes(outcomes: Sequence[Outcome]) -> Iterator[Sign]:
     """What the figures of one network say of each other, by radius."""
     for outcome in outcomes:
         yield from unfounded(outcome)
+        yield from unconfirmed(outcome)
     for eps in dict.fromkeys(outcome.eps for outcome in outcomes):
         here = [outcome for outcome in outcomes if outcome.eps == eps]
         kinds = {kind: [o for o in here if o.attack.kind == kind] for kind in ("one step", "iterative", "black box")}
@@ -107,6 +111,18 @@ def unfounded(outcome: Outcome) -> Iterator[Sign]:
         )
     if outcome.eps is not None and outcome.distance > outcome.eps * (1 + 1e-4) + 1e-6:
         yield Sign("outside", f"an adversary is {outcome.distance:.6g} from its image: outside of the ball", *own)
+
+
+def unconfirmed(outcome: Outcome) -> Iterator[Sign]:
+    """Adversaries that AutoAttack found, and that its last check did not confirm."""
+    if count := outcome.settings.get("unconfirmed"):
+        yield Sign(
+            "unconfirmed",
+            f"{counted(count, 'image')} had an adversary that the last check did not confirm, and count as right: the "
+            "figure may be too high by as many. The logits are random, or depend on the images beside or the hardware",
+            outcome.attack.name,
+            outcome.eps,
+        )
 
 
 def one_step_stronger(one: Outcome, strong: Outcome) -> Iterator[Sign]:
@@ -204,8 +220,9 @@ def of_probe(probe: Probe, norm: Norm) -> Iterator[Sign]:
     if probe.zero_gradients:
         yield Sign(
             "zero gradients",
-            f"the gradient is zero for {probe.zero_gradients} of {counted(probe.images, 'image')}: no attack along it "
-            "can move these, so their robustness is not known. Use autoattack, whose Square needs no gradient",
+            f"the gradient is zero, or not finite, for {probe.zero_gradients} of {counted(probe.images, 'image')}: "
+            "attacks along it may not move these, so their robustness is not known. Use autoattack, whose Square needs "
+            "no gradient",
         )
     if len(probe.losses) > 2 and not probe.losses[-1] > probe.losses[1]:
         yield Sign(
@@ -260,8 +277,16 @@ def _step(eps: float, norm: Norm) -> float | None:
 
 
 def _differentiable(model: nn.Module, x: Tensor) -> bool:
-    with torch.enable_grad():
-        return bool(logits_of(model(x.detach().clone().requires_grad_())).requires_grad)
+    """Whether the logits have a gradient to the images, and not to the weights alone."""
+    with leave_no_trace(model, "eval", None):
+        leaf = x.detach().clone().requires_grad_()
+        logits = logits_of(model(leaf))
+        try:
+            return torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no graph, or one without a way back
+            return False
 
 
 def _climb(attack: Any, model: Model, batch: Batch) -> tuple[tuple[float, ...], int]:
@@ -269,7 +294,7 @@ def _climb(attack: Any, model: Model, batch: Batch) -> tuple[tuple[float, ...], 
     labels = batch.goal.labels
     assert labels is not None
     clean, grad = Objective(labels).gradient(model, batch.x, sized=False)
-    zero = int((grad.flatten(1) == 0).all(1).sum())
+    zero = int(leads_nowhere(grad).sum())
 
     def loss(logits: Tensor) -> float:
         return F.cross_entropy(logits.detach().cpu().double(), labels.cpu()).item()
