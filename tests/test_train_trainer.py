@@ -11,6 +11,7 @@ import pytest
 import atlas_train
 from atlas_train import checkpoint, engine, models
 from atlas_train.config import TrainConfig
+from atlas_train.data import Pictures
 from atlas_train.run import Run
 from atlas_train.trainer import Callback, Trainer
 from tiny_runs import TINY, same, splits, weights
@@ -100,3 +101,12 @@ def test_what_cannot_be_is_refused_at_once(arguments: dict[str, Any], message: s
 def test_nothing_is_evaluated_before_it_is_trained() -> None:
     with pytest.raises(ValueError, match=r"call fit\(\) first"):
         Trainer("digits_net", data=splits()).evaluate()
+
+
+def test_pictures_are_read_as_its_settings_say(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number, name in enumerate("aabb"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        image.new("RGB", (10, 12), (60 * number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    trainer = Trainer("small_cnn", "adv", "folder", data_dir=tmp_path, image_size=8, grey=True, stream=True)
+    assert isinstance(trainer.splits.train, Pictures) and trainer.splits.train.shape == (1, 8, 8)

@@ -85,7 +85,7 @@ class Trainer:
     def splits(self) -> DataSplits:
         """The data, read when they are asked for first."""
         if isinstance(self._data, str):
-            self._data = datasets.load(self._data, self.config.data_dir, self.config.download)
+            self._data = engine.load_splits(self.config)
         elif isinstance(self._data, Dataset):
             self._data = self._data(self.config.data_dir, self.config.download)
         return self._data
@@ -147,4 +147,5 @@ def _settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{suggestion(name, (*settings, *own))}"
             )
     hyper = {**given.get("hyper", {}), **{name: value for name, value in given.items() if name in own}}
-    return {**{name: value for name, value in given.items() if name in settings}, "hyper": hyper}
+    texts = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in given.items() if name in settings}
+    return {**texts, "hyper": hyper}
