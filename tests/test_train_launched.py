@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,35 @@ ATTACKS = ("fgsm", "pgd-1", "apgd-ce")  # whose steps are so small here that PGD
 
 def figures(report: Any) -> list[Any]:
     return [(o.attack.name, o.eps, o.right.tolist(), o.nan, o.distance, o.low, o.high) for o in report.outcomes]
+
+
+def launched(words: list[str]) -> list[int]:
+    """The exit statuses of a command in two processes, with what torchrun sets in the environment; each writes what it
+    says to a file of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Path("over").unlink(missing_ok=True)
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            status = 9
+            try:
+                with open(f"out {rank}", "w") as out, redirect_stdout(out), redirect_stderr(out):
+                    status = cli.main(words)
+                    status = 9 if dist.is_initialized() and not status else status
+            except SystemExit as end:
+                status = int(str(end.code))
+            finally:
+                if rank:
+                    Path("over").touch()
+                while not Path("over").exists():  # the first has the store, which torchrun keeps until all have ended
+                    time.sleep(0.02)
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def test_every_process_gets_the_verdicts_of_one(tmp_path: Path) -> None:
@@ -105,21 +135,18 @@ def test_the_command_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files = ["--json", "e.json", "--per-sample", "e.csv", "--state", "e.state"]
     command = ["evaluate", "run", "--dataset", "own.py:bars", "--device", "cpu", "--attacks", "pgd-2", "apgd-ce"]
     assert cli.main([*command, "--per-sample", "one.csv"]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            with open(f"out {rank}", "w") as out, redirect_stdout(out), redirect_stderr(out):
-                status = cli.main([*command, *files])
-            os._exit(9 if dist.is_initialized() else status)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert launched([*command, *files]) == [0, 0]
     first, second = (Path(f"out {rank}").read_text() for rank in range(2))
     assert "40 images, dealt out to 2 processes" in first and first.count("wrote e.json") == 1 and not second
     assert Path("e.csv").read_text() == Path("one.csv").read_text()
     assert json.loads(Path("e.json").read_text())["evaluation"]["environment"]["threads"] == torch.get_num_threads()
     assert "e.state.* (2 files) may be removed" in first
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    monkeypatch.chdir(tmp_path)
+    for words, text in ((["nowhere"], "no checkpoint nowhere"), (["run", "--bogus"], "--bogus")):
+        assert launched(["evaluate", *words]) == [2, 2]
+        said = "".join(Path(f"out {rank}").read_text() for rank in range(2))
+        assert said.count(text) == 1, said

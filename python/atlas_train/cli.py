@@ -37,8 +37,7 @@ from .config import (
 )
 from .imported import is_import_path, require_trusted, without_place
 from .interrupts import Terminated, terminable
-from .launched import launched, own_device, rank
-from .machine import MOST_THREADS
+from .machine import MOST_THREADS, usable_device
 from .options import Norm, allowed, fraction, hints, nearest, one_line, option, plain, shown
 from .robustness import written
 from .robustness.named import ABOUT, CLEAN, PARTS, named
@@ -134,6 +133,10 @@ class EvaluateConfig:
     )
 
 
+#: The commands whose work several processes share.
+_DEALT = ("train", "evaluate")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. What a user can put right is one line on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -148,23 +151,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in known:
         return _complain(f"atlas: no command {shown(name)}; the nearest is {nearest(name, known)!r}\n\n{USAGE}")
     try:
-        with terminable(), warnings.catch_warnings(), processes.joined() if name == "train" else nullcontext():
+        with terminable(), warnings.catch_warnings(), processes.joined() if name in _DEALT else nullcontext():
             warnings.showwarning = _warn
             return known[name](rest)
     except BrokenPipeError:  # `atlas methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _complain("\natlas: stopped", 130, not rank())
+        return _complain("\natlas: stopped", 130, processes.is_first())
     except Terminated as stop:
-        return _complain("\natlas: told to end", int(str(stop.code)), not rank())
+        return _complain("\natlas: told to end", int(str(stop.code)), processes.is_first())
     except processes.LostProcess as error:
         return _complain(f"atlas: {error}", said=processes.is_first() or processes.last_word(str(error)))
     except Exception as error:
         if os.environ.get("ATLAS_DEBUG"):
             traceback.print_exception(error)
-        text = _explained(error)
-        return _complain(_prefixed(f"process {rank()}: " * bool(rank()) + text), said=processes.last_word(text))
+        rank, text = processes.place()[0], _explained(error)
+        return _complain(_prefixed(f"process {rank}: " * bool(rank) + text), said=processes.last_word(text))
 
 
 def _complain(text: str, status: int = 2, said: bool = True) -> int:
@@ -305,14 +308,14 @@ def evaluate(argv: Sequence[str]) -> int:
 
         folder, args.model = trusted(args.checkpoint)
         args.checkpoint = str(folder)
-    with launched() as processes, _told_how_to_go_on(args):
-        if rank():
-            warnings.simplefilter("ignore")  # the first process says the same
-        place = {"device": own_device(args.device), "threads": args.threads, "say": _silent if rank() else print}
-        if processes > 1 and not args.threads:
+    with _told_how_to_go_on(args):
+        device = str(processes.own_device(usable_device(args.device)))
+        say = print if processes.is_first() else processes.unsaid
+        place = {"device": device, "threads": args.threads, "say": say}
+        if processes.count() > 1 and not args.threads:
             place["threads"] = torch.get_num_threads()  # the run's are those of one process
         lines = (_report if _is_report(args, argv) else _accuracies)(args, place)
-        place["say"]("\n".join(["", *lines]))
+        say("\n".join(["", *lines]))
     return 0
 
 
@@ -325,7 +328,7 @@ def _accuracies(args: Any, place: dict[str, Any]) -> list[str]:
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluateConfig) if f.name not in own} | place
     eps = args.eps[0] if args.eps else None
     results = evaluate_checkpoint(args.checkpoint, eps=eps, reading=_reading(args), **asked, dealt=True)
-    if rank():
+    if not processes.is_first():
         return []
     print(table(results))
     (result,) = results.values()
@@ -385,7 +388,7 @@ def _told_how_to_go_on(args: Any) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Terminated, LostProcesses):
         searched = bool(args.autoattack) or any(attack.searches for attack in named(args.attacks or WHOLE))
-        if not rank() and (how := written.how_to_go_on(args.state, searched)):
+        if processes.is_first() and (how := written.how_to_go_on(args.state, searched)):
             _complain(f"\n{how}")
         raise
 
@@ -416,7 +419,7 @@ def _report(args: Any, place: dict[str, Any]) -> list[str]:
     report, found = evaluate_target(
         args.checkpoint, attacks, eps=args.eps or (), norm=args.norm, size=args.size, how=how, **where, **place
     )
-    if rank():
+    if not processes.is_first():
         return []
     print(report.table(args.table))
     if args.per_class:
@@ -431,10 +434,6 @@ def _report(args: Any, place: dict[str, Any]) -> list[str]:
         ]
     )  # fmt: skip
     return lines + written.next_steps(lines, WHOLE in attacks, args.state)
-
-
-def _silent(text: str) -> None:
-    """What processes other than the first say."""
 
 
 def list_methods(argv: Sequence[str]) -> int:

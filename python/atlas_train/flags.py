@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 from .options import OF_RUN, alternatives, checked, hints, in_any_norm, limits
+from .processes import is_first
 
 AUTO, NONE = "auto", "none"
 Flag = tuple[str, Any, Any]
@@ -18,12 +19,13 @@ Section = tuple[str, str, Sequence[Flag]]
 
 
 def parse(flags: Sequence[Flag], command: str, description: str, argv: Sequence[str], *, all_known: bool = True) -> Any:
-    """The flags as one flat object. On an error or --help tyro explains itself and exits (status 2 or 0).
+    """The flags as one flat object. On an error or --help tyro explains itself, in the first process alone, and exits
+    (status 2 or 0).
 
     all_known: else flags that are not among these, --help too, are passed over.
     """
     tyro = require_tyro()
-    how = {"prog": f"atlas {command}", "description": description, "args": list(argv)}
+    how = {"prog": f"atlas {command}", "description": description, "args": list(argv), "console_outputs": is_first()}
     cls = _dataclass(command, flags)
     return tyro.cli(cls, **how) if all_known else tyro.cli(cls, **how, add_help=False, return_unknown_args=True)[0]
 

@@ -1,6 +1,6 @@
-"""The processes that train together: who is who, what they must agree on, and how they end together.
+"""The processes that train or evaluate together: who is who, what they must agree on, and how they end together.
 
-``torchrun --nproc-per-node N -m atlas_train train ...`` starts N of them; in a script of your own
+``torchrun --nproc-per-node N -m atlas_train train ...`` starts N of them (or evaluate); in a script of your own
 ``torch.distributed.init_process_group`` does. Each has all of the settings, the data and the network, and does the same
 at the same time, so that each comes to the same decisions; the first one alone writes and speaks (``is_first``).
 """
@@ -125,7 +125,7 @@ def own_device(device: torch.device) -> torch.device:
     if here >= gpus:
         raise ValueError(
             f"device: process {here} of this machine has no GPU of its own, for torch sees {gpus}: start at most that "
-            "many (--nproc-per-node), or train on the CPUs (--device cpu)"
+            "many (--nproc-per-node), or take the CPUs (--device cpu)"
         )
     torch.cuda.set_device(here)
     return torch.device("cuda", here)
