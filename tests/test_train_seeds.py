@@ -167,7 +167,7 @@ def test_the_command_line_takes_seeds(tmp_path: Path, monkeypatch: pytest.Monkey
     quick = "--epochs 1 --train-size 64 --width 2 --eval-size 8 --probe-size 0 --beside none --method standard"
     assert cli.main(["train", *quick.split(), "--seeds", "3", "4"]) == 0
     out = capsys.readouterr().out
-    assert "seeds 3, 4" in out and "files: runs/digits-1" in out
+    assert "seeds 3, 4" in out and "files: runs/digits-1\nnext: atlas report runs/digits-1 makes" in out
     assert {path.name for path in (tmp_path / "runs" / "digits-1").iterdir()} == {
         "seed-3", "seed-4", "config.json", "results.json", "results.md"
     }  # fmt: skip

@@ -87,6 +87,8 @@ def compare_seeds(
         say(f"\n{_title(settings, splits)}\n")
         say(table_of_seeds(results))
         say(f"files: {plain(root)}")
+        if splits.loader:
+            say(f"next: atlas report {plain(root)} makes a page of all seeds")
     if failed:
         reasons = "; ".join(f"seed {seed}: {reason}" for seed, reason in failed.items())
         left = f"the table is that of {', '.join(map(str, results))}" if results else "there is no table"
