@@ -163,7 +163,7 @@ def test_a_collapsed_network_is_told() -> None:
     assert found(report) == {"hides from one step"} and report.to_dict()["unreliable"]
     row = report.table().splitlines()[2]
     assert "100.0 % !" in row and row.count("!") == 1
-    assert "! FGSM at 63.75/255 (l_inf): FGSM leaves 100.0 % right, PGD-20 0.0 %" in report.table()
+    assert "! FGSM at 0.25 (l_inf): FGSM leaves 100.0 % right, PGD-20 0.0 %" in report.table()
     told = evaluate(Along(lambda u: 1 - 8 * u + 8 * u * u), flat(), WIDE).signs
     assert len(told) == 1 and "catastrophic overfitting" in told[0]
 
@@ -324,21 +324,21 @@ def test_tables_and_records() -> None:
     report = evaluate(linear(), images, (0.2, 0.35), attacks=("fgsm", "pgd-2"))
     header, _, first, second = report.table().splitlines()[:4]
     assert header.split() == ["eps", "clean", "FGSM", "PGD-2", "all"]
-    assert first.split()[:4] == ["51/255", "(l_inf)", "100.0", "%"]
+    assert first.split()[:4] == ["0.2", "(l_inf)", "100.0", "%"]
     assert f"{100 * report.accuracy('all', 0.35):.1f} %" == " ".join(second.split()[-2:])
     assert "without autoattack these figures are upper bounds" in report.table()
     assert report.table("markdown").startswith("| eps | clean | FGSM | PGD-2 | all |\n| --- | ---: |")
     latex = report.table("latex")
-    assert r"\begin{tabular}{lrrrr}" in latex and r"51/255 ($\ell_\infty$) & 100.0 \% &" in latex
+    assert r"\begin{tabular}{lrrrr}" in latex and r"0.2 ($\ell_\infty$) & 100.0 \% &" in latex
     assert all(line.startswith("%") for line in latex.splitlines()[latex.splitlines().index(r"\end{tabular}") + 1 :])
     classes = report.class_table().splitlines()
     assert len(classes) == 6 and classes[2].split()[:4] == ["0", "10", "100.0", "%"]
     rows = report.samples_csv().splitlines()
-    assert rows[0] == "image,label,clean,fgsm@51/255,pgd-2@51/255,fgsm@89.25/255,pgd-2@89.25/255" and len(rows) == 41
+    assert rows[0] == "image,label,clean,fgsm@0.2,pgd-2@0.2,fgsm@0.35,pgd-2@0.35" and len(rows) == 41
     assert sum(int(row.split(",")[3]) for row in rows[1:]) == 40 * report.accuracy("fgsm", 0.2)
     written = json.loads(json.dumps(report.to_dict()))
     assert list(written)[: len(RECORD)] == list(RECORD)
-    assert (written["eps"], written["clean_acc"]) == ("51/255", "100.00")
+    assert (written["eps"], written["clean_acc"]) == ("0.2", "100.00")
     assert written["autoattack_acc"] is None, "which is of the standard version alone"
     attacks = written["evaluation"]["attacks"]
     assert [(a["attack"], a["eps"]) for a in attacks][:3] == [("clean", None), ("fgsm", 0.2), ("pgd-2", 0.2)]

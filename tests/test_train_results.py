@@ -30,7 +30,7 @@ def test_compare_trains_evaluates_and_reports(tmp_path: Path, capsys: pytest.Cap
     shown = printed[printed.index("method ") :].splitlines()
     assert shown[0].split() == ["method", "clean", "FGSM", "PGD-20", "passes/step", "s/epoch", "training", "memory"]
     assert [line.split()[0] for line in shown[2:4]] == ["standard", "atlas"]
-    assert "eps 25.5/255 (l_inf); 40 test images, standard error at most 7.9 points" in shown[4]
+    assert "eps 0.1 (l_inf); 40 test images, standard error at most 7.9 points" in shown[4]
     for method in ("standard", "atlas"):
         names = {p.name for p in (tmp_path / "out" / method).iterdir()}
         assert names == {"last.pt", "log.csv", checkpoint.export_name(), "evaluation.json"}

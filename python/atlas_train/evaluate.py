@@ -32,7 +32,7 @@ from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
 from .inference import predict as predict
 from .models.classifier import Normalize
-from .options import Norm, fraction, radius
+from .options import Norm, radius
 from .robustness import signs
 from .robustness.named import CLEAN, Named, default_step, named
 from .robustness.outcome import Outcome
@@ -69,8 +69,8 @@ class Evaluation:
     signs: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON; eps also as everyone writes it."""
-        return asdict(self) | {"eps_255": fraction(self.eps)}
+        """Plain types, for JSON; eps also in 1/255."""
+        return asdict(self) | {"eps_255": f"{255 * self.eps:.4g}/255"}
 
     @property
     def error(self) -> float:

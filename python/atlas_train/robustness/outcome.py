@@ -46,5 +46,5 @@ class Outcome:
 
     @property
     def ball(self) -> str:
-        """Its eps as everyone writes it."""
+        """Its eps as one writes it."""
         return "0" if self.eps is None else radius(self.eps, self.norm)

@@ -138,7 +138,7 @@ class Report:
     def class_table(self, form: Form = "text") -> str:
         """A row for each class; a column for clean accuracy and for each attack at each radius."""
         several = len(self.radii) > 1
-        labels = [o.attack.label + (f" {fraction_of(o)}" if several and o.eps else "") for o in self.outcomes]
+        labels = [o.attack.label + (f" {fraction(o.eps)}" if several and o.eps else "") for o in self.outcomes]
         shares = [o.by_class(self.labels) for o in self.outcomes]
         rows: list[tuple[str, ...]] = [("class", "images", *labels)]
         for label in shares[0]:
@@ -151,7 +151,7 @@ class Report:
         """A row for each image: its number in the set, its label, and 1 or 0 for right or wrong in each column."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        names = [f"{o.attack.name}{f'@{fraction_of(o)}' if o.eps is not None else ''}" for o in self.outcomes]
+        names = [f"{o.attack.name}{'' if o.eps is None else f'@{fraction(o.eps)}'}" for o in self.outcomes]
         writer.writerow(["image", "label", *names])
         rights = torch.stack([o.right for o in self.outcomes]).int().T.tolist()
         writer.writerows(
@@ -185,7 +185,7 @@ class Report:
             "number_forward_passes": 1,
             "dataset": self.facts.get("dataset"),
             "architecture": self.facts.get("architecture"),
-            "eps": None if eps is None else fraction(eps) if self.norm == "linf" else f"{eps:.4g}",
+            "eps": None if eps is None else fraction(eps),
             "clean_acc": f"{100 * self.clean:.2f}",
             "autoattack_acc": standard and f"{100 * standard.accuracy:.2f}",
             "footnote": counted(len(self.labels), "image"),
@@ -207,11 +207,6 @@ class Report:
             "probe": self.probe and self.probe.to_dict(),
             **self.facts,
         }
-
-
-def fraction_of(outcome: Outcome) -> str:
-    """Its radius without the norm."""
-    return outcome.ball.partition(" ")[0]
 
 
 def _is_standard(outcome: Outcome) -> bool:
