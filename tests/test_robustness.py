@@ -332,7 +332,17 @@ def test_tables_and_records() -> None:
     assert r"\begin{tabular}{lrrrr}" in latex and r"0.2 ($\ell_\infty$) & 100.0 \% &" in latex
     assert all(line.startswith("%") for line in latex.splitlines()[latex.splitlines().index(r"\end{tabular}") + 1 :])
     classes = report.class_table().splitlines()
-    assert len(classes) == 6 and classes[2].split()[:4] == ["0", "10", "100.0", "%"]
+    assert classes[0].split() == ["class,", "eps", "0.2", "(l_inf)", "images", "clean", "FGSM", "PGD-2", "all"]
+    assert classes[7].split() == ["class,", "eps", "0.35", *classes[0].split()[3:]] and len(classes) == 13
+    for eps, row in ((0.2, classes[2]), (0.35, classes[9])):
+        mine = report.standing(eps)[images.labels == 0].double().mean().item()
+        assert row.split()[:4] == ["0", "10", "100.0", "%"] and row.split()[-2] == f"{100 * mine:.1f}"
+    assert report.class_table("latex").count(r"\begin{tabular}{lrrrrr}") == 2
+    assert r"class, eps 0.35 ($\ell_\infty$) & images & clean & FGSM & PGD-2 & all" in report.class_table("latex")
+    assert report.class_table("markdown").count("| class, eps 0.2") == 1
+    alone = evaluate(linear(), images, 0.2, attacks="fgsm").class_table().splitlines()
+    assert alone[0].split() == ["class", "images", "clean", "FGSM"] and len(alone) == 6
+    assert evaluate(linear(), images, 0.2, attacks="clean").table().splitlines()[:3] == ["clean", "-------", "100.0 %"]
     rows = report.samples_csv().splitlines()
     assert rows[0] == "image,label,clean,fgsm@0.2,pgd-2@0.2,fgsm@0.35,pgd-2@0.35" and len(rows) == 41
     assert sum(int(row.split(",")[3]) for row in rows[1:]) == 40 * report.accuracy("fgsm", 0.2)
