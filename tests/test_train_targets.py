@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_kernels.attacks import ensemble
+from atlas_kernels.attacks import ensemble, saved
 from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
@@ -212,11 +212,17 @@ def test_a_stop_says_how_to_go_on(
 
     monkeypatch.setattr(ensemble.Counted, "forward", stops)
     assert cli.main([*command, "--state", "e.state"]) == 130
-    where = "where AutoAttack stands is in e.state: the same command goes on from there"
+    where = "where the attack stands is in e.state: the same command goes on from there"
     assert capsys.readouterr().err.split("\n") == ["", where, "", "atlas: stopped", ""]
-    assert cli.main([*command, "--state", "e.state", "--per-sample", "again.csv"]) == 0
+    held = torch.load("e.state", weights_only=True)
+    held["state"]["seconds"] += 1000
+    saved.save(Path("e.state"), held["whose"], held["state"])
+    assert cli.main([*command, "--state", "e.state", "--per-sample", "again.csv", "--json", "e.json"]) == 0
     out = capsys.readouterr().out
-    assert "going on from e.state" in out and "e.state may be removed" in out
+    own = json.loads(Path("e.json").read_text())["evaluation"]
+    assert own["attacks"][2]["seconds"] > 1000 and 1000 < own["seconds"] < 1100, "of all sessions"
+    assert re.search(r"; seed 0; 10\d\d s on cpu", out)
+    assert "going on from e.state" in out and "e.state may be removed: the attacks are done" in out
     assert Path("again.csv").read_text() == Path("whole.csv").read_text()
     calls[0] = 0
     assert cli.main(command) == 130
@@ -227,7 +233,7 @@ def test_a_stop_says_how_to_go_on(
 
     monkeypatch.setattr(targets, "evaluate_target", at_once)
     assert cli.main([*command, "--state", "new.state"]) == 130
-    assert "nothing is kept of it: it was stopped before AutoAttack wrote new.state\n" in capsys.readouterr().err
+    assert "nothing is kept of it: it was stopped before an attack wrote new.state\n" in capsys.readouterr().err
 
 
 def test_that_nothing_is_normalised_can_be_said_in_flags() -> None:
@@ -258,7 +264,7 @@ def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.Capt
         (["--attacks", "clean", "--curve", "e.png"], "--curve is looked at by attacks alone, and none of them is run"),
         (["--attacks", "fgsm", "--json", "own.py/e.json"], "--json own.py/e.json cannot be written, as no file can be"),
         (["--attacks", "fgsm", "--per-sample", "/proc/e.csv"], "--per-sample /proc/e.csv cannot be written"),
-        (["--attacks", "apgd", "--state", "none/s"], "state_path none/s: there is no folder none: make it first"),
+        (["--attacks", "apgd", "--state", "none/s"], "atlas: --state none/s: there is no folder none: make it first"),
         (["--attacks", "fgsm", "--norm", "l1"], "eps: bars has no usual radius in l1: give it"),
     ):  # fmt: skip
         assert cli.main(["evaluate", str(run_folder), *BARS, *flags]) == 2

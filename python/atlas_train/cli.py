@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import io
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -305,7 +306,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
         folder, args.model = trusted(args.checkpoint)
         args.checkpoint = str(folder)
-    with launched() as processes, _told_how_to_go_on(args):
+    with launched() as processes, _told_how_to_go_on(args), _in_words_of_flags():
         if rank():
             warnings.simplefilter("ignore")  # the first process says the same
         place = {"device": own_device(args.device), "threads": args.threads, "say": _silent if rank() else print}
@@ -387,6 +388,18 @@ def _told_how_to_go_on(args: Any) -> Iterator[None]:
         searched = bool(args.autoattack) or any(attack.searches for attack in named(args.attacks or WHOLE))
         if not rank() and (how := written.how_to_go_on(args.state, searched)):
             _complain(f"\n{how}")
+        raise
+
+
+@contextmanager
+def _in_words_of_flags() -> Iterator[None]:
+    """An error about ``state_path`` is one about --state."""
+    try:
+        yield
+    except (ValueError, OSError, LostProcesses) as error:
+        error.args = tuple(
+            re.sub(r"\bstate_path (?=\S)", "--state ", said) if isinstance(said, str) else said for said in error.args
+        )
         raise
 
 
