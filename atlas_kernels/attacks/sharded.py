@@ -40,9 +40,8 @@ def run_sharded(
     so it is the same for any number of either.
 
     state_path: each of several shards has a file of its own, this path with the shard's number added. What was lost is
-    resumed by the same call, in any number of processes. say: told what the first process does, which is
-    of its shards' images alone, and at the end the figure of all. More options: as in
-    ``AutoAttack.run``.
+    resumed by the same call, in any number of processes. say: told what the first process does, which is of its own
+    shards alone, and at the end the figure of all. More options: as in ``AutoAttack.run``.
 
     Raises LostProcesses in the first process where others ended early; it says which, and holds the other verdicts.
     (torchrun ends the others, too, as soon as one is lost; then nothing but the files holds what they knew.)
