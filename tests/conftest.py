@@ -7,6 +7,7 @@ PyTorch and its libraries can compute to the same bits in every call, they do.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def _no_tf32() -> Iterator[None]:
     convolutions.allow_tf32 = products.allow_tf32 = False
     yield
     convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _usual_signals() -> Iterator[None]:
+    """Those of a process in the foreground, which tests send: one started with nohup, or by a script with &, ignores
+    some of them."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {name: signal.signal(getattr(signal, name), handler) for name, handler in usual.items()}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture(autouse=True)

@@ -515,7 +515,7 @@ def test_it_says_how_it_goes(case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said[0] == "AutoAttack custom, linf, eps 0.03: 40 images, 95.00% right without an attack"
     of_climb = [line for line in said if line.startswith("climb")]
     assert "left" not in of_climb[0] and "so far" in of_climb[0]  # before the warm-up nothing is known
-    assert any("at most" in line and line.endswith("left") for line in of_climb)
+    assert any(", about " in line and line.endswith("left") for line in of_climb)
     shares = [float(line.split("accuracy ")[1].split("%")[0]) for line in said if "accuracy" in line]
     assert shares == sorted(shares, reverse=True) and len(shares) > 6
     assert said[-1].startswith("robust accuracy ")

@@ -125,7 +125,7 @@ def test_trained_networks_are_measured_beside_their_targets(
     monkeypatch.setattr(bench_attacks, "load_model", lambda run: (task.model, config))
     assert bench_attacks.main(["--runs", "runs/mine", "--images", "16", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "mine, digits_net width 16, batch 16, PGD-20, eps 25.5/255" in shown and "bf16" not in shown
+    assert "mine, digits_net width 16, batch 16, PGD-20, eps 0.1" in shown and "bf16" not in shown
 
 
 def test_the_targets_beside_the_peers() -> None:

@@ -92,7 +92,11 @@ def test_the_state_says_in_how_many_shards_it_is(case, tmp_path: Path) -> None:
         assert result is not None
         same(result, whole)
     assert {each.name for each in tmp_path.iterdir()} == {"state.0-of-2", "state.1-of-2"}
-    assert sum(line.startswith("shard 2 of 2: going on from") for line in lines) == 1
+    assert sum(line.startswith("shard 2 of 2 (3 of 6 images): going on from") for line in lines) == 1
+    shares = [line for line in lines if line.startswith("2 shards, 6 images: robust accuracy ")]
+    assert len(shares) == 2 and f"accuracy {whole.accuracy:.2%} after" in shares[0]
+    with pytest.raises(ValueError, match="state is of another evaluation: its 2 files are of 6 images, here are 5"):
+        run_sharded(plan(), model, x[:5], y[:5], state_path=path)
     (tmp_path / "state.1-of-3").touch()
     with pytest.raises(ValueError, match="files of 2 and of 3 shards"):
         run_sharded(plan(), model, x, y, state_path=path)

@@ -163,7 +163,7 @@ def test_a_collapsed_network_is_told() -> None:
     assert found(report) == {"hides from one step"} and report.to_dict()["unreliable"]
     row = report.table().splitlines()[2]
     assert "100.0 % !" in row and row.count("!") == 1
-    assert "! FGSM at 63.75/255 (l_inf): FGSM leaves 100.0 % right, PGD-20 0.0 %" in report.table()
+    assert "! FGSM at 0.25 (l_inf): FGSM leaves 100.0 % right, PGD-20 0.0 %" in report.table()
     told = evaluate(Along(lambda u: 1 - 8 * u + 8 * u * u), flat(), WIDE).signs
     assert len(told) == 1 and "catastrophic overfitting" in told[0]
 
@@ -324,21 +324,31 @@ def test_tables_and_records() -> None:
     report = evaluate(linear(), images, (0.2, 0.35), attacks=("fgsm", "pgd-2"))
     header, _, first, second = report.table().splitlines()[:4]
     assert header.split() == ["eps", "clean", "FGSM", "PGD-2", "all"]
-    assert first.split()[:4] == ["51/255", "(l_inf)", "100.0", "%"]
+    assert first.split()[:4] == ["0.2", "(l_inf)", "100.0", "%"]
     assert f"{100 * report.accuracy('all', 0.35):.1f} %" == " ".join(second.split()[-2:])
     assert "without autoattack these figures are upper bounds" in report.table()
     assert report.table("markdown").startswith("| eps | clean | FGSM | PGD-2 | all |\n| --- | ---: |")
     latex = report.table("latex")
-    assert r"\begin{tabular}{lrrrr}" in latex and r"51/255 ($\ell_\infty$) & 100.0 \% &" in latex
+    assert r"\begin{tabular}{lrrrr}" in latex and r"0.2 ($\ell_\infty$) & 100.0 \% &" in latex
     assert all(line.startswith("%") for line in latex.splitlines()[latex.splitlines().index(r"\end{tabular}") + 1 :])
     classes = report.class_table().splitlines()
-    assert len(classes) == 6 and classes[2].split()[:4] == ["0", "10", "100.0", "%"]
+    assert classes[0].split() == ["class,", "eps", "0.2", "(l_inf)", "images", "clean", "FGSM", "PGD-2", "all"]
+    assert classes[7].split() == ["class,", "eps", "0.35", *classes[0].split()[3:]] and len(classes) == 13
+    for eps, row in ((0.2, classes[2]), (0.35, classes[9])):
+        mine = report.standing(eps)[images.labels == 0].double().mean().item()
+        assert row.split()[:4] == ["0", "10", "100.0", "%"] and row.split()[-2] == f"{100 * mine:.1f}"
+    assert report.class_table("latex").count(r"\begin{tabular}{lrrrrr}") == 2
+    assert r"class, eps 0.35 ($\ell_\infty$) & images & clean & FGSM & PGD-2 & all" in report.class_table("latex")
+    assert report.class_table("markdown").count("| class, eps 0.2") == 1
+    alone = evaluate(linear(), images, 0.2, attacks="fgsm").class_table().splitlines()
+    assert alone[0].split() == ["class", "images", "clean", "FGSM"] and len(alone) == 6
+    assert evaluate(linear(), images, 0.2, attacks="clean").table().splitlines()[:3] == ["clean", "-------", "100.0 %"]
     rows = report.samples_csv().splitlines()
-    assert rows[0] == "image,label,clean,fgsm@51/255,pgd-2@51/255,fgsm@89.25/255,pgd-2@89.25/255" and len(rows) == 41
+    assert rows[0] == "image,label,clean,fgsm@0.2,pgd-2@0.2,fgsm@0.35,pgd-2@0.35" and len(rows) == 41
     assert sum(int(row.split(",")[3]) for row in rows[1:]) == 40 * report.accuracy("fgsm", 0.2)
     written = json.loads(json.dumps(report.to_dict()))
     assert list(written)[: len(RECORD)] == list(RECORD)
-    assert (written["eps"], written["clean_acc"]) == ("51/255", "100.00")
+    assert (written["eps"], written["clean_acc"]) == ("0.2", "100.00")
     assert written["autoattack_acc"] is None, "which is of the standard version alone"
     attacks = written["evaluation"]["attacks"]
     assert [(a["attack"], a["eps"]) for a in attacks][:3] == [("clean", None), ("fgsm", 0.2), ("pgd-2", 0.2)]
@@ -366,7 +376,7 @@ def test_a_record_has_the_radius_as_robustbench_writes_it() -> None:
 def test_clean_accuracy_alone() -> None:
     report = evaluate(linear(), splits().test, 0.2, attacks="clean")
     assert report.radii == () and report.accuracy("all") == report.clean == 1 and not report.signs
-    assert report.table().splitlines()[:3] == ["clean  ", "-------", "100.0 %"] and json.dumps(report.to_dict())
+    assert report.table().splitlines()[:3] == ["clean", "-------", "100.0 %"] and json.dumps(report.to_dict())
 
 
 def test_only_the_standard_version_is_a_record_of_autoattack() -> None:

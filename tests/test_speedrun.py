@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -119,15 +120,15 @@ def test_it_goes_on_where_it_was_stopped(
 @pytest.mark.parametrize(
     "tick, words",
     [
-        (10, "it will take about 90 s, and the budget is 60: 2 of 3 epochs fit (--set epochs=2)"),
-        (25, "it will take about 225 s, and the budget is 60: not one epoch fits"),
+        (7.5, "it will take about 90 s, and the budget is 60: 2 of 3 epochs fit (--set epochs=2)"),
+        (18.75, "it will take about 225 s, and the budget is 60: not one epoch fits"),
     ],
 )
 def test_a_budget_that_would_be_exceeded_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attacks: list[Any], capsys: Any, tick: int, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attacks: list[Any], capsys: Any, tick: float, words: str
 ) -> None:
-    """On a clock that moves each time one looks at it: by three ticks an epoch."""
-    ticks = iter(range(0, 10**6, tick))
+    """On a clock that moves each time one looks at it: by four ticks an epoch."""
+    ticks = itertools.count(0, tick)
     monkeypatch.setattr(speedrun.time, "perf_counter", lambda: next(ticks))
     found = run(tmp_path, "epochs=3")
     said = capsys.readouterr().out

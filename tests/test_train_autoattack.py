@@ -77,7 +77,7 @@ def test_what_the_attack_is_told(fake: list[dict[str, Any]], tmp_path: Path) -> 
     assert (seen["eps"], seen["norm"], seen["version"], seen["seed"], seen["batch_size"]) == (EPS, "l2", "plus", 3, 7)
     assert (seen["search_precision"], seen["state_path"]) == ("bf16", tmp_path / "s")
     assert seen["ids"].tolist() == list(range(20)) and seen["x"].dtype == torch.float32 and seen["x"].max() <= 1
-    assert lines == ["AutoAttack (plus) on 20 images at eps 25.5/255 (l2)"]
+    assert lines == ["AutoAttack (plus) on 20 images at eps 0.1 (l2)"]
     right, instead = verdicts(run.model, splits().test, EPS)
     assert right.sum() == 20 and instead is None and Fake.seen[1]["version"] == "standard"
 

@@ -307,7 +307,7 @@ def test_train_resume_and_evaluate_digits(capsys: pytest.CaptureFixture[str]) ->
     assert "PGD-20" in capsys.readouterr().out
     assert run("evaluate", "runs/digits-2/atlas", "--eps", "0.01", "--steps", "3", "--size", "20") == 0
     text = capsys.readouterr().out
-    assert "2.55/255" in text and "PGD-3" in text and "20 test images" in text
+    assert "eps 0.01 (l_inf)" in text and "PGD-3" in text and "20 test images" in text
 
 
 def test_any_standard_output_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

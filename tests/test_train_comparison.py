@@ -73,7 +73,7 @@ def test_a_table_has_what_is_stored_and_what_differs(
         for column, name in {"clean": "clean", "FGSM": "fgsm", "PGD-20": "pgd"}.items():
             assert row[column] == f"{100 * stored[name]:.1f} %"
         assert row["passes/step"] == f"{stored['passes']:.1f}" and row["training"].endswith(" s")
-    assert "all: dataset bars, train_size 32, model digits_net, width 4, eps 25.5/255 (l_inf), epochs 1" in text
+    assert "all: dataset bars, train_size 32, model digits_net, width 4, eps 0.1 (l_inf), epochs 1" in text
     assert "40 test images, standard error at most 7.9 points" in text
 
 

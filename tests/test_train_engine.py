@@ -450,7 +450,7 @@ def test_evaluation_does_not_depend_on_the_batch_and_leaves_the_model_alone() ->
     assert [module.training for module in run.model.modules()] == modes
     assert_same(state(run), before)
     assert torch.equal(torch.get_rng_state(), random)
-    assert "30 images" in lines[0] and "25.5/255" in lines[0] and lines[1].strip().endswith("s in all")
+    assert "30 images" in lines[0] and "0.1 (l_inf)" in lines[0] and lines[1].strip().endswith("s in all")
     assert small.to_dict()["eps_255"] == "25.5/255" and json.loads(json.dumps(small.to_dict()))["images"] == 30
 
 

@@ -62,7 +62,7 @@ def launched(words: list[str]) -> list[int]:
 
 def test_every_process_gets_the_verdicts_of_one(tmp_path: Path) -> None:
     model, images = linear(), splits(test=13).test
-    how: dict[str, Any] = {"eps": (0.2, 0.35), "attacks": ATTACKS, "seed": 7, "step_size": 1e-6}
+    how: dict[str, Any] = {"eps": (0.2, 0.35), "attacks": ATTACKS, "seed": 7, "step_size": 1e-6, "batch_size": 3}
 
     def body(rank: int) -> None:
         lines: list[str] = []
@@ -80,6 +80,11 @@ def test_every_process_gets_the_verdicts_of_one(tmp_path: Path) -> None:
     for each in made:
         assert each[:-1] == json.loads(json.dumps(wanted))
     assert "evaluating 13 images, dealt out to 3 processes, at eps" in made[0][-1][0] and not made[1][-1]
+    said = made[0][-1]
+    assert any(line.startswith("shard 1 of 3 (5 of 13 images): apgd-ce: robust accuracy ") for line in said)
+    alone = f"3 shards, 13 images: robust accuracy {report.accuracy('apgd-ce', 0.2):.2%} after "
+    assert any(line.startswith(alone) for line in said)
+    assert any(line.startswith("  process 1 of 3, its images alone: about ") for line in said)
     assert {each.name for each in tmp_path.glob("state*")} == {
         f"state.apgd-ce-{eps}.{shard}-of-3" for eps in (0.2, 0.35) for shard in range(3)
     }

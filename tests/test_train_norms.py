@@ -166,8 +166,8 @@ def test_a_run_in_another_norm_is_evaluated_and_resumed_in_it(norm: str, tmp_pat
     evaluation = results["adv"].evaluation
     assert (evaluation.norm, evaluation.eps) == (norm, RADII[norm])
     text = (tmp_path / "run" / "adv" / "results.md").read_text()
-    assert {"l2": "eps 204/255 (l2)", "l1": "eps 6 (l1)"}[norm] in text
-    assert {"l2": "PGD step 25.5/255", "l1": "PGD steps down to 0.3"}[norm] in text
+    assert {"l2": "eps 0.8 (l2)", "l1": "eps 6 (l1)"}[norm] in text
+    assert {"l2": "PGD step 0.1", "l1": "PGD steps down to 0.3"}[norm] in text
     written = json.loads((tmp_path / "run" / "adv" / "results.json").read_text())
     assert written["config"]["norm"] == written["methods"]["adv"]["norm"] == norm
     folder = tmp_path / "run" / "adv"

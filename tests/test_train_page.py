@@ -114,7 +114,7 @@ def test_what_is_text_is_escaped(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_figures_by_class_and_over_eps_are_those_of_so_many_images(runs: Path) -> None:
     made = Reader(page(runs / "atlas", images=20).html)
-    told = "PGD-2 on 20 test images, made for this page (seed 0); eps of the run 25.5/255 (l_inf)"
+    told = "PGD-2 on 20 test images, made for this page (seed 0); eps of the run 0.1 (l_inf)"
     assert told in made.sections["Accuracy by class"] and told in made.sections["Robust accuracy against eps"]
     how: dict[str, Any] = {"size": 20, "splits": named(), "eps": (0.1,), "say": lambda text: None}
     found, _ = evaluate_target(str(runs / "atlas"), ("pgd-2",), **how)

@@ -194,7 +194,7 @@ def test_every_method_beside_has_the_protocol_and_the_table_says_so(tmp_path: Pa
     config = TrainConfig(**SMALL | {"epochs": 1, "beside": ("standard",), "out_dir": str(tmp_path)})
     compare(config, splits=splits(), show="silent", say=lines.append)
     title = next(line for line in lines if "epochs 1, seed 0" in line)
-    assert "protocol fastat but eps 25.5/255, dataset bars, augment false, val_size 16, model digits_net" in title
+    assert "protocol fastat but eps 0.1, dataset bars, augment false, val_size 16, model digits_net" in title
     assert title.strip().endswith("epochs 1, batch_size 16, width 4")
     for name in ("standard", "one_step_adv"):
         recorded = checkpoint.load(tmp_path / name)["config"]

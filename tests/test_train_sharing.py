@@ -107,11 +107,11 @@ def test_the_card_has_the_figures_and_where_they_are_from(run: Path) -> None:
     found, _ = evaluate_target(str(run), ("pgd-2",), **how)
     (run / "more.json").write_text(json.dumps(found.to_dict()))
     text = (export(run) / "README.md").read_text()
-    assert f"| PGD-20 | 25.5/255 (l_inf) | 40 | {100 * stored['pgd']:.1f} % | evaluation.json |" in text
-    assert f"| PGD-2 | 12.75/255 (l_inf) | 12 | {100 * found.accuracy('pgd-2'):.1f} % | more.json |" in text
+    assert f"| PGD-20 | 0.1 (l_inf) | 40 | {100 * stored['pgd']:.1f} % | evaluation.json |" in text
+    assert f"| PGD-2 | 0.05 (l_inf) | 12 | {100 * found.accuracy('pgd-2'):.1f} % | more.json |" in text
     for told in (
         "bars",
-        "| threat model | 25.5/255 (l_inf) |",
+        "| threat model | 0.1 (l_inf) |",
         "`atlas train`",
         "local_weight 1",
         "AutoAttack (standard)",

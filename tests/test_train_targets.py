@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_kernels.attacks import ensemble
+from atlas_kernels.attacks import ensemble, saved
 from atlas_train import checkpoint, cli, engine, models, stored, targets
 from atlas_train.config import TrainConfig
 from atlas_train.evaluate import evaluate
 from atlas_train.flags import declared, parse
-from atlas_train.report import write_robustness
+from atlas_train.report import robustness_figure, write_robustness
 from atlas_train.robustness import signs
 from atlas_train.robustness.export import export_state_dict
 from atlas_train.robustness.named import named
@@ -67,12 +67,12 @@ def test_a_run_at_several_radii_and_every_file(run_folder: Path, capsys: pytest.
     asked = [*QUICK, "--eps", "0.05", "51/255", "--per-class", *files]
     assert cli.main(["evaluate", str(run_folder), *BARS, *asked]) == 0
     text = capsys.readouterr().out
-    assert "evaluating 40 images at eps 12.75/255 (l_inf), 51/255 (l_inf): clean, FGSM, PGD-2" in text
+    assert "evaluating 40 images at eps 0.05 (l_inf), 0.2 (l_inf): clean, FGSM, PGD-2" in text
     assert "wrote e.json: the record and all figures\n" in text and "wrote e.pt: the weights" in text
-    assert "class  images" in text and text.count("(l_inf)  ") >= 2
+    assert text.count("class, eps ") == 2 and text.count("(l_inf)  ") >= 2
     written = json.loads(Path("e.json").read_text())
     assert list(written)[: len(RECORD)] == list(RECORD)
-    assert (written["dataset"], written["architecture"], written["eps"]) == ("bars", "digits_net", "12.75/255")
+    assert (written["dataset"], written["architecture"], written["eps"]) == ("bars", "digits_net", "0.05")
     own = written["evaluation"]
     assert [(a["attack"], a["eps"]) for a in own["attacks"]][1:3] == [("fgsm", 0.05), ("pgd-2", 0.05)]
     network, _ = checkpoint.load_model(run_folder)
@@ -85,6 +85,21 @@ def test_a_run_at_several_radii_and_every_file(run_folder: Path, capsys: pytest.
     assert same(torch.load("e.pt")["state_dict"], weights(network))
     write_robustness(Path("e.pdf"), report.curves(), "linf")
     assert Path("e.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    "radii, norm, label",
+    [
+        ((4 / 255, 8 / 255), "linf", "eps / 255 (l_inf)"),
+        ((0.3, 0.4), "linf", "eps (l_inf)"),
+        ((8 / 255, 0.5), "l2", "eps (l2)"),
+    ],
+)
+def test_the_curve_has_the_unit_of_its_radii(radii: tuple[float, ...], norm: Any, label: str) -> None:
+    pytest.importorskip("matplotlib")
+    (axes,) = robustness_figure({"FGSM": [(0.0, 1.0), *((eps, 0.5) for eps in radii)]}, norm).axes
+    scale = 255 if "255" in label else 1
+    assert axes.get_xlabel() == label and axes.lines[0].get_xdata()[1] == pytest.approx(scale * radii[0])
 
 
 def test_a_folder_means_its_last_epoch(
@@ -197,11 +212,17 @@ def test_a_stop_says_how_to_go_on(
 
     monkeypatch.setattr(ensemble.Counted, "forward", stops)
     assert cli.main([*command, "--state", "e.state"]) == 130
-    where = "where AutoAttack stands is in e.state: the same command goes on from there"
+    where = "where the attack stands is in e.state: the same command goes on from there"
     assert capsys.readouterr().err.split("\n") == ["", where, "", "atlas: stopped", ""]
-    assert cli.main([*command, "--state", "e.state", "--per-sample", "again.csv"]) == 0
+    held = torch.load("e.state", weights_only=True)
+    held["state"]["seconds"] += 1000
+    saved.save(Path("e.state"), held["whose"], held["state"])
+    assert cli.main([*command, "--state", "e.state", "--per-sample", "again.csv", "--json", "e.json"]) == 0
     out = capsys.readouterr().out
-    assert "going on from e.state" in out and "e.state may be removed" in out
+    own = json.loads(Path("e.json").read_text())["evaluation"]
+    assert own["attacks"][2]["seconds"] > 1000 and 1000 < own["seconds"] < 1100, "of all sessions"
+    assert re.search(r"; seed 0; 10\d\d s on cpu", out)
+    assert "going on from e.state" in out and "e.state may be removed: the attacks are done" in out
     assert Path("again.csv").read_text() == Path("whole.csv").read_text()
     calls[0] = 0
     assert cli.main(command) == 130
@@ -212,7 +233,7 @@ def test_a_stop_says_how_to_go_on(
 
     monkeypatch.setattr(targets, "evaluate_target", at_once)
     assert cli.main([*command, "--state", "new.state"]) == 130
-    assert "nothing is kept of it: it was stopped before AutoAttack wrote new.state\n" in capsys.readouterr().err
+    assert "nothing is kept of it: it was stopped before an attack wrote new.state\n" in capsys.readouterr().err
 
 
 def test_that_nothing_is_normalised_can_be_said_in_flags() -> None:
@@ -243,7 +264,7 @@ def test_what_a_report_cannot_have_is_said(run_folder: Path, capsys: pytest.Capt
         (["--attacks", "clean", "--curve", "e.png"], "--curve is looked at by attacks alone, and none of them is run"),
         (["--attacks", "fgsm", "--json", "own.py/e.json"], "--json own.py/e.json cannot be written, as no file can be"),
         (["--attacks", "fgsm", "--per-sample", "/proc/e.csv"], "--per-sample /proc/e.csv cannot be written"),
-        (["--attacks", "apgd", "--state", "none/s"], "state_path none/s: there is no folder none: make it first"),
+        (["--attacks", "apgd", "--state", "none/s"], "atlas: --state none/s: there is no folder none: make it first"),
         (["--attacks", "fgsm", "--norm", "l1"], "eps: bars has no usual radius in l1: give it"),
     ):  # fmt: skip
         assert cli.main(["evaluate", str(run_folder), *BARS, *flags]) == 2

@@ -315,7 +315,7 @@ class Evaluation:
         saved.save(self.path, self.whose, {**state, "adv": adv, "pool": None if pool is None else pool.saved()})
 
     def _tell(self, name: str, pool: Pool) -> None:
-        """Robust accuracy so far, and how long it may take if no other is fooled."""
+        """Robust accuracy so far, and about how long it takes if no other is fooled."""
         standing = len(self.x) - int(pool.fooled.sum())
         later = list(self.searches.values())[self.at.done + 1 :]
         to_come = pool.left() + sum(standing * part.rounds(self.classes) * part.length * part.passes for part in later)

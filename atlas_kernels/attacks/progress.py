@@ -32,7 +32,7 @@ class Progress:
         if passed <= then:
             return ""
         seconds = (time.monotonic() - since) * to_come / (passed - then)
-        return f", at most {duration(seconds)} left"
+        return f", about {duration(seconds)} left"
 
 
 def counted(number: int, what: str) -> str:

@@ -98,6 +98,17 @@ def _digest_of(state: Mapping[str, Any]) -> str:
     return f"{digest(leaf for leaf in leaves if isinstance(leaf, Tensor))} {zlib.crc32(told.encode()):08x}"
 
 
+def size_of(path: Path) -> int | None:
+    """Of how many images the state in the file is; None where it holds none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # nothing else of it is read
+        return len(held["state"]["fooled_by"])
+    except Exception:  # whose ``load`` says what is wrong
+        return None
+
+
 def _difference(name: str, theirs: Any, ours: Any) -> str:
     if name in ("weights", *OF_IMAGES):
         return f"its {name} are not the ones given"

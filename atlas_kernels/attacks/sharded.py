@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import saved
 from .arguments import require_count
 from .autoattack import AutoAttack
 from .ensemble import AutoAttackResult, Say, merged
 from .processes import LostProcesses as LostProcesses
 from .processes import together
-from .progress import counted
+from .progress import counted, duration
 
 
 def run_sharded(
@@ -39,8 +40,8 @@ def run_sharded(
     so it is the same for any number of either.
 
     state_path: each of several shards has a file of its own, this path with the shard's number added. What was lost is
-    resumed by the same call, in any number of processes. say: told what the first process does. More options: as in
-    ``AutoAttack.run``.
+    resumed by the same call, in any number of processes. say: told what the first process does, which is of its own
+    shards alone, and at the end the figure of all. More options: as in ``AutoAttack.run``.
 
     Raises LostProcesses in the first process where others ended early; it says which, and holds the other verdicts.
     (torchrun ends the others, too, as soon as one is lost; then nothing but the files holds what they knew.)
@@ -52,7 +53,7 @@ def run_sharded(
     with together() as processes:
         rank, count = processes.rank, processes.count
         if shards is None:
-            found = None if state_path is None or rank else _shards_of(Path(state_path))
+            found = None if state_path is None or rank else _shards_of(Path(state_path), len(x))
             shards = processes.share(found or count)
         told = None if rank else say
         if told and shards < count:
@@ -61,7 +62,8 @@ def run_sharded(
         for shard in range(rank, min(shards, len(x)), count):
             part = slice(shard, None, shards)
             path = state_path if state_path is None or shards == 1 else f"{state_path}.{shard}-of-{shards}"
-            tell = told and partial(_tell, told, f"shard {shard + 1} of {shards}: " if shards > 1 else "")
+            whose = f"shard {shard + 1} of {shards} ({len(x[part]):,} of {counted(len(x), 'image')}): "
+            tell = told and partial(_tell, told, whose if shards > 1 else "")
             made = attack.run(model, x[part], y[part], ids=ids[part], state_path=path, say=tell, **options)
             mine[shard] = AutoAttackResult(made.correct.cpu(), made.fooled_by.cpu(), made.adv.cpu(), made.record)
         results = {shard: made for each in processes.gather(mine).values() for shard, made in each.items()}
@@ -70,6 +72,11 @@ def run_sharded(
     rows = [torch.arange(shard, len(x), shards) for shard in results]
     known = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
     result = _joined(list(results.values()), known) if rows else None
+    if result is not None and say and len(results) > 1:
+        say(
+            f"{counted(len(results), 'shard')}, {counted(len(known), 'image')}: robust accuracy {result.accuracy:.2%} "
+            f"after {duration(result.record.seconds)}"
+        )
     if len(known) < len(x):
         again = "" if state_path is None else " Run it again with this state_path to go on there."
         raise LostProcesses(
@@ -85,8 +92,9 @@ def _tell(say: Say, whose: str, line: str) -> None:
     say(f"{whose}{line}")
 
 
-def _shards_of(path: Path) -> int | None:
-    """In how many shards the state lies there; None: there is none."""
+def _shards_of(path: Path, samples: int) -> int | None:
+    """In how many shards the state lies there; None: there is none. Raises ValueError where all of its files are there
+    and together of another number of samples."""
     if path.exists():
         return 1
     pattern = re.compile(re.escape(path.name) + r"\.\d+-of-(\d+)")
@@ -97,7 +105,17 @@ def _shards_of(path: Path) -> int | None:
             f"state_path {path} has files of {' and of '.join(map(str, found))} shards, of which only one kind can go "
             "on: remove the others, or name another file"
         )
-    return found[0] if found else None
+    if not found:
+        return None
+    counts = [saved.size_of(path.with_name(f"{path.name}.{shard}-of-{found[0]}")) for shard in range(found[0])]
+    known = [count for count in counts if count is not None]
+    if len(known) == found[0] and sum(known) != samples:
+        raise ValueError(
+            f"state_path {path} is of another evaluation: its {counted(found[0], 'file')} are of "
+            f"{counted(sum(known), 'image')}, here {'is' if samples == 1 else 'are'} {samples:,}. Name another file, "
+            "or remove them to begin anew"
+        )
+    return found[0]
 
 
 def _joined(results: Sequence[AutoAttackResult], rows: Tensor) -> AutoAttackResult:

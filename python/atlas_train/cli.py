@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import io
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -308,7 +309,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
         folder, args.model = trusted(args.checkpoint)
         args.checkpoint = str(folder)
-    with _told_how_to_go_on(args):
+    with _told_how_to_go_on(args), _in_words_of_flags():
         device = str(processes.own_device(usable_device(args.device)))
         say = print if processes.is_first() else processes.unsaid
         place = {"device": device, "threads": args.threads, "say": say}
@@ -390,6 +391,18 @@ def _told_how_to_go_on(args: Any) -> Iterator[None]:
         searched = bool(args.autoattack) or any(attack.searches for attack in named(args.attacks or WHOLE))
         if processes.is_first() and (how := written.how_to_go_on(args.state, searched)):
             _complain(f"\n{how}")
+        raise
+
+
+@contextmanager
+def _in_words_of_flags() -> Iterator[None]:
+    """An error about ``state_path`` is one about --state."""
+    try:
+        yield
+    except (ValueError, OSError, LostProcesses) as error:
+        error.args = tuple(
+            re.sub(r"\bstate_path (?=\S)", "--state ", said) if isinstance(said, str) else said for said in error.args
+        )
         raise
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, overload
@@ -32,7 +33,7 @@ from .inference import eval_mode as eval_mode
 from .inference import evaluating as evaluating
 from .inference import predict as predict
 from .models.classifier import Normalize
-from .options import Norm, fraction, radius
+from .options import Norm, radius
 from .robustness import signs
 from .robustness.named import CLEAN, Named, default_step, named
 from .robustness.outcome import Outcome
@@ -69,8 +70,8 @@ class Evaluation:
     signs: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON; eps also as everyone writes it."""
-        return asdict(self) | {"eps_255": fraction(self.eps)}
+        """Plain types, for JSON; eps also in 1/255."""
+        return asdict(self) | {"eps_255": f"{255 * self.eps:.4g}/255"}
 
     @property
     def error(self) -> float:
@@ -229,7 +230,7 @@ def _reported(
     how: Mapping[str, Any],
 ) -> Report:
     """``evaluate`` with attacks by name. path: where AutoAttack keeps its state; how: more of its arguments."""
-    started, state = time.perf_counter(), path
+    started, state, earlier = time.perf_counter(), path, 0.0
     told = ", ".join(radius(eps, at.norm) for eps in radii)
     at.say(f"evaluating {at.images} at eps {told}: {', '.join(a.label for a in attacks)}")
     if model.training:
@@ -253,13 +254,16 @@ def _reported(
         for attack, eps in searched:  # before the others, which a resumed evaluation makes again
             if path and len(searched) > 1:
                 state = path.with_name(f"{path.name}.{attack.name}-{eps:.6g}")
+            before = time.perf_counter()
             outcomes[attack.name, eps] = ensembles.outcome(
                 model, at.samples, attack, eps, at.norm, at.seed, at.say, state_path=state, **how
             )
+            earlier += max(0.0, outcomes[attack.name, eps].seconds - (time.perf_counter() - before))
         outcomes |= _attacked(model, at, runs)
     found = (outcomes[CLEAN], *(outcomes[attack.name, eps] for attack, eps in balls))
+    seconds = earlier + time.perf_counter() - started
     return Report(
-        at.samples.y.cpu(), at.samples.numbers, found, at.norm, at.seed, str(at.device), time.perf_counter() - started,
+        at.samples.y.cpu(), at.samples.numbers, found, at.norm, at.seed, str(at.device), seconds,
         (*signs.of_probe(probe, at.norm), *signs.of_outcomes(found)), probe,
     )  # fmt: skip
 
@@ -283,15 +287,21 @@ def _attacked(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Atta
 
 def _tallied(model: nn.Module, at: _Place, runs: Mapping[Any, tuple[Named, Attack]]) -> dict[Any, Tally]:
     """The verdicts of this process's images."""
+    say = at.say if at.processes.count == 1 else partial(_tell, at)
     tallies = {CLEAN: Tally(), **{name: Tally() for name in runs}}
     attacks = {name: attack for name, (_, attack) in runs.items()}
-    progress = Progress(len(at.samples), at.device.type == "cpu", at.say)
+    progress = Progress(len(at.samples), at.device.type == "cpu", say)
     for x, y, ids in at.batches(model):
         before = time.perf_counter()
         for name, verdict in judged(model, attacks, x, y, ids, at.key, at.norm):
             tallies[name].add(verdict, -before + (before := time.perf_counter()))
         progress.after(len(y), {how.label: tallies[name].share for name, (how, _) in runs.items()})
     return tallies
+
+
+def _tell(at: _Place, line: str) -> None:
+    """Progress of one process of several."""
+    at.say(f"  process {at.processes.rank + 1} of {at.processes.count}, its images alone: {line.strip()}")
 
 
 def judged(

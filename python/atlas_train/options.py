@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import math
 import reprlib
 import types
 import typing
@@ -77,13 +78,22 @@ def integer(value: Any) -> int:
 
 
 def fraction(eps: float) -> str:
-    """A radius as everyone writes it: in 1/255, e.g. 8/255 or 76.5/255."""
-    return f"{eps * 255:.4g}/255"
+    """A radius as one writes it: the plain number where three digits hold it (0.3, 0.5, 12), else a number of 1/255
+    where two decimals hold that one (8/255, 0.25/255), else the plain number in at most six digits (0.0375)."""
+    short, grey = f"{eps:.3g}", f"{255 * eps:.2f}".rstrip("0").rstrip(".")
+    if eps < 1 and not _close(float(short), eps) and _close(float(grey) / 255, eps):
+        return f"{grey}/255"
+    return f"{eps:.6g}"
+
+
+def _close(one: float, other: float) -> bool:
+    """The same number, perhaps in float32."""
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 def radius(eps: float, norm: str) -> str:
-    """A radius as everyone writes it, with its norm: 8/255 (l_inf), 128/255 (l2), 12 (l1)."""
-    return f"{f'{eps:.4g}' if norm == 'l1' else fraction(eps)} ({NORMS[norm]})"
+    """A radius as one writes it, with its norm: 8/255 (l_inf), 0.5 (l2), 12 (l1)."""
+    return f"{fraction(eps)} ({NORMS[norm]})"
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import NORMS, Norm, plain
+from .options import NORMS, Norm, fraction, plain
 from .robustness.report import ALL
 from .writing import write_atomically, write_text
 
@@ -110,7 +110,8 @@ def robustness_figure(curves: Mapping[str, Sequence[tuple[float, float]]], norm:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    scale, unit = (1.0, "") if norm == "l1" else (255.0, " / 255")
+    grey = all(eps == 0 or fraction(eps).endswith("/255") for points in curves.values() for eps, _ in points)
+    scale, unit = (255.0, " / 255") if grey else (1.0, "")
     for number, (name, points) in enumerate(curves.items()):
         radii, shares = zip(*points, strict=True)
         style: dict[str, Any] = {"linestyle": ("-", "--", "-.", ":")[number % 4], "marker": "o"}

@@ -265,7 +265,7 @@ def _note(results: Mapping[str, Result]) -> str:
     told = "".join(f"; {words}" for words, values in costs.items() if any(value is not None for value in values))
     steps = f"step {fraction(first.pgd_step_size)}"
     if first.norm == "l1":
-        steps = f"steps down to {first.pgd_step_size:.4g}"
+        steps = f"steps down to {fraction(first.pgd_step_size)}"
     return (
         f"eps {radius(first.eps, first.norm)}; {counted(first.images, 'test image')}, standard error at most "
         f"{100 * first.error:.1f} points; PGD {steps}{restarts}{told}"

@@ -36,15 +36,16 @@ class Outcome:
     def accuracy(self) -> float:
         return self.right.double().mean().item()
 
-    def by_class(self, labels: Tensor) -> dict[int, float]:
-        """The accuracy on the images of each class."""
-        return {label: self.right[labels == label].double().mean().item() for label in labels.unique().tolist()}
-
     @property
     def percent(self) -> str:
         return f"{100 * self.accuracy:.1f} %"
 
     @property
     def ball(self) -> str:
-        """Its eps as everyone writes it."""
+        """Its eps as one writes it."""
         return "0" if self.eps is None else radius(self.eps, self.norm)
+
+
+def by_class(right: Tensor, labels: Tensor) -> dict[int, float]:
+    """The accuracy on the images of each class."""
+    return {label: right[labels == label].double().mean().item() for label in labels.unique().tolist()}

@@ -18,7 +18,7 @@ from .. import tables
 from ..options import Norm, fraction, radius
 from ..tables import Form
 from .named import AUTOATTACK, CLEAN
-from .outcome import Outcome
+from .outcome import Outcome, by_class
 from .signs import Probe, Sign
 
 MARK = "!"  # beside a figure that a sign is about
@@ -37,6 +37,7 @@ class Report:
 
     labels, numbers: of the images, and where they stand in the whole set. outcomes: clean first, then by radius.
     signs: what stands against a figure; probe: what few images said of the network. facts: more for the record.
+    seconds: with those that AutoAttack took before it was stopped and went on.
     """
 
     labels: Tensor
@@ -136,22 +137,27 @@ class Report:
         return f"{outcome.attack.label}{f' at {outcome.ball}' if sign.eps is not None else ''}: "
 
     def class_table(self, form: Form = "text") -> str:
-        """A row for each class; a column for clean accuracy and for each attack at each radius."""
-        several = len(self.radii) > 1
-        labels = [o.attack.label + (f" {fraction_of(o)}" if several and o.eps else "") for o in self.outcomes]
-        shares = [o.by_class(self.labels) for o in self.outcomes]
-        rows: list[tuple[str, ...]] = [("class", "images", *labels)]
+        """A table for each radius, with a row for each class and a column for each attack."""
+        return "\n\n".join(tables.written(self._class_rows(eps), form) for eps in self.radii or (None,))
+
+    def _class_rows(self, eps: float | None) -> tables.Table:
+        columns = {o.attack.label: o.right for o in self.outcomes if o.eps in (None, eps)}
+        if len(columns) > 2:
+            columns[ALL] = self.standing(eps)
+        shares = [by_class(right, self.labels) for right in columns.values()]
+        corner = f"class, eps {radius(eps, self.norm)}" if eps is not None and len(self.radii) > 1 else "class"
+        rows: list[tuple[str, ...]] = [(corner, "images", *columns)]
         for label in shares[0]:
             name = self.class_names[label] if self.class_names else str(label)
             count = int((self.labels == label).sum())
             rows.append((name, f"{count:,}", *(f"{100 * share[label]:.1f} %" for share in shares)))
-        return tables.written(rows, form)
+        return rows
 
     def samples_csv(self) -> str:
         """A row for each image: its number in the set, its label, and 1 or 0 for right or wrong in each column."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        names = [f"{o.attack.name}{f'@{fraction_of(o)}' if o.eps is not None else ''}" for o in self.outcomes]
+        names = [f"{o.attack.name}{'' if o.eps is None else f'@{fraction(o.eps)}'}" for o in self.outcomes]
         writer.writerow(["image", "label", *names])
         rights = torch.stack([o.right for o in self.outcomes]).int().T.tolist()
         writer.writerows(
@@ -185,7 +191,7 @@ class Report:
             "number_forward_passes": 1,
             "dataset": self.facts.get("dataset"),
             "architecture": self.facts.get("architecture"),
-            "eps": None if eps is None else fraction(eps) if self.norm == "linf" else f"{eps:.4g}",
+            "eps": None if eps is None else fraction(eps),
             "clean_acc": f"{100 * self.clean:.2f}",
             "autoattack_acc": standard and f"{100 * standard.accuracy:.2f}",
             "footnote": counted(len(self.labels), "image"),
@@ -209,11 +215,6 @@ class Report:
         }
 
 
-def fraction_of(outcome: Outcome) -> str:
-    """Its radius without the norm."""
-    return outcome.ball.partition(" ")[0]
-
-
 def _is_standard(outcome: Outcome) -> bool:
     return outcome.settings.get("version") == "standard" and not outcome.settings.get("instead")
 
@@ -223,7 +224,7 @@ def _described(outcome: Outcome, labels: Tensor) -> dict[str, Any]:
         "attack": outcome.attack.name,
         "eps": outcome.eps,
         "accuracy": outcome.accuracy,
-        "per_class": {str(label): share for label, share in outcome.by_class(labels).items()},
+        "per_class": {str(label): share for label, share in by_class(outcome.right, labels).items()},
         "nan": outcome.nan,
         "seconds": outcome.seconds,
         **outcome.settings,

@@ -33,16 +33,18 @@ def next_steps(lines: Sequence[str], whole: bool, state: str | None) -> list[str
             "(see docs/evaluation.md)"
         )
     if state and states(state):
-        steps.append(f"{_named(state)} may be removed: AutoAttack is done, and the same command would only judge again")
+        steps.append(
+            f"{_named(state)} may be removed: the attacks are done, and the same command would only judge again"
+        )
     return [f"next: {step}" if not number else f"      {step}" for number, step in enumerate(steps)]
 
 
 def how_to_go_on(state: str | None, searched: bool) -> str:
     """After a stop. searched: whether AutoAttack, or a part of it, was to run."""
     if state and states(state):
-        return f"where AutoAttack stands is in {_named(state)}: the same command goes on from there"
+        return f"where the attack stands is in {_named(state)}: the same command goes on from there"
     if state and searched:
-        return f"nothing is kept of it: it was stopped before AutoAttack wrote {plain(state)}"
+        return f"nothing is kept of it: it was stopped before an attack wrote {plain(state)}"
     return "nothing is kept of it; with --state FILE the same command would go on where it was stopped" * searched
 
 
