@@ -85,7 +85,7 @@ WORKLOADS = {
     "restarts": Workload("preact_resnet18", 16, 16, CIFAR, steps=50, restarts=10, eps=16 / 255, rounds=3),
     "cnn": Workload("small_cnn", 32, 128, MNIST, eps=0.3, rounds=9),
 }
-#: Of --runs; the network, its width and the shape of its images are the run's.
+#: How networks of --runs are attacked. The run says which network it is, its width and the shape of its images.
 TRAINED = Workload("", 0, 500, CIFAR, steps=20, rounds=3)
 #: How far the robust accuracy may be above that of the strongest peer, and the time beside the fastest.
 AS_STRONG, AS_FAST = 0.005, 1.0

@@ -24,7 +24,7 @@ def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A compiler that knows no -fopenmp. The installation and test_sanitizers.py build with OpenMP."""
+    """A compiler that refuses -fopenmp. (The installation, and the build of test_sanitizers.py, have OpenMP.)"""
     compiler = tmp_path_factory.mktemp("compiler") / "plain-c++"
     compiler.write_text(
         f'#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec {shutil.which("c++")} "$@"\n'

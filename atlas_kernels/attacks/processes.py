@@ -31,7 +31,8 @@ class LostProcesses(RuntimeError):
 
 
 class Processes:
-    """All of them talk to the first one, on their CPUs, in the same order everywhere.
+    """The processes that share a call. Each exchanges objects with the first one alone, through the memory of its
+    CPU, and all make the same exchanges in the same order.
 
     rank, count: as in ``torch.distributed``. lost: in the first process, by rank, why others ended early.
     """

@@ -34,6 +34,7 @@ from .inference import evaluating as evaluating
 from .inference import predict as predict
 from .models.classifier import Normalize
 from .options import Norm, radius
+from .processes import unsaid
 from .robustness import signs
 from .robustness.named import CLEAN, Named, default_step, named
 from .robustness.outcome import Outcome
@@ -167,7 +168,7 @@ def evaluate(  # type: ignore[misc]  # of settings, which are those below
         if processes.count > 1:
             same = {"images or labels": samples.digest(), "weights": weights_of(model)}
             processes.require_same(same)
-        told = say if say and not processes.rank else _silent
+        told = say if say and not processes.rank else unsaid
         at = _Place(samples, where, batch_size, channels_last, norm, key, seed, told, processes)
         if chosen is not None:
             balls = _radii(eps, norm)
@@ -398,7 +399,3 @@ def _settings(attack: Attack) -> dict[str, Any]:
     """What a record says of an attack on gradients."""
     known = {"steps": attack.steps, "step_size": float(attack.effective_step_size), "restarts": attack.restarts}
     return known | {"objective": attack.objective}
-
-
-def _silent(text: str) -> None:
-    pass

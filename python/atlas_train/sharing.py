@@ -154,7 +154,7 @@ def class_names(record: Record) -> list[str] | None:
 
 
 def card(record: Record, description: Mapping[str, Any]) -> str:
-    """README.md: what the network is, its figures and where each comes from, how to load it."""
+    """The text of README.md: which network it is, its figures and how each was measured, and how to load it."""
     settings, arch = record.settings, description["arch"]
     ball = radius(settings["eps"], settings["norm"]) if settings.get("eps") else "not stored"
     name, data_name = plain(arch["name"]), plain(record.data.get("name", settings.get("dataset")))

@@ -42,9 +42,9 @@ class Within:
 
 
 def restored(state: Mapping[str, Any], batches: int, device: torch.device, source: object) -> Within:
-    """What a checkpoint says of the epoch that it was saved in, if it was within one. batches: of an epoch.
+    """How far the epoch was in which the checkpoint was saved. Between two epochs nothing of the next one is done.
 
-    Raises ValueError for what no run has left.
+    batches: how many an epoch has. Raises ValueError for a checkpoint that was edited or damaged.
     """
     kept = state.get("within") or {"batches": 0}
     if state["step"] != state["epoch"] * batches + kept["batches"] or kept["batches"] > batches:

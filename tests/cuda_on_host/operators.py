@@ -487,7 +487,7 @@ def test_hyperplane_with_everything(layouts, norm):
 
 
 def test_zzz_every_kernel_ran(library, request):
-    """Last of all: no kernel in the library is one that the tests above have never run."""
+    """The tests above have run every kernel of the library. This test must be the last."""
     assert request.node is request.session.items[-1], "tests below this one are not counted: move it to the end"
     listing = subprocess.run(["nm", "-C", PATH], capture_output=True, text=True, check=True).stdout
     symbols = [line.split(maxsplit=2) for line in listing.splitlines() if line[0] != " "]

@@ -166,7 +166,7 @@ def _counted(train: Images, test: Images) -> int:
 
 
 def _images(given: Any, what: str) -> Images:
-    """Images and labels in the types in which they are given. Raises ValueError."""
+    """Images and labels as tensors, of the types that were given. Raises ValueError."""
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise ValueError(f"{what} must be (images, labels), got {type(given).__name__}")
     images, labels = (each if isinstance(each, torch.Tensor) else _array(each, what) for each in given)

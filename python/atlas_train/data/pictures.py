@@ -124,7 +124,8 @@ class Pictures:
         return self.take(self.readable(faults, skipped))
 
     def readable(self, faults: Mapping[int, str], skipped: list[str] | None) -> np.ndarray:
-        """The rows that have no fault; see `resident` for ``skipped``."""
+        """The rows of the pictures that can be read. faults: the errors of the others, by row. skipped: as for
+        `resident`."""
         errors = sorted(faults.values())
         if errors and skipped is None:
             few = "; ".join(errors[:3]) + (f"; and {len(errors) - 3:,} more" if len(errors) > 3 else "")

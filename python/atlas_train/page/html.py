@@ -28,7 +28,7 @@ pre { background: #f3f4f6; padding: .7rem; overflow-x: auto; white-space: pre-wr
 
 
 def text(value: object) -> Html:
-    """``value`` as it is read, be it in a page or in an attribute."""
+    """The text of ``value``, escaped for a page or an attribute."""
     return Html(html.escape(str(value), quote=True))
 
 
